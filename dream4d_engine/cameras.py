@@ -1,0 +1,275 @@
+"""Cameras in groups, and the one place that states the coordinate convention.
+
+World: right-handed, z up, the object in the box [-1, 1]^3. Azimuth 0 is the front, the camera on +x, growing
+towards +y; elevation grows upwards. A camera sits at
+`distance * (cos e cos a, cos e sin a, sin e)` and looks at the origin. The columns of `c2w` are right, up,
+backward (an OpenGL camera: it looks down its own -z) and position. Angles are in radians; names that end in
+`_deg` are in degrees and appear only where people write numbers down.
+
+A *relative* distance r means r / tan(fov_y / 2): the object keeps its size in the picture whatever the field of
+view.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ElevationLaw = Literal["mixed", "uniform", "sphere"]
+
+
+@dataclass(frozen=True)
+class CameraBatch:
+    """B groups of F cameras: F views of one moment, F moments of one take, or F = 1 for single pictures.
+
+    Args:
+        c2w: [B, F, 4, 4] camera-to-world matrices.
+        fov_y: [B, F] vertical fields of view, radians.
+        azimuth, elevation: [B, F], radians.
+        distance: [B, F], world units from the origin.
+        time: [B, F], animation moments in [0, 1].
+        height, width: picture size in pixels.
+    """
+
+    c2w: Tensor
+    fov_y: Tensor
+    azimuth: Tensor
+    elevation: Tensor
+    distance: Tensor
+    time: Tensor
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, F)."""
+        return self.azimuth.shape[0], self.azimuth.shape[1]
+
+    @property
+    def position(self) -> Tensor:
+        """[B, F, 3] camera centres."""
+        return self.c2w[..., :3, 3]
+
+    def _map(self, change) -> CameraBatch:
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in ("height", "width")}
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> CameraBatch:
+        """The same cameras on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def resized(self, height: int, width: int) -> CameraBatch:
+        """The same cameras with pictures of another size (same vertical field of view)."""
+        return replace(self, height=height, width=width)
+
+    def reshape(self, n_groups: int, n_frames: int) -> CameraBatch:
+        """The same cameras, in the same order, grouped as [n_groups, n_frames]."""
+        return self._map(lambda tensor: tensor.reshape(n_groups, n_frames, *tensor.shape[2:]))
+
+    def frames(self, start: int, stop: int) -> CameraBatch:
+        """The frames start..stop-1 of every group."""
+        return self._map(lambda tensor: tensor[:, start:stop])
+
+    def groups(self, index: Tensor | slice) -> CameraBatch:
+        """The groups that `index` (a slice, bool or int64 over B) picks."""
+        return self._map(lambda tensor: tensor[index])
+
+    def at_time(self, time: float | Tensor) -> CameraBatch:
+        """The same cameras at other moments; `time` broadcasts to [B, F]."""
+        moments = torch.as_tensor(time, dtype=self.time.dtype, device=self.time.device)
+        return replace(self, time=moments.expand(self.shape).clone())
+
+
+def look_at_origin(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
+    """Return camera-to-world matrices [..., 4, 4] of cameras that look at the origin with z up.
+
+    At elevations of exactly 90 degrees the "right" direction is the limit from below, so the matrix stays proper.
+    """
+    sin_a, cos_a = torch.sin(azimuth), torch.cos(azimuth)
+    sin_e, cos_e = torch.sin(elevation), torch.cos(elevation)
+    zero = torch.zeros_like(sin_a)
+    right = torch.stack((-sin_a, cos_a, zero), -1)
+    backward = torch.stack((cos_e * cos_a, cos_e * sin_a, sin_e), -1)
+    up = torch.stack((-sin_e * cos_a, -sin_e * sin_a, cos_e), -1)
+    c2w = torch.zeros(*azimuth.shape, 4, 4, dtype=azimuth.dtype, device=azimuth.device)
+    c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2] = right, up, backward
+    c2w[..., :3, 3] = backward * distance[..., None]
+    c2w[..., 3, 3] = 1.0
+    return c2w
+
+
+def make_cameras(
+    azimuth: Tensor | float,
+    elevation: Tensor | float,
+    distance: Tensor | float,
+    fov_y: Tensor | float,
+    time: Tensor | float,
+    height: int,
+    width: int,
+) -> CameraBatch:
+    """Build a CameraBatch from values in radians and world units that broadcast to [B, F]."""
+    if height < 1 or width < 1:
+        raise ValueError(f"pictures need at least one pixel, got {width}x{height}")
+    values = [torch.as_tensor(v, dtype=torch.float32) for v in (azimuth, elevation, distance, fov_y, time)]
+    values = [v.clone() for v in torch.broadcast_tensors(*values, torch.zeros(1, 1))[:5]]
+    if values[0].ndim != 2:
+        raise ValueError(f"camera values must broadcast to [B, F], got shape {tuple(values[0].shape)}")
+    azimuth, elevation, distance, fov_y, time = values
+    return CameraBatch(
+        look_at_origin(azimuth, elevation, distance), fov_y, azimuth, elevation, distance, time, height, width
+    )
+
+
+@dataclass(frozen=True)
+class CameraRanges:
+    """The distribution that training cameras are drawn from.
+
+    `distance` is relative (see the module's docstring) unless `relative_distance` is False.
+    `elevation_law`: "uniform" in degrees, "sphere" (uniform on the sphere's surface between the two bounds), or
+    "mixed" (one of the two for each group, each half of the time).
+    """
+
+    azimuth_deg: tuple[float, float] = (-180.0, 180.0)
+    elevation_deg: tuple[float, float] = (0.0, 30.0)
+    fov_y_deg: tuple[float, float] = (15.0, 60.0)
+    distance: tuple[float, float] = (0.8, 1.0)
+    relative_distance: bool = True
+    elevation_law: ElevationLaw = "mixed"
+
+    def __post_init__(self) -> None:
+        for name in ("azimuth_deg", "elevation_deg", "fov_y_deg", "distance"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"{name} needs its lower bound first, got {low} > {high}")
+        if not (-90 <= self.elevation_deg[0] and self.elevation_deg[1] <= 90):
+            raise ValueError(f"elevation_deg must lie in [-90, 90], got {self.elevation_deg}")
+        if not (0 < self.fov_y_deg[0] and self.fov_y_deg[1] < 180):
+            raise ValueError(f"fov_y_deg must lie in (0, 180), got {self.fov_y_deg}")
+        if self.distance[0] <= 0:
+            raise ValueError(f"distance must be positive, got {self.distance}")
+
+
+def _uniform(bounds: tuple[float, float], n: int, generator: torch.Generator) -> Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(n, generator=generator)
+
+
+def _sample_elevation(ranges: CameraRanges, n: int, generator: torch.Generator) -> Tensor:
+    """Return [n] elevations in radians by the law of `ranges`."""
+    low, high = (math.radians(e) for e in ranges.elevation_deg)
+    uniform = _uniform((low, high), n, generator)
+    sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, generator).clamp(-1, 1))
+    coin = torch.rand(n, generator=generator) < 0.5
+    return {"uniform": uniform, "sphere": sphere, "mixed": torch.where(coin, uniform, sphere)}[ranges.elevation_law]
+
+
+def _sample_pose(ranges: CameraRanges, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (azimuth, elevation, distance, fov_y), each [n, 1]."""
+    azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, generator))
+    elevation = _sample_elevation(ranges, n, generator)
+    fov_y = torch.deg2rad(_uniform(ranges.fov_y_deg, n, generator))
+    distance = _uniform(ranges.distance, n, generator)
+    if ranges.relative_distance:
+        distance = distance / torch.tan(fov_y / 2)
+    return azimuth[:, None], elevation[:, None], distance[:, None], fov_y[:, None]
+
+
+def sample_views(
+    ranges: CameraRanges, n_groups: int, n_views: int, height: int, width: int, generator: torch.Generator
+) -> CameraBatch:
+    """Draw groups of views evenly spaced in azimuth from a random start, all else common to a group.
+
+    With `n_views` = 1 these are independent random cameras. The time is 0.
+    """
+    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, generator)
+    azimuth = azimuth + torch.arange(n_views) * (2 * math.pi / n_views)
+    azimuth = torch.remainder(azimuth + math.pi, 2 * math.pi) - math.pi
+    return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
+
+
+def sample_takes(
+    ranges: CameraRanges,
+    n_groups: int,
+    n_frames: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    time_span: tuple[float, float] = (0.8, 1.0),
+) -> CameraBatch:
+    """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1]."""
+    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, generator)
+    length = _uniform(time_span, n_groups, generator)
+    start = torch.rand(n_groups, generator=generator) * (1 - length)
+    time = start[:, None] + length[:, None] * torch.linspace(0, 1, n_frames)
+    return make_cameras(azimuth, elevation, distance, fov_y, time.clamp(0, 1), height, width)
+
+
+def orbit(
+    n_frames: int,
+    height: int,
+    width: int,
+    elevation_deg: float = 15.0,
+    distance: float = 3.0,
+    fov_y_deg: float = 40.0,
+    time: Tensor | float = 0.0,
+    start_deg: float = 0.0,
+) -> CameraBatch:
+    """One group of cameras evenly spaced over a full turn, [1, n_frames]; `time` broadcasts over the frames."""
+    azimuth = math.radians(start_deg) + torch.arange(n_frames) * (2 * math.pi / n_frames)
+    return make_cameras(
+        azimuth[None], math.radians(elevation_deg), distance, math.radians(fov_y_deg), time, height, width
+    )
+
+
+def fixed_take(
+    n_frames: int,
+    height: int,
+    width: int,
+    azimuth_deg: float = 0.0,
+    elevation_deg: float = 15.0,
+    distance: float = 3.0,
+    fov_y_deg: float = 40.0,
+) -> CameraBatch:
+    """One still camera that films the whole animation, [1, n_frames] with times from 0 to 1."""
+    return make_cameras(
+        math.radians(azimuth_deg),
+        math.radians(elevation_deg),
+        distance,
+        math.radians(fov_y_deg),
+        torch.linspace(0, 1, n_frames)[None],
+        height,
+        width,
+    )
+
+
+def final_path(
+    height: int,
+    width: int,
+    n_parts: int = 8,
+    frames_per_part: int = 24,
+    elevation_deg: float = 15.0,
+    distance: float = 3.0,
+    fov_y_deg: float = 40.0,
+) -> CameraBatch:
+    """The path of the final video: each part plays the animation once, times 0 to 1.
+
+    Even parts hold the camera still; odd parts orbit to the place of the next one. All parts together are one
+    full turn. Returns [1, n_parts * frames_per_part].
+    """
+    if n_parts < 2 or n_parts % 2:
+        raise ValueError(f"the final path alternates still and orbiting parts: n_parts must be even, got {n_parts}")
+    turn = 2 * math.pi / (n_parts // 2)
+    progress = torch.linspace(0, 1, frames_per_part)
+    azimuth = [turn * (part // 2) + (part % 2) * turn * progress for part in range(n_parts)]
+    return make_cameras(
+        torch.cat(azimuth)[None],
+        math.radians(elevation_deg),
+        distance,
+        math.radians(fov_y_deg),
+        progress.repeat(n_parts)[None],
+        height,
+        width,
+    )

@@ -1,0 +1,90 @@
+"""What the program asks of the machine it runs on: a device, memory, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def pick_device(wish: str = "auto") -> torch.device:
+    """Return the device to work on: "auto" takes cuda, then mps, then cpu; a wish that can't be met is an error."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wish == "auto":
+        return torch.device(next(name for name, present in available.items() if present))
+    kind = wish.split(":")[0]
+    if kind not in available:
+        raise ValueError(f"unknown device {wish!r}: choose auto, cuda, mps or cpu")
+    if not available[kind]:
+        raise ValueError(f"device {wish!r} is not available here: choose auto or cpu")
+    return torch.device(wish)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes this process has held: on the GPU for cuda, else resident memory; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that can still be taken, or None where the system doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def check_memory(n_bytes: int, what: str, way_out: str) -> None:
+    """Raise a ValueError when `what` needs more main memory than there is."""
+    free = available_memory()
+    if free is not None and n_bytes > free:
+        raise ValueError(f"{what} needs about {n_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {way_out}")
+
+
+def check_folder(folder: Path, n_bytes: int) -> None:
+    """Make `folder` if needed and make sure that files of `n_bytes` in all can be written there.
+
+    Raises a ValueError that names the folder when it can't be made, can't be written, or the disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"dream4d")
+    except OSError as error:
+        raise ValueError(f"can't write into {folder}: {error.strerror or error}; choose another --out") from error
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise ValueError(
+            f"{folder} has {free / 2**20:.0f} MiB left, the run needs about {n_bytes / 2**20:.0f} MiB: "
+            "free some room or choose another --out"
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file under a temporary name beside `path`, flush it to the disk, then rename it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""Rays and the samples on them, as flat records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cameras import CameraBatch
+
+
+@dataclass(frozen=True)
+class RayBundle:
+    """N = B*F*H*W rays in picture order.
+
+    Args:
+        origins: [N, 3]. directions: [N, 3], unit length. times: [N], moments in [0, 1].
+        shape: (B, F, H, W).
+    """
+
+    origins: Tensor
+    directions: Tensor
+    times: Tensor
+    shape: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class RaySamples:
+    """S intervals on N rays, sorted by ray and then by distance.
+
+    Args:
+        ray_indices: [S] int64, ascending. t_starts, t_ends: [S] distances along the unit directions.
+        n_rays: N.
+    """
+
+    ray_indices: Tensor
+    t_starts: Tensor
+    t_ends: Tensor
+    n_rays: int
+
+    @property
+    def middles(self) -> Tensor:
+        """[S] distances of the intervals' middles, where the scene is queried."""
+        return 0.5 * (self.t_starts + self.t_ends)
+
+    def select(self, keep: Tensor) -> RaySamples:
+        """The samples where `keep` [S] (bool) holds."""
+        return RaySamples(self.ray_indices[keep], self.t_starts[keep], self.t_ends[keep], self.n_rays)
+
+
+def rays_from_cameras(
+    cameras: CameraBatch, jitter: float = 0.0, generator: torch.Generator | None = None
+) -> RayBundle:
+    """Cast one ray through every pixel's middle.
+
+    Pixel (i, j) looks along ((i + 0.5 - W/2)/f, -(j + 0.5 - H/2)/f, -1) in its camera, f = 0.5 H / tan(fov_y/2).
+    `jitter` is the standard deviation of a normal offset on the (unnormalised) direction.
+    """
+    (n_groups, n_frames), height, width = cameras.shape, cameras.height, cameras.width
+    device = cameras.c2w.device
+    focal = 0.5 * height / torch.tan(cameras.fov_y / 2)
+    i = torch.arange(width, device=device) + 0.5 - width / 2
+    j = torch.arange(height, device=device) + 0.5 - height / 2
+    x = (i / focal[..., None])[:, :, None, :].expand(-1, -1, height, -1)
+    y = (-j / focal[..., None])[:, :, :, None].expand(-1, -1, -1, width)
+    local = torch.stack((x, y, -torch.ones_like(x)), -1)
+    directions = torch.einsum("bfij,bfhwj->bfhwi", cameras.c2w[..., :3, :3], local)
+    if jitter > 0:
+        noise = torch.randn(directions.shape, generator=generator, dtype=directions.dtype)
+        directions = directions + jitter * noise.to(device)
+    directions = directions / directions.norm(dim=-1, keepdim=True)
+    shape = (n_groups, n_frames, height, width)
+    origins = cameras.position[:, :, None, None].expand(*shape, 3)
+    times = cameras.time[:, :, None, None].expand(shape)
+    return RayBundle(origins.reshape(-1, 3), directions.reshape(-1, 3), times.reshape(-1), shape)
