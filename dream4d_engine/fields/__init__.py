@@ -1,0 +1,1 @@
+"""The learned functions a scene is made of: encodings, radiance, deformation, background."""

@@ -1,0 +1,50 @@
+"""What is seen where the scene is transparent: a learned colour of the direction, or one solid colour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .encodings import require_range, spherical_harmonics
+from .mlp import MLP
+
+
+@dataclass(frozen=True)
+class BackgroundConfig:
+    """`color` None: spherical harmonics of the direction through a network; else that colour, nothing learned."""
+
+    degree: int = 3
+    hidden_width: int = 16
+    hidden_layers: int = 2
+    color: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.degree != 3:
+            raise ValueError(f"the background's spherical harmonics have degree 3, got {self.degree}")
+        require_range("hidden_width", self.hidden_width, 1, 1024)
+        require_range("hidden_layers", self.hidden_layers, 0, 16)
+        for value in self.color or ():
+            require_range("color", value, 0.0, 1.0)
+
+
+class Background(nn.Module):
+    """Directions to colours in [0, 1]."""
+
+    def __init__(self, config: BackgroundConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.color is None:
+            self.mlp = MLP(config.degree**2, 3, config.hidden_width, config.hidden_layers)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start afresh."""
+        if self.config.color is None:
+            self.mlp.reset(generator)
+
+    def forward(self, directions: Tensor) -> Tensor:
+        """Unit directions [N, 3] -> rgb [N, 3]."""
+        if self.config.color is None:
+            return torch.sigmoid(self.mlp(spherical_harmonics(directions)).float())
+        return directions.new_tensor(self.config.color).expand(directions.shape)

@@ -1,0 +1,67 @@
+"""The deformation field: where in the canonical field a point of the moving scene is looked up.
+
+It is a *backward* warp (observed -> canonical), one function for all times, and starts as no displacement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Kernels
+from .encodings import HashGrid, HashGridConfig, require_range
+from .mlp import MLP
+
+
+def _default_grid() -> HashGridConfig:
+    return HashGridConfig(n_levels=12, base_resolution=4)
+
+
+@dataclass(frozen=True)
+class DeformationConfig:
+    """A hash grid over (u, t) read by one network. `scale` > 1 enlarges the canonical object in the frame."""
+
+    grid: HashGridConfig = field(default_factory=_default_grid)
+    hidden_width: int = 64
+    hidden_layers: int = 4
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_range("hidden_width", self.hidden_width, 1, 1024)
+        require_range("hidden_layers", self.hidden_layers, 0, 16)
+        require_range("scale", self.scale, 0.05, 20.0)
+
+
+class DeformationField(nn.Module):
+    """Displacements in units of the [0, 1] box. `active_levels` grows during training (coarse to fine)."""
+
+    active_levels: Tensor
+
+    def __init__(self, config: DeformationConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = HashGrid(config.grid, 4)
+        self.mlp = MLP(self.grid.layout.n_outputs, 3, config.hidden_width, config.hidden_layers)
+        self.register_buffer("active_levels", torch.tensor(config.grid.n_levels, dtype=torch.int64))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start afresh, with zero displacement: the last layer's weights are zero."""
+        self.grid.reset(generator)
+        self.mlp.reset(generator)
+        with torch.no_grad():
+            self.mlp.layers[-1].zero_()
+
+    def set_active_levels(self, n_levels: int) -> None:
+        """Use the coarsest `n_levels` levels of the grid only."""
+        self.active_levels.fill_(max(0, min(n_levels, self.config.grid.n_levels)))
+
+    def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
+        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1)."""
+        features = self.grid(torch.cat((u, times[:, None]), -1), kernels, int(self.active_levels))
+        return 2 * torch.sigmoid(self.mlp(features).float()) - 1
+
+    def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
+        """Return the places [S, 3] in [0, 1] where the canonical field is queried."""
+        return ((u + displacement - 0.5) / self.config.scale + 0.5).clamp(0, 1)

@@ -1,0 +1,32 @@
+"""Small bias-free ReLU networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    """`hidden_layers` ReLU layers of `hidden_width`, then a linear one; no biases, no output activation."""
+
+    def __init__(self, n_inputs: int, n_outputs: int, hidden_width: int, hidden_layers: int) -> None:
+        super().__init__()
+        widths = [n_inputs, *[hidden_width] * hidden_layers, n_outputs]
+        self.layers = nn.ParameterList(
+            nn.Parameter(torch.zeros(n_out, n_in)) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw the weights from U(-1/sqrt(n), 1/sqrt(n)), n inputs a layer: what nn.Linear starts from."""
+        with torch.no_grad():
+            for weight in self.layers:
+                bound = weight.shape[1] ** -0.5
+                weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, n_inputs] -> [S, n_outputs]."""
+        *hidden, last = self.layers
+        for weight in hidden:
+            x = F.relu(F.linear(x, weight))
+        return F.linear(x, last)

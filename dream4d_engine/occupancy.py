@@ -1,0 +1,106 @@
+"""Where density may be, over all times: a coarse grid that lets the renderer skip empty space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+UPDATE_EVERY = 16
+"""Training steps between two updates."""
+ALL_CELLS_UNTIL = 256
+"""Updates look at every cell before this step, then at a random quarter."""
+DECAY = 0.95
+MAX_THRESHOLD = 0.01
+N_TIMES = 12
+"""Moments at which a moving scene is looked at."""
+
+DensityFunction = Callable[[Tensor, Tensor], Tensor]
+"""(points [S, 3] in the world, times [S]) -> density [S]."""
+
+
+class OccupancyGrid(nn.Module):
+    """R^3 cells over the box [-radius, radius]^3, axes x, y, z; a fresh grid is occupied everywhere.
+
+    `values` hold an exponential moving maximum of density * step (about the opacity of one sample).
+    """
+
+    values: Tensor
+    occupied: Tensor
+
+    def __init__(self, resolution: int, radius: float) -> None:
+        super().__init__()
+        self.radius = radius
+        self.register_buffer("values", torch.zeros(resolution, resolution, resolution))
+        self.register_buffer("occupied", torch.ones(resolution, resolution, resolution, dtype=torch.bool))
+
+    @property
+    def resolution(self) -> int:
+        """Cells a side."""
+        return self.values.shape[0]
+
+    @torch.no_grad()
+    def update(
+        self,
+        scene_density_fn: DensityFunction,
+        step: int,
+        generator: torch.Generator,
+        all_cells: bool,
+        times: Tensor,
+        step_size: float,
+    ) -> None:
+        """Let the values decay and raise them to what one random point in each cell shows, the maximum over `times`.
+
+        Args:
+            step: training step (for the record only: `all_cells` says which cells are looked at).
+            all_cells: every cell, or a random quarter. times: [T]. step_size: the renderer's step.
+        """
+        del step
+        n_cells, device = self.values.numel(), self.values.device
+        if all_cells:
+            cells = torch.arange(n_cells)
+        else:
+            cells = torch.randperm(n_cells, generator=generator)[: max(1, n_cells // 4)]
+        places = torch.rand(len(cells), 3, generator=generator)
+        cells, places = cells.to(device), places.to(device)
+        seen = self._max_density(scene_density_fn, self._points(cells, places), times) * step_size
+        flat = self.values.view(-1)
+        flat[cells] = torch.maximum(flat[cells] * DECAY, seen)
+        self._threshold()
+
+    @torch.no_grad()
+    def refresh(self, scene_density_fn: DensityFunction, times: Tensor, step_size: float, per_side: int = 2) -> None:
+        """Set every value to the maximum over per_side^3 evenly spaced points of its cell and all `times`: the exact
+        and repeatable way, for evaluation."""
+        cells = torch.arange(self.values.numel(), device=self.values.device)
+        ticks = (torch.arange(per_side, device=cells.device) + 0.5) / per_side
+        best = torch.zeros(len(cells), device=cells.device)
+        for place in torch.cartesian_prod(ticks, ticks, ticks):
+            seen = self._max_density(scene_density_fn, self._points(cells, place.expand(len(cells), 3)), times)
+            best = torch.maximum(best, seen * step_size)
+        self.values.copy_(best.view_as(self.values))
+        self._threshold()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Call every cell occupied."""
+        self.values.zero_()
+        self.occupied.fill_(True)
+
+    def _threshold(self) -> None:
+        threshold = self.values.mean().clamp_max(MAX_THRESHOLD)
+        torch.gt(self.values, threshold, out=self.occupied)
+
+    def _points(self, cells: Tensor, places: Tensor) -> Tensor:
+        """Return the points [M, 3] at `places` [M, 3] in [0, 1] of the cells numbered [M]."""
+        n = self.resolution
+        corner = torch.stack((cells // (n * n), cells // n % n, cells % n), -1)
+        return ((corner + places) / n * 2 - 1) * self.radius
+
+    @staticmethod
+    def _max_density(density: DensityFunction, points: Tensor, times: Tensor) -> Tensor:
+        best = torch.zeros(len(points), device=points.device)
+        for time in times:
+            best = torch.maximum(best, density(points, time.to(points).expand(len(points))).float())
+        return best

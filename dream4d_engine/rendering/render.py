@@ -1,0 +1,214 @@
+"""Volume rendering of a scene, for training (with gradient, all rays at once) and for looking at it (in chunks).
+
+Along a ray: w_i = alpha_i * prod_{j<i} (1 - alpha_j); rgb = sum w c + (1 - sum w) * background; depth = sum w t;
+displacement and normals are sum w d and sum w n; z_variance = sum w (t - depth)^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..cameras import CameraBatch
+from ..rays import RayBundle, RaySamples, rays_from_cameras
+from ..scene import FieldOutput, Scene
+from .march import drop_transparent, is_visible, points_of, sample_rays
+
+SAMPLES_AT_ONCE = 2**18
+"""Points queried together where no gradient is kept."""
+LATTICE_AT_ONCE = 2**22
+"""Rays times samples a ray of one chunk, at most."""
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How to render.
+
+    Args:
+        n_samples: fixes the step (1.732 * 2 * radius / n_samples); None for the scene's own.
+        stratified: shift each ray's lattice by a random share of the step (needs a generator).
+        prune: skip empty cells, and samples less opaque than `alpha_threshold` (0 skips that second look).
+        normals, displacement: composite these too.
+        background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
+        ray_jitter: standard deviation of a normal offset on the rays' directions (needs a generator).
+    """
+
+    n_samples: int | None = None
+    stratified: bool = False
+    prune: bool = True
+    alpha_threshold: float = 0.01
+    normals: bool = False
+    displacement: bool = False
+    background: Tensor | None = None
+    ray_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_samples is not None and self.n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {self.n_samples}")
+
+
+@dataclass(frozen=True)
+class RenderOutput:
+    """Pictures [B, F, H, W, channels]; `samples` and their `weights` [S] only where all rays went at once.
+
+    rgb and background have 3 channels, opacity, depth and z_variance 1, normals and displacement 3. `displacement`
+    is None for a static scene. Sums along rays are not divided by the opacity.
+    """
+
+    rgb: Tensor
+    opacity: Tensor
+    depth: Tensor
+    z_variance: Tensor
+    background: Tensor
+    normals: Tensor | None = None
+    displacement: Tensor | None = None
+    samples: RaySamples | None = None
+    weights: Tensor | None = None
+
+
+_PICTURES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples", "weights"))
+
+
+def render(
+    scene: Scene,
+    cameras: CameraBatch,
+    options: RenderOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> RenderOutput:
+    """Render all rays at once, differentiably."""
+    options = options or RenderOptions()
+    rays, shift = _prepare(scene, cameras, options, generator)
+    output = _render_rays(scene, rays, _given_background(rays, options), options, shift)
+    return _map_pictures(output, lambda picture: picture.view(*rays.shape, picture.shape[-1]))
+
+
+@torch.no_grad()
+def render_chunked(
+    scene: Scene,
+    cameras: CameraBatch,
+    options: RenderOptions | None = None,
+    chunk_rays: int = 2**15,
+    on_progress: Callable[[float], None] | None = None,
+    generator: torch.Generator | None = None,
+) -> RenderOutput:
+    """Render pictures of any size in bounded memory, without gradient; the pictures are on CPU.
+
+    `on_progress` is called with the share of the rays done.
+    """
+    options = options or RenderOptions()
+    rays, shift = _prepare(scene, cameras, options, generator)
+    background = _given_background(rays, options)
+    n_rays = len(rays.origins)
+    size = max(1, min(chunk_rays, LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)))
+    parts = []
+    for start in range(0, n_rays, size):
+        rows = slice(start, start + size)
+        part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
+        output = _render_rays(
+            scene,
+            part,
+            None if background is None else background[rows],
+            options,
+            None if shift is None else shift[rows],
+        )
+        parts.append(_map_pictures(output, Tensor.cpu))
+        if on_progress is not None:
+            on_progress(min(1.0, (start + size) / n_rays))
+    pictures = {name: [getattr(part, name) for part in parts] for name in _PICTURES}
+    whole = {
+        name: None if columns[0] is None else torch.cat(columns).view(*rays.shape, -1)
+        for name, columns in pictures.items()
+    }
+    return RenderOutput(**whole)
+
+
+def _prepare(
+    scene: Scene, cameras: CameraBatch, options: RenderOptions, generator: torch.Generator | None
+) -> tuple[RayBundle, Tensor | None]:
+    """Cast the rays and draw the shift of each ray's lattice."""
+    if generator is None and (options.stratified or options.ray_jitter > 0):
+        raise ValueError("stratified rendering and ray jitter need a generator")
+    rays = rays_from_cameras(cameras.to(scene.device), options.ray_jitter, generator)
+    if not options.stratified:
+        return rays, None
+    return rays, torch.rand(len(rays.origins), generator=generator).to(scene.device)
+
+
+def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
+    """Return the overriding background [N, 3], or None."""
+    if options.background is None:
+        return None
+    color, n_groups = options.background.to(rays.origins), rays.shape[0]
+    if color.shape not in ((3,), (n_groups, 3)):
+        raise ValueError(f"a background colour has shape [3] or [{n_groups}, 3], got {list(color.shape)}")
+    per_group = len(rays.origins) // n_groups
+    return color.expand(n_groups, 3).repeat_interleave(per_group, 0)
+
+
+def _render_rays(
+    scene: Scene, rays: RayBundle, background: Tensor | None, options: RenderOptions, shift: Tensor | None
+) -> RenderOutput:
+    """Render N rays to flat pictures [N, channels]."""
+    samples = sample_rays(scene, rays, options.n_samples, shift, options.prune)
+    thin_out = options.prune and options.alpha_threshold > 0
+    look_first = thin_out and (torch.is_grad_enabled() or options.normals)
+    if look_first:
+        samples = drop_transparent(scene, rays, samples, options.alpha_threshold, SAMPLES_AT_ONCE)
+    found = _query(scene, rays, samples, options)
+    density = found.density
+    if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
+        density = density * is_visible(density, samples, options.alpha_threshold)
+    if background is None:
+        background = scene.background(rays.directions)
+    return _composite(scene, samples, replace(found, density=density), background, options)
+
+
+def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOptions) -> FieldOutput:
+    """Query the scene at the samples, in pieces where no gradient is kept."""
+    points, times = points_of(rays, samples)
+    if torch.is_grad_enabled() or len(points) <= SAMPLES_AT_ONCE:
+        return scene.query(points, times, options.normals)
+    pieces = zip(points.split(SAMPLES_AT_ONCE), times.split(SAMPLES_AT_ONCE), strict=True)
+    parts = [scene.query(p, t, options.normals) for p, t in pieces]
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(FieldOutput)}
+    return FieldOutput(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+
+
+def _composite(
+    scene: Scene, samples: RaySamples, found: FieldOutput, background: Tensor, options: RenderOptions
+) -> RenderOutput:
+    """Sum what was found along the rays."""
+    middles = samples.middles[:, None]
+    displacement = found.displacement if options.displacement else None
+    columns = [found.rgb, torch.ones_like(middles), middles]
+    columns += [extra for extra in (found.normals, displacement) if extra is not None]
+    weights, sums = scene.kernels.composite(
+        found.density,
+        torch.cat(columns, -1),
+        samples.ray_indices,
+        samples.t_starts,
+        samples.t_ends,
+        samples.n_rays,
+    )
+    rgb, opacity, depth, *extras = sums.split([column.shape[-1] for column in columns], -1)
+    spread = weights[:, None] * (middles - depth[samples.ray_indices]) ** 2
+    z_variance = torch.zeros_like(depth).index_add(0, samples.ray_indices, spread)
+    return RenderOutput(
+        rgb=rgb + (1 - opacity) * background,
+        opacity=opacity,
+        depth=depth,
+        z_variance=z_variance,
+        background=background,
+        normals=extras.pop(0) if found.normals is not None else None,
+        displacement=extras.pop(0) if displacement is not None else None,
+        samples=samples,
+        weights=weights,
+    )
+
+
+def _map_pictures(output: RenderOutput, change: Callable[[Tensor], Tensor]) -> RenderOutput:
+    pictures = {name: getattr(output, name) for name in _PICTURES}
+    return replace(output, **{name: None if p is None else change(p) for name, p in pictures.items()})

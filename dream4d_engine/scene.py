@@ -1,0 +1,160 @@
+"""The scene: a canonical field, perhaps a deformation over time, a background, and where density may be."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .fields.background import Background, BackgroundConfig
+from .fields.deformation import DeformationConfig, DeformationField
+from .fields.encodings import require_range
+from .fields.radiance import RadianceConfig, RadianceField
+from .kernels import Kernels, select_kernels
+from .occupancy import ALL_CELLS_UNTIL, N_TIMES, OccupancyGrid
+
+NORMAL_OFFSET = 0.01
+"""Half the distance, in radii, over which density differences are taken for normals: some cells of the middle levels,
+so that the noise of the finest ones does not show."""
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Everything that fixes a scene's parameters. The marching step is 1.732 * 2 * radius / n_samples."""
+
+    radius: float = 1.0
+    radiance: RadianceConfig = field(default_factory=RadianceConfig)
+    deformation: DeformationConfig | None = None
+    background: BackgroundConfig = field(default_factory=BackgroundConfig)
+    occupancy_resolution: int = 32
+    n_samples: int = 512
+
+    def __post_init__(self) -> None:
+        require_range("radius", self.radius, 1e-3, 1e3)
+        require_range("occupancy_resolution", self.occupancy_resolution, 1, 256)
+        require_range("n_samples", self.n_samples, 1, 65536)
+
+    def step_size(self, n_samples: int | None = None) -> float:
+        """Length of a sample's interval; `n_samples` None means the scene's own."""
+        return 1.732 * 2 * self.radius / (n_samples or self.n_samples)
+
+
+@dataclass(frozen=True)
+class FieldOutput:
+    """What a scene is at S points: density [S], rgb [S, 3]; unit normals [S, 3] and displacement [S, 3] or None."""
+
+    density: Tensor
+    rgb: Tensor
+    normals: Tensor | None = None
+    displacement: Tensor | None = None
+
+
+class Scene(nn.Module):
+    """A static scene is one whose `deformation` is None; everything else treats both alike."""
+
+    def __init__(self, config: SceneConfig, kernels: Kernels | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels or select_kernels("cpu")
+        self.canonical = RadianceField(config.radiance, config.radius)
+        self.deformation = None if config.deformation is None else DeformationField(config.deformation)
+        self.background = Background(config.background)
+        self.occupancy = OccupancyGrid(config.occupancy_resolution, config.radius)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.canonical.grid.table.device
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start afresh: draw all parameters, call every cell occupied."""
+        self.canonical.reset(generator)
+        if self.deformation is not None:
+            self.deformation.reset(generator)
+        self.background.reset(generator)
+        self.occupancy.fill()
+
+    def _canonical_points(self, points: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Points [S, 3] of the world -> (places in the canonical [0, 1] box, displacements or None)."""
+        u = ((points / self.config.radius + 1) / 2).clamp(0, 1)
+        if self.deformation is None:
+            return u, None
+        displacement = self.deformation.displacement(u, times, self.kernels)
+        return self.deformation.warp(u, displacement), displacement
+
+    def query(self, points: Tensor, times: Tensor, normals: bool = False) -> FieldOutput:
+        """Evaluate the scene at points [S, 3] of the world and times [S] in [0, 1]; differentiable in all parameters.
+
+        Normals are central differences of the density (minus its gradient, normalised): six more density queries.
+        """
+        u, displacement = self._canonical_points(points, times)
+        density, rgb = self.canonical(u, self.kernels)
+        return FieldOutput(density, rgb, self.normals(points, times) if normals else None, displacement)
+
+    def density(self, points: Tensor, times: Tensor) -> Tensor:
+        """Evaluate the density [S] alone."""
+        u, _ = self._canonical_points(points, times)
+        return self.canonical.density(u, self.kernels)
+
+    def normals(self, points: Tensor, times: Tensor) -> Tensor:
+        """Return outward unit normals [S, 3] (zero where the density does not change)."""
+        offsets = torch.eye(3, device=points.device, dtype=points.dtype) * (NORMAL_OFFSET * self.config.radius)
+        slopes = [self.density(points + d, times) - self.density(points - d, times) for d in offsets]
+        return nn.functional.normalize(-torch.stack(slopes, -1), dim=-1, eps=1e-9)
+
+    def moments(self) -> Tensor:
+        """The times [T] at which occupancy looks at the scene."""
+        if self.deformation is None:
+            return torch.zeros(1, device=self.device)
+        return torch.linspace(0, 1, N_TIMES, device=self.device)
+
+    def update_occupancy(self, step: int, generator: torch.Generator) -> None:
+        """Update the occupancy grid in training; to be called every `occupancy.UPDATE_EVERY` steps."""
+        all_cells = step < ALL_CELLS_UNTIL
+        step_size = self.config.step_size()
+        self.occupancy.update(self.density, step, generator, all_cells, self.moments(), step_size)
+
+    def refresh_occupancy(self) -> None:
+        """Compute the occupancy grid anew, repeatably, from the scene as it is; for evaluation."""
+        self.occupancy.refresh(self.density, self.moments(), self.config.step_size())
+
+    def clone(self) -> Scene:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def with_deformation(
+        self,
+        config: DeformationConfig,
+        generator: torch.Generator,
+        background: BackgroundConfig | None = None,
+    ) -> Scene:
+        """Return a copy that can move: a fresh deformation (of zero displacement) and, if asked, a fresh background.
+
+        The copy's occupancy starts as everywhere occupied, since it has to hold for all times.
+        """
+        changed = replace(self.config, deformation=config, background=background or self.config.background)
+        fresh = ("deformation", "occupancy") if background is None else ("deformation", "occupancy", "background")
+        scene = self._rebuilt(changed, fresh)
+        scene.deformation.reset(generator)
+        if background is not None:
+            scene.background.reset(generator)
+        return scene
+
+    def _rebuilt(self, config: SceneConfig, fresh: tuple[str, ...]) -> Scene:
+        """A scene of `config` on the same device that takes over all parts but the `fresh` ones."""
+        scene = Scene(config, self.kernels).to(self.device)
+        state = {name: value for name, value in self.state_dict().items() if name.split(".")[0] not in fresh}
+        missing, unexpected = scene.load_state_dict(state, strict=False)
+        wrong = [name for name in missing if name.split(".")[0] not in fresh] + list(unexpected)
+        if wrong:
+            raise ValueError(f"the scene's parts do not fit its new configuration: {', '.join(wrong)}")
+        return scene.train(self.training)
+
+
+def build_scene(config: SceneConfig, generator: torch.Generator, kernels: Kernels | None = None) -> Scene:
+    """Build a fresh scene, on CPU; `.to(device)` moves it."""
+    scene = Scene(config, kernels)
+    scene.reset(generator)
+    return scene

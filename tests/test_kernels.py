@@ -1,0 +1,251 @@
+"""The kernels against golden figures, closed forms and slow loops."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dream4d_engine.kernels import grid_layout, select_kernels
+from dream4d_engine.kernels.layout import PRIMES
+from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    return float(np.abs(ours - golden).max() / np.abs(golden).max())
+
+
+@pytest.mark.parametrize("name", ["canonical", "deformation", "small3d", "small4d"])
+def test_hash_encode_equals_golden(name: str) -> None:
+    said = json.loads((GOLDEN / "meta.json").read_text())[name]
+    config, golden = said["config"], np.load(GOLDEN / "encodings.npz")
+    layout = grid_layout(
+        said["n_input_dims"],
+        config["n_levels"],
+        config["n_features_per_level"],
+        config["log2_hashmap_size"],
+        config["base_resolution"],
+        config["per_level_scale"],
+    )
+    assert layout.n_parameters == said["n_params"]
+    numbers = np.sin(0.37 * np.arange(layout.n_parameters, dtype=np.float64)).astype(np.float32)
+    table = torch.from_numpy(numbers).requires_grad_()
+    x = torch.from_numpy(golden[f"{name}.x"]).requires_grad_()
+    y = hash_encode(x, table, layout)
+    (y * torch.from_numpy(golden[f"{name}.w"])).sum().backward()
+    # At all levels, the finest (resolution 4096) included.
+    assert np.abs(y.detach().numpy() - golden[f"{name}.y"]).max() < 1e-6
+    assert relative_error(x.grad.numpy(), golden[f"{name}.dx"]) < 1e-6
+    assert relative_error(table.grad.numpy()[golden[f"{name}.grad_index"]], golden[f"{name}.grad_value"]) < 1e-6
+
+
+def slow_encode(x: np.ndarray, table: np.ndarray, layout) -> np.ndarray:
+    """The definition, corner by corner, in float64."""
+    n_dims, n_features = layout.n_dims, layout.n_features
+    out = np.zeros((len(x), len(layout.levels), n_features))
+    rows = table.reshape(-1, n_features)
+    for s, point in enumerate(x):
+        for k, level in enumerate(layout.levels):
+            position = point * level.scale + 0.5
+            low = np.floor(position).astype(int)
+            share = position - low
+            for corner in range(2**n_dims):
+                bits = [corner >> d & 1 for d in range(n_dims)]
+                weight = np.prod([f if b else 1 - f for b, f in zip(bits, share, strict=True)])
+                number = 0
+                for d, b in enumerate(bits):
+                    c = int(low[d]) + b
+                    if level.hashed:
+                        number ^= (c * PRIMES[d]) & 0xFFFFFFFF
+                    else:
+                        number += c * level.resolution**d
+                out[s, k] += weight * rows[level.offset + number % level.size]
+    return out.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize(("n_dims", "n_features"), [(1, 2), (2, 1), (2, 2), (3, 4), (4, 3)])
+def test_hash_encode_equals_the_definition_in_any_dimension(n_dims: int, n_features: int) -> None:
+    layout = grid_layout(n_dims, 4, n_features, 6, 2, 1.7)
+    assert {level.hashed for level in layout.levels} == ({False} if n_dims == 1 else {False, True})
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(40, n_dims, generator=generator, dtype=torch.float64)
+    x[0], x[1], x[2, 0] = 0, 1, 1
+    table = torch.rand(layout.n_parameters, generator=generator, dtype=torch.float64)
+    assert np.allclose(hash_encode(x, table, layout).numpy(), slow_encode(x.numpy(), table.numpy(), layout), atol=1e-12)
+
+
+@pytest.mark.parametrize(("n_dims", "n_features"), [(3, 2), (4, 2), (2, 3)])
+def test_hash_encode_gradients(n_dims: int, n_features: int) -> None:
+    layout = grid_layout(n_dims, 3, n_features, 5, 2, 1.6)
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.rand(7, n_dims, generator=generator, dtype=torch.float64) * 0.9 + 0.05).requires_grad_()
+    table = torch.rand(layout.n_parameters, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, t: hash_encode(x, t, layout), (x, table))
+
+
+def test_hash_encode_levels_that_sleep_give_and_get_nothing() -> None:
+    layout = grid_layout(3, 5, 2, 9, 4, 1.5)
+    table = torch.rand(layout.n_parameters, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.rand(20, 3, generator=torch.Generator().manual_seed(1))
+    whole, part = hash_encode(x, table, layout), hash_encode(x, table, layout, 2)
+    assert torch.equal(part[:, :4], whole[:, :4])
+    assert (part[:, 4:] == 0).all()
+    part.sum().backward()
+    assert (table.grad[: layout.levels[2].offset * 2] != 0).any()
+    assert (table.grad[layout.levels[2].offset * 2 :] == 0).all()
+    assert (hash_encode(x, table, layout, 0) == 0).all()
+
+
+def test_hash_encode_is_repeatable_and_indifferent_to_its_chunks() -> None:
+    layout = grid_layout(3, 4, 2, 8, 4, 1.5)
+    table = torch.rand(layout.n_parameters, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.rand(40_000, 3, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for _ in range(2):
+        table.grad = None
+        y = hash_encode(x, table, layout)
+        y.square().sum().backward()
+        gradients.append(table.grad)
+    assert torch.equal(*gradients)
+    assert torch.equal(y[30_000:], hash_encode(x[30_000:], table, layout))
+
+
+def test_hash_encode_of_nothing_and_of_the_wrong_thing() -> None:
+    layout = grid_layout(3, 4, 2, 8, 4, 1.5)
+    table = torch.zeros(layout.n_parameters, requires_grad=True)
+    empty = hash_encode(torch.zeros(0, 3), table, layout)
+    assert empty.shape == (0, 8)
+    empty.sum().backward()
+    with pytest.raises(ValueError, match="3 dimensions"):
+        hash_encode(torch.zeros(5, 4), table, layout)
+    with pytest.raises(ValueError, match="dimensions, got 5"):
+        grid_layout(5, 4, 2, 8, 4, 1.5)
+
+
+def rays(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    origins = torch.nn.functional.normalize(torch.randn(n, 3, generator=generator), dim=-1) * 3
+    targets = (torch.rand(n, 3, generator=generator) * 2 - 1) * 1.3
+    return origins, torch.nn.functional.normalize(targets - origins, dim=-1)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_march_finds_exactly_the_middles_in_occupied_cells(shifted: bool) -> None:
+    origins, directions = rays(60)
+    step, resolution = 0.05, 8
+    occupied = torch.rand(resolution, resolution, resolution, generator=torch.Generator().manual_seed(3)) < 0.3
+    shift = torch.rand(60, generator=torch.Generator().manual_seed(4)) if shifted else None
+    ray, start, end = march_rays(origins, directions, 1.0, step, occupied, shift)
+    # Slowly: every lattice point of every ray.
+    k = torch.arange(200.0)
+    t = (k[None] + (0 if shift is None else shift[:, None]) + torch.zeros(60, 1)) * step
+    middle = origins[:, None] + (t + step / 2)[..., None] * directions[:, None]
+    inside = (middle.abs() <= 1).all(-1)
+    cell = ((middle + 1) / 2 * resolution).long().clamp(0, resolution - 1)
+    keep = inside & occupied[cell[..., 0], cell[..., 1], cell[..., 2]]
+    expected_ray, column = keep.nonzero(as_tuple=True)
+    assert torch.equal(ray, expected_ray)
+    assert torch.allclose(start, t[expected_ray, column], atol=1e-5)
+    assert torch.allclose(end - start, torch.full_like(start, step), atol=1e-5)
+
+
+def test_march_from_inside_along_an_axis_and_past_the_box() -> None:
+    origins = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
+    directions = torch.tensor([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    ray, start, _ = march_rays(origins, directions, 1.0, 0.25)
+    assert torch.bincount(ray, minlength=3).tolist() == [4, 8, 0]
+    assert torch.equal(start[ray == 0], torch.arange(4) * 0.25)
+    assert torch.equal(start[ray == 1], 2 + torch.arange(8) * 0.25)
+    for empty in (
+        march_rays(origins[2:], directions[2:], 1.0, 0.25),
+        march_rays(origins, directions, 1.0, 0.25, torch.zeros(2, 2, 2, dtype=torch.bool)),
+        march_rays(origins[:0], directions[:0], 1.0, 0.25),
+    ):
+        assert all(len(column) == 0 for column in empty)
+
+
+def test_march_walks_all_of_the_box_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins, directions = rays(50)
+    occupied = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    whole = march_rays(origins, directions, 1.0, 0.03, occupied)
+    monkeypatch.setattr("dream4d_engine.kernels.torch_kernels._MAX_CANDIDATES", 500)
+    for a, b in zip(whole, march_rays(origins, directions, 1.0, 0.03, occupied), strict=True):
+        assert torch.equal(a, b)
+
+
+def slow_composite(density, values, ray_indices, t_starts, t_ends, n_rays):
+    weights, sums = [], torch.zeros(n_rays, values.shape[-1], dtype=values.dtype)
+    transmittance = [1.0] * n_rays
+    for i, ray in enumerate(ray_indices.tolist()):
+        alpha = 1 - torch.exp(-density[i] * (t_ends[i] - t_starts[i]))
+        weights.append(transmittance[ray] * alpha)
+        transmittance[ray] = transmittance[ray] * (1 - alpha)
+        sums = sums.index_add(0, ray_indices[i : i + 1], (weights[-1] * values[i])[None])
+    return torch.stack(weights), sums
+
+
+def test_composite_equals_the_loop_in_values_and_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ray_indices = torch.tensor([0, 0, 0, 2, 2, 3, 5, 5, 5, 5])
+    t_starts = torch.rand(10, generator=generator, dtype=torch.float64)
+    t_ends = t_starts + torch.rand(10, generator=generator, dtype=torch.float64)
+    density = (torch.rand(10, generator=generator, dtype=torch.float64) * 4).requires_grad_()
+    values = torch.rand(10, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    results = []
+    for function in (composite, slow_composite):
+        weights, sums = function(density, values, ray_indices, t_starts, t_ends, 6)
+        loss = (weights * torch.arange(10)).sum() + (sums.square() * torch.arange(6)[:, None]).sum()
+        results.append((weights, sums, *torch.autograd.grad(loss, (density, values))))
+    for ours, slow in zip(*results, strict=True):
+        assert torch.allclose(ours, slow, atol=1e-12)
+
+
+def test_composite_of_a_slab_is_its_closed_form() -> None:
+    """A slab of constant density has opacity 1 - exp(-density L), behind 300,000 samples of other rays too."""
+    n, length = 512, 1.7
+    edges = torch.linspace(2, 2 + length, n + 1)
+    n_rays = 600
+    density = torch.cat((torch.full(((n_rays - 1) * n,), 40.0), torch.full((n,), 0.8)))
+    ray_indices = torch.arange(n_rays).repeat_interleave(n)
+    weights, sums = composite(
+        density, torch.ones(len(density), 1), ray_indices, edges[:-1].repeat(n_rays), edges[1:].repeat(n_rays), n_rays
+    )
+    assert abs(float(sums[-1]) - (1 - np.exp(-0.8 * length))) < 2e-6
+    assert torch.allclose(sums[:-1], torch.ones(n_rays - 1, 1), atol=1e-5)
+    assert torch.allclose(torch.zeros(n_rays).index_add(0, ray_indices, weights), sums[:, 0], atol=1e-6)
+
+
+def test_composite_of_nothing() -> None:
+    nothing = torch.zeros(0)
+    weights, sums = composite(nothing, torch.zeros(0, 4), nothing.long(), nothing, nothing, 3)
+    assert weights.shape == (0,)
+    assert torch.equal(sums, torch.zeros(3, 4))
+
+
+def test_selection_is_loud_when_asked_for_what_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cpu").name == "torch"
+    assert "torch kernels chosen on cpu" in caplog.text
+    assert select_kernels("cpu", "torch").name == "torch"
+    with pytest.raises(ValueError, match="unknown kernels 'warp'"):
+        select_kernels("cpu", "warp")
+
+
+def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    from dream4d_engine import kernels
+
+    def broken(device):
+        raise ImportError("no such compiler")
+
+    monkeypatch.setattr(kernels, "_BACKENDS", {"fast": broken, **kernels._BACKENDS})
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cpu").name == "torch"
+    assert "no such compiler" in caplog.text
+    with pytest.raises(ValueError, match="fast kernels cannot run on cpu: no such compiler"):
+        select_kernels("cpu", "fast")
