@@ -1,0 +1,1 @@
+"""Guidance: what a diffusion model thinks of a picture, as a loss."""
