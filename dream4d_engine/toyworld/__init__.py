@@ -1,0 +1,1 @@
+"""A procedural world whose truth is known: captions, pictures, the score of a result, and an ideal denoiser."""

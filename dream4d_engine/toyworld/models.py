@@ -1,0 +1,344 @@
+"""The toy priors before training: small networks of the full-size models' classes, and their folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..priors.loading import PriorKind, no_progress_bars
+from ..priors.view_attention import attend_across_views
+from .captions import vocabulary
+
+KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
+IMAGE_SIZE, N_VIEWS, N_FRAMES, MAX_TOKENS, WIDTH = 32, 4, 8, 16, 64
+WORDS = (*vocabulary(), ",")
+
+
+@dataclass(frozen=True)
+class ToySize:
+    """Channels of the UNet's three levels (32, 16 and 8 pixels; attention at the latter two) and heads of each."""
+
+    channels: tuple[int, int, int]
+    heads: tuple[int, int, int] = (1, 2, 4)
+
+
+SIZES: dict[PriorKind, ToySize] = {
+    "image": ToySize((32, 64, 128)),
+    "multiview": ToySize((32, 64, 128)),
+    "video": ToySize((32, 64, 128)),
+    "novel_view": ToySize((32, 64, 96), (1, 2, 3)),
+    "pixel": ToySize((32, 64, 96), (1, 2, 3)),
+}
+
+
+class CLIPCameraProjection(nn.Module):
+    """The one layer that turns Zero123's [image embedding, pose] into a cross-attention token."""
+
+    def __init__(self, embedding_dim: int, additional_embeddings: int = 4):
+        super().__init__()
+        self.proj = nn.Linear(embedding_dim + additional_embeddings, embedding_dim)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.proj(embedding)
+
+
+class ToyPrior(nn.Module):
+    """Everything that is trained for one prior.
+
+    Args:
+        unet: UNet2DConditionModel. text: CLIPTextModel or T5EncoderModel, None for novel views.
+        image, projection: CLIPVisionModelWithProjection and its camera projection, for novel views only.
+    """
+
+    def __init__(self, unet: nn.Module, text: nn.Module | None, image: nn.Module | None, projection: nn.Module | None):
+        super().__init__()
+        self.unet, self.text, self.image, self.projection = unet, text, image, projection
+
+
+def build_prior(kind: PriorKind, size: ToySize | None = None) -> ToyPrior:
+    """Build the freshly initialised networks of one kind (from torch's global generator, as diffusers does)."""
+    size = size or SIZES[kind]
+    grouped = kind in ("multiview", "video")
+    unet = _build_unet(kind, size)
+    if grouped:
+        attend_across_views(unet)
+    if kind == "novel_view":
+        return ToyPrior(unet, None, _build_image_encoder(), CLIPCameraProjection(WIDTH))
+    return ToyPrior(unet, _build_t5() if kind == "pixel" else _build_clip_text(), None, None)
+
+
+def _build_unet(kind: PriorKind, size: ToySize) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    grouped = kind in ("multiview", "video")
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE,
+        in_channels=6 if kind == "novel_view" else 3,
+        out_channels=6 if kind == "pixel" else 3,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=size.channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=WIDTH,
+        # despite its name this is the number of heads (a slip that diffusers keeps for its old models' sake)
+        attention_head_dim=size.heads,
+        class_embed_type="projection" if grouped else None,
+        projection_class_embeddings_input_dim=16 if grouped else None,
+        encoder_hid_dim=WIDTH if kind == "pixel" else None,
+    )
+
+
+def _build_clip_text() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vocabulary_of_clip, _ = clip_vocabulary()
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary_of_clip),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=WIDTH,
+        bos_token_id=vocabulary_of_clip["<|startoftext|>"],
+        eos_token_id=vocabulary_of_clip["<|endoftext|>"],
+        pad_token_id=vocabulary_of_clip["<|endoftext|>"],
+    )
+    return CLIPTextModel(config)
+
+
+def _build_t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=3 + len(t5_pieces()),
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return T5EncoderModel(config)
+
+
+def _build_image_encoder() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+# --- Tokenizers ------------------------------------------------------------------------------------------------
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return (vocabulary, merges) of a byte-pair encoding in which every known word is one token.
+
+    Each word gets the merges that the earlier words' merges leave it in want of, so none is broken by another;
+    unknown words fall apart into letters and beginnings of known words.
+    """
+    letters = [*"abcdefghijklmnopqrstuvwxyz", ",", "."]
+    tokens = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters)])
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        while len(parts := _apply_merges([*word[:-1], word[-1] + "</w>"], merges)) > 1:
+            merges.append((parts[0], parts[1]))
+            tokens[parts[0] + parts[1]] = None
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        tokens[special] = None
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def _apply_merges(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Merge neighbours as byte-pair encoding does: the earliest rule first, everywhere it fits."""
+    for pair in merges:
+        merged: list[str] = []
+        for part in parts:
+            if merged and (merged[-1], part) == pair:
+                merged[-1] += part
+            else:
+                merged.append(part)
+        parts = merged
+    return parts
+
+
+def t5_pieces() -> list[tuple[str, float]]:
+    """Return the pieces (and their scores) of a unigram model in which every known word is one piece."""
+    commas = [(",", -1.0)]
+    words = [("▁" + word, -1.0) for word in WORDS]
+    letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    return [*words, *commas, *letters]
+
+
+def save_clip_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that transformers' CLIPTokenizer loads, in the format of the published models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, merges = clip_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
+
+
+def save_t5_tokenizer(folder: Path) -> None:
+    """Write a tokenizer.json that transformers' AutoTokenizer loads."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(Unigram([*((token, 0.0) for token in special), *t5_pieces()], unk_id=2))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def tokenize(kind: PriorKind, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Return (token ids, attention mask), [n, MAX_TOKENS], through the very files that are saved."""
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        (save_t5_tokenizer if kind == "pixel" else save_clip_tokenizer)(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------
+
+_PARTS = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "clip": {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]},
+    "t5": {
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    },
+    "image": {
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "clip_camera_projection": ["dream4d_engine", "CLIPCameraProjection"],
+    },
+}
+
+
+def scheduler_config(kind: PriorKind) -> dict[str, Any]:
+    """The training schedule: 1000 linear betas from 1e-4 to 0.02, v-prediction."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "v_prediction",
+        "variance_type": "learned_range" if kind == "pixel" else "fixed_small",
+        "clip_sample": False,
+    }
+
+
+def model_index(kind: PriorKind) -> dict[str, Any]:
+    """The folder's model_index.json, with what our loader wants to know."""
+    conditioner = _PARTS["image"] if kind == "novel_view" else _PARTS["t5" if kind == "pixel" else "clip"]
+    ours = {
+        "name": f"toy {kind.replace('_', '-')}",
+        "kind": kind,
+        "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+        "n_frames": {"multiview": N_VIEWS, "video": N_FRAMES}.get(kind),
+        "vector": {"multiview": "camera", "video": "frame_time"}.get(kind),
+        "group_attention": kind in ("multiview", "video"),
+        "known_words": None if kind == "novel_view" else list(WORDS),
+        "negative_prompt": "",
+        "license": "Apache-2.0",
+    }
+    parts = {"unet": _PARTS["unet"], "scheduler": _PARTS["scheduler"], **conditioner}
+    return {"_class_name": "IFPipeline" if kind == "pixel" else "DiffusionPipeline", **parts, "dream4d": ours}
+
+
+def save_prior(prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write an ordinary diffusers folder with weights of `dtype`; the networks themselves are left as they are."""
+    import copy
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    half = copy.deepcopy(prior).cpu().to(dtype)
+    half.unet.save_pretrained(folder / "unet")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
+    write_json(folder / "model_index.json", model_index(kind))
+    if half.text is not None:
+        with no_progress_bars():
+            half.text.save_pretrained(folder / "text_encoder")
+        (save_t5_tokenizer if kind == "pixel" else save_clip_tokenizer)(folder / "tokenizer")
+    if half.image is not None:
+        with no_progress_bars():
+            half.image.save_pretrained(folder / "image_encoder")
+        part = folder / "clip_camera_projection"
+        part.mkdir(exist_ok=True)
+        config = {"_class_name": "CLIPCameraProjection", "embedding_dim": WIDTH, "additional_embeddings": 4}
+        write_json(part / "config.json", config)
+        state = {name: value.contiguous() for name, value in half.projection.state_dict().items()}
+        save_file(state, str(part / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+
+
+def load_weights(prior: ToyPrior, folder: Path, leave_out: str | None = None) -> None:
+    """Read the networks' weights back from a folder; those whose name holds `leave_out` stay as they are."""
+    from safetensors.torch import load_file
+
+    parts = {"unet": "unet/diffusion_pytorch_model", "text": "text_encoder/model", "image": "image_encoder/model"}
+    parts["projection"] = "clip_camera_projection/diffusion_pytorch_model"
+    for name, network in prior.named_children():
+        path = folder / f"{parts[name]}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"cannot start from {folder}: {path} is missing")
+        state = load_file(str(path))
+        kept = {key: value for key, value in state.items() if leave_out is None or leave_out not in key}
+        left_out = [key for key in state if key not in kept]
+        found = network.load_state_dict(kept, strict=False)
+        if found.unexpected_keys or set(found.missing_keys) - set(left_out):
+            raise ValueError(f"cannot start from {path}: it is of another network")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

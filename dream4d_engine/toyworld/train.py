@@ -1,0 +1,439 @@
+"""Train the toy priors: `python -m dream4d_engine.toyworld.train --out DIR`.
+
+Each prior is trained to predict v (2202.00512) on pictures of the toy world, with AdamW, a cosine learning rate after
+a short warm-up, an exponential moving average of the weights and bf16 on CUDA. The length of a run is a number of
+steps (reproducible) or of minutes (the schedule follows the clock). A run that was cut off goes on where its last
+`state.pt` was written. The video prior starts from the multi-view prior's weights, found in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..priors.conditioning import clip_pixels
+from ..priors.loading import PriorKind, read_schedule
+from .datasets import Batch, batch_maker, render_bank
+from .models import IMAGE_SIZE, KINDS, ToyPrior, build_prior, load_weights, save_prior, scheduler_config, write_json
+
+ORDER: tuple[PriorKind, ...] = ("multiview", "video", "image", "novel_view", "pixel")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One prior's run.
+
+    Args:
+        steps, minutes: the length; minutes win where given.
+        batch: groups a step. bank: groups rendered beforehand. lr: the highest learning rate.
+        graph: record the step once as a CUDA graph and replay it. compile: torch.compile the UNet.
+    """
+
+    kind: PriorKind
+    steps: int
+    batch: int
+    bank: int
+    lr: float
+    minutes: float | None = None
+    warm_up: float = 0.03
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    seed: int = 0
+    graph: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    save_seconds: float = 60.0
+
+
+TRAININGS: dict[PriorKind, Training] = {
+    "image": Training("image", steps=6000, batch=256, bank=60_000, lr=1e-3),
+    "multiview": Training("multiview", steps=6000, batch=64, bank=24_000, lr=1e-3),
+    "video": Training("video", steps=5000, batch=32, bank=24_000, lr=6e-4),
+    "novel_view": Training("novel_view", steps=6000, batch=256, bank=60_000, lr=1e-3),
+    "pixel": Training("pixel", steps=6000, batch=256, bank=60_000, lr=1e-3),
+}
+
+
+# --- The loss --------------------------------------------------------------------------------------------------
+
+
+def condition_tokens(prior: ToyPrior, batch: Batch) -> Tensor:
+    """Return the cross-attention's tokens [B, L, D]."""
+    if prior.image is not None:
+        embedding = prior.image(clip_pixels(batch.reference / 2 + 0.5, IMAGE_SIZE)).image_embeds
+        token = prior.projection(torch.cat((embedding, batch.pose.to(embedding)), -1))
+        return (token * batch.keep[:, None].to(token))[:, None]
+    # CLIP reads its padding, T5 does not (as the full-size models were trained)
+    mask = batch.token_mask if prior.text.config.model_type.startswith("t5") else None
+    return prior.text(batch.token_ids, attention_mask=mask)[0]
+
+
+def training_loss(prior: ToyPrior, batch: Batch, alphas_bar: Tensor, channels_last: bool = False) -> Tensor:
+    """Return the mean squared error of v (and of the variance head, where the network has one)."""
+    n_groups, n_frames = batch.clean.shape[:2]
+    alpha_bar = alphas_bar[batch.timestep][:, None, None, None, None]
+    noisy = alpha_bar.sqrt() * batch.clean + (1 - alpha_bar).sqrt() * batch.noise
+    target = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * batch.clean
+    model_input = noisy
+    if batch.reference is not None:
+        reference = batch.reference * batch.keep[:, None, None, None]
+        model_input = torch.cat((noisy, reference[:, None]), 2)
+    model_input = model_input.flatten(0, 1)
+    if channels_last:
+        model_input = model_input.contiguous(memory_format=torch.channels_last)
+    output = prior.unet(
+        model_input,
+        batch.timestep.repeat_interleave(n_frames),
+        condition_tokens(prior, batch).repeat_interleave(n_frames, 0),
+        class_labels=None if batch.vector is None else batch.vector.flatten(0, 1),
+        cross_attention_kwargs=None if batch.vector is None else {"n_views": n_frames},
+        return_dict=False,
+    )[0]
+    output = output.float().unflatten(0, (n_groups, n_frames))
+    v, extra = output[:, :, :3], output[:, :, 3:]
+    loss = (v - target).square().mean()
+    if extra.shape[2]:
+        loss = loss + 0.05 * variance_loss(v.detach(), target, extra, batch.timestep, alphas_bar)
+    return loss
+
+
+def variance_loss(v: Tensor, target: Tensor, extra: Tensor, timestep: Tensor, alphas_bar: Tensor) -> Tensor:
+    """Train a learned-range variance head (2102.09672, eq. 15) on the variance that the model's errors call for.
+
+    A reverse step's variance lies between log beta~ (extra = -1) and log beta (extra = 1); an error e of x0 adds
+    (sqrt(alpha_bar_prev) beta / (1 - alpha_bar))^2 e^2 to beta~.
+    """
+    previous = torch.cat((alphas_bar.new_ones(1), alphas_bar[:-1]))[timestep]
+    alpha_bar = alphas_bar[timestep]
+    beta = 1 - alpha_bar / previous
+    # beta~ is 0 at the first timestep; its neighbour's ratio stands in, as usual
+    lowest = beta * ((1 - previous) / (1 - alpha_bar)).clamp(min=0.25)
+    error = (1 - alpha_bar) * (previous.sqrt() * beta / (1 - alpha_bar)).square()
+    beta, lowest, error = (x[:, None, None, None, None] for x in (beta, lowest, error))
+    wanted = torch.log1p(error * (v - target).square() / lowest) / (beta.log() - lowest.log()).clamp(min=1e-4)
+    return (extra - (2 * wanted.clamp(0, 1) - 1)).square().mean()
+
+
+# --- The step --------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(prior: ToyPrior, training: Training, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; on CUDA fused and with the rate as a tensor, so that a recorded step can be given new ones."""
+    on_cuda = device.type == "cuda"
+    rate = torch.tensor(0.0, device=device) if on_cuda else 0.0
+    return torch.optim.AdamW(
+        prior.parameters(), lr=rate, weight_decay=training.weight_decay, fused=on_cuda, capturable=on_cuda
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def make_step(
+    prior: ToyPrior, optimizer: torch.optim.Optimizer, alphas_bar: Tensor, training: Training, first: Batch
+) -> Callable[[Batch], Tensor]:
+    """Return a function that takes a batch, updates the networks and returns the loss (a tensor)."""
+    device = alphas_bar.device
+    parameters = list(prior.parameters())
+    if training.channels_last:
+        prior.unet.to(memory_format=torch.channels_last)
+    if training.compile:
+        prior.unet.compile(dynamic=False)
+
+    def forward_backward(batch: Batch) -> Tensor:
+        autocast = torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=not training.graph)
+        with autocast:
+            loss = training_loss(prior, batch, alphas_bar, training.channels_last)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    def step(batch: Batch) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        return forward_backward(batch)
+
+    if not (training.graph and device.type == "cuda"):
+        return step
+    return _record(step, forward_backward, optimizer, first)
+
+
+def _record(
+    step: Callable[[Batch], Tensor],
+    forward_backward: Callable[[Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    first: Batch,
+) -> Callable[[Batch], Tensor]:
+    """Record a step as a CUDA graph over fixed memory; a replay costs one launch instead of two thousand."""
+    tensors = {f.name: getattr(first, f.name) for f in fields(first)}
+    held = Batch(**{name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()})
+    set_rate(optimizer, 0.0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(held)
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = forward_backward(held)
+
+    def replay(batch: Batch) -> Tensor:
+        held.copy_from(batch)
+        graph.replay()
+        return loss.clone()
+
+    return replay
+
+
+# --- The run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """How far a run is: steps done and seconds spent, over all of its sessions."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+def learning_rate(training: Training, progress: float) -> float:
+    """A linear warm-up, then half a cosine to a fiftieth."""
+    if progress < training.warm_up:
+        return training.lr * progress / training.warm_up
+    share = (progress - training.warm_up) / (1 - training.warm_up)
+    return training.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def progress_of(training: Training, clock: Clock) -> float:
+    """Return the share of the run that is done."""
+    if training.minutes is not None:
+        return clock.seconds / (60 * training.minutes)
+    return clock.step / training.steps
+
+
+def initial_prior(training: Training, out: Path, start_from: Path | None = None) -> ToyPrior:
+    """Return the networks as training finds them.
+
+    Fresh ones, or those in start_from/KIND. The video prior's come from out/multiview, but for the class embedding.
+    """
+    torch.manual_seed(training.seed)  # diffusers and transformers initialise from the global generator
+    prior = build_prior(training.kind)
+    if start_from is not None:
+        load_weights(prior, start_from / training.kind)
+    elif training.kind == "video":
+        load_weights(prior, out / "multiview", leave_out="class_embedding")
+    return prior
+
+
+def train(
+    training: Training,
+    out: Path,
+    device: torch.device,
+    start_from: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Train one prior and write its folder out/KIND; returns it. Goes on from out/KIND/state.pt if there is one."""
+    folder = out / training.kind
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    prior = initial_prior(training, out, start_from).to(device)
+    optimizer = make_optimizer(prior, training, device)
+    average = [p.detach().clone() for p in prior.parameters()]
+    # the pictures are drawn by the seed alone, so a resumed run renders the same ones again
+    bank = render_bank(training.kind, training.bank, torch.Generator().manual_seed(training.seed), device)
+    log(f"{training.kind}: {len(bank.rgba)} groups rendered in {time.perf_counter() - started:.1f} s")
+    generator = torch.Generator(device).manual_seed(training.seed + 1)
+    clock, state_path = Clock(), folder / "state.pt"
+    if state_path.is_file():
+        clock = _load_state(state_path, prior, optimizer, average, generator)
+        log(f"{training.kind}: goes on at step {clock.step}")
+    offset = clock.seconds
+    make_batch = batch_maker(training.kind, bank)
+    write_json_schedule(folder, training.kind)
+    alphas_bar = read_schedule(folder)[0].to(device)
+    # a generator of its own: what shapes the recording must not use up the run's random numbers
+    first = make_batch(training.batch, torch.Generator(device).manual_seed(training.seed))
+    step = make_step(prior, optimizer, alphas_bar, training, first)
+    saved = time.perf_counter()
+    losses: list[Tensor] = []
+    parameters = list(prior.parameters())
+    while (progress := progress_of(training, clock)) < 1:
+        set_rate(optimizer, learning_rate(training, progress))
+        losses.append(step(make_batch(training.batch, generator)))
+        clock.step += 1
+        decay = min(training.ema, (1 + clock.step) / (10 + clock.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - decay)
+        if clock.step % 20 == 0 and device.type == "cuda":
+            torch.cuda.synchronize()  # the clock must not run ahead of the device
+        clock.seconds = offset + time.perf_counter() - started
+        if len(losses) == 200:
+            log(_line(training, clock, losses))
+            losses.clear()
+        if time.perf_counter() - saved > training.save_seconds:
+            _save_state(state_path, prior, optimizer, average, generator, clock)
+            saved = time.perf_counter()
+    if losses:
+        log(_line(training, clock, losses))
+    _save_state(state_path, prior, optimizer, average, generator, clock)
+    averaged = _with_average(prior, average)
+    save_prior(averaged, training.kind, folder)
+    record = {**{f.name: getattr(training, f.name) for f in fields(training)}, "steps": clock.step}
+    record |= {"seconds": round(clock.seconds, 1), "device": _device_name(device), "torch": torch.__version__}
+    write_json(folder / "training.json", record)
+    return folder
+
+
+def write_json_schedule(folder: Path, kind: PriorKind) -> None:
+    """Write the scheduler's part of the folder, from which training and use both read the noise levels."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
+
+
+def _line(training: Training, clock: Clock, losses: list[Tensor]) -> str:
+    loss = torch.stack(losses).mean().item()
+    return (
+        f"{training.kind}: step {clock.step} ({progress_of(training, clock):.0%}) loss {loss:.4f} "
+        f"after {clock.seconds:.0f} s"
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _with_average(prior: ToyPrior, average: list[Tensor]) -> ToyPrior:
+    """Return a copy of the networks with averaged weights, in the ordinary memory layout."""
+    averaged = copy.deepcopy(prior).to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        for parameter, value in zip(averaged.parameters(), average, strict=True):
+            parameter.copy_(value)
+    return averaged.cpu()
+
+
+def _save_state(path: Path, prior, optimizer, average, generator, clock: Clock) -> None:
+    state = {
+        "prior": prior.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average,
+        "generator": generator.get_state(),
+        "step": clock.step,
+        "seconds": clock.seconds,
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _load_state(path: Path, prior, optimizer, average, generator) -> Clock:
+    state = torch.load(path, map_location=next(prior.parameters()).device, weights_only=True)
+    prior.load_state_dict(state["prior"])
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for held, value in zip(average, state["average"], strict=True):
+            held.copy_(value)
+    generator.set_state(state["generator"].cpu())
+    return Clock(state["step"], state["seconds"])
+
+
+# --- Command line ----------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m dream4d_engine.toyworld.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder a prior")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=list(ORDER), help="which priors, in this order")
+    parser.add_argument("--steps", type=int, help="steps of each (default: the published ones)")
+    parser.add_argument("--minutes", type=float, help="minutes of each, instead of steps")
+    parser.add_argument("--batch", type=int, help="groups a step")
+    parser.add_argument("--bank", type=int, help="groups rendered beforehand")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--start-from", type=Path, help="start from the weights in this folder's KIND folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--graph", action="store_true", help="replay the step as a CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--bench", type=int, metavar="STEPS", help="only time this many steps of each")
+    parser.add_argument("--no-samples", action="store_true", help="write no sample sheet and no metrics")
+    parser.add_argument("--sample-steps", type=int, default=30, help="DDIM steps of the samples")
+    return parser.parse_args(arguments)
+
+
+def chosen_training(kind: PriorKind, options: argparse.Namespace) -> Training:
+    """The published run of a kind, changed by the command line."""
+    changes = {name: getattr(options, name) for name in ("steps", "minutes", "batch", "bank", "lr")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    flags = {name: getattr(options, name) for name in ("seed", "graph", "compile", "channels_last")}
+    return replace(TRAININGS[kind], **changes, **flags)
+
+
+def bench(training: Training, device: torch.device, n_steps: int) -> dict[str, float]:
+    """Time a training step: seconds to the first one and steps a second afterwards."""
+    torch.manual_seed(0)
+    prior = build_prior(training.kind).to(device)
+    optimizer = make_optimizer(prior, training, device)
+    begun = time.perf_counter()
+    bank = render_bank(training.kind, min(training.bank, 4096), torch.Generator().manual_seed(0), device)
+    rendered = time.perf_counter() - begun
+    make_batch, generator = batch_maker(training.kind, bank), torch.Generator(device).manual_seed(0)
+    alphas_bar = (1 - torch.linspace(1e-4, 0.02, 1000, device=device)).cumprod(0)
+    begun = time.perf_counter()
+    step = make_step(prior, optimizer, alphas_bar, training, make_batch(training.batch, generator))
+    set_rate(optimizer, training.lr)
+    first = step(make_batch(training.batch, generator)).item()
+    for _ in range(3):
+        step(make_batch(training.batch, generator))
+    ready = time.perf_counter() - begun
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(n_steps):
+        loss = step(make_batch(training.batch, generator))
+    loss = loss.item()
+    rate = n_steps / (time.perf_counter() - begun)
+    return {"render_4096_s": rendered, "ready_s": ready, "steps_per_s": rate, "loss_first": first, "loss_last": loss}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, sample, measure."""
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    for kind in options.only:
+        training = chosen_training(kind, options)
+        if options.bench:
+            print(kind, json.dumps(bench(training, device, options.bench)), flush=True)
+            continue
+        folder = train(training, options.out, device, options.start_from, lambda line: print(line, flush=True))
+        if not options.no_samples:
+            from .samples import write_samples
+
+            metrics = write_samples(folder, kind, device, options.sample_steps)
+            print(kind, json.dumps(metrics), flush=True)
+
+
+if __name__ == "__main__":
+    main()
