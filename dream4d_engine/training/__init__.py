@@ -1,0 +1,1 @@
+"""Recipes, the one training loop, and the two stages that use it."""

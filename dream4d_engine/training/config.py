@@ -1,0 +1,283 @@
+"""Recipes: every number of a run, as frozen dataclasses.
+
+The published settings (Dream-in-4D, arXiv 2311.16854, and the papers it builds on) and a `toy` size of each stage
+for the small priors that ship with the package. A variant is a value made with `dataclasses.replace`. Positions in
+time are shares of the run, so a recipe keeps its shape when only `steps` is changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..cameras import CameraRanges
+from ..fields.background import BackgroundConfig
+from ..fields.deformation import DeformationConfig
+from ..fields.encodings import HashGridConfig
+from ..fields.radiance import RadianceConfig
+from ..guidance.combine import published_scale
+from ..guidance.distillation import DistillationConfig
+from ..guidance.prompts import NEGATIVE_PROMPT
+from ..priors.loading import PriorKind
+from ..scene import SceneConfig
+from ..schedules import Schedule, constant
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Picture size and number of camera groups from progress `start` on."""
+
+    start: float
+    n_groups: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class GuidanceTerm:
+    """One prior's part in the loss."""
+
+    prior: PriorKind
+    weight: float
+    distillation: DistillationConfig
+
+
+@dataclass(frozen=True)
+class RegularizerWeights:
+    """Weights of the terms that know no prior; 0 leaves a term out. See dream4d_engine/losses.py."""
+
+    opacity: float = 0.0
+    entropy: float = 0.0
+    orientation: float = 0.0
+    z_variance: float = 0.0
+    normal_smoothness_2d: float = 0.0
+    normal_smoothness_3d: float = 0.0
+    displacement_tv: float = 0.0
+
+
+@dataclass(frozen=True)
+class RandomBackground:
+    """With `probability`, the whole batch of a step is seen before one random colour in [low, high]."""
+
+    probability: float = 0.5
+    low: float = 0.0
+    high: float = 1.0
+    grey: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam or AdamW with a learning rate per kind of parameter, multiplied by `factor` at each milestone."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+    weight_decay: float = 0.01
+    lr_grid: float = 0.01
+    lr_mlp: float = 0.001
+    lr_background: float = 0.001
+    milestones: tuple[float, ...] = ()
+    factor: float = 0.5
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the training loop itself needs.
+
+    `precision`: "half" is fp16 autocast with loss scaling on CUDA and full precision elsewhere.
+    A checkpoint is written every `checkpoint_steps` steps or `checkpoint_seconds` seconds, whichever comes first.
+    """
+
+    precision: Literal["half", "full"] = "half"
+    occupancy_every: int = 16
+    checkpoint_steps: int = 500
+    checkpoint_seconds: float = 30.0
+    max_bad_steps: int = 20
+
+
+@dataclass(frozen=True)
+class StaticRecipe:
+    """Stage 1: a static scene from priors of pictures."""
+
+    name: str
+    steps: int
+    scene: SceneConfig
+    cameras: CameraRanges
+    n_views: int
+    phases: tuple[Phase, ...]
+    guidance: tuple[GuidanceTerm, ...]
+    regularizers: RegularizerWeights = field(default_factory=RegularizerWeights)
+    background: RandomBackground = field(default_factory=RandomBackground)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+@dataclass(frozen=True)
+class MotionRecipe:
+    """Stage 2: a deformation over time of a frozen static scene, from a prior of videos.
+
+    `target_extent` is the object's radius (share of the box's) that the automatic deformation scale aims at;
+    the scale stays between 1 and `max_scale`, and at 1 where it would be less than `min_scale`.
+    `level_rate`: grid levels set free over the whole run, after the first `first_levels`.
+    `fresh_background` replaces the scene's background by one with this configuration, trained too.
+    """
+
+    name: str
+    steps: int
+    deformation: DeformationConfig
+    cameras: CameraRanges
+    n_frames: int
+    phases: tuple[Phase, ...]
+    guidance: tuple[GuidanceTerm, ...]
+    time_span: tuple[float, float] = (0.8, 1.0)
+    target_extent: float = 0.65
+    min_scale: float = 1.2
+    max_scale: float = 2.0
+    first_levels: int = 4
+    level_rate: float = 20.0
+    fresh_background: BackgroundConfig | None = None
+    regularizers: RegularizerWeights = field(default_factory=RegularizerWeights)
+    background: RandomBackground = field(default_factory=RandomBackground)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    negative_prompt: str = NEGATIVE_PROMPT
+
+
+# --- Stage 1, as published -------------------------------------------------------------------------------------
+
+_MVDREAM = DistillationConfig(
+    guidance_scale=50.0,
+    min_noise=Schedule(0.98, 0.02, 0.0, 0.8),
+    max_noise=Schedule(0.98, 0.50, 0.0, 0.8),
+    loss="x0",
+    rescale=0.5,
+    shared_timestep=True,
+)
+_STABLE_DIFFUSION = DistillationConfig(
+    guidance_scale=published_scale(100.0), min_noise=constant(0.2), max_noise=constant(0.6)
+)
+
+TEXT_TO_3D = StaticRecipe(
+    name="text-to-3d",
+    steps=10_000,
+    scene=SceneConfig(),
+    cameras=CameraRanges(),
+    n_views=4,
+    phases=(Phase(0.0, 2, 64, 64), Phase(0.5, 1, 256, 256)),
+    guidance=(GuidanceTerm("multiview", 2.0, _MVDREAM), GuidanceTerm("image", 1.0, _STABLE_DIFFUSION)),
+)
+
+# --- Stage 2, as published -------------------------------------------------------------------------------------
+
+_VIDEO = DistillationConfig(
+    guidance_scale=published_scale(100.0),
+    min_noise=Schedule(0.99, 0.2, 0.0, 1.0),
+    max_noise=Schedule(0.99, 0.5, 0.0, 1.0),
+    loss="multistep",
+    n_steps=1,
+    color_weight=0.1,
+)
+_TAKES = CameraRanges(azimuth_deg=(-150.0, 150.0), elevation_deg=(0.0, 45.0))
+
+ZEROSCOPE = MotionRecipe(
+    name="zeroscope-144x80",
+    steps=10_000,
+    deformation=DeformationConfig(),
+    cameras=_TAKES,
+    n_frames=24,
+    phases=(Phase(0.0, 1, 80, 144),),
+    guidance=(GuidanceTerm("video", 1.0, _VIDEO),),
+    fresh_background=BackgroundConfig(hidden_width=64, hidden_layers=3),
+    regularizers=RegularizerWeights(displacement_tv=1000.0),
+    optimizer=OptimizerConfig(lr_grid=0.001, milestones=(0.8, 0.9)),
+)
+ZEROSCOPE_72X40 = replace(ZEROSCOPE, name="zeroscope-72x40", phases=(Phase(0.0, 2, 40, 72),))
+MODELSCOPE = replace(ZEROSCOPE, name="modelscope", n_frames=16, phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256)))
+
+# --- The toy size ----------------------------------------------------------------------------------------------
+
+TOY_FOV_DEG, TOY_DISTANCE, TOY_SIZE, TOY_FRAMES = 40.0, 3.0, 32, 8
+_TOY_CAMERAS = CameraRanges(
+    elevation_deg=(0.0, 30.0),
+    fov_y_deg=(TOY_FOV_DEG, TOY_FOV_DEG),
+    distance=(TOY_DISTANCE, TOY_DISTANCE),
+    relative_distance=False,
+    elevation_law="uniform",
+)
+_TOY_GREY = RandomBackground(probability=1.0, low=0.15, high=1.0, grey=True)
+_TOY_LOOP = LoopConfig(precision="full", occupancy_every=8, checkpoint_steps=50, checkpoint_seconds=20.0)
+_TOY_BACKDROP = BackgroundConfig(color=(0.5, 0.5, 0.5))
+
+TOY_STATIC = StaticRecipe(
+    name="toy",
+    steps=250,
+    scene=SceneConfig(
+        radiance=RadianceConfig(
+            grid=HashGridConfig(n_levels=6, log2_entries=15, base_resolution=6, growth=1.45), hidden_width=32
+        ),
+        background=_TOY_BACKDROP,
+        n_samples=64,
+    ),
+    cameras=_TOY_CAMERAS,
+    n_views=4,
+    phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
+    guidance=(
+        GuidanceTerm(
+            "multiview",
+            1.0,
+            DistillationConfig(
+                guidance_scale=3.0,
+                min_noise=Schedule(0.98, 0.15),
+                max_noise=Schedule(0.98, 0.30),
+                loss="x0",
+                shared_timestep=True,
+            ),
+        ),
+    ),
+    regularizers=RegularizerWeights(opacity=150.0, entropy=90.0),
+    background=_TOY_GREY,
+    loop=_TOY_LOOP,
+    negative_prompt="",
+)
+TOY_MOTION = MotionRecipe(
+    name="toy",
+    steps=140,
+    deformation=DeformationConfig(
+        grid=HashGridConfig(n_levels=4, log2_entries=13, base_resolution=4, growth=1.447269237440378),
+        hidden_width=32,
+        hidden_layers=2,
+    ),
+    cameras=replace(_TOY_CAMERAS, azimuth_deg=(-150.0, 150.0)),
+    n_frames=TOY_FRAMES,
+    phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
+    guidance=(
+        GuidanceTerm(
+            "video",
+            1.0,
+            DistillationConfig(
+                guidance_scale=3.0,
+                min_noise=Schedule(0.98, 0.30),
+                max_noise=Schedule(0.98, 0.50),
+                loss="x0",
+                rescale=0.5,
+                shared_timestep=True,
+            ),
+        ),
+    ),
+    target_extent=0.55,
+    background=_TOY_GREY,
+    optimizer=OptimizerConfig(lr_grid=0.01, lr_mlp=0.003),
+    loop=_TOY_LOOP,
+    negative_prompt="",
+)
+
+STATIC_RECIPES = {recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D)}
+MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE)}
+
+
+def find_recipe(name: str, recipes: dict):
+    """Return the recipe of this name, or raise a ValueError that lists the known ones."""
+    if name not in recipes:
+        raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(recipes)}")
+    return recipes[name]

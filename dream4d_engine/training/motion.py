@@ -1,0 +1,104 @@
+"""Stage 2: a deformation over time of a frozen static scene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..cameras import sample_takes
+from ..guidance.distillation import Guidance
+from ..priors.loading import PriorKind
+from ..rendering import RenderOptions, render
+from ..scene import Scene
+from ..schedules import stepped
+from .config import MotionRecipe, OptimizerConfig
+from .loop import FitSummary, ParameterGroup, RunControl, fit
+from .objectives import Terms, current_phase, draw_background, guidance_loss, pick_guidance, regularizer_loss
+from .static import object_extent
+
+
+def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
+    """What stage 2 trains: the deformation and the background; the canonical field stays as it is."""
+    deformation = scene.deformation
+    return [
+        ("grid", list(deformation.grid.parameters()), config.lr_grid),
+        ("mlp", list(deformation.mlp.parameters()), config.lr_mlp),
+        ("background", list(scene.background.parameters()), config.lr_background),
+    ]
+
+
+def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
+    """Return the zoom that brings the object to the recipe's target extent.
+
+    A scale s shows the canonical field s times larger, so that a small object fills the frame that the video
+    prior sees; it is 1 where the object is already large enough.
+    """
+    extent = object_extent(scene)
+    if extent == 0:
+        raise ValueError("the scene to animate is empty: nothing in it is solid; train the static stage longer")
+    scale = min(recipe.target_extent / extent, recipe.max_scale)
+    return scale if scale >= recipe.min_scale else 1.0
+
+
+def motion_objective(recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance]):
+    """Return the function that films a random take and asks the video prior."""
+    pairs = pick_guidance(recipe.guidance, guidance)
+    weights = recipe.regularizers
+
+    def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        device = next(scene.parameters()).device
+        scene.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
+        phase = current_phase(recipe.phases, progress)
+        size = (phase.height, phase.width)
+        takes = sample_takes(recipe.cameras, phase.n_groups, recipe.n_frames, *size, generator, recipe.time_span)
+        cameras = takes.to(device)
+        backdrop = draw_background(recipe.background, generator, device)
+        options = RenderOptions(stratified=True, background=backdrop, displacement=bool(weights.displacement_tv))
+        output = render(scene, cameras, options, generator)
+        loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
+        extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
+        return loss + extra, terms | parts
+
+    return objective
+
+
+def train_motion(
+    scene: Scene,
+    recipe: MotionRecipe,
+    guidance: Mapping[PriorKind, Guidance],
+    *,
+    seed: int,
+    device: torch.device,
+    control: RunControl,
+    deformation_scale: float | None = None,
+) -> tuple[Scene, FitSummary]:
+    """Run stage 2 on a copy of `scene` and return it; the scale it used is in its configuration.
+
+    `deformation_scale` None chooses it from the object's extent.
+    """
+    if deformation_scale is not None and not 0 < deformation_scale <= 10:
+        raise ValueError(f"deformation_scale must lie in (0, 10], got {deformation_scale}; 1 leaves the size as it is")
+    generator = torch.Generator().manual_seed(seed)
+    scene = scene.clone().to(device)
+    scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
+    moving = scene.with_deformation(
+        replace(recipe.deformation, scale=scale), generator, background=recipe.fresh_background
+    ).to(device)
+    moving.canonical.requires_grad_(False)
+    summary = fit(
+        moving,
+        motion_objective(recipe, guidance),
+        motion_groups(moving, recipe.optimizer),
+        stage="motion",
+        steps=recipe.steps,
+        optimizer_config=recipe.optimizer,
+        loop=recipe.loop,
+        generator=generator,
+        control=control,
+    )
+    moving.canonical.requires_grad_(True)
+    moving.refresh_occupancy()
+    return moving, summary

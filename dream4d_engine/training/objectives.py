@@ -1,0 +1,104 @@
+"""The parts that both stages' objectives are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..cameras import CameraBatch
+from ..guidance.distillation import Guidance, distill
+from ..priors.loading import PriorKind
+from ..rays import RayBundle, rays_from_cameras
+from ..rendering import RenderOutput
+from ..scene import Scene
+from .config import GuidanceTerm, Phase, RandomBackground, RegularizerWeights
+
+Terms = dict[str, Tensor]
+
+SURFACE_OFFSET = 0.01
+"""Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
+
+
+def current_phase(phases: Sequence[Phase], progress: float) -> Phase:
+    """Return the last phase that has begun."""
+    begun = [phase for phase in phases if phase.start <= progress + 1e-9]
+    if not begun:
+        raise ValueError(f"no phase begins at progress 0: the first begins at {phases[0].start}")
+    return begun[-1]
+
+
+def draw_background(config: RandomBackground, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """Return a random colour [3] for the whole batch, or None to keep the scene's own background."""
+    coin, color = torch.rand((), generator=generator), torch.rand(3, generator=generator)
+    if coin >= config.probability:
+        return None
+    if config.grey:
+        color = color[:1].expand(3)
+    return (config.low + (config.high - config.low) * color).to(device)
+
+
+def pick_guidance(
+    terms: Sequence[GuidanceTerm], guidance: Mapping[PriorKind, Guidance]
+) -> list[tuple[GuidanceTerm, Guidance]]:
+    """Pair every term of non-zero weight with its prior's guidance; a missing one is an error."""
+    wanted = [term for term in terms if term.weight]
+    missing = [term.prior for term in wanted if term.prior not in guidance]
+    if missing:
+        raise ValueError(f"the recipe needs a prior of kind {missing[0]!r}: give one, or set its weight to 0")
+    return [(term, guidance[term.prior]) for term in wanted]
+
+
+def guidance_loss(
+    pairs: Sequence[tuple[GuidanceTerm, Guidance]],
+    output: RenderOutput,
+    cameras: CameraBatch,
+    progress: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Terms]:
+    """Sum the priors' weighted distillation losses on a render."""
+    pictures = output.rgb.movedim(-1, 2)
+    total, terms = pictures.new_zeros(()), {}
+    for term, guidance in pairs:
+        result = distill(guidance, pictures, cameras, progress, generator)
+        total = total + term.weight * result.loss
+        terms |= {f"{term.prior}.{name}": value for name, value in result.terms.items()}
+    return total, terms
+
+
+def regularizer_loss(
+    weights: RegularizerWeights, output: RenderOutput, scene: Scene, cameras: CameraBatch, generator: torch.Generator
+) -> tuple[Tensor, Terms]:
+    """Sum the weighted terms that know no prior; a weight of 0 leaves a term uncomputed."""
+    parts: Terms = {}
+    if weights.opacity:
+        parts["opacity"] = weights.opacity * losses.opacity_sparsity(output.opacity)
+    if weights.entropy:
+        parts["entropy"] = weights.entropy * losses.opacity_entropy(output.opacity)
+    if weights.z_variance:
+        parts["z_variance"] = weights.z_variance * losses.z_variance(output.z_variance, output.opacity)
+    if weights.displacement_tv:
+        parts["displacement_tv"] = weights.displacement_tv * losses.displacement_tv(output.displacement)
+    if weights.normal_smoothness_2d:
+        parts["normal_2d"] = weights.normal_smoothness_2d * losses.normal_smoothness_2d(output.normals)
+    if weights.orientation or weights.normal_smoothness_3d:
+        rays = rays_from_cameras(cameras)
+    if weights.orientation:
+        facing = losses.orientation(output.opacity, output.normals.reshape(-1, 3), rays.directions)
+        parts["orientation"] = weights.orientation * facing
+    if weights.normal_smoothness_3d:
+        parts["normal_3d"] = weights.normal_smoothness_3d * _normal_smoothness(scene, output, rays, generator)
+    return sum(parts.values(), start=output.opacity.new_zeros(())), {n: v.detach() for n, v in parts.items()}
+
+
+def _normal_smoothness(scene: Scene, output: RenderOutput, rays: RayBundle, generator: torch.Generator) -> Tensor:
+    """Compare the normals where opaque rays end with those of points a little aside."""
+    opacity = output.opacity.detach().reshape(-1)
+    seen = opacity > 0.5
+    distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
+    points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
+    aside = SURFACE_OFFSET * scene.config.radius * torch.randn(points.shape, generator=generator).to(points)
+    times = rays.times[seen]
+    return losses.normal_smoothness_3d(scene.normals(points, times), scene.normals(points + aside, times))

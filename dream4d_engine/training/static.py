@@ -1,0 +1,96 @@
+"""Stage 1: a static scene from priors of pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..cameras import sample_views
+from ..guidance.distillation import Guidance
+from ..priors.loading import PriorKind
+from ..rendering import RenderOptions, render
+from ..scene import Scene, build_scene
+from .config import OptimizerConfig, StaticRecipe
+from .loop import FitSummary, ParameterGroup, RunControl, fit
+from .objectives import Terms, current_phase, draw_background, guidance_loss, pick_guidance, regularizer_loss
+
+
+def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
+    """What stage 1 trains: the canonical field and the background."""
+    canonical = scene.canonical
+    mlps = [*canonical.density_mlp.parameters(), *canonical.color_mlp.parameters()]
+    return [
+        ("grid", list(canonical.grid.parameters()), config.lr_grid),
+        ("mlp", mlps, config.lr_mlp),
+        ("background", list(scene.background.parameters()), config.lr_background),
+    ]
+
+
+def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance]):
+    """Return the function that draws cameras, renders them and asks the priors."""
+    pairs = pick_guidance(recipe.guidance, guidance)
+    weights = recipe.regularizers
+    normals = bool(weights.orientation or weights.normal_smoothness_2d)
+
+    def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        device = next(scene.parameters()).device
+        phase = current_phase(recipe.phases, progress)
+        size = (phase.height, phase.width)
+        cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator).to(device)
+        backdrop = draw_background(recipe.background, generator, device)
+        options = RenderOptions(stratified=True, background=backdrop, normals=normals)
+        output = render(scene, cameras, options, generator)
+        loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
+        extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
+        return loss + extra, terms | parts
+
+    return objective
+
+
+def train_static(
+    recipe: StaticRecipe,
+    guidance: Mapping[PriorKind, Guidance],
+    *,
+    seed: int,
+    device: torch.device,
+    control: RunControl,
+    scene: Scene | None = None,
+) -> tuple[Scene, FitSummary]:
+    """Run stage 1 and return the finished scene; `scene`, if given, is where it starts (a copy is trained)."""
+    generator = torch.Generator().manual_seed(seed)
+    start = build_scene(recipe.scene, generator) if scene is None else scene.clone()
+    start = start.to(device)
+    summary = fit(
+        start,
+        static_objective(recipe, guidance),
+        static_groups(start, recipe.optimizer),
+        stage="static",
+        steps=recipe.steps,
+        optimizer_config=recipe.optimizer,
+        loop=recipe.loop,
+        generator=generator,
+        control=control,
+    )
+    start.refresh_occupancy()
+    return start, summary
+
+
+@torch.no_grad()
+def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) -> float:
+    """Return how far the still object reaches from the vertical axis or the middle height, as a share of the radius.
+
+    Cells of a regular lattice count where their opacity over a twentieth of the box exceeds one half; the extent
+    is the `quantile` of max(|z|, sqrt(x^2 + y^2)) over them. An empty scene has extent 0.
+    """
+    device = next(scene.parameters()).device
+    axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    density = scene.canonical.density((points + 1) / 2, scene.kernels)
+    solid = points[density * (2 * scene.config.radius / 20) > math.log(2)]
+    if not len(solid):
+        return 0.0
+    reach = torch.maximum(solid[:, 2].abs(), solid[:, :2].norm(dim=-1)).sort().values
+    return float(reach[min(int(quantile * len(reach)), len(reach) - 1)])
