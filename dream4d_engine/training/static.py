@@ -82,14 +82,14 @@ def train_static(
 def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) -> float:
     """Return how far the still object reaches from the vertical axis or the middle height, as a share of the radius.
 
-    Cells of a regular lattice count where their opacity over a twentieth of the box exceeds one half; the extent
+    Points of a regular lattice count where a quarter of the radius of their density would be half opaque; the extent
     is the `quantile` of max(|z|, sqrt(x^2 + y^2)) over them. An empty scene has extent 0.
     """
     device = next(scene.parameters()).device
     axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     density = scene.canonical.density((points + 1) / 2, scene.kernels)
-    solid = points[density * (2 * scene.config.radius / 20) > math.log(2)]
+    solid = points[density * (scene.config.radius / 4) > math.log(2)]
     if not len(solid):
         return 0.0
     reach = torch.maximum(solid[:, 2].abs(), solid[:, :2].norm(dim=-1)).sort().values

@@ -1,0 +1,382 @@
+"""The recipes, the loop and both stages, on priors whose answer is known."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dream4d_engine.cameras import CameraRanges, fixed_take, make_cameras, sample_views
+from dream4d_engine.fields.background import BackgroundConfig
+from dream4d_engine.fields.deformation import DeformationConfig
+from dream4d_engine.fields.encodings import HashGridConfig
+from dream4d_engine.fields.radiance import RadianceConfig
+from dream4d_engine.guidance.denoiser import Conditions
+from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from dream4d_engine.rendering import render_chunked
+from dream4d_engine.scene import build_scene
+from dream4d_engine.schedules import Schedule, constant
+from dream4d_engine.toyworld.ideal import IdealDenoiser
+from dream4d_engine.toyworld.world import render_caption
+from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint
+from dream4d_engine.training.config import (
+    MODELSCOPE,
+    TEXT_TO_3D,
+    TOY_MOTION,
+    TOY_STATIC,
+    ZEROSCOPE,
+    GuidanceTerm,
+    LoopConfig,
+    OptimizerConfig,
+    Phase,
+    RandomBackground,
+    RegularizerWeights,
+    StaticRecipe,
+    find_recipe,
+)
+from dream4d_engine.training.loop import Interrupted, ResumeMismatch, RunControl, TrainingDiverged, fit
+from dream4d_engine.training.motion import choose_deformation_scale, train_motion
+from dream4d_engine.training.objectives import current_phase, draw_background
+from dream4d_engine.training.static import object_extent, static_groups, train_static
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    TOY_STATIC.scene,
+    radiance=RadianceConfig(grid=HashGridConfig(n_levels=4, log2_entries=11, base_resolution=4, growth=1.5)),
+    n_samples=32,
+    occupancy_resolution=16,
+)
+SOLID = RandomBackground(probability=0.0)
+GREY = (0.5, 0.5, 0.5)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def ideal_guidance(pictures, config):
+    """The guidance of a prior that knows exactly one group of pictures [F, H, W, 3]."""
+    denoiser = IdealDenoiser(pictures.movedim(-1, 1)[None])
+
+    def conditions(cameras):
+        tokens = Conditions(torch.zeros(*cameras.shape, 1, 1))
+        return tokens, tokens
+
+    return Guidance("ideal", denoiser, conditions, config)
+
+
+def static_case(steps=60, size=16):
+    """A recipe of four fixed views, and the guidance that wants a red cube in them."""
+    ranges = CameraRanges((0, 0), (15, 15), (40, 40), (3, 3), relative_distance=False)
+    config = DistillationConfig(1.0, Schedule(0.9, 0.1), Schedule(0.95, 0.2), loss="x0", shared_timestep=True)
+    recipe = StaticRecipe(
+        name="test",
+        steps=steps,
+        scene=SMALL,
+        cameras=ranges,
+        n_views=4,
+        phases=(Phase(0.0, 1, size, size),),
+        guidance=(GuidanceTerm("multiview", 1.0, config),),
+        regularizers=RegularizerWeights(opacity=20.0, entropy=20.0),
+        background=SOLID,
+        optimizer=OptimizerConfig(lr_mlp=0.01),
+        loop=LoopConfig(precision="full", occupancy_every=8, checkpoint_steps=7),
+    )
+    cameras = sample_views(ranges, 1, 4, size, size, seeded())
+    truth = render_caption("a red cube", cameras, background=GREY)
+    return recipe, {"multiview": ideal_guidance(truth.rgb[0], config)}, cameras, truth
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_text_recipe_has_the_published_numbers():
+    multiview, image = (term.distillation for term in TEXT_TO_3D.guidance)
+    assert [term.weight for term in TEXT_TO_3D.guidance] == [2.0, 1.0]
+    assert TEXT_TO_3D.steps == 10_000
+    assert (multiview.guidance_scale, multiview.loss, multiview.rescale) == (50.0, "x0", 0.5)
+    assert image.guidance_scale == 101.0, "100 in the form text + s (text - negative)"
+    assert [multiview.max_noise(step / 10_000) for step in (0, 8000, 9999)] == [0.98, 0.5, 0.5]
+    assert multiview.min_noise(0.4) == pytest.approx(0.5)
+    assert (image.min_noise(0.3), image.max_noise(0.9)) == (0.2, 0.6)
+    phases = [current_phase(TEXT_TO_3D.phases, step / 10_000) for step in (0, 4999, 5000)]
+    assert [(p.n_groups, p.height) for p in phases] == [(2, 64), (2, 64), (1, 256)]
+    grid = TEXT_TO_3D.scene.radiance.grid
+    assert (grid.n_levels, grid.n_features, grid.log2_entries, grid.base_resolution) == (16, 2, 19, 16)
+    assert grid.base_resolution * grid.growth**15 == pytest.approx(4096, rel=1e-3)
+    assert TEXT_TO_3D.optimizer.betas == (0.9, 0.99) and TEXT_TO_3D.optimizer.eps == 1e-15
+
+
+def test_the_motion_recipes_have_the_published_numbers():
+    video = ZEROSCOPE.guidance[0].distillation
+    assert (ZEROSCOPE.n_frames, ZEROSCOPE.phases[0].width, ZEROSCOPE.phases[0].height) == (24, 144, 80)
+    assert (video.guidance_scale, video.n_steps, video.color_weight) == (101.0, 1, 0.1)
+    assert (video.min_noise(0.999999), video.max_noise(0.0)) == (pytest.approx(0.2, abs=1e-5), 0.99)
+    assert ZEROSCOPE.regularizers.displacement_tv == 1000.0
+    assert ZEROSCOPE.cameras.azimuth_deg == (-150.0, 150.0) and ZEROSCOPE.cameras.elevation_deg == (0.0, 45.0)
+    assert ZEROSCOPE.optimizer.milestones == (0.8, 0.9) and ZEROSCOPE.optimizer.lr_grid == 0.001
+    assert (ZEROSCOPE.deformation.grid.n_levels, ZEROSCOPE.deformation.grid.base_resolution) == (12, 4)
+    assert [current_phase(MODELSCOPE.phases, p).height for p in (0.0, 0.69, 0.7)] == [64, 64, 256]
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'tyo'.*toy"):
+        find_recipe("tyo", {"toy": TOY_STATIC})
+
+
+def test_random_backgrounds_come_as_often_and_as_wide_as_asked():
+    generator = seeded()
+    config = RandomBackground(probability=0.5, low=0.2, high=0.6)
+    drawn = [draw_background(config, generator, CPU) for _ in range(400)]
+    colors = torch.stack([color for color in drawn if color is not None])
+    assert 150 < len(colors) < 250
+    assert 0.2 <= colors.min() < 0.25 and 0.55 < colors.max() <= 0.6
+    grey = draw_background(replace(config, probability=1.0, grey=True), generator, CPU)
+    assert torch.all(grey == grey[0])
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------
+
+
+def parameters_of(scene):
+    return torch.cat([p.detach().reshape(-1) for p in scene.parameters()])
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_as_an_unbroken_one(tmp_path):
+    recipe, guidance, _, _ = static_case(steps=24)
+    unbroken, _ = train_static(recipe, guidance, seed=3, device=CPU, control=RunControl())
+    seen = []
+    control = RunControl(
+        checkpoint=tmp_path / "run.checkpoint",
+        identity={"prompt": "a"},
+        on_step=lambda report, scene: seen.append(report.step),
+        should_stop=lambda: len(seen) == 10,
+    )
+    with pytest.raises(Interrupted, match="after step 10"):
+        train_static(recipe, guidance, seed=3, device=CPU, control=control)
+    resumed, summary = train_static(recipe, guidance, seed=3, device=CPU, control=control)
+    assert summary.resumed_from == 10 and seen == list(range(1, 25))
+    assert torch.equal(parameters_of(resumed), parameters_of(unbroken))
+    assert torch.equal(resumed.occupancy.values, unbroken.occupancy.values)
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    recipe, guidance, _, _ = static_case(steps=3)
+    control = RunControl(checkpoint=tmp_path / "run.checkpoint")
+    first, _ = train_static(recipe, guidance, seed=0, device=CPU, control=control)
+    again, summary = train_static(recipe, guidance, seed=0, device=CPU, control=control)
+    assert summary.resumed_from == 3
+    assert torch.equal(parameters_of(first), parameters_of(again))
+
+
+def test_resuming_with_other_settings_says_which(tmp_path):
+    recipe, guidance, _, _ = static_case(steps=2)
+    control = RunControl(checkpoint=tmp_path / "run.checkpoint", identity={"recipe": {"lr": 0.01}})
+    train_static(recipe, guidance, seed=0, device=CPU, control=control)
+    other = replace(control, identity={"recipe": {"lr": 0.02}})
+    with pytest.raises(ResumeMismatch, match=r"recipe\.lr is 0\.02, the unfinished run has 0\.01"):
+        train_static(recipe, guidance, seed=0, device=CPU, control=other)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, damage):
+    recipe, guidance, _, _ = static_case(steps=1)
+    path = tmp_path / "run.checkpoint"
+    train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(checkpoint=path))
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "foreign": b"PK\x03\x04" * 100, "empty": b""}[damage])
+    with pytest.raises(CheckpointError, match="run.checkpoint"):
+        load_checkpoint(path)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_one_another():
+    recipe, guidance, _, _ = static_case(steps=3)
+    runs = [train_static(recipe, guidance, seed=s, device=CPU, control=RunControl())[0] for s in (1, 1, 2)]
+    assert torch.equal(parameters_of(runs[0]), parameters_of(runs[1]))
+    assert not torch.equal(parameters_of(runs[0]), parameters_of(runs[2]))
+
+
+def fit_on(objective, steps=6, **loop):
+    scene = build_scene(SMALL, seeded())
+    config = OptimizerConfig()
+    summary = fit(
+        scene,
+        objective,
+        static_groups(scene, config),
+        stage="test",
+        steps=steps,
+        optimizer_config=config,
+        loop=LoopConfig(precision="full", **loop),
+        generator=seeded(),
+        control=RunControl(),
+    )
+    return scene, summary
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted():
+    calls = []
+
+    def objective(scene, progress, generator):
+        calls.append(progress)
+        bad = float("nan") if len(calls) == 2 else 1.0
+        before.append(parameters_of(scene).clone())
+        return bad * sum(p.square().sum() for p in scene.parameters()), {}
+
+    before = []
+    _, summary = fit_on(objective)
+    assert summary.bad_steps == 1
+    assert torch.equal(before[1], before[2]), "the bad step left the parameters alone"
+    assert not torch.equal(before[0], before[1]) and not torch.equal(before[2], before[3])
+
+
+def test_a_run_that_only_fails_stops_and_says_what_to_lower():
+    with pytest.raises(TrainingDiverged, match="learning rates or the guidance scale"):
+        fit_on(lambda s, p, g: (float("nan") * parameters_sum(s), {}), steps=50, max_bad_steps=3)
+
+
+def parameters_sum(scene):
+    return sum(p.sum() for p in scene.parameters())
+
+
+def test_no_steps_is_an_error():
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        fit_on(lambda s, p, g: (parameters_sum(s), {}), steps=0)
+
+
+def test_a_missing_prior_is_named():
+    recipe, _, _, _ = static_case()
+    with pytest.raises(ValueError, match="'multiview'"):
+        train_static(recipe, {}, seed=0, device=CPU, control=RunControl())
+
+
+def test_differences_are_found_where_they_are():
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}).startswith("a[1].b is 2")
+    assert first_difference({"a": 1}, {}).startswith("a is 1")
+
+
+# ---- stage 1 -----------------------------------------------------------------------------------------------------
+
+
+def test_an_ideal_prior_is_distilled_to_its_truth():
+    recipe, guidance, cameras, truth = static_case(steps=80)
+    scene, summary = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl())
+    output = render_chunked(scene, cameras)
+    opaque, solid = output.opacity > 0.5, truth.mask > 0.5
+    iou = (opaque & solid).sum() / (opaque | solid).sum()
+    assert iou > 0.85
+    error = (output.rgb - truth.rgb).square().mean()
+    assert -10 * math.log10(error) > 20
+    assert summary.bad_steps == 0
+
+
+def test_every_regulariser_can_be_switched_on():
+    recipe, guidance, _, _ = static_case(steps=2)
+    weights = RegularizerWeights(0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+    reports = []
+    control = RunControl(on_step=lambda report, scene: reports.append(report))
+    train_static(replace(recipe, regularizers=weights), guidance, seed=0, device=CPU, control=control)
+    names = {"opacity", "entropy", "orientation", "z_variance", "normal_2d", "normal_3d"}
+    assert names <= reports[-1].terms.keys()
+    assert all(math.isfinite(value) for value in reports[-1].terms.values())
+
+
+# ---- stage 2 -----------------------------------------------------------------------------------------------------
+
+
+def solid_ball(radius, background=SMALL.background):
+    """A static scene that is a ball: only the blob, sharpened."""
+    blob = RadianceConfig(grid=SMALL.radiance.grid, blob_scale=200.0, blob_std=radius)
+    return build_scene(replace(SMALL, radiance=blob, background=background), seeded())
+
+
+@pytest.mark.parametrize("radius", [0.3, 0.5])
+def test_the_extent_of_a_ball_is_its_radius(radius):
+    assert object_extent(solid_ball(radius)) == pytest.approx(radius, abs=0.04)
+
+
+def test_the_deformation_scale_zooms_small_objects_only():
+    recipe = replace(TOY_MOTION, target_extent=0.6, min_scale=1.2, max_scale=2.0)
+    assert choose_deformation_scale(solid_ball(0.55), recipe) == 1.0
+    assert choose_deformation_scale(solid_ball(0.4), recipe) == pytest.approx(1.5, rel=0.1)
+    assert choose_deformation_scale(solid_ball(0.1), recipe) == 2.0
+
+
+def test_an_empty_scene_is_not_animated():
+    with pytest.raises(ValueError, match="empty"):
+        choose_deformation_scale(solid_ball(0.001), TOY_MOTION)
+
+
+def test_an_impossible_deformation_scale_is_named():
+    with pytest.raises(ValueError, match="-1"):
+        train_motion(solid_ball(0.5), TOY_MOTION, {}, seed=0, device=CPU, control=RunControl(), deformation_scale=-1)
+
+
+def motion_case(steps):
+    """A recipe of one fixed camera, and the guidance that wants a jump."""
+    n_frames, size = 6, 24
+    config = DistillationConfig(1.0, constant(0.2), constant(0.6), loss="x0", shared_timestep=True)
+    recipe = replace(
+        TOY_MOTION,
+        steps=steps,
+        deformation=DeformationConfig(
+            grid=HashGridConfig(n_levels=3, log2_entries=12, base_resolution=4, growth=1.4),
+            hidden_width=32,
+            hidden_layers=2,
+        ),
+        cameras=CameraRanges((0, 0), (15, 15), (40, 40), (3, 3), relative_distance=False),
+        n_frames=n_frames,
+        phases=(Phase(0.0, 1, size, size),),
+        guidance=(GuidanceTerm("video", 1.0, config),),
+        time_span=(1.0, 1.0),
+        background=SOLID,
+    )
+    cameras = fixed_take(n_frames, size, size)
+    still = solid_ball(0.5, background=BackgroundConfig(color=(0.0, 0.0, 0.0)))
+    mask = render_chunked(still, cameras).opacity
+    rise = [round(4 * math.sin(math.pi * t)) for t in cameras.time[0].tolist()]
+    frames = [torch.roll(m, -shift, 0) for m, shift in zip(mask[0], rise, strict=True)]
+    clip = 0.5 * torch.stack(frames).expand(-1, -1, -1, 3)  # a fresh field is grey
+    return recipe, {"video": ideal_guidance(clip, config)}, cameras, still, rise
+
+
+def test_an_ideal_video_prior_is_distilled_to_its_motion():
+    recipe, guidance, cameras, still, rise = motion_case(steps=60)
+    scene, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=RunControl(), deformation_scale=1.0)
+    opacity = render_chunked(scene, cameras).opacity[0, ..., 0]
+    rows = torch.arange(opacity.shape[1], dtype=torch.float32)
+    centre = -(opacity.sum(2) * rows).sum(1) / opacity.sum((1, 2))
+    signal, truth = centre - centre[0], torch.tensor(rise, dtype=torch.float32)
+    assert torch.corrcoef(torch.stack((signal, truth)))[0, 1] > 0.9
+    assert 0.6 < signal.max() / truth.max() < 1.3
+
+
+def test_animating_leaves_its_input_and_the_canonical_field_alone():
+    recipe, guidance, _, still, _ = motion_case(steps=2)
+    before = {name: value.clone() for name, value in still.state_dict().items()}
+    scene, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=RunControl())
+    assert all(torch.equal(value, before[name]) for name, value in still.state_dict().items())
+    assert torch.equal(scene.canonical.grid.table, still.canonical.grid.table)
+    assert all(p.requires_grad for p in scene.canonical.parameters())
+    assert still.deformation is None and scene.deformation is not None
+
+
+def test_the_grid_levels_of_the_deformation_come_free_one_by_one():
+    recipe, guidance, _, still, _ = motion_case(steps=4)
+    recipe = replace(recipe, first_levels=1, level_rate=2)
+    seen = []
+    control = RunControl(on_step=lambda report, scene: seen.append(int(scene.deformation.active_levels)))
+    train_motion(still, recipe, guidance, seed=0, device=CPU, control=control)
+    assert seen == [1, 1, 2, 2]
+
+
+def test_views_behind_the_limit_are_left_out_of_the_image_prior():
+    config = DistillationConfig(1.0, constant(0.5), constant(0.5), max_azimuth_deg=100)
+    cameras = make_cameras(torch.tensor([[0.0, math.pi]]), 0.2, 3.0, 0.7, 0.0, 8, 8)
+    scene = build_scene(SMALL, seeded())
+    picture = render_chunked(scene, cameras).rgb.movedim(-1, 2).requires_grad_()
+    from dream4d_engine.guidance.distillation import distill
+
+    guidance = ideal_guidance(torch.rand(1, 8, 8, 3, generator=seeded()), config)
+    distill(guidance, picture, cameras, 0.0, seeded()).loss.backward()
+    assert picture.grad[0, 0].abs().sum() > 0 and picture.grad[0, 1].abs().sum() == 0
