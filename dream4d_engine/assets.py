@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from .fields.deformation import DeformationConfig
 from .fields.encodings import HashGridConfig
 from .fields.radiance import RadianceConfig
 from .kernels import Kernels
+from .machine import write_atomically
 from .scene import Scene, SceneConfig
 
 FORMAT = "dream4d"
@@ -146,32 +145,11 @@ def save_scene(path: Path | str, scene: Scene, provenance: Provenance | None = N
         "config": json.dumps(asdict(scene.config), allow_nan=False),
         "provenance": json.dumps(asdict(provenance or Provenance()), allow_nan=False),
     }
-    write_atomically(path, save(tensors, header))
-    return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        write_atomically(path, save(tensors, header))
     except OSError as error:
         raise AssetError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    return path
 
 
 def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:

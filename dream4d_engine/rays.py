@@ -49,9 +49,7 @@ class RaySamples:
         return RaySamples(self.ray_indices[keep], self.t_starts[keep], self.t_ends[keep], self.n_rays)
 
 
-def rays_from_cameras(
-    cameras: CameraBatch, jitter: float = 0.0, generator: torch.Generator | None = None
-) -> RayBundle:
+def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torch.Generator | None = None) -> RayBundle:
     """Cast one ray through every pixel's middle.
 
     Pixel (i, j) looks along ((i + 0.5 - W/2)/f, -(j + 0.5 - H/2)/f, -1) in its camera, f = 0.5 H / tan(fov_y/2).

@@ -220,9 +220,7 @@ def test_objects_fill_about_half_the_picture_and_stay_inside(name):
 
 def test_a_batch_of_captions_equals_each_alone_whatever_the_chunks():
     captions = ["a red cube is jumping", "a white torus is spinning", "a cyan snowman", "a red cube is swaying"]
-    cameras = make_cameras(
-        torch.linspace(0, 5, 8).reshape(4, 2), 0.2, 3.0, 0.7, torch.tensor([[0.3, 0.8]]), 16, 20
-    )
+    cameras = make_cameras(torch.linspace(0, 5, 8).reshape(4, 2), 0.2, 3.0, 0.7, torch.tensor([[0.3, 0.8]]), 16, 20)
     together = render_captions(captions, cameras, chunk_rays=3000)
     for i, caption in enumerate(captions):
         one = replace(

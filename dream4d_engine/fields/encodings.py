@@ -39,9 +39,7 @@ class HashGridConfig:
 
     def layout(self, n_dims: int) -> GridLayout:
         """Where the entries lie, for points of `n_dims` coordinates."""
-        return grid_layout(
-            n_dims, self.n_levels, self.n_features, self.log2_entries, self.base_resolution, self.growth
-        )
+        return grid_layout(n_dims, self.n_levels, self.n_features, self.log2_entries, self.base_resolution, self.growth)
 
 
 class HashGrid(nn.Module):

@@ -84,9 +84,7 @@ def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
     return Conditions(**{name: None if name in missing else torch.cat(values) for name, values in columns.items()})
 
 
-def denoise_each(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Sequence[Conditions]
-) -> tuple[Tensor, ...]:
+def denoise_each(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Sequence[Conditions]) -> tuple[Tensor, ...]:
     """Return the prediction x0 under each of the conditions, computed in one batch."""
     n = len(conditions)
     x0 = denoiser.denoise(x.repeat(n, 1, 1, 1, 1), sigma.repeat(n), stack_conditions(conditions))

@@ -267,9 +267,7 @@ def _lattice_range(origins, directions, radius: float, step: float, shift) -> tu
     return (near / step - middle).ceil().clamp_min(0), (far / step - middle).floor()
 
 
-def _march_part(
-    origins, directions, radius, step, marks, occupied, shift, first, last
-) -> tuple[Tensor, Tensor]:
+def _march_part(origins, directions, radius, step, marks, occupied, shift, first, last) -> tuple[Tensor, Tensor]:
     """`march_rays` for some rays at once: (ray numbers within the part [S], lattice numbers k [S])."""
     first, last = first.long(), last.long()
     longest = int((last - first).max().clamp_min(-1)) + 1

@@ -10,24 +10,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..cameras import CameraBatch, CameraRanges, make_cameras, sample_takes, sample_views
+from ..cameras import CameraBatch, make_cameras, sample_takes, sample_views
 from ..guidance.prompts import VIEWS, view_index
 from ..priors.conditioning import camera_vector, frame_time_vector, pose_vector
 from ..priors.loading import PriorKind
+from ..training.config import TOY_CAMERAS, TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, SHAPES, Caption
 from .models import IMAGE_SIZE, N_FRAMES, N_VIEWS, tokenize
 from .world import render_objects, world_from_canonical
 
-DISTANCE, FOV_DEG, GREY = 3.0, 40.0, (0.15, 1.0)
+GREY = (0.15, 1.0)
 CAPTION_DROPOUT = 0.12
-
-_RANGES = CameraRanges(
-    elevation_deg=(0.0, 30.0),
-    fov_y_deg=(FOV_DEG, FOV_DEG),
-    distance=(DISTANCE, DISTANCE),
-    relative_distance=False,
-    elevation_law="uniform",
-)
 
 
 @dataclass(frozen=True)
@@ -81,11 +74,11 @@ class Batch:
 
 def _image_cameras(n: int, generator: torch.Generator) -> CameraBatch:
     """Single views; one in eight from high up, for the words "overhead view"."""
-    usual = sample_views(_RANGES, n, 1, IMAGE_SIZE, IMAGE_SIZE, generator)
+    usual = sample_views(TOY_CAMERAS, n, 1, IMAGE_SIZE, IMAGE_SIZE, generator)
     high = torch.rand(n, 1, generator=generator) < 0.125
     lifted = math.radians(30) + torch.rand(n, 1, generator=generator) * math.radians(55)
     elevation = torch.where(high, lifted, usual.elevation)
-    return make_cameras(usual.azimuth, elevation, DISTANCE, math.radians(FOV_DEG), 0.0, IMAGE_SIZE, IMAGE_SIZE)
+    return make_cameras(usual.azimuth, elevation, TOY_DISTANCE, math.radians(TOY_FOV_DEG), 0.0, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _reference_and_target_cameras(n: int, generator: torch.Generator) -> CameraBatch:
@@ -95,15 +88,15 @@ def _reference_and_target_cameras(n: int, generator: torch.Generator) -> CameraB
     azimuth = (2 * random[1:3] - 1) * math.pi
     azimuth[0] = azimuth[0] * (1 - frontal)
     elevation = torch.stack(((1 - frontal) * random[3] * math.radians(30), torch.deg2rad(90 * random[4] - 10)))
-    distance = torch.stack((torch.full((n,), DISTANCE), DISTANCE + 0.6 * (random[5] - 0.5) * (1 - frontal)))
-    return make_cameras(azimuth.T, elevation.T, distance.T, math.radians(FOV_DEG), 0.0, IMAGE_SIZE, IMAGE_SIZE)
+    distance = torch.stack((torch.full((n,), TOY_DISTANCE), TOY_DISTANCE + 0.6 * (random[5] - 0.5) * (1 - frontal)))
+    return make_cameras(azimuth.T, elevation.T, distance.T, math.radians(TOY_FOV_DEG), 0.0, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _cameras(kind: PriorKind, n: int, generator: torch.Generator) -> CameraBatch:
     if kind == "multiview":
-        return sample_views(_RANGES, n, N_VIEWS, IMAGE_SIZE, IMAGE_SIZE, generator)
+        return sample_views(TOY_CAMERAS, n, N_VIEWS, IMAGE_SIZE, IMAGE_SIZE, generator)
     if kind == "video":
-        return sample_takes(_RANGES, n, N_FRAMES, IMAGE_SIZE, IMAGE_SIZE, generator)
+        return sample_takes(TOY_CAMERAS, n, N_FRAMES, IMAGE_SIZE, IMAGE_SIZE, generator)
     if kind == "novel_view":
         return _reference_and_target_cameras(n, generator)
     return _image_cameras(n, generator)

@@ -18,8 +18,8 @@ from ..cameras import CameraBatch, fixed_take, make_cameras
 from ..guidance.denoiser import Conditions, Denoiser, denoise_each, sigma_of_alpha_bar, stack_conditions
 from ..priors.conditioning import image_conditions, text_conditions
 from ..priors.loading import Prior, PriorKind, load_prior
+from ..training.config import TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, parse_caption
-from .datasets import DISTANCE, FOV_DEG
 from .models import IMAGE_SIZE, N_FRAMES, write_json
 from .world import render_captions
 
@@ -152,8 +152,8 @@ def _cameras(azimuth_deg: Tensor, elevation_deg: float) -> CameraBatch:
     return make_cameras(
         torch.deg2rad(azimuth_deg),
         math.radians(elevation_deg),
-        DISTANCE,
-        math.radians(FOV_DEG),
+        TOY_DISTANCE,
+        math.radians(TOY_FOV_DEG),
         0.0,
         IMAGE_SIZE,
         IMAGE_SIZE,

@@ -198,7 +198,7 @@ MODELSCOPE = replace(ZEROSCOPE, name="modelscope", n_frames=16, phases=(Phase(0.
 # --- The toy size ----------------------------------------------------------------------------------------------
 
 TOY_FOV_DEG, TOY_DISTANCE, TOY_SIZE, TOY_FRAMES = 40.0, 3.0, 32, 8
-_TOY_CAMERAS = CameraRanges(
+TOY_CAMERAS = CameraRanges(
     elevation_deg=(0.0, 30.0),
     fov_y_deg=(TOY_FOV_DEG, TOY_FOV_DEG),
     distance=(TOY_DISTANCE, TOY_DISTANCE),
@@ -219,7 +219,7 @@ TOY_STATIC = StaticRecipe(
         background=_TOY_BACKDROP,
         n_samples=64,
     ),
-    cameras=_TOY_CAMERAS,
+    cameras=TOY_CAMERAS,
     n_views=4,
     phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
     guidance=(
@@ -228,27 +228,28 @@ TOY_STATIC = StaticRecipe(
             1.0,
             DistillationConfig(
                 guidance_scale=3.0,
-                min_noise=Schedule(0.98, 0.15),
-                max_noise=Schedule(0.98, 0.30),
+                min_noise=Schedule(0.98, 0.05),
+                max_noise=Schedule(0.98, 0.20),
                 loss="x0",
+                rescale=0.5,
                 shared_timestep=True,
             ),
         ),
     ),
-    regularizers=RegularizerWeights(opacity=150.0, entropy=90.0),
+    regularizers=RegularizerWeights(opacity=80.0, entropy=300.0),
     background=_TOY_GREY,
+    optimizer=OptimizerConfig(lr_mlp=0.01),
     loop=_TOY_LOOP,
     negative_prompt="",
 )
 TOY_MOTION = MotionRecipe(
     name="toy",
-    steps=140,
+    steps=250,
     deformation=DeformationConfig(
         grid=HashGridConfig(n_levels=4, log2_entries=13, base_resolution=4, growth=1.447269237440378),
-        hidden_width=32,
         hidden_layers=2,
     ),
-    cameras=replace(_TOY_CAMERAS, azimuth_deg=(-150.0, 150.0)),
+    cameras=replace(TOY_CAMERAS, azimuth_deg=(-150.0, 150.0)),
     n_frames=TOY_FRAMES,
     phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
     guidance=(
@@ -257,8 +258,8 @@ TOY_MOTION = MotionRecipe(
             1.0,
             DistillationConfig(
                 guidance_scale=3.0,
-                min_noise=Schedule(0.98, 0.30),
-                max_noise=Schedule(0.98, 0.50),
+                min_noise=Schedule(0.98, 0.40),
+                max_noise=Schedule(0.98, 0.70),
                 loss="x0",
                 rescale=0.5,
                 shared_timestep=True,
@@ -267,7 +268,7 @@ TOY_MOTION = MotionRecipe(
     ),
     target_extent=0.55,
     background=_TOY_GREY,
-    optimizer=OptimizerConfig(lr_grid=0.01, lr_mlp=0.003),
+    optimizer=OptimizerConfig(lr_grid=0.02),
     loop=_TOY_LOOP,
     negative_prompt="",
 )

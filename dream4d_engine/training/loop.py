@@ -119,7 +119,7 @@ def _take_step(
     generator: torch.Generator,
 ) -> tuple[float, dict[str, float], bool]:
     """Return (loss, terms, whether the parameters were changed)."""
-    device_type = next(scene.parameters()).device.type
+    device_type = scene.device.type
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device_type, dtype=torch.float16, enabled=scaler.is_enabled()):
         loss, terms = objective(scene, progress, generator)
@@ -168,7 +168,7 @@ def fit(
     """
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
-    device = next(scene.parameters()).device
+    device = scene.device
     optimizer = make_optimizer(groups, optimizer_config)
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "half" and device.type == "cuda")
     start = _resume(control, scene, optimizer, generator, scaler)

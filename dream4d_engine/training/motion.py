@@ -11,12 +11,11 @@ from torch import Tensor
 from ..cameras import sample_takes
 from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
-from ..rendering import RenderOptions, render
 from ..scene import Scene
 from ..schedules import stepped
 from .config import MotionRecipe, OptimizerConfig
 from .loop import FitSummary, ParameterGroup, RunControl, fit
-from .objectives import Terms, current_phase, draw_background, guidance_loss, pick_guidance, regularizer_loss
+from .objectives import Terms, current_phase, pick_guidance, picture_loss
 from .static import object_extent
 
 
@@ -46,21 +45,13 @@ def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
 def motion_objective(recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance]):
     """Return the function that films a random take and asks the video prior."""
     pairs = pick_guidance(recipe.guidance, guidance)
-    weights = recipe.regularizers
 
     def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        device = next(scene.parameters()).device
         scene.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         takes = sample_takes(recipe.cameras, phase.n_groups, recipe.n_frames, *size, generator, recipe.time_span)
-        cameras = takes.to(device)
-        backdrop = draw_background(recipe.background, generator, device)
-        options = RenderOptions(stratified=True, background=backdrop, displacement=bool(weights.displacement_tv))
-        output = render(scene, cameras, options, generator)
-        loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
-        extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
-        return loss + extra, terms | parts
+        return picture_loss(scene, takes.to(scene.device), recipe, pairs, progress, generator)
 
     return objective
 

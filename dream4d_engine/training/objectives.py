@@ -12,9 +12,9 @@ from ..cameras import CameraBatch
 from ..guidance.distillation import Guidance, distill
 from ..priors.loading import PriorKind
 from ..rays import RayBundle, rays_from_cameras
-from ..rendering import RenderOutput
+from ..rendering import RenderOptions, RenderOutput, render
 from ..scene import Scene
-from .config import GuidanceTerm, Phase, RandomBackground, RegularizerWeights
+from .config import GuidanceTerm, MotionRecipe, Phase, RandomBackground, RegularizerWeights, StaticRecipe
 
 Terms = dict[str, Tensor]
 
@@ -66,6 +66,28 @@ def guidance_loss(
         total = total + term.weight * result.loss
         terms |= {f"{term.prior}.{name}": value for name, value in result.terms.items()}
     return total, terms
+
+
+def picture_loss(
+    scene: Scene,
+    cameras: CameraBatch,
+    recipe: StaticRecipe | MotionRecipe,
+    pairs: Sequence[tuple[GuidanceTerm, Guidance]],
+    progress: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Terms]:
+    """Render the cameras as training does and sum all terms of the recipe's loss."""
+    weights = recipe.regularizers
+    options = RenderOptions(
+        stratified=True,
+        background=draw_background(recipe.background, generator, scene.device),
+        normals=bool(weights.orientation or weights.normal_smoothness_2d),
+        displacement=bool(weights.displacement_tv),
+    )
+    output = render(scene, cameras, options, generator)
+    loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
+    extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
+    return loss + extra, terms | parts
 
 
 def regularizer_loss(

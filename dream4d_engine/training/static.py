@@ -11,11 +11,10 @@ from torch import Tensor
 from ..cameras import sample_views
 from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
-from ..rendering import RenderOptions, render
 from ..scene import Scene, build_scene
 from .config import OptimizerConfig, StaticRecipe
 from .loop import FitSummary, ParameterGroup, RunControl, fit
-from .objectives import Terms, current_phase, draw_background, guidance_loss, pick_guidance, regularizer_loss
+from .objectives import Terms, current_phase, pick_guidance, picture_loss
 
 
 def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -32,20 +31,12 @@ def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
 def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance]):
     """Return the function that draws cameras, renders them and asks the priors."""
     pairs = pick_guidance(recipe.guidance, guidance)
-    weights = recipe.regularizers
-    normals = bool(weights.orientation or weights.normal_smoothness_2d)
 
     def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        device = next(scene.parameters()).device
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
-        cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator).to(device)
-        backdrop = draw_background(recipe.background, generator, device)
-        options = RenderOptions(stratified=True, background=backdrop, normals=normals)
-        output = render(scene, cameras, options, generator)
-        loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
-        extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
-        return loss + extra, terms | parts
+        cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator)
+        return picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator)
 
     return objective
 
@@ -85,7 +76,7 @@ def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) ->
     Points of a regular lattice count where a quarter of the radius of their density would be half opaque; the extent
     is the `quantile` of max(|z|, sqrt(x^2 + y^2)) over them. An empty scene has extent 0.
     """
-    device = next(scene.parameters()).device
+    device = scene.device
     axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     density = scene.canonical.density((points + 1) / 2, scene.kernels)

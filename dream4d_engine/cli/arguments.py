@@ -1,0 +1,257 @@
+"""What can be typed: one frozen dataclass a command; the recipes' own fields become flags beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..training.config import MotionRecipe, StaticRecipe
+
+# help_behavior_hint: the default of these is said in words, not as None
+Flat = tyro.conf.arg(name="")  # the group's fields appear as flags without a prefix
+_FOLDER = tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
+_FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="")
+_TEXT = tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
+_INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
+_FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
+
+Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")]
+SceneFile = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SCENE", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What the run uses of the machine."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    threads: Annotated[int | None, _INT] = None
+    """CPU threads (default: one for each core)."""
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Where results go."""
+
+    out: Annotated[str | None, _FOLDER] = None
+    """Folder for the results; made if needed."""
+    resume: Annotated[str | None, _FOLDER] = None
+    """Go on with the unfinished run in this folder; its settings need not be given again."""
+    overwrite: bool = False
+    """Replace the results that --out already holds."""
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """The videos and pictures made of the result."""
+
+    size: int = 128
+    """Height and width of the videos, pixels."""
+    orbit_frames: int = 48
+    """Frames of the turn around the still object."""
+    part_frames: int = 24
+    """Frames of each of the final video's 8 parts: still and orbiting camera in turns, the animation once in each."""
+    fps: float = 24.0
+    """Frames per second."""
+    samples: Annotated[int | None, _INT] = None
+    """Samples along a ray (default: the scene's own)."""
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.orbit_frames < 1 or self.part_frames < 1:
+            raise ValueError("--size must be at least 2, --orbit-frames and --part-frames at least 1")
+        if not 0.1 <= self.fps <= 1000:
+            raise ValueError(f"--fps must lie in [0.1, 1000], got {self.fps}")
+
+
+@dataclass(frozen=True)
+class TextTo3D:
+    """Make a still object from a sentence."""
+
+    prompt: Prompt = None
+    """What to make, for example "a red cube"."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy"
+    """toy (small models that come with the package) or text-to-3d (the published settings)."""
+    seed: int = 0
+    """Everything random follows from it."""
+    steps: Annotated[int | None, _INT] = None
+    """Training steps (default: the recipe's)."""
+    multiview_prior: Annotated[str | None, _FOLDER] = None
+    """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
+    image_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-image model in diffusers' format."""
+    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Animate:
+    """Let the object of a scene file move as a sentence says."""
+
+    scene: SceneFile = None
+    """The scene file to animate."""
+    prompt: Prompt = None
+    """What it does, for example "a red cube is jumping"."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy"
+    """toy, or the published zeroscope-144x80, zeroscope-72x40, modelscope."""
+    seed: int = 0
+    """Everything random follows from it."""
+    steps: Annotated[int | None, _INT] = None
+    """Training steps (default: the recipe's)."""
+    deformation_scale: Annotated[float | None, _FLOAT] = None
+    """Zoom of the object into the frame (default: chosen from the object's size)."""
+    video_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class TextTo4D:
+    """Make a moving object from a sentence: first the object, then its motion."""
+
+    prompt: Prompt = None
+    """What to make and what it does, for example "a red cube is jumping"."""
+    object_prompt: Annotated[str | None, _TEXT] = None
+    """Another sentence for the first stage (default: the prompt)."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy"
+    """toy (small models that come with the package) or text-to-3d (the published settings)."""
+    motion_recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """toy, zeroscope-144x80, zeroscope-72x40 or modelscope (default: toy, or zeroscope-144x80 for text-to-3d)."""
+    seed: int = 0
+    """Everything random follows from it."""
+    steps: Annotated[int | None, _INT] = None
+    """Training steps of the first stage (default: the recipe's)."""
+    motion_steps: Annotated[int | None, _INT] = None
+    """Training steps of the second stage (default: the recipe's)."""
+    deformation_scale: Annotated[float | None, _FLOAT] = None
+    """Zoom of the object into the frame (default: chosen from the object's size)."""
+    multiview_prior: Annotated[str | None, _FOLDER] = None
+    """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
+    image_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-image model in diffusers' format."""
+    video_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class TextTo3DCall:
+    """`text-to-3d` with every number of its recipe."""
+
+    options: Annotated[TextTo3D, Flat]
+    static: StaticRecipe
+
+
+@dataclass(frozen=True)
+class AnimateCall:
+    """`animate` with every number of its recipe."""
+
+    options: Annotated[Animate, Flat]
+    motion: MotionRecipe
+
+
+@dataclass(frozen=True)
+class TextTo4DCall:
+    """`text-to-4d` with every number of its recipes."""
+
+    options: Annotated[TextTo4D, Flat]
+    static: StaticRecipe
+    motion: MotionRecipe
+
+
+Pass = Literal["rgb", "depth", "normals", "opacity", "displacement"]
+
+
+@dataclass(frozen=True)
+class Render:
+    """Make videos or pictures of a scene file."""
+
+    scene: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SCENE")]
+    """The scene file."""
+    out: Annotated[Path | None, _FOLDER] = None
+    """Folder for the results (default: "renders" beside the scene)."""
+    path: Literal["orbit", "fixed", "final"] = "orbit"
+    """orbit: once around; fixed: one camera films the animation; final: four times each, in turns."""
+    passes: tuple[Pass, ...] = ("rgb",)
+    """What to make pictures of: rgb, depth, normals, opacity, displacement."""
+    size: tuple[int, int] = (256, 256)
+    """Width and height, pixels."""
+    frames: int = 48
+    """Number of frames (final: of each of its 8 parts)."""
+    fps: float = 24.0
+    """Frames per second."""
+    video: bool = True
+    """Write an mp4 for each pass."""
+    png: bool = False
+    """Write every frame as a PNG file."""
+    azimuth_deg: float = 0.0
+    """Where the camera stands or starts: 0 is the front, 90 the object's left side."""
+    elevation_deg: float = 15.0
+    """Height of the camera above the horizon."""
+    distance: float = 3.0
+    """Distance of the camera from the object's middle."""
+    fov_y_deg: float = 40.0
+    """Vertical field of view."""
+    time: float = 0.0
+    """The moment, 0 to 1, that an orbit shows."""
+    animate: bool = False
+    """Let the animation run during the orbit."""
+    samples: Annotated[int | None, _INT] = None
+    """Samples along a ray (default: the scene's own)."""
+    overwrite: bool = False
+    """Replace files of the same names."""
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Turn a checkpoint of the original Dream-in-4D into a scene file."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """The checkpoint (a torch file)."""
+    out: Annotated[Path, _FILE]
+    """The scene file to write."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a scene file or a checkpoint of an unfinished run holds."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """The file."""
+    json: bool = False
+    """As JSON, for programs."""
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure seconds a step and peak memory of recipes (with the toy models unless folders are given)."""
+
+    recipes: tuple[str, ...] = ("static:toy", "motion:toy")
+    """Recipes as STAGE:NAME, for example static:text-to-3d or motion:zeroscope-144x80; or all."""
+    steps: int = 20
+    """Steps that are measured."""
+    warmup: int = 3
+    """Steps before them that are not."""
+    multiview_prior: Annotated[Path | None, _FOLDER] = None
+    """Multi-view model in diffusers' format."""
+    image_prior: Annotated[Path | None, _FOLDER] = None
+    """Text-to-image model in diffusers' format."""
+    video_prior: Annotated[Path | None, _FOLDER] = None
+    """Text-to-video model in diffusers' format."""
+    out: Annotated[Path | None, _FILE] = None
+    """Write the results as JSON into this file too."""
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)

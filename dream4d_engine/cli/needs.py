@@ -1,0 +1,48 @@
+"""What a run will need, estimated before it starts."""
+
+from __future__ import annotations
+
+from ..fields.encodings import HashGridConfig
+from ..scene import SceneConfig
+from ..training.config import MotionRecipe, Phase, StaticRecipe
+
+_FIXED_ROOM = 2**25
+"""Bytes on the disk for videos, pictures and records."""
+_SHARE_OF_SAMPLES = 0.05
+"""Of the places on the rays, how many are looked at with gradient in a scene like the first one, at the least."""
+
+
+def _grid_bytes(grid: HashGridConfig, n_dims: int) -> int:
+    """Bytes of a grid's parameters."""
+    return 4 * grid.layout(n_dims).n_parameters
+
+
+def scene_bytes(scene: SceneConfig) -> int:
+    """Bytes of a scene's parameters; the networks are small beside the grids."""
+    moving = 0 if scene.deformation is None else _grid_bytes(scene.deformation.grid, 4)
+    return _grid_bytes(scene.radiance.grid, 3) + moving + 2**20
+
+
+def _stage(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> tuple[int, int, int]:
+    """Return (bytes of parameters, pictures of a group, levels of a sample's grids)."""
+    if isinstance(recipe, StaticRecipe):
+        return scene_bytes(recipe.scene), recipe.n_views, recipe.scene.radiance.grid.n_levels
+    levels = scene.radiance.grid.n_levels + recipe.deformation.grid.n_levels * 2
+    return scene_bytes(scene) + _grid_bytes(recipe.deformation.grid, 4), recipe.n_frames, levels
+
+
+def disk_bytes(recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig) -> int:
+    """Bytes of all that a run writes: results, and a checkpoint (parameters, two moments) beside its successor."""
+    return _FIXED_ROOM + sum(2 * 4 * _stage(recipe, scene)[0] for recipe in recipes)
+
+
+def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int:
+    """Bytes that training takes at the least: parameters with gradient and moments, and the samples of a step."""
+    parameters, n_pictures, n_levels = _stage(recipe, scene)
+    n_samples = (recipe.scene if isinstance(recipe, StaticRecipe) else scene).n_samples
+
+    def rays(phase: Phase) -> int:
+        return phase.n_groups * n_pictures * phase.height * phase.width
+
+    per_ray = 100 + n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
+    return 4 * parameters + int(max(map(rays, recipe.phases), default=0) * per_ray)

@@ -1,0 +1,227 @@
+"""From words on the command line to a command's dataclass; usage errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from ..assets import config_from_dict
+from ..training.checkpoint import first_difference
+from ..training.config import MOTION_RECIPES, STATIC_RECIPES, find_recipe
+from ..training.loop import ResumeMismatch
+from .arguments import (
+    Animate,
+    AnimateCall,
+    Bench,
+    FolderOptions,
+    Import,
+    Info,
+    Render,
+    TextTo3D,
+    TextTo3DCall,
+    TextTo4D,
+    TextTo4DCall,
+)
+
+T = TypeVar("T")
+RECORD = "run.json"
+_MOTION_OF = {"toy": "toy", "text-to-3d": "zeroscope-144x80"}
+_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+
+
+class UsageError(ValueError):
+    """Something on the command line that can't be understood."""
+
+
+def _default_text_to_3d(options: TextTo3D) -> TextTo3DCall:
+    return TextTo3DCall(options, find_recipe(options.recipe, STATIC_RECIPES))
+
+
+def _default_animate(options: Animate) -> AnimateCall:
+    return AnimateCall(options, find_recipe(options.recipe, MOTION_RECIPES))
+
+
+def _default_text_to_4d(options: TextTo4D) -> TextTo4DCall:
+    static = find_recipe(options.recipe, STATIC_RECIPES)
+    motion = options.motion_recipe or _MOTION_OF.get(options.recipe, "toy")
+    return TextTo4DCall(replace(options, motion_recipe=motion), static, find_recipe(motion, MOTION_RECIPES))
+
+
+@dataclass(frozen=True)
+class Command:
+    """`call`: what parsing gives; `options`: what `--help` shows, all of it where there is no recipe."""
+
+    call: type
+    options: type
+    default: Callable[[Any], Any] | None = None
+
+
+COMMANDS = {
+    "text-to-3d": Command(TextTo3DCall, TextTo3D, _default_text_to_3d),
+    "animate": Command(AnimateCall, Animate, _default_animate),
+    "text-to-4d": Command(TextTo4DCall, TextTo4D, _default_text_to_4d),
+    "render": Command(Render, Render),
+    "import": Command(Import, Import),
+    "info": Command(Info, Info),
+    "bench": Command(Bench, Bench),
+}
+
+
+def help_text() -> str:
+    """The text of `dream4d --help`."""
+    lines = [f"  {name:<12}{(command.options.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dream4d: from a sentence to a moving object.",
+            "",
+            "usage: dream4d COMMAND ... (dream4d COMMAND --help says more)",
+            "",
+            *lines,
+            "",
+            'For example: dream4d text-to-4d "a red cube is jumping" --out demo',
+        ]
+    )
+
+
+def parse(name: str, words: Sequence[str]) -> Any:
+    """Parse the words after the command's name. `--help` prints the usual flags, `--help-all` every one."""
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    command, prog = COMMANDS[name], f"dream4d {name}"
+    if command.default is None:
+        return _tyro(command.call, words, prog)
+    if "--help-all" in words:
+        words = ["--help", *(w for w in words if w != "--help-all")]
+    elif "--help" in words or "-h" in words:
+        print_more = f"Every number of the recipe is a flag too: {prog} --help-all [--recipe NAME] lists them."
+        with _after(print_more):
+            return _tyro(command.options, words, prog)
+    unfinished = _peek(words, "--resume")
+    if unfinished is not None:
+        return _parse_resumed(name, command, words, Path(unfinished))
+    peeked = {"recipe": _peek(words, "--recipe"), "motion_recipe": _peek(words, "--motion-recipe")}
+    known = {key: value for key, value in peeked.items() if value is not None and hasattr(command.options, key)}
+    default = command.default(command.options(**known))
+    return _with_steps(_tyro(command.call, words, prog, default))
+
+
+def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Path) -> Any:
+    """Parse on top of the settings of the run in `folder`; whatever is given must be equal to them."""
+    saved = read_record(folder)
+    if saved.get("command") != name:
+        raise UsageError(
+            f"{folder} holds a run of {saved.get('command')!r}: resume it with dream4d {saved.get('command')} --resume"
+        )
+    try:
+        default = config_from_dict(command.call, saved.get("settings"), "settings")
+    except ValueError as error:
+        raise UsageError(
+            f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
+        ) from error
+    own = FolderOptions(resume=str(folder))
+    default = replace(default, options=replace(default.options, folders=own))
+    call = _with_steps(_tyro(command.call, words, f"dream4d {name}", default))
+    if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
+        raise UsageError(f"--resume {folder} writes there: leave --out {call.options.folders.out} away")
+    difference = first_difference(comparable(call), comparable(default))
+    if difference:
+        what = difference.removeprefix("options.")
+        raise ResumeMismatch(f"{what}: resume with the same settings, or start over with another --out")
+    return call
+
+
+def settings_tree(call: Any) -> dict:
+    """A command's settings as JSON holds them."""
+    return json.loads(json.dumps(asdict(call)))
+
+
+def comparable(call: Any) -> dict:
+    """The settings that a resumed run must share with its beginning, as a tree."""
+    tree = settings_tree(call)
+    tree["options"] = {key: value for key, value in tree["options"].items() if key not in ("folders", "machine")}
+    return tree
+
+
+def read_record(folder: Path) -> dict:
+    """Read a run folder's run.json."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{folder / RECORD} can't be read ({error}): start over with another --out") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{folder / RECORD} is no record of a run: start over with another --out")
+    return record
+
+
+def _with_steps(call: Any) -> Any:
+    """Move the shorthands --steps and --motion-steps into the recipes they stand for."""
+    steps, motion_steps = call.options.steps, getattr(call.options, "motion_steps", None)
+    if hasattr(call, "static"):
+        if steps is not None:
+            call = replace(call, static=replace(call.static, steps=steps))
+    else:
+        motion_steps = steps
+    if motion_steps is not None:
+        call = replace(call, motion=replace(call.motion, steps=motion_steps))
+    cleared = {key: None for key in ("steps", "motion_steps") if hasattr(call.options, key)}
+    return replace(call, options=replace(call.options, **cleared))
+
+
+def _peek(words: Sequence[str], flag: str) -> str | None:
+    """The last value that `flag` has among the words, before they are parsed."""
+    found = None
+    for word, following in zip(words, [*words, None][1:], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+@contextlib.contextmanager
+def _after(text: str):
+    try:
+        yield
+    finally:
+        print(text)
+
+
+def _tyro(kind: type[T], words: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Run tyro; its boxes of several lines become a UsageError of one."""
+    given = {} if default is None else {"default": default}
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.cli(kind, prog=prog, args=list(words), config=_MARKERS, **given)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(one_line(complaints.getvalue(), prog)) from None
+
+
+def one_line(box: str, prog: str) -> str:
+    """The message of tyro's box: the lines up to its first rule, and the flag that may have been meant."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│|╭╮╰╯ ")
+        if not line.lstrip().startswith(("╭", "╰", "+")) and text:
+            if set(text) <= {"─", "-"}:
+                parts.append([])
+            else:
+                parts[-1].append(text)
+    if "╭" not in box:  # drawn without corners, the title is a part of its own
+        parts = parts[1:] or parts
+    message = " ".join(parts[0]).rstrip(".") or "the command line can't be understood"
+    for part in parts[1:]:
+        if part and part[0].startswith("Perhaps you meant"):
+            message += f"; perhaps you meant {part[1].split()[0]}" if len(part) > 1 else ""
+    return f"{message} (see {prog} --help)"

@@ -1,0 +1,153 @@
+"""What a run shows of its result: videos, a sheet of pictures, measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cameras import CameraBatch, final_path, make_cameras, orbit
+from ..export import contact_sheet, save_picture, write_video
+from ..rendering import RenderOptions, RenderOutput, render_chunked
+from ..rendering.shading import displacement_picture, picture
+from ..scene import Scene
+from ..toyworld.captions import parse_caption
+from ..toyworld.evaluate import evaluate_scene
+from .arguments import PictureOptions
+
+ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
+SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), (0.0, 0.25, 0.5, 0.75, 1.0), 96
+FINAL_PARTS = 8
+_PREVIEW_FRAMES, _PREVIEW_SIZE = 12, 64
+
+OnFrame = Callable[[int], None]
+"""Called with the number of frames done; may raise to stop."""
+
+
+@dataclass(frozen=True)
+class PassRange:
+    """What a whole video maps to full brightness: distances near..far, the largest displacement."""
+
+    near: float
+    far: float
+    largest: float
+
+
+def options_for(passes: tuple[str, ...], samples: int | None, moving: bool) -> RenderOptions:
+    """Render options that give what the passes need."""
+    if "displacement" in passes and not moving:
+        raise ValueError("the scene doesn't move: it has no displacement to show; leave that pass out")
+    return RenderOptions(n_samples=samples, normals="normals" in passes, displacement="displacement" in passes)
+
+
+def frames_of(scene: Scene, cameras: CameraBatch, options: RenderOptions, on_frame: OnFrame) -> Iterator[RenderOutput]:
+    """Render the frames of the first group one by one: no more than one is ever held."""
+    for index in range(cameras.shape[1]):
+        yield render_chunked(scene, cameras.frames(index, index + 1), options)
+        on_frame(index + 1)
+
+
+def measure_range(scene: Scene, cameras: CameraBatch, options: RenderOptions) -> PassRange:
+    """Find the range of a video from some small frames, so that its brightness doesn't flicker."""
+    n_frames = cameras.shape[1]
+    every = torch.linspace(0, n_frames - 1, min(_PREVIEW_FRAMES, n_frames)).round().long().tolist()
+    share = min(1.0, _PREVIEW_SIZE / max(cameras.height, cameras.width))
+    small = cameras.resized(max(1, round(cameras.height * share)), max(1, round(cameras.width * share)))
+    near, far, largest = math.inf, 0.0, 0.0
+    for index in every:
+        output = render_chunked(scene, small.frames(index, index + 1), options)
+        solid = output.opacity > 0.5
+        if solid.any():
+            distance = (output.depth / output.opacity.clamp_min(1e-6))[solid]
+            near, far = min(near, float(distance.min())), max(far, float(distance.max()))
+        if output.displacement is not None:
+            largest = max(largest, float(output.displacement.abs().max()))
+    return PassRange(near, far, largest) if near < math.inf else PassRange(0.0, 1.0, largest)
+
+
+def pass_picture(output: RenderOutput, name: str, span: PassRange) -> Tensor:
+    """One pass of a rendered frame as a picture [H, W, 3] in [0, 1]."""
+    if name == "depth":  # near bright, far dark, nothing black
+        distance = output.depth / output.opacity.clamp_min(1e-6)
+        bright = 1 - 0.8 * (distance - span.near) / max(span.far - span.near, 1e-6)
+        return (bright.clamp(0, 1) * output.opacity)[0, 0].expand(-1, -1, 3)
+    if name == "displacement":
+        if output.displacement is None:
+            raise ValueError("the rendering holds no displacement")
+        return displacement_picture(output.displacement, span.largest)[0, 0]
+    return picture(output, name)[0, 0]
+
+
+def save_scene_video(
+    path: Path, scene: Scene, cameras: CameraBatch, fps: float, samples: int | None, title: str, on_frame: OnFrame
+) -> None:
+    """Film the scene."""
+    options = RenderOptions(n_samples=samples)
+    frames = (output.rgb[0, 0] for output in frames_of(scene, cameras, options, on_frame))
+    write_video(path, frames, fps, title)
+
+
+def orbit_cameras(pictures: PictureOptions) -> CameraBatch:
+    """Once around the still object."""
+    return orbit(pictures.orbit_frames, pictures.size, pictures.size, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
+
+
+def final_cameras(pictures: PictureOptions) -> CameraBatch:
+    """The final video's path."""
+    return final_path(
+        pictures.size, pictures.size, FINAL_PARTS, pictures.part_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG
+    )
+
+
+def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None) -> None:
+    """Write a sheet of views (rows, by azimuth) and times (columns; one for a scene that doesn't move)."""
+    times = SHEET_TIMES if scene.deformation is not None else (0.0,)
+    azimuths = torch.tensor(SHEET_AZIMUTHS_DEG).float().deg2rad()[:, None]
+    cameras = make_cameras(
+        azimuths,
+        math.radians(ELEVATION_DEG),
+        DISTANCE,
+        math.radians(FOV_Y_DEG),
+        torch.tensor([times]),
+        SHEET_SIZE,
+        SHEET_SIZE,
+    )
+    pictures = render_chunked(scene, cameras, RenderOptions(n_samples=samples)).rgb
+    rows = [f"azimuth {azimuth}°" for azimuth in SHEET_AZIMUTHS_DEG]
+    save_picture(path, contact_sheet(pictures, rows, [f"time {t:g}" for t in times], title))
+
+
+def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
+    """Measure a result: against the truth if the prompt is a caption of the toy world, else what any scene has.
+
+    Returns the measures, ready for JSON, and a line about them for people.
+    """
+    found: dict = {"prompt": prompt, "scene": _scene_measures(scene)}
+    try:
+        caption = parse_caption(prompt)
+    except ValueError:
+        return found, f"the object covers {found['scene']['coverage']:.0%} of the picture"
+    truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
+    return found | {"truth": truth.to_dict()}, truth.summary()
+
+
+def _scene_measures(scene: Scene) -> dict:
+    """How much of the pictures the object covers, and how far what is seen moves (in shares of the box)."""
+    cameras = orbit(8, 64, 64, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
+    moving = scene.deformation is not None
+    times = torch.linspace(0, 1, 8)[None] if moving else cameras.time
+    output = render_chunked(scene, cameras.at_time(times), RenderOptions(displacement=moving))
+    solid = output.opacity > 0.5
+    measures = {
+        "coverage": float(solid.float().mean()),
+        "mean_opacity": float(output.opacity.mean()),
+        "deformation_scale": scene.config.deformation.scale if moving else None,
+        "mean_displacement": None,
+    }
+    if moving and output.displacement is not None and solid.any():
+        measures["mean_displacement"] = float(output.displacement.norm(dim=-1, keepdim=True)[solid].mean())
+    return measures

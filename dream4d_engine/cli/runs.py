@@ -1,0 +1,299 @@
+"""The commands that train: text-to-3d, animate, text-to-4d."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..assets import Provenance, load_scene, save_scene
+from ..cameras import CameraBatch
+from ..machine import check_memory, pick_device, write_atomically
+from ..scene import Scene, SceneConfig
+from ..training.config import MotionRecipe, StaticRecipe
+from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
+from ..training.motion import train_motion
+from ..training.static import train_static
+from . import results
+from .arguments import Animate, AnimateCall, TextTo3DCall, TextTo4D, TextTo4DCall
+from .interrupts import Stopped, stop_on_interrupt
+from .models import Folders, check_words, load_guidance, prior_folders
+from .needs import disk_bytes, memory_bytes
+from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
+from .progress import Progress, clock_text, make_progress
+from .run_folder import RunFolder, check_out, resume_run, start_run, versions
+
+SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
+RESULTS = (RECORD, SCENE, ORBIT, VIDEO, CONTACT, METRICS)
+
+Call = TextTo3DCall | AnimateCall | TextTo4DCall
+Made = tuple[Scene, Provenance]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the stages of a run share."""
+
+    call: Call
+    run: RunFolder
+    progress: Progress
+    should_stop: Callable[[], bool]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.run.device
+
+    def control(self, stage: str) -> RunControl:
+        """How the training of a stage reports, saves and stops."""
+
+        def on_step(report: StepReport, _scene: Scene) -> None:
+            self.progress.update(stage, report.step, report.loss, report.remaining)
+
+        identity = {"stage": stage, **comparable(self.call), "source": self.run.record.get("source")}
+        return RunControl(self.run.unfinished / f"{stage}.checkpoint", identity, on_step, self.should_stop)
+
+    def pause(self, stage: str) -> None:
+        """Stop here if Ctrl-C was pressed."""
+        if self.should_stop():
+            raise Interrupted(stage, 0, None)
+
+
+# ---- the three commands ------------------------------------------------------------------------------------------
+
+
+def text_to_3d(call: TextTo3DCall) -> int:
+    """Stage 1 alone."""
+    options, recipe = call.options, call.static
+    prompt = _said(options.prompt, "the prompt")
+    folders = prior_folders(recipe, options)
+    check_words(folders, prompt)
+
+    def work(session: Session) -> None:
+        scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE)
+        film(session, ORBIT, scene, results.orbit_cameras(options.pictures), prompt)
+        show(session, scene, prompt)
+
+    return _carry_out(call, (recipe,), recipe.scene, work)
+
+
+def animate(call: AnimateCall) -> int:
+    """Stage 2 on a scene from a file."""
+    options, recipe = call.options, call.motion
+    if options.scene is None:
+        raise UsageError("say which scene to animate: dream4d animate SCENE PROMPT --out FOLDER")
+    prompt = _said(options.prompt, "the prompt")
+    still, parent = load_scene(options.scene)
+    source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
+    folders = prior_folders(recipe, options)
+    check_words(folders, prompt)
+
+    def work(session: Session) -> None:
+        if session.run.record.setdefault("source", source) != source:
+            raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")
+        scene, provenance = motion_stage(session, recipe, folders, prompt, still, parent)
+        film(session, VIDEO, scene, results.final_cameras(options.pictures), prompt)
+        show(session, scene, prompt)
+
+    return _carry_out(call, (recipe,), still.config, work)
+
+
+def text_to_4d(call: TextTo4DCall) -> int:
+    """Both stages."""
+    options = call.options
+    prompt = _said(options.prompt, "the prompt")
+    object_prompt = prompt if options.object_prompt is None else _said(options.object_prompt, "--object-prompt")
+    static_folders, motion_folders = prior_folders(call.static, options), prior_folders(call.motion, options)
+    check_words(static_folders, object_prompt)
+    check_words(motion_folders, prompt)
+
+    def work(session: Session) -> None:
+        session.progress.begin("static", call.static.steps)
+        session.progress.begin("motion", call.motion.steps)
+        still_file = session.run.unfinished / "static.safetensors"
+        still, parent = static_stage(session, call.static, static_folders, object_prompt, still_file)
+        scene, provenance = motion_stage(session, call.motion, motion_folders, prompt, still, parent)
+        film(session, ORBIT, still, results.orbit_cameras(options.pictures), prompt)
+        film(session, VIDEO, scene, results.final_cameras(options.pictures), prompt)
+        show(session, scene, prompt)
+
+    return _carry_out(call, (call.static, call.motion), call.static.scene, work)
+
+
+def _said(prompt: str | None, name: str) -> str:
+    """The prompt, if there is one."""
+    if prompt is None or not prompt.strip():
+        raise UsageError(f"{name} is empty: say what to make, for example 'a red cube is jumping'")
+    return prompt.strip()
+
+
+# ---- the frame of a run ------------------------------------------------------------------------------------------
+
+
+def command_of(call: Call) -> str:
+    """The command's name."""
+    return {TextTo3DCall: "text-to-3d", AnimateCall: "animate", TextTo4DCall: "text-to-4d"}[type(call)]
+
+
+def _carry_out(
+    call: Call,
+    recipes: tuple[StaticRecipe | MotionRecipe, ...],
+    scene: SceneConfig,
+    work: Callable[[Session], None],
+) -> int:
+    """Check what can be checked, then do the work in its folder; return the exit code."""
+    device = pick_device(call.options.machine.device)
+    run = _open_run(call, recipes, scene, device)
+    if run is None:
+        return 0
+    began = time.monotonic()
+    with stop_on_interrupt() as should_stop:
+        try:
+            with make_progress() as progress:
+                work(Session(call, run, progress, should_stop))
+            run.finish()
+        except Interrupted as stop:
+            run.save("interrupted", stage=stop.stage, step=stop.step or None)
+            where = f"{stop.stage}, step {stop.step}" if stop.step else stop.stage
+            hint = f"dream4d {command_of(call)} --resume {shlex.quote(str(run.path))}"
+            raise Stopped(f"stopped in {where}; what is done is saved; resume with: {hint}") from stop
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                run.fail(str(error) or type(error).__name__)
+            raise
+    _say_finished(run, time.monotonic() - began)
+    return 0
+
+
+def _open_run(
+    call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig, device: torch.device
+) -> RunFolder | None:
+    """Start or resume the run's folder; None where the run is finished already."""
+    folders = call.options.folders
+    if folders.resume is None:
+        check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
+    elif read_record(Path(folders.resume)).get("status") == "finished":
+        print(f"the run in {folders.resume} is finished: there is nothing to resume")
+        return None
+    if device.type == "cpu":
+        for recipe in recipes:
+            flags = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}"
+            way_out = f"lower {flags}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
+            check_memory(memory_bytes(recipe, scene), f"training by the recipe {recipe.name!r}", way_out)
+    room = disk_bytes(recipes, scene)
+    if folders.resume is not None:
+        return resume_run(Path(folders.resume), device, room)
+    record = {
+        "command": command_of(call),
+        "prompt": call.options.prompt,
+        "seed": call.options.seed,
+        "settings": settings_tree(call),
+    }
+    return start_run(Path(folders.out), RESULTS, record, device, room)
+
+
+def _say_finished(run: RunFolder, seconds: float) -> None:
+    files = ", ".join(name for name in RESULTS if (run.path / name).exists())
+    peak = run.record["peak_memory_bytes"] / 2**30
+    print(f"{run.path}: {files} ({clock_text(seconds)}, peak memory {peak:.1f} GiB)")
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+def static_stage(session: Session, recipe: StaticRecipe, folders: Folders, prompt: str, path: Path) -> Made:
+    """Stage 1, unless its result is there already."""
+    session.progress.begin("static", recipe.steps)
+
+    def train() -> tuple[Scene, FitSummary, Provenance]:
+        with session.run.timed("load models"):
+            guidance = load_guidance(recipe, folders, prompt, session.device)
+        session.pause("static")
+        seed = session.call.options.seed
+        with session.run.timed("static"):
+            scene, summary = train_static(
+                recipe, guidance, seed=seed, device=session.device, control=session.control("static")
+            )
+        return scene, summary, Provenance(prompt, recipe.name, seed, recipe.steps, versions())
+
+    return _stage(session, "static", recipe.steps, path, train)
+
+
+def motion_stage(
+    session: Session, recipe: MotionRecipe, folders: Folders, prompt: str, still: Scene, parent: Provenance
+) -> Made:
+    """Stage 2, unless its result is there already."""
+    session.progress.begin("motion", recipe.steps)
+
+    def train() -> tuple[Scene, FitSummary, Provenance]:
+        with session.run.timed("load models"):
+            guidance = load_guidance(recipe, folders, prompt, session.device)
+        session.pause("motion")
+        options: Animate | TextTo4D = session.call.options
+        with session.run.timed("motion"):
+            scene, summary = train_motion(
+                still,
+                recipe,
+                guidance,
+                seed=options.seed,
+                device=session.device,
+                control=session.control("motion"),
+                deformation_scale=options.deformation_scale,
+            )
+        return scene, summary, Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
+
+    return _stage(session, "motion", recipe.steps, session.run.path / SCENE, train)
+
+
+def _stage(
+    session: Session,
+    stage: str,
+    steps: int,
+    path: Path,
+    train: Callable[[], tuple[Scene, FitSummary, Provenance]],
+) -> Made:
+    """Train and save a scene. It is read back, so that a resumed run goes on from the very same one."""
+    if not path.exists():
+        scene, summary, provenance = train()
+        save_scene(path, scene, provenance)
+        fits = session.run.record.setdefault("fits", {})
+        fits[stage] = asdict(summary)
+        session.run.save()
+    session.progress.update(stage, steps)
+    return load_scene(path, session.device)
+
+
+def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:
+    """Make a video, unless it is there already."""
+    path, pictures, stage = session.run.path / name, session.call.options.pictures, name.partition(".")[0]
+    n_frames = cameras.shape[1]
+    session.progress.begin(stage, n_frames)
+    if path.exists():
+        session.progress.update(stage, n_frames)
+        return
+    began = time.monotonic()
+
+    def on_frame(done: int) -> None:
+        session.pause(stage)
+        session.progress.update(stage, done, None, (time.monotonic() - began) / done * (n_frames - done))
+
+    with session.run.timed(stage):
+        results.save_scene_video(path, scene, cameras, pictures.fps, pictures.samples, title, on_frame)
+
+
+def show(session: Session, scene: Scene, prompt: str) -> None:
+    """Make the sheet of pictures and the measures."""
+    with session.run.timed("measures"):
+        results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.call.options.pictures.samples)
+        session.pause("measures")
+        measures, line = results.measure(scene, prompt)
+        content = json.dumps(measures, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(session.run.path / METRICS, content.encode())
+    session.progress.say(line)

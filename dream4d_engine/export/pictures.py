@@ -1,0 +1,80 @@
+"""Single pictures: PNG files and labelled sheets of many."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..machine import write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import ImageDraw, ImageFont
+
+_MARGIN, _PAPER, _INK = 6, (255, 255, 255), (40, 40, 40)
+
+
+def to_bytes(picture: Tensor | np.ndarray) -> np.ndarray:
+    """Return a picture [H, W, 3] or [H, W, 1] as uint8 [H, W, 3].
+
+    Floats are in [0, 1] (clamped; what is not finite becomes 0); uint8 passes unchanged.
+    """
+    tensor = torch.as_tensor(picture).detach().cpu()
+    if tensor.ndim != 3 or tensor.shape[-1] not in (1, 3):
+        raise ValueError(f"a picture has the shape [H, W, 3] or [H, W, 1], got {list(tensor.shape)}")
+    if tensor.dtype != torch.uint8:
+        tensor = (tensor.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return tensor.expand(-1, -1, 3).contiguous().numpy()
+
+
+def save_picture(path: Path, picture: Tensor | np.ndarray) -> None:
+    """Write a picture (see `to_bytes`) as PNG, whole or not at all."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(to_bytes(picture)).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def contact_sheet(
+    pictures: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], title: str = ""
+) -> np.ndarray:
+    """Lay pictures [rows, columns, H, W, 3] out on white, with a label beside each row and above each column.
+
+    Returns uint8 [height, width, 3].
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    if pictures.ndim != 5 or pictures.shape[:2] != (len(row_labels), len(column_labels)):
+        raise ValueError(
+            f"{len(row_labels)} row and {len(column_labels)} column labels don't fit pictures {list(pictures.shape)}"
+        )
+    rows, columns, height, width = pictures.shape[:4]
+    font = ImageFont.load_default(12)
+    head = 20 if title else 0
+    left = _MARGIN + max(int(font.getlength(label)) for label in row_labels) + _MARGIN
+    top = _MARGIN + head + 16
+    size = (left + columns * (width + _MARGIN), top + rows * (height + _MARGIN))
+    sheet = Image.new("RGB", (max(size[0], left + int(font.getlength(title)) + _MARGIN), size[1]), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((left, _MARGIN), title, fill=_INK, font=font)
+    for column, label in enumerate(column_labels):
+        _centre(draw, font, label, left + column * (width + _MARGIN) + width / 2, top - 10)
+    for row, label in enumerate(row_labels):
+        y = top + row * (height + _MARGIN)
+        draw.text((_MARGIN, y + height / 2), label, fill=_INK, font=font, anchor="lm")
+        for column in range(columns):
+            tile = Image.fromarray(to_bytes(pictures[row, column]))
+            sheet.paste(tile, (left + column * (width + _MARGIN), y))
+    return np.asarray(sheet)
+
+
+def _centre(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, x: float, y: float) -> None:
+    draw.text((x, y), text, fill=_INK, font=font, anchor="mm")

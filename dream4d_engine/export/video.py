@@ -1,0 +1,147 @@
+"""Videos: frames in, one mp4 out, never more than a frame in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .pictures import to_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CODECS = ("libx264", "h264", "mpeg4")
+_BT709 = 1  # the code of BT.709 in the stream's colour tags; 1 is also "limited range"
+
+
+@dataclass(frozen=True)
+class Video:
+    """A decoded file: frames uint8 [F, H, W, 3], frames per second, title and codec as stored."""
+
+    frames: Tensor
+    fps: float
+    title: str
+    codec: str
+
+
+def _pick_codec() -> str:
+    """Return the first H.264 encoder this build of PyAV has, else MPEG-4's."""
+    import av
+
+    for name in _CODECS:
+        try:
+            av.Codec(name, "w")
+        except ValueError:  # not in this build
+            continue
+        return name
+    raise ValueError(f"this build of PyAV has none of the encoders {', '.join(_CODECS)}: reinstall the package av")
+
+
+def _pad_to_even(picture: np.ndarray) -> np.ndarray:
+    """Repeat the last row or column where a side is odd: 4:2:0 pictures have even sides."""
+    import numpy as np
+
+    height, width = picture.shape[:2]
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+class VideoWriter:
+    """A video file in the making, to be used as a context: `add` frames, one after another.
+
+    Frames are [H, W, 3] float in [0, 1] or uint8, all of one size. The file has H.264 in yuv420p where PyAV can write
+    it, and its side lengths are rounded up to even numbers. It is written under a temporary name and renamed when the
+    context ends: an error inside leaves no file, and an old one as it was.
+    """
+
+    def __init__(self, path: Path | str, fps: float = 24.0, title: str = "") -> None:
+        if not 0.1 <= fps <= 1000:
+            raise ValueError(f"fps must lie in [0.1, 1000], got {fps}")
+        self.path, self.fps, self.title, self.count = Path(path), fps, title, 0
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._container = self._stream = self._shape = None
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
+        self._container.metadata["title"] = self.title
+        return self
+
+    def add(self, frame: Tensor | np.ndarray) -> None:
+        """Encode one more frame."""
+        import av
+
+        picture = to_bytes(frame)
+        if self._stream is None:
+            self._shape = picture.shape
+            self._stream = _add_stream(self._container, _pick_codec(), _pad_to_even(picture).shape, self.fps)
+        if picture.shape != self._shape:
+            raise ValueError(f"frame {self.count} has the shape {list(picture.shape)}, the first {list(self._shape)}")
+        image = av.VideoFrame.from_ndarray(_pad_to_even(picture), format="rgb24")
+        image = image.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        image.pts, image.time_base = self.count, 1 / self._stream.codec_context.framerate
+        self._container.mux(self._stream.encode(image))
+        self.count += 1
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is not None:
+                return
+            if self._stream is None:
+                raise ValueError(f"no frames to write into {self.path}")
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            with open(self._temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self._temporary, self.path)
+        finally:
+            with contextlib.suppress(Exception):  # a container without frames can't be closed properly
+                self._container.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_video(path: Path | str, frames: Iterable[Tensor | np.ndarray], fps: float = 24.0, title: str = "") -> int:
+    """Write all frames into a video file (see VideoWriter) and return how many there were."""
+    with VideoWriter(path, fps, title) as writer:
+        for frame in frames:
+            writer.add(frame)
+    return writer.count
+
+
+def _add_stream(container, codec: str, shape: tuple[int, ...], fps: float):
+    """Add a video stream for pictures [H, W, 3] whose quality is high enough to judge details by."""
+    rate = Fraction(fps).limit_denominator(1001)
+    quality = {"crf": "16", "preset": "medium"} if codec == "libx264" else {}
+    stream = container.add_stream(codec, rate=rate, options=quality)
+    stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = context.colorspace = context.color_range = _BT709
+    if not quality:
+        stream.bit_rate = max(int(shape[0] * shape[1] * fps * 0.4), 500_000)
+    return stream
+
+
+def read_video(path: Path) -> Video:
+    """Decode a whole video file (into memory: meant for short ones)."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            title = container.metadata.get("title", "")
+            fps = float(stream.average_rate or 0)
+            codec = stream.codec_context.codec.canonical_name
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} can't be read as a video: {error}") from error
+    if not pictures:
+        raise ValueError(f"{path} holds no frames")
+    return Video(torch.stack(pictures), fps, title, codec)

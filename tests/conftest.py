@@ -1,0 +1,23 @@
+"""What all tests share: one thread, and a closing line that says what was skipped and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' tensors are small: more threads only get in each other's way
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say in one line how many tests were skipped, by reason."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(_reason(report) for report in reports)
+    text = "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common()) or "none"
+    terminalreporter.write_line(f"skipped: {text}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    detail = report.longrepr
+    return (detail[2] if isinstance(detail, tuple) else str(detail)).removeprefix("Skipped: ")

@@ -1,0 +1,430 @@
+"""The commands as people use them: whole runs in processes of their own, and every mistake answered by one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dream4d_engine import assets
+from dream4d_engine.cli import main
+from dream4d_engine.cli.parsing import COMMANDS, parse
+from dream4d_engine.cli.progress import Lines, clock_text
+from dream4d_engine.export import read_video
+from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
+
+PROMPT = "a red cube is jumping"
+RESULTS = {"run.json", "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"}
+SMALL = [
+    *("--size", "16", "--orbit-frames", "4", "--part-frames", "2", "--threads", "1"),
+    *("--static.scene.n-samples", "24", "--static.scene.occupancy-resolution", "16"),
+    *("--static.scene.radiance.blob-std", "0.2", "--deformation-scale", "1"),  # a small object is quick to render
+    *("--static.phases.0.height", "16", "--static.phases.0.width", "16"),
+    *("--motion.phases.0.height", "16", "--motion.phases.0.width", "16"),
+    *("--static.loop.checkpoint-steps", "2", "--motion.loop.checkpoint-steps", "2"),
+]
+
+
+@pytest.fixture(scope="session")
+def priors(tmp_path_factory) -> list[str]:
+    """Flags that name tiny untrained models: the commands do the same with them as with good ones, but quickly."""
+    from dream4d_engine.toyworld.models import ToySize, build_prior, save_prior
+
+    folder = tmp_path_factory.mktemp("priors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for kind in ("multiview", "video"):
+            save_prior(build_prior(kind, ToySize((8, 8, 16), (1, 1, 2))), kind, folder / kind)
+    return ["--multiview-prior", str(folder / "multiview"), "--video-prior", str(folder / "video")]
+
+
+def start(*words: str) -> subprocess.Popen:
+    """`dream4d WORDS` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dream4d_engine", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} doesn't appear"
+        time.sleep(0.02)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, priors) -> tuple[Path, str]:
+    """The folder and the output of one whole text-to-4d."""
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    output = finish(
+        start("text-to-4d", PROMPT, "--out", str(folder), *priors, *SMALL, "--steps", "9", "--motion-steps", "7")
+    )
+    return folder, output
+
+
+def test_text_to_4d_makes_what_it_says(run):
+    folder, output = run
+    assert {path.name for path in folder.iterdir()} == RESULTS
+    orbit, video = read_video(folder / "orbit.mp4"), read_video(folder / "video.mp4")
+    assert orbit.frames.shape == (4, 16, 16, 3)
+    assert video.frames.shape == (8 * 2, 16, 16, 3)
+    assert video.fps == pytest.approx(24)
+    assert video.title == PROMPT
+    scene, provenance = assets.load_scene(folder / "scene.safetensors")
+    assert scene.deformation is not None
+    assert (provenance.prompt, provenance.recipe, provenance.steps, provenance.seed) == (PROMPT, "toy", 7, 0)
+    assert (provenance.parent.prompt, provenance.parent.steps) == (PROMPT, 9)
+    for line in ("static: step 9/9", "motion: step 7/7", "loss"):
+        assert line in output
+
+
+def test_record_and_measures_of_a_run(run):
+    from PIL import Image
+
+    folder, _ = run
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["command"], record["prompt"], record["seed"]) == (
+        "finished",
+        "text-to-4d",
+        PROMPT,
+        0,
+    )
+    assert record["settings"]["static"]["steps"] == 9
+    assert record["settings"]["motion"]["name"] == "toy"
+    assert {"dream4d", "python", "torch", "diffusers", "transformers"} == set(record["versions"])
+    assert {"static", "motion", "orbit", "video"} <= set(record["seconds"])
+    assert 0 < record["peak_memory_bytes"] < 4 * 2**30
+    measures = json.loads((folder / "metrics.json").read_text())
+    assert measures["truth"]["caption"] == PROMPT
+    assert 0 <= measures["truth"]["iou"] <= 1
+    assert measures["scene"]["deformation_scale"] == 1
+    width, height = Image.open(folder / "contact.png").size
+    assert width > 5 * 96 and height > 4 * 96
+
+
+def test_stopped_and_killed_runs_end_like_an_unbroken_one(run, tmp_path, priors):
+    """Ctrl-C in stage 1, SIGKILL at a random moment of what follows, then to the end: the same bits."""
+    folder = tmp_path / "broken"
+    words = [PROMPT, "--out", str(folder), *priors, *SMALL, "--steps", "9", "--motion-steps", "7"]
+    process = start("text-to-4d", *words)
+    wait_for(folder / "unfinished" / "static.checkpoint", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"resume with: dream4d text-to-4d --resume {folder}" in errors
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+    process = start("text-to-4d", "--resume", str(folder))
+    while json.loads((folder / "run.json").read_text())["status"] != "running":
+        time.sleep(0.02)
+    seconds = json.loads((run[0] / "run.json").read_text())["seconds"]
+    moment = random.SystemRandom().uniform(0, sum(seconds[name] for name in ("load models", "static", "motion")))
+    time.sleep(moment)
+    process.kill()
+    process.communicate()
+
+    finish(start("text-to-4d", "--resume", str(folder)))
+    assert {path.name for path in folder.iterdir()} == RESULTS
+    ours, theirs = tensors_of(folder / "scene.safetensors"), tensors_of(run[0] / "scene.safetensors")
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"after a kill {moment:.2f} s into the resumed run"
+
+
+def test_two_stages_one_by_one(run, tmp_path, priors, capsys):
+    """text-to-3d and animate give what text-to-4d gives."""
+    still, moving = tmp_path / "still", tmp_path / "moving"
+    flags = list(zip(SMALL[::2], SMALL[1::2], strict=True))
+    static = [word for flag in flags for word in flag if "motion" not in flag[0] and "deformation" not in flag[0]]
+    motion = [word for flag in flags for word in flag if "static" not in flag[0]]
+    threads = torch.get_num_threads()
+    assert main(["text-to-3d", PROMPT, "--out", str(still), *priors[:2], *static, "--steps", "9"]) == 0
+    assert {path.name for path in still.iterdir()} == RESULTS - {"video.mp4"}
+    scene = str(still / "scene.safetensors")
+    assert main(["animate", scene, PROMPT, "--out", str(moving), *priors[2:], *motion, "--steps", "7"]) == 0
+    assert {path.name for path in moving.iterdir()} == RESULTS - {"orbit.mp4"}
+    ours, theirs = tensors_of(moving / "scene.safetensors"), tensors_of(run[0] / "scene.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.set_num_threads(threads)
+    capsys.readouterr()
+
+
+def fails(capsys, *words: str) -> str:
+    """Run a command that must fail with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("dream4d: error: ")
+    assert "Traceback" not in captured.err and "defect" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["text-to-5d", "x"], "unknown command 'text-to-5d'"),
+        (["text-to-4d", "", "--out", "OUT"], "empty"),
+        (["text-to-4d", "  ", "--out", "OUT"], "empty"),
+        (["text-to-4d", "--out", "OUT"], "empty"),
+        (
+            ["text-to-3d", PROMPT, "--recipe", "grand", "--out", "OUT"],
+            "unknown recipe 'grand': choose one of toy, text-to-3d",
+        ),
+        (["text-to-4d", PROMPT, "--motion-recipe", "grand", "--out", "OUT"], "unknown recipe 'grand'"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--sed", "3"], "perhaps you meant --seed"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "x"], "--seed"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--static.cameras.distance", "3", "2"], "lower bound first"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--recipe", "text-to-3d"], "--multiview-prior FOLDER"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--multiview-prior", "OUT/none"], "no model folder"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--device", "quantum"], "unknown device 'quantum'"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--size", "0"], "--size"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--threads", "0"], "--threads"),
+        (["text-to-4d", "--resume", "OUT"], "no run to resume"),
+        (["animate", "--out", "OUT"], "which scene"),
+        (["animate", "OUT/none.safetensors", PROMPT, "--out", "OUT"], "does not exist"),
+        (["render", "OUT/none.safetensors"], "does not exist"),
+        (["render"], "SCENE"),
+        (["info", "OUT/none"], "does not exist"),
+        (["import", "OUT/none.ckpt", "--out", "OUT/s.safetensors"], "does not exist"),
+        (["bench", "--recipes", "grand"], "unknown recipe 'grand'"),
+        (["bench", "--recipes", "static:grand"], "unknown recipe 'grand'"),
+    ],
+)
+def test_mistakes_get_one_line(words, expected, tmp_path, capsys, priors):
+    out = tmp_path / "out"
+    words = [word.replace("OUT", str(out)) for word in words]
+    if "-prior FOLDER" not in expected and "--multiview-prior" not in words and "--resume" not in words:
+        words += {"text-to-3d": priors[:2], "text-to-4d": priors}.get(words[0], [])
+    assert expected in fails(capsys, *words)
+    assert not out.exists()
+
+
+def test_unknown_words_are_said_before_training(tmp_path, capsys, priors):
+    line = fails(capsys, "text-to-4d", "a red dragon is jumping", "--out", str(tmp_path / "out"), *priors)
+    assert "'dragon'" in line and "cube" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_written(tmp_path, capsys, monkeypatch, priors):
+    (tmp_path / "file").write_text("x")
+    words = ["text-to-3d", PROMPT, *priors[:2], "--out"]
+    assert "is a file" in fails(capsys, *words, str(tmp_path / "file"))
+    assert "can't write into" in fails(capsys, *words, str(tmp_path / "file" / "below"))
+    assert "--out FOLDER" in fails(capsys, *words[:-1])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
+    assert "1 MiB left" in fails(capsys, *words, str(tmp_path / "full"))
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_too_little_memory_is_said_before_training(tmp_path, capsys, priors):
+    size = ["--static.phases.0.height", "40000", "--static.phases.0.width", "40000"]
+    line = fails(capsys, "text-to-3d", PROMPT, "--out", str(tmp_path / "out"), *priors[:2], *size)
+    assert "GiB" in line and "lower --static.phases" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_on_the_way(error, tmp_path, capsys, monkeypatch, priors):
+    def train(*_args, **_settings):
+        raise error
+
+    monkeypatch.setattr("dream4d_engine.cli.runs.train_static", train)
+    out = tmp_path / "out"
+    words = ["text-to-3d", PROMPT, "--out", str(out), *priors[:2]]
+    assert "out of memory: lower" in fails(capsys, *words)
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert "out of memory" in fails(capsys, *words)  # nothing was made: the folder may be used again
+
+
+def test_results_are_not_overwritten(run, tmp_path, capsys, priors):
+    before = {path.name: path.read_bytes() for path in run[0].iterdir()}
+    line = fails(capsys, "text-to-4d", PROMPT, "--out", str(run[0]), *priors)
+    assert "already holds" in line and "--overwrite" in line
+    unfinished = tmp_path / "u"
+    (unfinished / "unfinished").mkdir(parents=True)
+    assert "--resume" in fails(capsys, "text-to-4d", PROMPT, "--out", str(unfinished), *priors)
+    assert main(["text-to-4d", "--resume", str(run[0])]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in run[0].iterdir()}
+
+
+def test_resume_refuses_other_settings(run, tmp_path, capsys):
+    folder = tmp_path / "again"
+    folder.mkdir()
+    record = json.loads((run[0] / "run.json").read_text()) | {"status": "interrupted"}
+    (folder / "run.json").write_text(json.dumps(record))
+    base = ["text-to-4d", "--resume", str(folder)]
+    for words, name in [
+        (["a blue cube is jumping"], "prompt"),
+        (["--recipe", "text-to-3d"], "recipe"),
+        (["--seed", "1"], "seed"),
+        (["--steps", "10"], "static.steps"),
+        (["--motion.guidance.0.distillation.guidance-scale", "7"], "guidance_scale"),
+    ]:
+        line = fails(capsys, *base, *words)
+        assert name in line and "resume with the same settings" in line
+    assert "text-to-4d" in fails(capsys, "text-to-3d", "--resume", str(folder))
+    assert "leave --out" in fails(capsys, *base, "--out", str(tmp_path / "other"))
+    (folder / "run.json").write_text("{")
+    assert "can't be read" in fails(capsys, *base)
+    (folder / "run.json").write_text(json.dumps(record | {"settings": {"options": {}}}))
+    assert "can't be used to resume" in fails(capsys, *base)
+
+
+def test_damaged_and_foreign_files(run, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    whole = (run[0] / "scene.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.safetensors").write_text("no scene at all")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    newer = whole.replace(b'"format_version":"1"', b'"format_version":"9"')
+    assert newer != whole
+    (tmp_path / "newer.safetensors").write_bytes(newer)
+    for name, expected in [("cut", "readable"), ("text", "readable"), ("foreign", "not a dream4d"), ("newer", "newer")]:
+        path = str(tmp_path / f"{name}.safetensors")
+        assert expected in fails(capsys, "render", path, "--out", str(tmp_path / "r"))
+        assert expected in fails(capsys, "info", path)
+        assert expected in fails(capsys, "animate", path, PROMPT, "--out", str(tmp_path / "r"))
+    assert "not a readable checkpoint" in fails(
+        capsys, "import", str(tmp_path / "text.safetensors"), "--out", str(tmp_path / "s.safetensors")
+    )
+    assert not (tmp_path / "r").exists() and not (tmp_path / "s.safetensors").exists()
+
+
+def test_render_every_pass(run, tmp_path, capsys):
+    scene, out = str(run[0] / "scene.safetensors"), tmp_path / "r"
+    passes = ["rgb", "depth", "normals", "opacity", "displacement"]
+    words = ["render", scene, "--out", str(out), "--path", "fixed", "--frames", "3", "--size", "24", "16", "--png"]
+    assert main([*words, "--passes", *passes]) == 0
+    for name in passes:
+        assert read_video(out / f"fixed_{name}.mp4").frames.shape == (3, 16, 24, 3)
+        assert sorted(p.name for p in (out / f"fixed_{name}").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert "exists" in fails(capsys, *words)
+    assert main([*words, "--overwrite"]) == 0
+    assert main(["render", scene, "--out", str(out), "--frames", "2", "--size", "8", "8", "--path", "final"]) == 0
+    assert read_video(out / "final_rgb.mp4").frames.shape == (16, 8, 8, 3)
+    assert "--time" in fails(capsys, "render", scene, "--out", str(out), "--time", "2")
+    assert "--frames" in fails(capsys, "render", scene, "--out", str(out), "--frames", "0")
+
+
+def test_info_says_what_a_file_holds(run, tmp_path, capsys):
+    path = run[0] / "scene.safetensors"
+    assert main(["info", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "moving scene"
+    assert found["bytes"] == path.stat().st_size
+    assert found["provenance"]["prompt"] == PROMPT
+    assert found["config"]["n_samples"] == 24
+    held = tensors_of(path)
+    assert {name: tensor["shape"] for name, tensor in found["tensors"].items()} == {
+        name: list(tensor.shape) for name, tensor in held.items()
+    }
+    assert main(["info", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert PROMPT in text and "canonical.grid.table" in text
+
+
+def test_import_of_a_checkpoint(tmp_path, capsys):
+    found = sorted((Path(__file__).parent / "data").rglob("stage2.ckpt"))
+    if not found:
+        pytest.skip("tests/data has no stage2.ckpt")
+    out = tmp_path / "imported.safetensors"
+    assert main(["import", str(found[0]), "--out", str(out)]) == 0
+    assert assets.load_scene(out)[0].deformation is not None
+    assert "exists" in fails(capsys, "import", str(found[0]), "--out", str(out))
+
+
+def test_bench_measures(tmp_path, capsys, priors):
+    out = tmp_path / "bench.json"
+    words = ["bench", "--recipes", "static:toy", "motion:toy", "--steps", "2", "--warmup", "1", "--out", str(out)]
+    assert main([*words, *priors]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(out.read_text())["recipes"]
+    assert [entry["recipe"] for entry in found] == ["static:toy", "motion:toy"]
+    assert all(entry["seconds_per_step"] > 0 and entry["peak_memory_bytes"] > 2**20 for entry in found)
+    assert "static:toy" in text and "GiB" in text
+
+
+def test_help_and_version(capsys):
+    from dream4d_engine import __version__
+
+    for words in ([], ["--help"], ["-h"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert name in text and "--static.scene" not in text
+    assert main(["text-to-4d", "--help-all", "--recipe", "text-to-3d"]) == 0
+    text = capsys.readouterr().out
+    assert "--static.scene.radiance.grid.n-levels" in text and "--motion.guidance.0.weight" in text
+    assert "10000" in text
+
+
+def test_every_number_of_a_recipe_is_a_flag():
+    words = [
+        "x",
+        "--static.scene.radiance.grid.n-levels",
+        "5",
+        "--static.guidance.0.distillation.min-noise.last",
+        "0.3",
+    ]
+    call = parse("text-to-3d", [*words, "--steps", "7", "--static.scene.background.color", "0.1", "0.2", "0.3"])
+    assert call.static.scene.radiance.grid.n_levels == 5
+    assert call.static.guidance[0].distillation.min_noise.last == 0.3
+    assert call.static.scene.background.color == (0.1, 0.2, 0.3)
+    assert call.static.steps == 7
+    assert call.static.cameras == STATIC_RECIPES["toy"].cameras
+
+
+@pytest.mark.parametrize("name", sorted(MOTION_RECIPES))
+def test_recipes_arrive_unchanged(name):
+    call = parse("text-to-4d", ["x", "--recipe", "text-to-3d", "--motion-recipe", name])
+    assert call.static == STATIC_RECIPES["text-to-3d"]
+    assert call.motion == MOTION_RECIPES[name]
+
+
+def test_lines_come_every_few_seconds_and_at_the_end():
+    now, lines = [0.0], []
+    progress = Lines(lines.append, lambda: now[0])
+    progress.begin("static", 100)
+    for step in range(1, 101):
+        now[0] = step * 0.5
+        progress.update("static", step, loss=2.0, remaining=(100 - step) * 0.5)
+    assert lines[0] == "static: step 1/100, loss 2, 50 s left"
+    assert lines[-1] == "static: step 100/100, loss 2"
+    assert 9 <= len(lines) <= 12
+    assert [clock_text(s) for s in (8, 125, 3723, None)] == ["8 s", "2:05", "1:02:03", ""]
