@@ -63,7 +63,9 @@ def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torc
     x = (i / focal[..., None])[:, :, None, :].expand(-1, -1, height, -1)
     y = (-j / focal[..., None])[:, :, :, None].expand(-1, -1, -1, width)
     local = torch.stack((x, y, -torch.ones_like(x)), -1)
-    directions = torch.einsum("bfij,bfhwj->bfhwi", cameras.c2w[..., :3, :3], local)
+    # summed by hand: a matrix product would be rounded under autocast and with tf32, and rays with it
+    rotation = cameras.c2w[:, :, None, None, :3, :3]
+    directions = (rotation * local[..., None, :]).sum(-1)
     if jitter > 0:
         noise = torch.randn(directions.shape, generator=generator, dtype=directions.dtype)
         directions = directions + jitter * noise.to(device)

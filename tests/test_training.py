@@ -37,7 +37,7 @@ from dream4d_engine.training.config import (
 from dream4d_engine.training.loop import Interrupted, ResumeMismatch, RunControl, TrainingDiverged, fit
 from dream4d_engine.training.motion import choose_deformation_scale, train_motion
 from dream4d_engine.training.objectives import current_phase, draw_background
-from dream4d_engine.training.static import object_extent, static_groups, train_static
+from dream4d_engine.training.static import object_extent, static_groups, static_objective, train_static
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -279,6 +279,19 @@ def test_every_regulariser_can_be_switched_on():
     names = {"opacity", "entropy", "orientation", "z_variance", "normal_2d", "normal_3d"}
     assert names <= reports[-1].terms.keys()
     assert all(math.isfinite(value) for value in reports[-1].terms.values())
+
+
+def test_the_objective_keeps_its_accuracy_under_autocast():
+    recipe, guidance, _, _ = static_case()
+    losses = []
+    for enabled in (False, True):
+        scene = build_scene(SMALL, seeded())
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            loss, _ = static_objective(recipe, guidance)(scene, 0.5, seeded(1))
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in scene.canonical.parameters())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 # ---- stage 2 -----------------------------------------------------------------------------------------------------

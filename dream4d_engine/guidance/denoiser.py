@@ -69,8 +69,8 @@ def alpha_bar_of_sigma(sigma: Tensor) -> Tensor:
 
 def timestep_of_sigma(sigma: Tensor, alphas_bar: Tensor) -> Tensor:
     """Return the integer timestep [B] whose noise level is nearest to sigma [B], in log sigma."""
-    table = sigma_of_alpha_bar(alphas_bar.double()).log()
-    distance = (sigma.double().log()[:, None] - table[None]).abs()
+    table = sigma_of_alpha_bar(alphas_bar.float()).log()
+    distance = (sigma.float().log()[:, None] - table[None]).abs()
     return distance.argmin(1)
 
 
