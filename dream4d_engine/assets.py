@@ -286,7 +286,7 @@ def import_checkpoint(
         _fill(scene, _imported_tensors(scene, state, settings, step), str(path))
     except AssetError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # whatever its tensors are
         raise AssetError(f"{path} cannot be imported: {_line(error)}") from error
     prompt = settings.get("prompt_processor", {}).get("prompt", "")
     return scene, Provenance(prompt=str(prompt), recipe="imported from Dream-in-4D", steps=step)
@@ -294,16 +294,21 @@ def import_checkpoint(
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
     if not path.is_file():
-        raise AssetError(f"{path} does not exist")
+        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise AssetError(f"{path} is not a readable checkpoint ({_line(error)})") from error
+        why = _line(error)
+        if type(error).__name__ == "UnpicklingError":  # its own message tells how to let the file run code
+            why = "it is damaged, or holds more than tensors and plain values, and nothing in it is ever executed"
+        raise AssetError(f"{path} is not a readable checkpoint ({why})") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or _GRID not in state:
         raise AssetError(f"{path} is a torch file, but not a checkpoint of Dream-in-4D ({_GRID} is missing)")
     step = content.get("global_step", 0)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, int(step)
+    if not isinstance(step, int):
+        raise AssetError(f"{path} is damaged: global_step is {_shown(step)}, not a whole number")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, step
 
 
 def _read_settings(path: Path, options: ImportOptions) -> dict[str, Any]:
@@ -422,6 +427,8 @@ def _imported_deformation(
 def _imported_background(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> BackgroundConfig:
     if f"{_NETWORKS['background.mlp']}.layers.0.weight" in state:
         return BackgroundConfig(**_hidden(_network(state, _NETWORKS["background.mlp"])))
+    if "neural" in str(settings.get("background_type", "")):
+        raise AssetError(f"the checkpoint lacks the network {_NETWORKS['background.mlp']}, which its settings ask for")
     color = settings.get("background", {}).get("color", (1.0, 1.0, 1.0))
     red, green, blue = (float(c) for c in color)
     return BackgroundConfig(color=(red, green, blue))

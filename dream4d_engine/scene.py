@@ -15,6 +15,8 @@ from .fields.radiance import RadianceConfig, RadianceField
 from .kernels import Kernels, select_kernels
 from .occupancy import ALL_CELLS_UNTIL, N_TIMES, OccupancyGrid
 
+MAX_SAMPLES = 65536
+"""Of samples along a ray, the most that make sense."""
 NORMAL_OFFSET = 0.01
 """Half the distance, in radii, over which density differences are taken for normals: some cells of the middle levels,
 so that the noise of the finest ones does not show."""
@@ -34,7 +36,7 @@ class SceneConfig:
     def __post_init__(self) -> None:
         require_range("radius", self.radius, 1e-3, 1e3)
         require_range("occupancy_resolution", self.occupancy_resolution, 1, 256)
-        require_range("n_samples", self.n_samples, 1, 65536)
+        require_range("n_samples", self.n_samples, 1, MAX_SAMPLES)
 
     def step_size(self, n_samples: int | None = None) -> float:
         """Length of a sample's interval; `n_samples` None means the scene's own."""

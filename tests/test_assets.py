@@ -312,3 +312,40 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(content, target)
     with pytest.raises(AssetError, match="lacks the network geometry.feature_network"):
         import_checkpoint(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("geometry.density_network.layers.0.weight", None, "lacks the network"),
+        ("geometry.density_network.layers.0.weight", torch.zeros(3), "cannot be imported"),
+        ("renderer.estimator.binaries", torch.ones(2, 2, dtype=torch.bool), "cannot be imported"),
+        ("background.network.layers.0.weight", None, "lacks the network background.network"),
+    ],
+)
+def test_checkpoints_with_missing_or_misshapen_tensors_are_refused(tmp_path: Path, name: str, value, said: str) -> None:
+    content = torch.load(GOLDEN / "stage1.ckpt", weights_only=True)
+    content["state_dict"].pop(name)
+    if value is not None:
+        content["state_dict"][name] = value
+    torch.save(content, tmp_path / "bad.ckpt")
+    shutil.copy(GOLDEN / "stage1.json", tmp_path / "bad.json")
+    with pytest.raises(AssetError, match=said):
+        import_checkpoint(tmp_path / "bad.ckpt")
+
+
+class _Code:
+    """Something that runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": _Code(tmp_path / "ran")}}, tmp_path / "bad.ckpt")
+    with pytest.raises(AssetError, match="ever executed"):
+        import_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "ran").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dream4d_engine import assets
 from dream4d_engine.cli import main
 from dream4d_engine.cli.parsing import COMMANDS, parse
 from dream4d_engine.cli.progress import Lines, clock_text
+from dream4d_engine.cli.run_folder import sweep
 from dream4d_engine.export import read_video
 from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
 
@@ -210,6 +212,13 @@ def fails(capsys, *words: str) -> str:
         (["text-to-4d", "--resume", "OUT"], "no run to resume"),
         (["animate", "--out", "OUT"], "which scene"),
         (["animate", "OUT/none.safetensors", PROMPT, "--out", "OUT"], "does not exist"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--size", "100000"], "lower --size"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--samples", "0"], "--samples must lie in"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "-1"], "--seed must lie in"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--static.optimizer.lr-grid", "nan"], "lr_grid must be a finite"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--motion-steps", "0"], "motion.steps = 0"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--deformation-scale", "nan"], "deformation_scale must lie in"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--motion_recipe", "zeroscope-72x40", "--steps", "0"], "static.steps"),
         (["render", "OUT/none.safetensors"], "does not exist"),
         (["render"], "SCENE"),
         (["info", "OUT/none"], "does not exist"),
@@ -275,6 +284,41 @@ def test_results_are_not_overwritten(run, tmp_path, capsys, priors):
     assert main(["text-to-4d", "--resume", str(run[0])]) == 0
     assert "nothing to resume" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in run[0].iterdir()}
+
+
+def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path, capsys, priors):
+    folder = shutil.copytree(run[0], tmp_path / "demo")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for flags in (["--steps", "0"], ["--motion.optimizer.factor", "inf"], ["--static.phases.0.width", "0"]):
+        fails(capsys, "text-to-4d", PROMPT, "--out", str(folder), "--overwrite", *priors, *flags)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_flags_may_have_underscores():
+    call = parse("text-to-4d", [PROMPT, "--motion_recipe=zeroscope-72x40", "--out", "x"])
+    assert call.motion == MOTION_RECIPES["zeroscope-72x40"]
+    assert call == parse("text-to-4d", [PROMPT, "--motion-recipe", "zeroscope-72x40", "--out", "x"])
+
+
+def test_half_written_files_of_a_killed_run_go(tmp_path):
+    half, other = tmp_path / ".video.mp4.123.tmp", tmp_path / ".mine.tmp"
+    for path in (half, other):
+        path.write_bytes(b"half")
+    sweep(tmp_path, ["video.mp4"])
+    assert not half.exists() and other.exists()
+
+
+def test_render_refuses_numbers_before_it_makes_a_folder(run, tmp_path, capsys):
+    out = tmp_path / "r"
+    words = ["render", str(run[0] / "scene.safetensors"), "--out", str(out)]
+    for flags, name in [
+        (["--fps", "nan"], "--fps"),
+        (["--azimuth-deg", "inf"], "--azimuth-deg"),
+        (["--samples", "100000000"], "--samples"),
+        (["--size", "100000", "100000"], "lower --size"),
+    ]:
+        assert name in fails(capsys, *words, *flags)
+    assert not out.exists()
 
 
 def test_resume_refuses_other_settings(run, tmp_path, capsys):

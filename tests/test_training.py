@@ -1,6 +1,7 @@
 """The recipes, the loop and both stages, on priors whose answer is known."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,8 @@ from dream4d_engine.toyworld.world import render_caption
 from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint
 from dream4d_engine.training.config import (
     MODELSCOPE,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
     TEXT_TO_3D,
     TOY_MOTION,
     TOY_STATIC,
@@ -34,6 +37,7 @@ from dream4d_engine.training.config import (
     StaticRecipe,
     find_recipe,
 )
+from dream4d_engine.training.limits import check_recipe
 from dream4d_engine.training.loop import Interrupted, ResumeMismatch, RunControl, TrainingDiverged, fit
 from dream4d_engine.training.motion import choose_deformation_scale, train_motion
 from dream4d_engine.training.objectives import current_phase, draw_background
@@ -393,3 +397,32 @@ def test_views_behind_the_limit_are_left_out_of_the_image_prior():
     guidance = ideal_guidance(torch.rand(1, 8, 8, 3, generator=seeded()), config)
     distill(guidance, picture, cameras, 0.0, seeded()).loss.backward()
     assert picture.grad[0, 0].abs().sum() > 0 and picture.grad[0, 1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("recipe", [*STATIC_RECIPES.values(), *MOTION_RECIPES.values()], ids=lambda r: r.name)
+def test_every_recipe_keeps_to_the_limits(recipe):
+    check_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "at least one step"),
+        ({"n_frames": 0}, "motion.n_frames must be at least 1"),
+        ({"phases": ()}, "motion.phases must have one that starts at 0"),
+        ({"phases": (Phase(0.5, 1, 8, 8),)}, "motion.phases must have one that starts at 0"),
+        ({"phases": (Phase(0.0, 1, 8, 0),)}, "motion.phases.0.width must be at least 1"),
+        ({"phases": (Phase(0.0, 1, 8, 8), Phase(-1.0, 1, 8, 8))}, "motion.phases.1.start"),
+        ({"time_span": (0.9, 0.2)}, "motion.time_span"),
+        ({"max_scale": 0.0}, "motion.max_scale must be above 0"),
+        ({"level_rate": math.nan}, "motion.level_rate must be a finite number, got nan"),
+        ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, "motion.optimizer.betas"),
+        ({"optimizer": OptimizerConfig(lr_mlp=-1.0)}, "motion.optimizer.lr_mlp must be at least 0"),
+        ({"optimizer": OptimizerConfig(milestones=(0.5, math.inf))}, "motion.optimizer.milestones.1"),
+        ({"background": RandomBackground(low=-5.0)}, "motion.background.low"),
+        ({"loop": LoopConfig(occupancy_every=0)}, "motion.loop.occupancy_every must be at least 1"),
+    ],
+)
+def test_numbers_that_no_run_can_be_made_with(changes, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_recipe(replace(MOTION_RECIPES["toy"], **changes), "motion")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..scene import MAX_SAMPLES
 from ..training.config import MotionRecipe, StaticRecipe
 
 # help_behavior_hint: the default of these is said in words, not as None
@@ -20,6 +21,12 @@ _FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
 
 Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")]
 SceneFile = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SCENE", help_behavior_hint="")]
+
+
+def check_samples(samples: int | None) -> None:
+    """Refuse a number of samples along a ray that no scene can have."""
+    if samples is not None and not 1 <= samples <= MAX_SAMPLES:
+        raise ValueError(f"--samples must lie in [1, {MAX_SAMPLES}], got {samples}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class PictureOptions:
             raise ValueError("--size must be at least 2, --orbit-frames and --part-frames at least 1")
         if not 0.1 <= self.fps <= 1000:
             raise ValueError(f"--fps must lie in [0.1, 1000], got {self.fps}")
+        check_samples(self.samples)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from ..machine import peak_memory, pick_device, write_atomically
+from ..machine import check_folder, peak_memory, pick_device, write_atomically
 from ..scene import Scene, build_scene
 from ..training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
 from ..training.loop import RunControl, StepReport
@@ -43,6 +43,10 @@ def bench(options: Bench) -> int:
     """Measure the recipes and print a table."""
     if options.steps < 1 or options.warmup < 0:
         raise UsageError(f"--steps must be at least 1 and --warmup 0, got {options.steps} and {options.warmup}")
+    if options.out is not None:
+        if options.out.is_dir():
+            raise UsageError(f"{options.out} is a folder: --out names the file for the results")
+        check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
     wished = [f"{s}:{n}" for s, recipes in _STAGES.items() for n in recipes]
     names = wished if options.recipes == ("all",) else list(options.recipes)

@@ -15,12 +15,13 @@ import torch
 from ..assets import AssetError, import_checkpoint, load_scene, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_picture
-from ..machine import check_folder, pick_device
+from ..machine import check_folder, check_memory, pick_device
 from ..training.checkpoint import load_checkpoint
 from ..training.loop import Interrupted
 from . import results
-from .arguments import Import, Info, Render
+from .arguments import Import, Info, Render, check_samples
 from .interrupts import stop_on_interrupt
+from .needs import film_bytes
 from .parsing import UsageError
 from .progress import make_progress
 from .run_folder import versions
@@ -32,10 +33,14 @@ def render(options: Render) -> int:
     passes = tuple(dict.fromkeys(options.passes))
     if not passes or not (options.video or options.png):
         raise UsageError("nothing to render: give --passes, and leave --no-video away or add --png")
+    check_samples(options.samples)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     render_options = results.options_for(passes, options.samples, scene.deformation is not None)
     cameras = _cameras(options, height, width)
     n_frames = cameras.shape[1]
+    if not 0.1 <= options.fps <= 1000:
+        raise UsageError(f"--fps must lie in [0.1, 1000], got {options.fps}")
+    check_memory(film_bytes(height, width), f"a frame of {width}x{height}", "lower --size")
     out = options.out or options.scene.parent / "renders"
     videos = {name: out / f"{options.path}_{name}.mp4" for name in passes if options.video}
     folders = {name: out / f"{options.path}_{name}" for name in passes if options.png}
@@ -70,6 +75,8 @@ def _cameras(options: Render, height: int, width: int) -> CameraBatch:
         raise UsageError(f"--time must lie in [0, 1], got {options.time}")
     if not (-90 <= options.elevation_deg <= 90 and 0 < options.fov_y_deg < 180 and options.distance > 0):
         raise UsageError("--elevation-deg must lie in [-90, 90], --fov-y-deg in (0, 180), --distance above 0")
+    if not (math.isfinite(options.azimuth_deg) and math.isfinite(options.distance)):
+        raise UsageError(f"--azimuth-deg and --distance must be finite: {options.azimuth_deg}, {options.distance}")
     place = (options.elevation_deg, options.distance, options.fov_y_deg)
     if options.path == "fixed":
         return fixed_take(options.frames, height, width, options.azimuth_deg, *place)
@@ -108,8 +115,8 @@ def info(options: Info) -> int:
 
 def describe(path: Path) -> dict:
     """Return what a scene file or a run's checkpoint holds, without reading its numbers."""
-    if not path.exists():
-        raise AssetError(f"{path} does not exist")
+    if not path.is_file():
+        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     header, tensors = _safetensors_header(path)
     common = {"file": str(path), "bytes": path.stat().st_size}
     if header.get("format", "").endswith("checkpoint"):

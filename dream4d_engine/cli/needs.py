@@ -10,6 +10,8 @@ _FIXED_ROOM = 2**25
 """Bytes on the disk for videos, pictures and records."""
 _SHARE_OF_SAMPLES = 0.05
 """Of the places on the rays, how many are looked at with gradient in a scene like the first one, at the least."""
+_BYTES_A_PIXEL = 120
+"""A ray (7 numbers), colour, opacity, depth, spread and background (9 numbers, twice), the frame in bytes."""
 
 
 def _grid_bytes(grid: HashGridConfig, n_dims: int) -> int:
@@ -34,6 +36,11 @@ def _stage(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> tuple[int
 def disk_bytes(recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig) -> int:
     """Bytes of all that a run writes: results, and a checkpoint (parameters, two moments) beside its successor."""
     return _FIXED_ROOM + sum(2 * 4 * _stage(recipe, scene)[0] for recipe in recipes)
+
+
+def film_bytes(height: int, width: int) -> int:
+    """Bytes that rendering one frame takes at the least: its rays and its pictures, the latter twice for a moment."""
+    return _BYTES_A_PIXEL * height * width
 
 
 def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int:

@@ -180,10 +180,9 @@ def _peek(words: Sequence[str], flag: str) -> str | None:
     """The last value that `flag` has among the words, before they are parsed."""
     found = None
     for word, following in zip(words, [*words, None][1:], strict=True):
-        if word == flag:
-            found = following
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:  # --motion_recipe is understood too
+            found = value if equals else following
     return found
 
 

@@ -102,6 +102,7 @@ def start_run(folder: Path, names: Sequence[str], record: dict, device: torch.de
     """Prepare the folder of a new run (see `check_out`): old results go, run.json says what is coming."""
     check_folder(folder, n_bytes)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    sweep(folder, names)
     for name in names:
         (folder / name).unlink(missing_ok=True)
     now = {"started": _now(), "finished": None, "versions": versions(), "device": str(device), "seconds": {}}
@@ -111,9 +112,18 @@ def start_run(folder: Path, names: Sequence[str], record: dict, device: torch.de
     return run
 
 
-def resume_run(folder: Path, device: torch.device, n_bytes: int) -> RunFolder:
+def sweep(folder: Path, names: Sequence[str]) -> None:
+    """Remove the half-written files that a killed run left beside those of these names."""
+    for name in names:
+        for half in folder.glob(f".{name}.*.tmp"):
+            half.unlink(missing_ok=True)
+
+
+def resume_run(folder: Path, names: Sequence[str], device: torch.device, n_bytes: int) -> RunFolder:
     """Take up the run in `folder` again."""
     check_folder(folder, n_bytes)
+    sweep(folder, names)
+    sweep(folder / UNFINISHED, ["*"])
     record = read_record(folder)
     record.setdefault("seconds", {})
     run = RunFolder(folder, record, device)

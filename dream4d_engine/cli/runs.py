@@ -18,14 +18,15 @@ from ..cameras import CameraBatch
 from ..machine import check_memory, pick_device, write_atomically
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
+from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
-from ..training.motion import train_motion
+from ..training.motion import check_scale, train_motion
 from ..training.static import train_static
 from . import results
 from .arguments import Animate, AnimateCall, TextTo3DCall, TextTo4D, TextTo4DCall
 from .interrupts import Stopped, stop_on_interrupt
 from .models import Folders, check_words, load_guidance, prior_folders
-from .needs import disk_bytes, memory_bytes
+from .needs import disk_bytes, film_bytes, memory_bytes
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, clock_text, make_progress
 from .run_folder import RunFolder, check_out, resume_run, start_run, versions
@@ -172,11 +173,23 @@ def _carry_out(
     return 0
 
 
+def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...]) -> None:
+    """Refuse numbers that no run can be made with, before anything is touched."""
+    for recipe in recipes:
+        check_recipe(recipe, "static" if isinstance(recipe, StaticRecipe) else "motion")
+    if not 0 <= call.options.seed < 2**63:
+        raise UsageError(f"--seed must lie in [0, 2^63), got {call.options.seed}")
+    scale = getattr(call.options, "deformation_scale", None)
+    if scale is not None:
+        check_scale(scale)
+
+
 def _open_run(
     call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig, device: torch.device
 ) -> RunFolder | None:
     """Start or resume the run's folder; None where the run is finished already."""
     folders = call.options.folders
+    _check_numbers(call, recipes)
     if folders.resume is None:
         check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
     elif read_record(Path(folders.resume)).get("status") == "finished":
@@ -187,9 +200,11 @@ def _open_run(
             flags = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}"
             way_out = f"lower {flags}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
             check_memory(memory_bytes(recipe, scene), f"training by the recipe {recipe.name!r}", way_out)
+    size = call.options.pictures.size
+    check_memory(film_bytes(size, size), f"filming at --size {size}", "lower --size")
     room = disk_bytes(recipes, scene)
     if folders.resume is not None:
-        return resume_run(Path(folders.resume), device, room)
+        return resume_run(Path(folders.resume), RESULTS, device, room)
     record = {
         "command": command_of(call),
         "prompt": call.options.prompt,

@@ -29,6 +29,12 @@ def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
+def check_scale(scale: float) -> None:
+    """Refuse a zoom that no deformation field has."""
+    if not 0.05 <= scale <= 10:
+        raise ValueError(f"deformation_scale must lie in [0.05, 10], got {scale}; 1 leaves the size as it is")
+
+
 def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
     """Return the zoom that brings the object to the recipe's target extent.
 
@@ -70,8 +76,8 @@ def train_motion(
 
     `deformation_scale` None chooses it from the object's extent.
     """
-    if deformation_scale is not None and not 0 < deformation_scale <= 10:
-        raise ValueError(f"deformation_scale must lie in (0, 10], got {deformation_scale}; 1 leaves the size as it is")
+    if deformation_scale is not None:
+        check_scale(deformation_scale)
     generator = torch.Generator().manual_seed(seed)
     scene = scene.clone().to(device)
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale

@@ -1,0 +1,81 @@
+"""What a recipe's numbers must keep to, asked before a run touches anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from .config import MotionRecipe, OptimizerConfig, Phase, RandomBackground, StaticRecipe
+
+
+def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> None:
+    """Raise a ValueError that names the first number which no run can be made with.
+
+    `where` is the recipe's own name in the message; a place is written as its flag is: "static.phases.0.height".
+    """
+    for place, value in _numbers(recipe, where):
+        if not math.isfinite(value):
+            raise ValueError(f"{place} must be a finite number, got {value}")
+    if recipe.steps < 1:
+        raise ValueError(f"a run needs at least one step, got {where}.steps = {recipe.steps}")
+    pictures = "n_views" if isinstance(recipe, StaticRecipe) else "n_frames"
+    _at_least(1, recipe, where, pictures)
+    _check_phases(recipe.phases, f"{where}.phases")
+    for index, term in enumerate(recipe.guidance):
+        _at_least(0, term, f"{where}.guidance.{index}", "weight")
+    _check_background(recipe.background, f"{where}.background")
+    _check_optimizer(recipe.optimizer, f"{where}.optimizer")
+    _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
+    _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
+    if isinstance(recipe, MotionRecipe):
+        _check_motion(recipe, where)
+
+
+def _numbers(value: object, place: str) -> Iterator[tuple[str, float]]:
+    """Every float in a tree of dataclasses and tuples, with its place."""
+    if isinstance(value, float):
+        yield place, value
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from _numbers(getattr(value, f.name), f"{place}.{f.name}")
+    elif isinstance(value, tuple):
+        for index, part in enumerate(value):
+            yield from _numbers(part, f"{place}.{index}")
+
+
+def _at_least(low: float, config: object, where: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{where}.{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def _check_phases(phases: tuple[Phase, ...], where: str) -> None:
+    if not phases or phases[0].start > 0:
+        raise ValueError(f"{where} must have one that starts at 0: it says what the run begins with")
+    for index, phase in enumerate(phases):
+        _at_least(1, phase, f"{where}.{index}", "n_groups", "height", "width")
+        if index and phase.start < phases[index - 1].start:
+            raise ValueError(f"{where}.{index}.start must not lie before the one of the phase before it")
+
+
+def _check_background(background: RandomBackground, where: str) -> None:
+    for name in ("probability", "low", "high"):
+        if not 0 <= getattr(background, name) <= 1:
+            raise ValueError(f"{where}.{name} must lie in [0, 1], got {getattr(background, name)}")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, where: str) -> None:
+    _at_least(0, optimizer, where, "eps", "weight_decay", "lr_grid", "lr_mlp", "lr_background", "factor")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ValueError(f"{where}.betas must lie in [0, 1), got {optimizer.betas}")
+
+
+def _check_motion(recipe: MotionRecipe, where: str) -> None:
+    low, high = recipe.time_span
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
+    _at_least(0, recipe, where, "first_levels", "level_rate")
+    for name in ("target_extent", "min_scale", "max_scale"):
+        if getattr(recipe, name) <= 0:
+            raise ValueError(f"{where}.{name} must be above 0, got {getattr(recipe, name)}")
