@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from fractions import Fraction
 
 import comfy.model_management as management
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
+from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import picture
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
 from .session import RunError, gradients, interrupt_if_asked
 from .sockets import CATEGORY, ScenePort, SceneValue
+
+_ROOM = 2**31
+"""Bytes of GPU memory asked for before rendering."""
 
 
 class Render(io.ComfyNode):
@@ -98,7 +103,9 @@ class Render(io.ComfyNode):
                 io.Image.Output("images", display_name="images", tooltip="The frames."),
                 io.Mask.Output("mask", display_name="mask", tooltip="White where the object is."),
                 io.Image.Output("depth", display_name="depth", tooltip="Grey by distance: near is bright."),
-                io.Image.Output("normal_images", display_name="normals", tooltip="Directions of the surface as colours."),
+                io.Image.Output(
+                    "normal_images", display_name="normals", tooltip="Directions of the surface as colours."
+                ),
                 io.Image.Output(
                     "displacement",
                     display_name="displacement",
@@ -157,25 +164,34 @@ class Render(io.ComfyNode):
         )
 
 
-def render_passes(scene: SceneValue, cameras, normals: bool, node_id: str | None) -> RenderOutput:
-    """Render on ComfyUI's device with a progress bar; Cancel stops between chunks."""
+def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_id: str | None) -> RenderOutput:
+    """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays."""
     from comfy.utils import ProgressBar
 
     device = management.get_torch_device()
-    bar = ProgressBar(1000, node_id=node_id)
-    moving = scene.scene.deformation is not None
-    options = RenderOptions(normals=normals, displacement=moving)
-
-    def on_progress(share: float) -> None:
-        interrupt_if_asked()
-        bar.update_absolute(round(share * 1000))
-
+    n_frames = cameras.shape[1]
+    bar = ProgressBar(n_frames, node_id=node_id)
+    options = RenderOptions(normals=normals, displacement=scene.scene.deformation is not None)
+    frames = []
     with gradients(), torch.no_grad():
         there = scene.scene
         if device.type != "cpu":
-            management.free_memory(2**30, device)
+            management.free_memory(_ROOM, device)
             there = scene.scene.clone().to(device)
-        return render_chunked(there, cameras, options, chunk_rays=2**13, on_progress=on_progress)
+        for index in range(n_frames):
+            shot = cameras.frames(index, index + 1)
+            frames.append(
+                render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
+            )
+            bar.update_absolute(index + 1)
+    return _joined(frames)
+
+
+def _joined(frames: list[RenderOutput]) -> RenderOutput:
+    """One output of all frames; what a rendering of many has not is left out."""
+    columns = {f.name: [getattr(frame, f.name) for frame in frames] for f in fields(RenderOutput)}
+    given = {name: parts for name, parts in columns.items() if isinstance(parts[0], torch.Tensor)}
+    return RenderOutput(**{name: torch.cat(parts, 1) for name, parts in given.items()})
 
 
 def _nothing(reason: str):

@@ -1,4 +1,7 @@
-"""Nodes for scene files: save, load, describe. Only the input and output folders can be reached."""
+"""Nodes for scene files: save, load, describe.
+
+Only the input and output folders can be reached, and the examples that come with the pack.
+"""
 
 from __future__ import annotations
 
@@ -85,13 +88,13 @@ class LoadScene(io.ComfyNode):
             display_name="Load Scene",
             category=f"{CATEGORY}/files",
             description="Reads a scene file (.safetensors), or a checkpoint of the original Dream-in-4D (.ckpt), from "
-            "the input or the output folder.",
+            "the input or the output folder, or one of the examples.",
             search_aliases=["load 4d", "load 3d", "import scene", "dream-in-4d checkpoint", "dream4d"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=scene_files() or [_NOTHING],
-                    tooltip="A file below ComfyUI's input or output folder, newest first.",
+                    tooltip="A file below ComfyUI's input or output folder, newest first, or an example of the pack.",
                 ),
             ],
             outputs=[ScenePort.Output("scene", display_name="scene", tooltip="The scene.")],
@@ -178,21 +181,29 @@ def _history(provenance: Provenance) -> list[str]:
 
 
 def _roots() -> dict[str, Path]:
-    folders = {"input": folder_paths.get_input_directory(), "output": folder_paths.get_output_directory()}
+    folders = {
+        "input": folder_paths.get_input_directory(),
+        "output": folder_paths.get_output_directory(),
+        "example": Path(__file__).parent / "examples",
+    }
     return {name: Path(folder).resolve() for name, folder in folders.items()}
 
 
 def scene_files() -> list[str]:
-    """The files that may be scenes, as "folder/name.safetensors [output]", newest first; without the runs' own."""
-    found: list[tuple[float, str]] = []
+    """The files that may be scenes, as "folder/name.safetensors [output]", the examples last, the newest first.
+
+    The runs' own files are left out.
+    """
+    found: list[tuple[bool, float, str]] = []
     for label, root in _roots().items():
         for place, below, files in os.walk(root):
             if Path(place) == root / _RUNS[0]:
                 below[:] = [name for name in below if name != _RUNS[1]]
             for path in (Path(place, name) for name in files if name.endswith((_SCENE, *_CHECKPOINTS))):
                 if path.is_file() and path.resolve().is_relative_to(root):
-                    found.append((path.stat().st_mtime, f"{path.relative_to(root).as_posix()} [{label}]"))
-    return [name for _, name in sorted(found, reverse=True)]
+                    name = f"{path.relative_to(root).as_posix()} [{label}]"
+                    found.append((label != "example", path.stat().st_mtime, name))
+    return [name for *_, name in sorted(found, reverse=True)]
 
 
 def scene_path(file: str) -> Path:

@@ -263,11 +263,9 @@ def _first_complaint(*checks: bool | str) -> bool | str:
     return next((check for check in checks if check is not True), True)
 
 
-def _check_recipe(recipe: Mapping | None, known: Mapping) -> bool | str:
-    name = (recipe or {}).get("recipe")
-    if name is None or name in known:
-        return True
-    return f"unknown recipe {name!r}: choose one of {', '.join(known)}"
+def _check_recipe(recipe: object, known: Mapping) -> bool | str:
+    """ComfyUI leaves out the value of a dynamic choice that is none of its options."""
+    return True if recipe is not None else f"unknown recipe: choose one of {', '.join(known)}"
 
 
 def _check_prompt(prompt: str | None) -> bool | str:
