@@ -179,7 +179,7 @@ class Listener:
 
     def __init__(self, port: int) -> None:
         self.client = uuid.uuid4().hex
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=120)
         key = base64.b64encode(os.urandom(16)).decode()
         lines = [f"GET /ws?clientId={self.client} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Upgrade: websocket"]
         lines += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "", ""]
