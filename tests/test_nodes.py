@@ -133,6 +133,7 @@ def test_a_late_preview_is_dropped_and_never_fails_the_run(monkeypatch):
     live._worker.join(10)
     now[0] = 10.5
     assert live.offer(None)
+    live._worker.join(10)
     live.close()
     assert seen == [(16, 16)] * 2
     assert not live.offer(None), "closed"

@@ -108,6 +108,18 @@ def test_a_saved_scene_is_loaded_animated_and_rendered(server):
     assert len(outputs["6"]["images"]) == 4
 
 
+def test_a_model_folder_is_found_and_used(server):
+    toy = REPOSITORY / "dream4d_engine" / "priors" / "toy" / "multiview"
+    shutil.copytree(toy, server.base / "models" / "diffusers" / "mine" / "views")
+    schema = server.get("/object_info/Dream4DLoadPrior")["Dream4DLoadPrior"]
+    assert "mine/views" in schema["input"]["required"]["folder"][1]["options"]
+    graph = static_nodes(2, seed=51) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph["1"] = node("Dream4DLoadPrior", folder="mine/views", kind="as the folder says")
+    assert "still scene" in server.run(graph)["8"]["text"][0]
+    graph["1"]["inputs"]["folder"] = "../mine/views"
+    assert "is not among the models" in server.refused(graph)
+
+
 def test_the_original_checkpoints_can_be_loaded(server):
     samples = sorted((REPOSITORY / "tests" / "data").rglob("*.ckpt"))
     if not samples:
