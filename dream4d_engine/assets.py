@@ -132,14 +132,20 @@ def _shown(data: Any) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def save_scene(path: Path | str, scene: Scene, provenance: Provenance | None = None) -> Path:
-    """Write an asset: first to a temporary file in the same folder, then renamed, so no reader sees half of it."""
+def save_scene(
+    path: Path | str, scene: Scene, provenance: Provenance | None = None, notes: Mapping[str, str] | None = None
+) -> Path:
+    """Write an asset: first to a temporary file in the same folder, then renamed, so no reader sees half of it.
+
+    `notes` are further entries of the header, which reading passes over.
+    """
     from safetensors.torch import save
 
     path = Path(path)
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in scene.state_dict().items()}
     _require_finite(tensors, "the scene")
     header = {
+        **(notes or {}),
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(asdict(scene.config), allow_nan=False),

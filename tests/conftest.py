@@ -6,8 +6,22 @@ from collections import Counter
 
 import pytest
 import torch
+from comfy_harness import Server, why_no_server
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only get in each other's way
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ComfyUI server with this pack; what needs it is skipped where there is no ComfyUI."""
+    reason = why_no_server()
+    if reason:
+        pytest.skip(reason)
+    running = Server(tmp_path_factory.mktemp("comfyui"))
+    try:
+        yield running.start()
+    finally:
+        running.stop()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -165,9 +165,9 @@ def test_no_module_pulls_in_the_heavy_libraries():
 
 
 def source_files() -> list[Path]:
-    folders = (PACKAGE, ROOT / "tests")
+    folders = (PACKAGE, ROOT / "nodes", ROOT / "tests")
     found = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".toml")]
-    return sorted(found + [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml")])
+    return sorted(found + [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".py", ".txt")])
 
 
 def test_nothing_names_a_machine_or_a_workplace():

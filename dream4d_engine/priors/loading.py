@@ -74,7 +74,7 @@ def load_prior(
     index = read_json(folder, "model_index.json")
     unet_config = read_json(folder, "unet/config.json")
     ours = index.get("dream4d", {})
-    kind = kind or ours.get("kind") or _guess_kind(folder, unet_config)
+    kind = kind or ours.get("kind") or guess_kind(folder, unet_config)
     if kind not in get_args(PriorKind):
         raise PriorError(f"{folder}: unknown kind of prior {kind!r}; known are {', '.join(get_args(PriorKind))}")
     vector = ours.get("vector", "camera" if kind == "multiview" else None)
@@ -201,7 +201,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _guess_kind(folder: Path, unet_config: dict[str, Any]) -> PriorKind:
+def guess_kind(folder: Path, unet_config: dict[str, Any]) -> PriorKind:
+    """Return the kind that the networks' configurations suggest, for folders that don't say it themselves."""
     if unet_config.get("_class_name") == "UNet3DConditionModel":
         return "video"
     if (folder / "image_encoder").is_dir() and not (folder / "text_encoder").is_dir():

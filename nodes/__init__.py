@@ -1,0 +1,33 @@
+"""The stages of dream4d as ComfyUI nodes: thin wrappers that unpack, call the engine and wrap.
+
+The only room that imports ComfyUI. ComfyUI has a module called `nodes` of its own and loads packs under a name made
+from their path, so everything of this pack is imported relatively, the engine (`..dream4d_engine`) included.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .priors import LoadPrior, LoadToyPrior
+from .render import Render
+from .scene_io import LoadScene, SaveScene, SceneInfo
+from .train import AnimateScene, OptimizeStaticScene
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadToyPrior,
+    LoadPrior,
+    OptimizeStaticScene,
+    AnimateScene,
+    Render,
+    SaveScene,
+    LoadScene,
+    SceneInfo,
+]
+
+
+class Dream4DExtension(ComfyExtension):
+    """The pack, as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes of the pack."""
+        return NODES

@@ -1,0 +1,201 @@
+"""The node that turns a scene into pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from fractions import Fraction
+
+import comfy.model_management as management
+import torch
+from comfy_api.latest import InputImpl, Types, io
+
+from ..dream4d_engine.cameras import CameraBatch
+from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
+from ..dream4d_engine.rendering.shading import picture
+from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
+from .session import RunError, gradients, interrupt_if_asked
+from .sockets import CATEGORY, ScenePort, SceneValue
+
+_ROOM = 2**31
+"""Bytes of GPU memory asked for before rendering."""
+
+
+class Render(io.ComfyNode):
+    """A scene seen by cameras."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DRender",
+            display_name="Render Scene",
+            category=CATEGORY,
+            description="Films a scene: colours, the object's mask, depth, normals and displacement, as images and "
+            "as a video.",
+            search_aliases=["render 4d", "render 3d", "turntable", "orbit", "depth pass", "normal pass", "dream4d"],
+            inputs=[
+                ScenePort.Input("scene", tooltip="A still or a moving scene."),
+                io.Load3DCamera.Input(
+                    "camera", optional=True, tooltip="The camera of a 3D viewer, for the choice 'connected camera'."
+                ),
+                io.Combo.Input(
+                    "cameras",
+                    options=list(CAMERAS),
+                    default=FINAL_PATH,
+                    tooltip=f"final path: {FINAL_PARTS} parts, standing still and turning to the next place by turns, "
+                    "the animation once in each. orbit: once around, the animation once. fixed view: from one place, "
+                    "the animation once. connected camera: the same from the camera of a 3D viewer.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=24,
+                    min=1,
+                    max=2000,
+                    tooltip=f"Frames for once through the animation; the final path has {FINAL_PARTS} times as many.",
+                ),
+                io.Int.Input("width", default=128, min=2, max=4096, tooltip="Width of the pictures, pixels."),
+                io.Int.Input("height", default=128, min=2, max=4096, tooltip="Height of the pictures, pixels."),
+                io.Float.Input(
+                    "frame_rate", default=24.0, min=0.1, max=1000.0, step=0.1, tooltip="Frames per second of the video."
+                ),
+                io.Boolean.Input(
+                    "normals",
+                    default=False,
+                    tooltip="Make the normals too: several times the work. The output is empty without it.",
+                ),
+                io.Float.Input(
+                    "azimuth",
+                    default=0.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=1.0,
+                    tooltip="Where the fixed view stands and the orbit starts, degrees; 0 is the front, 90 its left.",
+                ),
+                io.Float.Input(
+                    "elevation",
+                    default=15.0,
+                    min=-90.0,
+                    max=90.0,
+                    step=1.0,
+                    tooltip="Height of the cameras above the object's middle, degrees.",
+                ),
+                io.Float.Input(
+                    "distance",
+                    default=3.0,
+                    min=0.1,
+                    max=100.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Distance of the cameras; the scene's box reaches from -1 to 1.",
+                ),
+                io.Float.Input(
+                    "field_of_view",
+                    default=40.0,
+                    min=1.0,
+                    max=170.0,
+                    step=1.0,
+                    advanced=True,
+                    tooltip="Vertical angle that the cameras see, degrees.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", display_name="images", tooltip="The frames."),
+                io.Mask.Output("mask", display_name="mask", tooltip="White where the object is."),
+                io.Image.Output("depth", display_name="depth", tooltip="Grey by distance: near is bright."),
+                io.Image.Output(
+                    "normal_images", display_name="normals", tooltip="Directions of the surface as colours."
+                ),
+                io.Image.Output(
+                    "displacement",
+                    display_name="displacement",
+                    tooltip="How far each point has moved, as colours around mid grey; a still scene is grey.",
+                ),
+                io.Float.Output("fps", display_name="frame_rate", tooltip="Frames per second."),
+                io.Video.Output("video", display_name="video", tooltip="The frames as a video."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        scene: SceneValue,
+        cameras: str,
+        frames: int,
+        width: int,
+        height: int,
+        frame_rate: float,
+        normals: bool,
+        azimuth: float,
+        elevation: float,
+        distance: float,
+        field_of_view: float,
+        camera: Mapping | None = None,
+    ) -> io.NodeOutput:
+        """Render all passes."""
+        if cameras == CONNECTED:
+            if camera is None:
+                raise RunError("connect the camera output of a 3D viewer, or choose other cameras")
+            batch = viewer_cameras(camera, frames, height, width)
+        else:
+            batch = path_cameras(
+                cameras,
+                frames,
+                height,
+                width,
+                azimuth_deg=azimuth,
+                elevation_deg=elevation,
+                distance=distance,
+                fov_deg=field_of_view,
+            )
+        output = render_passes(scene, batch, normals, cls.hidden.unique_id)
+        images = picture(output, "rgb")[0]
+        rate = Fraction(frame_rate).limit_denominator(1000)
+        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=None, frame_rate=rate))
+        return io.NodeOutput(
+            images,
+            output.opacity[0, ..., 0].clamp(0, 1),
+            picture(output, "depth")[0],
+            picture(output, "normals")[0] if normals else _nothing("normals are switched off in Render Scene"),
+            torch.full_like(images, 0.5) if output.displacement is None else picture(output, "displacement")[0],
+            frame_rate,
+            video,
+        )
+
+
+def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_id: str | None) -> RenderOutput:
+    """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays."""
+    from comfy.utils import ProgressBar
+
+    device = management.get_torch_device()
+    n_frames = cameras.shape[1]
+    bar = ProgressBar(n_frames, node_id=node_id)
+    options = RenderOptions(normals=normals, displacement=scene.scene.deformation is not None)
+    frames = []
+    with gradients(), torch.no_grad():
+        there = scene.scene
+        if device.type != "cpu":
+            management.free_memory(_ROOM, device)
+            there = scene.scene.clone().to(device)
+        for index in range(n_frames):
+            shot = cameras.frames(index, index + 1)
+            frames.append(
+                render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
+            )
+            bar.update_absolute(index + 1)
+    return _joined(frames)
+
+
+def _joined(frames: list[RenderOutput]) -> RenderOutput:
+    """One output of all frames; what a rendering of many has not is left out."""
+    columns = {f.name: [getattr(frame, f.name) for frame in frames] for f in fields(RenderOutput)}
+    given = {name: parts for name, parts in columns.items() if isinstance(parts[0], torch.Tensor)}
+    return RenderOutput(**{name: torch.cat(parts, 1) for name, parts in given.items()})
+
+
+def _nothing(reason: str):
+    """An output that stops whoever uses it, with a message."""
+    from comfy_execution.graph import ExecutionBlocker
+
+    return ExecutionBlocker(reason)

@@ -1,0 +1,241 @@
+"""Nodes for scene files: save, load, describe.
+
+Only the input and output folders can be reached, and the examples that come with the pack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, save_scene
+from .session import gradients
+from .sockets import CATEGORY, ScenePort, SceneValue
+
+_SCENE, _CHECKPOINTS = ".safetensors", (".ckpt", ".pt", ".pth")
+_NOTHING = "(no scene files found)"
+_RUNS = ("dream4d", "runs")
+
+
+class SaveScene(io.ComfyNode):
+    """A scene to a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DSaveScene",
+            display_name="Save Scene",
+            category=f"{CATEGORY}/files",
+            description="Writes a scene into the output folder as .safetensors, with the workflow in its header: drop "
+            "the file onto the canvas to open it.",
+            search_aliases=["save 4d", "save 3d", "export scene", "dream4d"],
+            inputs=[
+                ScenePort.Input("scene", tooltip="The scene to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="dream4d/scene",
+                    tooltip="Folder and beginning of the name below the output folder; a number is added.",
+                ),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="The file, for Load Scene.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse names that lead out of the output folder."""
+        return True if filename_prefix is None else check_prefix(filename_prefix)
+
+    @classmethod
+    def execute(cls, scene: SceneValue, filename_prefix: str) -> io.NodeOutput:
+        """Write the file."""
+        checked = check_prefix(filename_prefix)
+        if checked is not True:
+            raise AssetError(checked)
+        root = folder_paths.get_output_directory()
+        folder, name, counter, below, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        file = f"{name}_{counter:05}_{_SCENE}"
+        save_scene(Path(folder) / file, scene.scene, scene.provenance, cls._notes())
+        saved = {"filename": file, "subfolder": below, "type": "output"}
+        listed = f"{below}/{file}" if below else file
+        return io.NodeOutput(f"{listed} [output]", ui={"scenes": [saved], "text": (listed,)})
+
+    @classmethod
+    def _notes(cls) -> dict[str, str]:
+        """The workflow, as ComfyUI's own files have it, unless it was told to leave it out."""
+        from comfy.cli_args import args
+
+        if args.disable_metadata:
+            return {}
+        notes = {} if cls.hidden.prompt is None else {"prompt": json.dumps(cls.hidden.prompt)}
+        return notes | {name: json.dumps(value) for name, value in (cls.hidden.extra_pnginfo or {}).items()}
+
+
+class LoadScene(io.ComfyNode):
+    """A scene from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DLoadScene",
+            display_name="Load Scene",
+            category=f"{CATEGORY}/files",
+            description="Reads a scene file (.safetensors), or a checkpoint of the original Dream-in-4D (.ckpt), from "
+            "the input or the output folder, or one of the examples.",
+            search_aliases=["load 4d", "load 3d", "import scene", "dream-in-4d checkpoint", "dream4d"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=scene_files() or [_NOTHING],
+                    tooltip="A file below ComfyUI's input or output folder, newest first, or an example of the pack.",
+                ),
+            ],
+            outputs=[ScenePort.Output("scene", display_name="scene", tooltip="The scene.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """Refuse files that are not there or lie elsewhere."""
+        try:
+            if file is not None:
+                scene_path(file)
+        except AssetError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> str:
+        """Read the file again when it has changed."""
+        try:
+            found = scene_path(file or "").stat()
+        except (AssetError, OSError):
+            return ""
+        return f"{found.st_mtime_ns} {found.st_size}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        """Read the file."""
+        path = scene_path(file)
+        with gradients():
+            scene, provenance = import_checkpoint(path) if path.suffix in _CHECKPOINTS else load_scene(path)
+        return io.NodeOutput(SceneValue(scene, provenance))
+
+
+class SceneInfo(io.ComfyNode):
+    """A scene in words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DSceneInfo",
+            display_name="Scene Info",
+            category=f"{CATEGORY}/files",
+            description="Says what a scene is and where it comes from.",
+            search_aliases=["describe scene", "metadata", "provenance", "dream4d"],
+            inputs=[ScenePort.Input("scene", tooltip="The scene to describe.")],
+            outputs=[io.String.Output("text", display_name="text", tooltip="The description.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, scene: SceneValue) -> io.NodeOutput:
+        """Describe the scene."""
+        text = describe(scene)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def describe(value: SceneValue) -> str:
+    """A scene in some lines of text."""
+    config, scene = value.scene.config, value.scene
+    n_numbers = sum(parameter.numel() for parameter in scene.parameters())
+    occupied = float(scene.occupancy.occupied.float().mean())
+    kind = "still scene" if config.deformation is None else f"moving scene, zoom {config.deformation.scale:.2f}"
+    lines = [
+        kind,
+        f"{n_numbers:,} parameters, {n_numbers * 4 / 2**20:.1f} MiB",
+        f"{occupied:.0%} of the box may be occupied",
+        *_history(value.provenance),
+    ]
+    return "\n".join(lines)
+
+
+def _history(provenance: Provenance) -> list[str]:
+    parts = [f"recipe {provenance.recipe}"] if provenance.recipe else []
+    parts += [f"{provenance.steps} steps"] if provenance.steps is not None else []
+    parts += [f"seed {provenance.seed}"] if provenance.seed is not None else []
+    lines = [f"prompt: {provenance.prompt or '(unknown)'}", ", ".join(parts) or "(no recipe known)"]
+    if provenance.parent is not None:
+        lines += ["made from:", *(f"  {line}" for line in _history(provenance.parent))]
+    return lines
+
+
+# ---- names and places --------------------------------------------------------------------------------------------
+
+
+def _roots() -> dict[str, Path]:
+    folders = {
+        "input": folder_paths.get_input_directory(),
+        "output": folder_paths.get_output_directory(),
+        "example": Path(__file__).parent / "examples",
+    }
+    return {name: Path(folder).resolve() for name, folder in folders.items()}
+
+
+def scene_files() -> list[str]:
+    """The files that may be scenes, as "folder/name.safetensors [output]", the examples last, the newest first.
+
+    The runs' own files are left out.
+    """
+    found: list[tuple[bool, float, str]] = []
+    for label, root in _roots().items():
+        for place, below, files in os.walk(root):
+            if Path(place) == root / _RUNS[0]:
+                below[:] = [name for name in below if name != _RUNS[1]]
+            for path in (Path(place, name) for name in files if name.endswith((_SCENE, *_CHECKPOINTS))):
+                if path.is_file() and path.resolve().is_relative_to(root):
+                    name = f"{path.relative_to(root).as_posix()} [{label}]"
+                    found.append((label != "example", path.stat().st_mtime, name))
+    return [name for *_, name in sorted(found, reverse=True)]
+
+
+def scene_path(file: str) -> Path:
+    """Return the place of a file named like those of `scene_files`; AssetError if it leads elsewhere or isn't there.
+
+    Without a folder in brackets the input folder is meant. Links are followed before the check.
+    """
+    name, label = file.strip(), "input"
+    for known in _roots():
+        if name.endswith(f"[{known}]"):
+            name, label = name.removesuffix(f"[{known}]").strip(), known
+    root = _roots()[label]
+    try:
+        path = (root / name).resolve()
+        inside, there = path.is_relative_to(root) and path != root, path.is_file()
+    except (OSError, ValueError, RuntimeError):  # no name of a file at all
+        inside = there = False
+    if not inside:
+        raise AssetError(f"{file!r} does not lie in the {label} folder: choose a file from the list")
+    if not there:
+        raise AssetError(f"there is no file {name!r} in the {label} folder")
+    if path.suffix not in (_SCENE, *_CHECKPOINTS):
+        raise AssetError(f"{name!r} is no scene file: its name must end in {_SCENE} or {', '.join(_CHECKPOINTS)}")
+    return path
+
+
+def check_prefix(prefix: str) -> bool | str:
+    """Return True, or why files can't be saved under this prefix."""
+    root = _roots()["output"]
+    wrong = f"{prefix!r} leads out of the output folder: take a plain name such as 'dream4d/scene'"
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or "\0" in prefix:
+        return f"{prefix!r} is no name for a file: take one such as 'dream4d/scene'"
+    if ".." in Path(prefix.replace("\\", "/")).parts or Path(prefix).is_absolute() or ":" in prefix:
+        return wrong
+    return True if (root / prefix).parent.resolve().is_relative_to(root) else wrong

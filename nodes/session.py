@@ -1,0 +1,295 @@
+"""A training run inside ComfyUI: gradients, progress, stopping, resuming, memory.
+
+ComfyUI executes nodes in inference mode, where no graph can be recorded: training leaves it. A run's unfinished
+state and its result are kept in output/dream4d/runs under a name made from the settings and inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import comfy.model_management as management
+import folder_paths
+import torch
+
+from ..dream4d_engine import __version__
+from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
+from ..dream4d_engine.guidance.distillation import Guidance
+from ..dream4d_engine.machine import check_memory, peak_memory
+from ..dream4d_engine.priors.conditioning import text_guidance
+from ..dream4d_engine.priors.loading import PriorKind, load_prior
+from ..dream4d_engine.scene import Scene
+from ..dream4d_engine.training.checkpoint import CheckpointError, load_checkpoint
+from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
+from ..dream4d_engine.training.loop import FitSummary, Interrupted, RunControl, StepReport
+from .preview import LivePreview
+from .sockets import PriorSource, SceneValue, digest
+
+AUTOMATIC, START_OVER = "resume automatically", "start over"
+KEPT_RESULTS = 16
+_SECONDS_BETWEEN_REPORTS = 0.1
+
+
+class RunError(ValueError):
+    """Something a person has to change before the run can go on."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run."""
+
+    checkpoint: Path
+    result: Path
+
+
+def runs_folder() -> Path:
+    """Where unfinished and finished runs are kept."""
+    folder = Path(folder_paths.get_output_directory()) / "dream4d" / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_files(identity: dict) -> RunFiles:
+    """Return the files of the run with these settings and inputs."""
+    name = digest(identity)[:24]
+    return RunFiles(runs_folder() / f"{name}.checkpoint", runs_folder() / f"{name}.safetensors")
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Leave ComfyUI's inference mode; what is made inside can be trained and shared."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def interrupt_if_asked() -> None:
+    """Stop the node here if Cancel was pressed."""
+    management.throw_exception_if_processing_interrupted()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"dream4d": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Reporter:
+    """A node's progress bar, its line of text and its live preview."""
+
+    def __init__(self, node_id: str | None, stage: str, preview_seconds: float) -> None:
+        self._node_id, self._stage = node_id, stage
+        self._value = self._most = 0
+        self._latest = -1.0
+        self.preview = LivePreview(self._send_picture, preview_seconds if node_id is not None else 0)
+
+    def say(self, text: str) -> None:
+        """Put a line on the node."""
+        from server import PromptServer
+
+        if self._node_id is not None and PromptServer.instance is not None:
+            PromptServer.instance.send_progress_text(text, self._node_id)
+
+    def step(self, report: StepReport, scene: Scene, device: torch.device) -> None:
+        """Show a step."""
+        self._value, self._most = report.step, report.steps
+        self.preview.offer(scene)
+        now = time.monotonic()
+        if report.step < report.steps and now - self._latest < _SECONDS_BETWEEN_REPORTS:
+            return
+        self._latest = now
+        self._progress(None)
+        self.say(progress_line(report, peak_memory(device)))
+
+    def _send_picture(self, image) -> None:
+        self._progress(("JPEG", image, None))
+
+    def _progress(self, image) -> None:
+        # not comfy.utils.ProgressBar: its hook raises when Cancel was pressed, before the state is saved
+        from comfy_execution.progress import get_progress_state
+
+        if self._node_id is not None:
+            get_progress_state().update_progress(self._node_id, self._value, self._most, image)
+
+
+def progress_line(report: StepReport, memory: int | None) -> str:
+    """One step as text: stage, step, loss, speed, time left, memory."""
+    pace = report.seconds_per_step
+    speed = f"{1 / pace:.1f} it/s" if pace < 1 else f"{pace:.1f} s/it"
+    minutes, seconds = divmod(round(report.remaining), 60)
+    parts = [f"{report.stage} {report.step}/{report.steps}", f"loss {report.loss:.4g}", speed]
+    parts.append(f"{minutes}:{seconds:02} left")
+    if memory is not None:
+        parts.append(f"{memory / 2**30:.1f} GiB at most")
+    return " · ".join(parts)
+
+
+def load_guidance(
+    recipe: StaticRecipe | MotionRecipe,
+    sources: Mapping[PriorKind, PriorSource],
+    prompt: str,
+    negative: str,
+    device: torch.device,
+) -> dict[PriorKind, Guidance]:
+    """Load the recipe's models and encode the prompts; an empty `negative` means the model's or the recipe's own."""
+    half = recipe.loop.precision == "half" and device.type == "cuda"
+    found = {}
+    for term in (term for term in recipe.guidance if term.weight):
+        interrupt_if_asked()
+        prior = load_prior(sources[term.prior].folder, term.prior, device, torch.float16 if half else torch.float32)
+        own = recipe.negative_prompt if prior.negative_prompt is None else prior.negative_prompt
+        found[term.prior] = text_guidance(prior, prompt, negative.strip() or own, term.distillation)
+    return found
+
+
+def pick_sources(
+    recipe: StaticRecipe | MotionRecipe, given: Mapping[PriorKind, PriorSource | None]
+) -> dict[PriorKind, PriorSource]:
+    """Return the models that the recipe's terms need, or say which socket is empty or holds another kind."""
+    found: dict[PriorKind, PriorSource] = {}
+    for term in (term for term in recipe.guidance if term.weight):
+        source = given.get(term.prior)
+        if source is None:
+            raise RunError(
+                f"the recipe {recipe.name!r} needs a prior of the kind {term.prior!r}: connect a Load Toy Prior or "
+                f"Load Prior node of that kind to the socket {term.prior}_prior"
+            )
+        if source.kind != term.prior:
+            raise RunError(
+                f"the socket {term.prior}_prior holds the {source.kind} prior {source.name!r}: "
+                f"connect one of the kind {term.prior!r}"
+            )
+        found[term.prior] = source
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage to be trained. `settings`: all that its result depends on beside recipe, prompts, seed and models."""
+
+    stage: str
+    recipe: StaticRecipe | MotionRecipe
+    sources: Mapping[PriorKind, PriorSource]
+    prompt: str
+    negative: str
+    seed: int
+    settings: dict
+    parent: Provenance | None = None
+    needed_bytes: int = 0
+
+    def identity(self, device: torch.device) -> dict:
+        """The tree that a checkpoint is recognised by, as JSON gives it back."""
+        from dataclasses import asdict
+
+        tree = {
+            "stage": self.stage,
+            "recipe": asdict(self.recipe),
+            "prompt": self.prompt,
+            "negative": self.negative,
+            "seed": self.seed,
+            "priors": {kind: source.fingerprint() for kind, source in self.sources.items()},
+            "device": device.type,
+            **self.settings,
+        }
+        return json.loads(json.dumps(tree))
+
+
+Trainer = Callable[[Mapping[PriorKind, Guidance], torch.device, RunControl], tuple[Scene, FitSummary]]
+
+
+def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, preview_seconds: float) -> SceneValue:
+    """Train, or take up what is there already, and return the scene on the CPU.
+
+    When Cancel is pressed, the state is saved after the current step and ComfyUI's own exception is raised.
+    """
+    device = management.get_torch_device()
+    identity = run.identity(device)
+    files = run_files(identity)
+    if resume == START_OVER:
+        files.checkpoint.unlink(missing_ok=True)
+        files.result.unlink(missing_ok=True)
+    reporter = Reporter(node_id, run.stage, preview_seconds)
+    with gradients():
+        try:
+            return _finished(files) or _train(run, train, device, identity, files, reporter)
+        except Interrupted as stop:
+            logging.info("[Dream4D] %s", stop)
+            interrupt_if_asked()
+            raise management.InterruptProcessingException() from stop
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or management.is_oom(error):
+                raise RunError(
+                    f"out of memory in the stage {run.stage!r}. What is done is kept: queue again to go on after "
+                    "closing other programs, or choose a smaller recipe (fewer steps don't help)"
+                ) from error
+            raise
+        finally:
+            reporter.preview.close()
+            management.soft_empty_cache()
+
+
+def _finished(files: RunFiles) -> SceneValue | None:
+    """Return the result of a finished run, if it can be read."""
+    if not files.result.exists():
+        return None
+    try:
+        scene, provenance = load_scene(files.result)
+    except AssetError as error:
+        logging.warning("[Dream4D] a finished run can't be used (%s): it is done again", error)
+        return None
+    files.result.touch()
+    return SceneValue(scene, provenance)
+
+
+def _train(
+    run: Run, train: Trainer, device: torch.device, identity: dict, files: RunFiles, reporter: Reporter
+) -> SceneValue:
+    _drop_unreadable(files.checkpoint)
+    if device.type == "cpu":
+        check_memory(run.needed_bytes, f"training by the recipe {run.recipe.name!r}", "close other programs")
+    else:
+        models = sum(source.n_bytes() for source in run.sources.values())
+        management.free_memory(run.needed_bytes + models, device)
+    reporter.say(f"{run.stage}: loading the models")
+    guidance = load_guidance(run.recipe, run.sources, run.prompt, run.negative, device)
+    control = RunControl(
+        files.checkpoint,
+        identity,
+        lambda report, scene: reporter.step(report, scene, device),
+        management.processing_interrupted,
+    )
+    scene, summary = train(guidance, device, control)
+    provenance = Provenance(run.prompt, run.recipe.name, run.seed, summary.steps, versions(), run.parent)
+    save_scene(files.result, scene, provenance)
+    files.checkpoint.unlink(missing_ok=True)
+    _keep_latest(files.result.parent)
+    return SceneValue(*load_scene(files.result))
+
+
+def _drop_unreadable(checkpoint: Path) -> None:
+    """A damaged checkpoint must not stand in the way of a new run."""
+    if checkpoint.exists():
+        try:
+            load_checkpoint(checkpoint)
+        except CheckpointError as error:
+            logging.warning("[Dream4D] %s", error)
+            checkpoint.unlink()
+
+
+def _keep_latest(folder: Path) -> None:
+    """Of the results of finished runs, keep the latest ones."""
+    results = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in results[KEPT_RESULTS:]:
+        path.unlink(missing_ok=True)

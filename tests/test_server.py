@@ -1,0 +1,384 @@
+"""The pack in a real ComfyUI server, over its HTTP and websocket interface."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from comfy_harness import REPOSITORY, Server, motion_nodes, node, render_node, static_nodes, why_no_server
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dream4d_engine.export.video import read_video
+
+PROMPT = "a red cube is jumping"
+
+
+def output_files(server: Server, outputs: dict, key: str = "images") -> list[Path]:
+    """The files that an output node says it saved."""
+    return [server.base / saved["type"] / saved["subfolder"] / saved["filename"] for saved in outputs[key]]
+
+
+def assert_same_scene(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.equal(second[name]), name
+
+
+def steps_in(events: list, stage: str) -> list[int]:
+    """The steps that the lines of text on the nodes tell."""
+    lines = [content for kind, content in events if kind == "text"]
+    return [int(found[1]) for line in lines if (found := re.match(rf"{stage} (\d+)/", line))]
+
+
+def ended(kind: str, content) -> bool:
+    return kind in ("execution_success", "execution_error", "execution_interrupted")
+
+
+def test_the_pack_is_imported_quickly_and_without_complaint(server):
+    text = server.text()
+    assert "IMPORT FAILED" not in text and "Error while calling comfy_entrypoint" not in text
+    seconds = float(re.search(r"([\d.]+) seconds: \S*dream4d", text)[1])
+    assert seconds < 0.6, "without the import of torch, which ComfyUI has done"
+
+
+def test_text_to_4d_from_the_priors_to_a_video(server):
+    graph = static_nodes(6, PROMPT, preview_seconds=0.5) | motion_nodes(6, PROMPT, preview_seconds=0.5)
+    graph |= {
+        "5": render_node(["4", 0], cameras="final path", frames=2, normals=True),
+        "6": node("SaveVideo", video=["5", 6], filename_prefix="dream4d/video", format="auto", codec="auto"),
+        "7": node("Dream4DSaveScene", scene=["4", 0], filename_prefix="dream4d/scene"),
+        "8": node("Dream4DSceneInfo", scene=["4", 0]),
+        "9": node("MaskToImage", mask=["5", 1]),
+    }
+    passes = {"10": 0, "11": 2, "12": 3, "13": 4}
+    for name, slot in passes.items():
+        graph[name] = node("SaveImage", images=["5", slot], filename_prefix=f"dream4d/pass{slot}")
+    graph["14"] = node("SaveImage", images=["9", 0], filename_prefix="dream4d/mask")
+    with server.listen() as listener:
+        prompt = server.queue(graph, listener.client)
+        events = listener.until(ended, 300)
+    outputs = server.wait(prompt)["outputs"]
+    assert events[-1][0] == "execution_success"
+
+    assert steps_in(events, "static")[-1] == 6 and steps_in(events, "motion")[-1] == 6
+    line = next(content for kind, content in events if kind == "text" and content.startswith("motion 6/6"))
+    assert all(word in line for word in ("loss", "it", "left", "GiB"))
+    pictures = [content for kind, content in events if kind == "picture"]
+    assert pictures and all(picture.startswith(b"\xff\xd8") for picture in pictures), "live previews, as JPEG"
+    states = [content["nodes"] for kind, content in events if kind == "progress_state"]
+    assert any(nodes.get("4", {}).get("max") == 6 for nodes in states), "the progress bar counts the steps"
+
+    (film,) = output_files(server, outputs["6"])
+    video = read_video(film)
+    assert video.frames.shape == (16, 24, 32, 3) and video.fps == 8
+    for name in passes:
+        files = output_files(server, outputs[name])
+        assert len(files) == 16 and all(path.exists() for path in files)
+    assert len(output_files(server, outputs["14"])) == 16
+    assert "moving scene" in outputs["8"]["text"][0] and f"prompt: {PROMPT}" in outputs["8"]["text"][0]
+    (scene,) = output_files(server, outputs["7"], "scenes")
+    with safe_open(scene, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "dream4d"
+    assert json.loads(header["prompt"])["4"]["class_type"] == "Dream4DAnimateScene"
+
+
+def test_a_saved_scene_is_loaded_animated_and_rendered(server):
+    first = server.run(
+        static_nodes(4, seed=3) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/still")}
+    )
+    listed = f"dream4d/{first['7']['scenes'][0]['filename']} [output]"
+    options = server.get("/object_info/Dream4DLoadScene")["Dream4DLoadScene"]["input"]["required"]["file"][1]["options"]
+    assert listed in options and not any("/runs/" in option for option in options)
+    graph = motion_nodes(3, seed=3) | {
+        "2": node("Dream4DLoadScene", file=listed),
+        "5": render_node(["4", 0]),
+        "6": node("PreviewImage", images=["5", 4]),
+        "8": node("Dream4DSceneInfo", scene=["2", 0]),
+    }
+    outputs = server.run(graph)
+    assert "still scene" in outputs["8"]["text"][0]
+    assert len(outputs["6"]["images"]) == 4
+
+
+def test_a_model_folder_is_found_and_used(server):
+    toy = REPOSITORY / "dream4d_engine" / "priors" / "toy" / "multiview"
+    shutil.copytree(toy, server.base / "models" / "diffusers" / "mine" / "views")
+    schema = server.get("/object_info/Dream4DLoadPrior")["Dream4DLoadPrior"]
+    assert "mine/views" in schema["input"]["required"]["folder"][1]["options"]
+    graph = static_nodes(2, seed=51) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph["1"] = node("Dream4DLoadPrior", folder="mine/views", kind="as the folder says")
+    assert "still scene" in server.run(graph)["8"]["text"][0]
+    graph["1"]["inputs"]["folder"] = "../mine/views"
+    assert "is not among the models" in server.refused(graph)
+
+
+def test_the_original_checkpoints_can_be_loaded(server):
+    samples = sorted((REPOSITORY / "tests" / "data").rglob("*.ckpt"))
+    if not samples:
+        pytest.skip("no checkpoint of the original among the test data")
+    for path in samples:
+        shutil.copy(path, server.base / "input" / path.name)
+        if path.with_suffix(".json").exists():
+            shutil.copy(path.with_suffix(".json"), server.base / "input")
+        graph = {"1": node("Dream4DLoadScene", file=path.name), "2": node("Dream4DSceneInfo", scene=["1", 0])}
+        assert "imported from Dream-in-4D" in server.run(graph)["2"]["text"][0]
+
+
+def test_cancel_and_resume_give_what_an_unbroken_run_does(server):
+    def graph(preview_seconds: float, resume: str = "resume automatically") -> dict:
+        # another number here is another node for ComfyUI's cache, but the same run
+        nodes = static_nodes(40, seed=7, preview_seconds=preview_seconds, resume=resume)
+        return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/resumed")}
+
+    (unbroken,) = output_files(server, server.run(graph(0.0))["7"], "scenes")
+    with server.listen() as listener:
+        prompt = server.queue(graph(600.0, "start over"), listener.client)
+        listener.until(lambda kind, content: kind == "text" and re.match(r"static ([89]|\d\d)/", content))
+        server.interrupt()
+        cancelled = time.monotonic()
+        events = listener.until(ended)
+        assert events[-1][0] == "execution_interrupted"
+        assert time.monotonic() - cancelled < 5
+        server.wait(prompt)
+        checkpoints = list(server.runs.glob("*.checkpoint"))
+        assert len(checkpoints) == 1, "what was done is kept"
+        server.queue(graph(599.0), listener.client)
+        events = listener.until(ended)
+    assert events[-1][0] == "execution_success"
+    assert min(steps_in(events, "static")) > 8, "it went on where it was stopped"
+    assert not list(server.runs.glob("*.checkpoint"))
+    resumed = max(unbroken.parent.glob("resumed_*.safetensors"))
+    assert resumed != unbroken
+    assert_same_scene(resumed, unbroken)
+
+
+def test_another_setting_starts_another_run(server):
+    server.run(static_nodes(3, seed=11) | {"8": node("Dream4DSceneInfo", scene=["2", 0])})
+    before = set(server.runs.glob("*.safetensors"))
+    server.run(static_nodes(3, seed=12) | {"8": node("Dream4DSceneInfo", scene=["2", 0])})
+    assert len(set(server.runs.glob("*.safetensors")) - before) == 1
+
+
+def test_training_does_not_change_what_it_is_given(server):
+    still = static_nodes(3, seed=13) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/before")}
+    (before,) = output_files(server, server.run(still)["7"], "scenes")
+    more = static_nodes(3, seed=14, scene=["2", 0])["2"]
+    graph = still | motion_nodes(3, seed=13) | {"20": more}
+    graph |= {
+        "8": node("Dream4DSceneInfo", scene=["4", 0]),
+        "21": node("Dream4DSceneInfo", scene=["20", 0]),
+    }
+    server.run(graph)
+    graph["7"] = node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/after")
+    (after,) = output_files(server, server.run(graph)["7"], "scenes")
+    assert_same_scene(after, before)
+
+
+def test_two_prompts_and_an_ordinary_workflow_in_the_queue(server):
+    first = server.queue(static_nodes(4, seed=21) | {"5": render_node(["2", 0]), "6": _preview("5")})
+    second = server.queue(static_nodes(4, seed=22) | {"5": render_node(["2", 0]), "6": _preview("5")})
+    ordinary = {
+        "1": node("EmptyImage", width=16, height=16, batch_size=1, color=255),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="plain"),
+    }
+    third = server.queue(ordinary)
+    for prompt in (first, second, third):
+        assert server.wait(prompt)["status"]["status_str"] == "success"
+
+
+def _preview(source: str) -> dict:
+    return node("PreviewImage", images=[source, 0])
+
+
+def test_a_killed_server_loses_little(tmp_path):
+    reason = why_no_server()
+    if reason:
+        pytest.skip(reason)
+    server = Server(tmp_path)
+
+    def graph(preview_seconds: float) -> dict:
+        nodes = static_nodes(80, seed=5, preview_seconds=preview_seconds)
+        return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="scene")}
+
+    try:
+        server.start()
+        with server.listen() as listener:
+            server.queue(graph(0.0), listener.client)
+            listener.until(lambda kind, content: kind == "text" and re.match(r"static (5[2-9]|[67]\d)/", content))
+        server.kill()
+        assert len(list(server.runs.glob("*.checkpoint"))) == 1
+        server.start()
+        with server.listen() as listener:
+            server.queue(graph(0.0), listener.client)
+            events = listener.until(ended)
+        assert events[-1][0] == "execution_success"
+        assert min(steps_in(events, "static")) == 51, "50 steps were saved"
+        with server.listen() as listener:
+            server.queue(graph(1.0), listener.client)
+            events = listener.until(ended)
+        assert events[-1][0] == "execution_success"
+        assert not steps_in(events, "static"), "a finished run is not repeated"
+        scenes = sorted((tmp_path / "output").glob("scene_*.safetensors"))
+        assert_same_scene(*scenes)
+    finally:
+        server.stop()
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"recipe__steps": 0}, "smaller than min"),
+        ({"recipe": "nothing"}, "unknown recipe"),
+        ({"scene": ["1", 0]}, "mismatch"),
+        ({"resume": "perhaps"}, "not in list"),
+    ],
+)
+def test_refused_before_anything_runs(server, changes, message):
+    graph = static_nodes(2, **changes) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    assert message in server.refused(graph)
+
+
+def test_unconnected_sockets_are_refused(server):
+    graph = static_nodes(2) | motion_nodes(2) | {"8": node("Dream4DSceneInfo", scene=["4", 0])}
+    del graph["4"]["inputs"]["video_prior"]
+    assert "Required input is missing" in server.refused(graph)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"2": {"multiview_prior": None}}, "needs a prior of the kind 'multiview'"),
+        ({"1": {"kind": "image"}}, "connect one of the kind 'multiview'"),
+        ({"2": {"prompt": "a golden dragon"}}, "does not know 'golden', 'dragon'"),
+        ({"2": {"negative": "blurry"}}, "does not know 'blurry'"),
+    ],
+)
+def test_said_on_the_node(server, change, message):
+    graph = static_nodes(2) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    for name, inputs in change.items():
+        graph[name]["inputs"] |= inputs
+        graph[name]["inputs"] = {key: value for key, value in graph[name]["inputs"].items() if value is not None}
+    assert message in server.error(graph)
+
+
+def test_a_moving_scene_is_no_start_for_a_still_one(server):
+    graph = static_nodes(3, seed=31) | motion_nodes(3, seed=31)
+    graph["20"] = static_nodes(3, seed=31, scene=["4", 0])["2"]
+    graph["8"] = node("Dream4DSceneInfo", scene=["20", 0])
+    assert "connect a still one" in server.error(graph)
+
+
+@pytest.mark.parametrize("prefix", ["../out", "a/../../out", "/tmp/out", "link/out", "", "folder/", "C:out"])
+def test_nothing_is_saved_outside_the_output_folder(server, prefix, tmp_path_factory):
+    link = server.base / "output" / "link"
+    if not link.exists():
+        link.symlink_to(tmp_path_factory.mktemp("elsewhere"), target_is_directory=True)
+    graph = static_nodes(2) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=prefix)}
+    answer = server.refused(graph)
+    assert "leads out of the output folder" in answer or "is no name for a file" in answer
+
+
+def test_only_files_of_the_input_and_output_folders_are_loaded(server, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "scene.safetensors"
+    outside.write_bytes(b"secret")
+    (server.base / "input" / "link.safetensors").symlink_to(outside)
+    (server.base / "input" / "foreign.safetensors").write_bytes(b"not a scene at all")
+    (server.base / "input" / "notes.txt").write_text("text")
+    cases = {
+        "../secret.safetensors": "does not lie in the input folder",
+        str(outside): "does not lie in the input folder",
+        "link.safetensors": "does not lie in the input folder",
+        "missing.safetensors": "there is no file",
+        "missing.safetensors [output]": "there is no file",
+        "notes.txt": "is no scene file",
+        "a\0b": "does not lie in the input folder",
+        "": "does not lie in the input folder",
+    }
+    for file, message in cases.items():
+        graph = {"1": node("Dream4DLoadScene", file=file), "2": node("Dream4DSceneInfo", scene=["1", 0])}
+        assert message in server.refused(graph), file
+    graph = {"1": node("Dream4DLoadScene", file="foreign.safetensors"), "2": node("Dream4DSceneInfo", scene=["1", 0])}
+    assert "not a readable .safetensors file" in server.error(graph)
+
+
+def test_renders_that_cannot_be_made(server):
+    base = static_nodes(3, seed=41)
+    no_camera = base | {"5": render_node(["2", 0], cameras="connected camera"), "6": _preview("5")}
+    assert "connect the camera output" in server.error(no_camera)
+    no_normals = base | {"5": render_node(["2", 0]), "6": node("PreviewImage", images=["5", 3])}
+    with server.listen() as listener:  # ComfyUI tells it, but counts the run as done
+        server.queue(no_normals, listener.client)
+        events = listener.until(lambda kind, content: kind in ("execution_error", "execution_success"))
+    assert "normals are switched off" in events[-1][1]["exception_message"]
+    too_small = base | {"5": render_node(["2", 0], width=0), "6": _preview("5")}
+    assert "smaller than min" in server.refused(too_small)
+
+
+def test_rendering_can_be_cancelled(server):
+    big = render_node(["2", 0], cameras="final path", frames=200, width=256, height=256, normals=True)
+    graph = static_nodes(3, seed=41) | {"5": big, "6": _preview("5")}
+    with server.listen() as listener:
+        server.queue(graph, listener.client)
+        listener.until(lambda kind, content: kind == "progress_state" and "5" in content["nodes"])
+        threading.Timer(1.0, server.interrupt).start()
+        events = listener.until(ended, 60)
+    assert events[-1][0] == "execution_interrupted"
+
+
+# ---- the example workflows ---------------------------------------------------------------------------------------
+
+WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
+SMALL = {"recipe.steps": 2, "frames": 2, "width": 16, "height": 16}
+
+
+def as_graph(workflow: dict, known: dict) -> dict:
+    """Turn a workflow of the canvas into the graph that the front end would send."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for item in (item for item in workflow["nodes"] if item["type"] in known):
+        groups = known[item["type"]]["input"]
+        inputs, values = {}, iter(item["widgets_values"])
+        _take_widgets(groups, values, "", inputs)
+        assert next(values, None) is None, f"{item['type']} has more values than widgets"
+        inputs |= {socket["name"]: links[socket["link"]] for socket in item["inputs"] if socket["link"] is not None}
+        graph[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
+    return graph
+
+
+def _take_widgets(groups: dict, values, prefix: str, inputs: dict) -> None:
+    for name, (kind, *rest) in (groups.get("required", {}) | groups.get("optional", {})).items():
+        options = rest[0] if rest else {}
+        if isinstance(kind, list) or kind in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN", "COMFY_DYNAMICCOMBO_V3"):
+            inputs[prefix + name] = next(values)
+            chosen = [
+                c for c in options.get("options", []) if isinstance(c, dict) and c["key"] == inputs[prefix + name]
+            ]
+            for choice in chosen:
+                _take_widgets(choice["inputs"], values, f"{prefix}{name}.", inputs)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+def test_the_workflows_run(server, path):
+    known = server.get("/object_info")
+    graph = as_graph(json.loads(path.read_text(encoding="utf-8")), known)
+    for item in graph.values():  # the same workflow, made small
+        item["inputs"] |= {name: value for name, value in SMALL.items() if name in item["inputs"]}
+    outputs = server.run(graph)
+    expected = {name for name, item in graph.items() if known[item["class_type"]]["output_node"]}
+    assert expected and expected <= set(outputs)
+
+
+def test_the_workflows_are_in_the_template_browser(server):
+    assert set(server.get("/api/workflow_templates")["dream4d"]) == {path.stem for path in WORKFLOWS}
