@@ -140,19 +140,17 @@ def test_no_import_cycles():
         visit(name, ())
 
 
-def loaded_by(statement: str) -> tuple[set[str], float]:
-    """(top-level modules loaded, seconds) by a statement in a fresh interpreter."""
-    code = f"import sys, time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t, *sys.modules)"
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a statement loads in a fresh interpreter."""
+    code = f"import sys; {statement}; print(*sys.modules)"
     words = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    return {name.split(".")[0] for name in words[1:]}, float(words[0])
+    return {name.split(".")[0] for name in words}
 
 
-def test_importing_the_package_is_quick():
-    modules, seconds = loaded_by("import dream4d_engine")
-    assert not modules & (HEAVY | ONLY_IN_CLI | {"torch", "numpy"})
-    assert seconds < 1.0
+def test_importing_the_package_loads_nothing_that_takes_time():
+    assert not loaded_by("import dream4d_engine") & (HEAVY | ONLY_IN_CLI | {"torch", "numpy"})
 
 
 def test_no_module_pulls_in_the_heavy_libraries():
@@ -160,7 +158,7 @@ def test_no_module_pulls_in_the_heavy_libraries():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = f"import torch, tyro, rich, sys; before = set(sys.modules); import {', '.join(names)}"
-    modules, _ = loaded_by(f"{code}; [sys.modules.pop(name) for name in before if name not in ('sys', 'time')]")
+    modules = loaded_by(f"{code}; [sys.modules.pop(name) for name in before if name not in ('sys', 'time')]")
     assert not modules & HEAVY
 
 

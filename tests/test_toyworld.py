@@ -253,16 +253,6 @@ def test_a_snowman_can_have_a_head_of_another_colour():
     assert not red[: above - 1].any() and not blue[above + 2 :].any()
 
 
-def test_rendering_is_quick():
-    cameras = orbit(8, 32, 32)
-    render_caption("a red torus", cameras)
-    import time
-
-    start = time.perf_counter()
-    render_caption("a red torus", cameras)
-    assert time.perf_counter() - start < 1.0
-
-
 # --- evaluation
 
 SMALL = {"size": 40, "n_azimuths": 12}

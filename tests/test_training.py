@@ -121,6 +121,7 @@ def test_the_motion_recipes_have_the_published_numbers():
     assert ZEROSCOPE.optimizer.milestones == (0.8, 0.9) and ZEROSCOPE.optimizer.lr_grid == 0.001
     assert (ZEROSCOPE.deformation.grid.n_levels, ZEROSCOPE.deformation.grid.base_resolution) == (12, 4)
     assert [current_phase(MODELSCOPE.phases, p).height for p in (0.0, 0.69, 0.7)] == [64, 64, 256]
+    assert [phase.displacement_tv for phase in MODELSCOPE.phases] == [None, 10.0], "1000, then 10"
 
 
 def test_an_unknown_recipe_lists_the_known_ones():
@@ -376,6 +377,16 @@ def test_animating_leaves_its_input_and_the_canonical_field_alone():
     assert torch.equal(scene.canonical.grid.table, still.canonical.grid.table)
     assert all(p.requires_grad for p in scene.canonical.parameters())
     assert still.deformation is None and scene.deformation is not None
+
+
+def test_a_phase_can_change_the_weight_of_the_total_variation():
+    recipe, guidance, _, still, _ = motion_case(steps=4)
+    phases = (recipe.phases[0], replace(recipe.phases[0], start=0.5, displacement_tv=0.0))
+    recipe = replace(recipe, phases=phases, regularizers=RegularizerWeights(displacement_tv=1.0))
+    seen = []
+    control = RunControl(on_step=lambda report, scene: seen.append("displacement_tv" in report.terms))
+    train_motion(still, recipe, guidance, seed=0, device=CPU, control=control)
+    assert seen == [True, True, False, False]
 
 
 def test_the_grid_levels_of_the_deformation_come_free_one_by_one():

@@ -25,12 +25,16 @@ from ..schedules import Schedule, constant
 
 @dataclass(frozen=True)
 class Phase:
-    """Picture size and number of camera groups from progress `start` on."""
+    """Picture size and number of camera groups from progress `start` on.
+
+    `displacement_tv`: the weight of that term from here on, where it is another than the recipe's.
+    """
 
     start: float
     n_groups: int
     height: int
     width: int
+    displacement_tv: float | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ ZEROSCOPE = MotionRecipe(
     optimizer=OptimizerConfig(lr_grid=0.001, milestones=(0.8, 0.9)),
 )
 ZEROSCOPE_72X40 = replace(ZEROSCOPE, name="zeroscope-72x40", phases=(Phase(0.0, 2, 40, 72),))
-MODELSCOPE = replace(ZEROSCOPE, name="modelscope", n_frames=16, phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256)))
+MODELSCOPE = replace(ZEROSCOPE, name="modelscope", n_frames=16, phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256, displacement_tv=10.0)))
 
 # --- The toy size ----------------------------------------------------------------------------------------------
 

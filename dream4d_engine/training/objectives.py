@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def picture_loss(
     generator: torch.Generator,
 ) -> tuple[Tensor, Terms]:
     """Render the cameras as training does and sum all terms of the recipe's loss."""
-    weights = recipe.regularizers
+    weights, phase = recipe.regularizers, current_phase(recipe.phases, progress)
+    if phase.displacement_tv is not None:
+        weights = replace(weights, displacement_tv=phase.displacement_tv)
     options = RenderOptions(
         stratified=True,
         background=draw_background(recipe.background, generator, scene.device),
