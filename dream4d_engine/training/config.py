@@ -197,7 +197,12 @@ ZEROSCOPE = MotionRecipe(
     optimizer=OptimizerConfig(lr_grid=0.001, milestones=(0.8, 0.9)),
 )
 ZEROSCOPE_72X40 = replace(ZEROSCOPE, name="zeroscope-72x40", phases=(Phase(0.0, 2, 40, 72),))
-MODELSCOPE = replace(ZEROSCOPE, name="modelscope", n_frames=16, phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256, displacement_tv=10.0)))
+MODELSCOPE = replace(
+    ZEROSCOPE,
+    name="modelscope",
+    n_frames=16,
+    phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256, displacement_tv=10.0)),
+)
 
 # --- The toy size ----------------------------------------------------------------------------------------------
 
