@@ -1,14 +1,18 @@
-"""What the program asks of the machine it runs on: a device, memory, room on the disk."""
+"""What the program asks of the machine it runs on: a device, memory, room on the disk, versions."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from . import __version__
 
 
 def pick_device(wish: str = "auto") -> torch.device:
@@ -26,6 +30,17 @@ def pick_device(wish: str = "auto") -> torch.device:
     if not available[kind]:
         raise ValueError(f"device {wish!r} is not available here: choose auto or cpu")
     return torch.device(wish)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"dream4d": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def peak_memory(device: torch.device) -> int | None:

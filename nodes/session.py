@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import comfy.model_management as management
 import folder_paths
 import torch
 
-from ..dream4d_engine import __version__
 from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
 from ..dream4d_engine.guidance.distillation import Guidance
-from ..dream4d_engine.machine import check_memory, peak_memory
+from ..dream4d_engine.machine import check_memory, peak_memory, versions
 from ..dream4d_engine.priors.conditioning import text_guidance
 from ..dream4d_engine.priors.loading import PriorKind, load_prior
 from ..dream4d_engine.scene import Scene
@@ -73,17 +70,6 @@ def gradients() -> Iterator[None]:
 def interrupt_if_asked() -> None:
     """Stop the node here if Cancel was pressed."""
     management.throw_exception_if_processing_interrupted()
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {"dream4d": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 class Reporter:

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from ..machine import check_folder, peak_memory, pick_device, write_atomically
+from ..machine import check_folder, peak_memory, pick_device, versions, write_atomically
 from ..scene import Scene, build_scene
 from ..training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
 from ..training.loop import RunControl, StepReport
@@ -21,7 +21,6 @@ from .interrupts import stop_on_interrupt
 from .models import load_guidance, prior_folders
 from .parsing import UsageError
 from .progress import make_progress
-from .run_folder import versions
 
 _STAGES = {"static": STATIC_RECIPES, "motion": MOTION_RECIPES}
 _PROMPT = "a red cube is jumping"

@@ -15,7 +15,7 @@ import torch
 from ..assets import AssetError, import_checkpoint, load_scene, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_picture
-from ..machine import check_folder, check_memory, pick_device
+from ..machine import check_folder, check_memory, pick_device, versions
 from ..training.checkpoint import load_checkpoint
 from ..training.loop import Interrupted
 from . import results
@@ -24,7 +24,6 @@ from .interrupts import stop_on_interrupt
 from .needs import film_bytes
 from .parsing import UsageError
 from .progress import make_progress
-from .run_folder import versions
 
 
 def render(options: Render) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from .. import __version__
-from ..machine import check_folder, peak_memory, write_atomically
+from ..machine import check_folder, peak_memory, versions, write_atomically
 from .parsing import RECORD, UsageError, read_record
 
 UNFINISHED = "unfinished"
@@ -68,17 +65,6 @@ class RunFolder:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {"dream4d": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def check_out(folder: Path | None, names: Sequence[str], overwrite: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ..assets import Provenance, load_scene, save_scene
 from ..cameras import CameraBatch
-from ..machine import check_memory, pick_device, write_atomically
+from ..machine import check_memory, pick_device, versions, write_atomically
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.limits import check_recipe
@@ -29,7 +29,7 @@ from .models import Folders, check_words, load_guidance, prior_folders
 from .needs import disk_bytes, film_bytes, memory_bytes
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, clock_text, make_progress
-from .run_folder import RunFolder, check_out, resume_run, start_run, versions
+from .run_folder import RunFolder, check_out, resume_run, start_run
 
 SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
 RESULTS = (RECORD, SCENE, ORBIT, VIDEO, CONTACT, METRICS)
