@@ -153,9 +153,7 @@ def noisy_image_case(golden, image, noise: str):
 
 
 def test_image_gradient(golden, image):
-    guidance = Guidance(
-        "sd", image.denoiser, table_conditions(image, *tables(golden)), plain(published_scale(100.0))
-    )
+    guidance = Guidance("sd", image.denoiser, table_conditions(image, *tables(golden)), plain(published_scale(100.0)))
     z, x, sigma = noisy_image_case(golden, image, "sd.0.noise")
     x0 = guided_prediction(guidance, cameras_of(golden).reshape(4, 1))(x, sigma)
     assert relative_error(sds_gradient(z, x0, sigma)[:, 0], golden["sd.0.grad"]) < TOLERANCE

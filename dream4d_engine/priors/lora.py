@@ -70,7 +70,7 @@ class TextLora:
 
 
 def apply_lora(prior: Prior, path: Path | str, strength: float = 1.0) -> Prior:
-    """Add a LoRA to a prior's UNet, in place, and to its text encoder when that is loaded; return the prior.
+    """Add a LoRA to a prior's own UNet, and to its text encoder whenever that is loaded; return the prior.
 
     Nothing is changed where the LoRA does not fit: PriorError names the layers. A second LoRA adds to the first, and
     the same one with the negative strength takes it away again (up to rounding).
@@ -88,7 +88,7 @@ def apply_lora(prior: Prior, path: Path | str, strength: float = 1.0) -> Prior:
 
 
 def add_text_loras(encoder: nn.Module, loras: tuple[TextLora, ...]) -> None:
-    """Add LoRAs to a text encoder, in place."""
+    """Add LoRAs to the weights of a text encoder."""
     for lora in loras:
         add_layers(encoder, lora.layers, lora.strength, f"{lora.source} does not fit the text encoder")
 
@@ -171,7 +171,7 @@ def _place(name: str) -> tuple[Part, str]:
 
 @torch.no_grad()
 def add_layers(network: nn.Module, layers: Layers, strength: float, complaint: str) -> None:
-    """Add a LoRA's layers to a network's weights, in place, once all of them are known to fit."""
+    """Add a LoRA's layers to a network's weights, once all of them are known to fit."""
     modules = {name: m for name, m in network.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     flat = {name.replace(".", "_"): name for name in modules}
     found: list[tuple[nn.Module, LoraLayer]] = []
@@ -194,7 +194,8 @@ def add_layers(network: nn.Module, layers: Layers, strength: float, complaint: s
         )
     for module, layer in found:
         delta = strength * layer.delta(module.weight.device)
-        module.weight.copy_((module.weight.float() + delta.reshape(module.weight.shape)).to(module.weight.dtype))
+        # not in place: the memory may be the file's, which is read again for the text encoder
+        module.weight.data = (module.weight.float() + delta.reshape(module.weight.shape)).to(module.weight.dtype)
 
 
 def _known(name: str, modules: Mapping[str, object], flat: Mapping[str, str]) -> str:

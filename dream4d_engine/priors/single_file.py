@@ -107,6 +107,7 @@ class LdmSource:
             "beta_schedule": "scaled_linear",
             "prediction_type": _PREDICTIONS[parameterization],
             "clip_sample": False,
+            "steps_offset": 1,
         }
         if "betas" in self.file.shapes:
             betas = self.file.tensor("betas").double()
