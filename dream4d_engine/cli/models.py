@@ -1,18 +1,12 @@
-"""Which diffusion models a recipe needs, where they are, and their guidance by a prompt."""
+"""Which diffusion models a recipe needs, and where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from ..guidance.distillation import Guidance
-from ..priors.conditioning import text_guidance
 from ..priors.loading import check_prompt, load_prior, read_json, toy_folder
-from ..training.config import GuidanceTerm, LoopConfig, MotionRecipe, PriorKind, StaticRecipe
-
-Folders = Mapping[PriorKind, Path]
+from ..training.config import MotionRecipe, PriorKind, StaticRecipe
+from ..training.guidance import Folders, active_terms
 
 
 def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bool = False) -> dict[PriorKind, Path]:
@@ -22,7 +16,7 @@ def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bo
     models in the package.
     """
     found: dict[PriorKind, Path] = {}
-    for term in _terms(recipe):
+    for term in active_terms(recipe):
         given = getattr(options, f"{term.prior}_prior", None)
         if given is None and recipe.name != "toy" and not toys:
             raise ValueError(
@@ -35,30 +29,8 @@ def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bo
     return found
 
 
-def _terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
-    return [term for term in recipe.guidance if term.weight]
-
-
 def check_words(folders: Folders, prompt: str) -> None:
     """Say before any work is done that a toy model wasn't taught a word of the prompt."""
     for kind, folder in folders.items():
         if "known_words" in read_json(folder, "model_index.json").get("dream4d", {}):  # such models load at once
             check_prompt(load_prior(folder, kind), prompt)
-
-
-def load_guidance(
-    recipe: StaticRecipe | MotionRecipe, folders: Folders, prompt: str, device: torch.device
-) -> dict[PriorKind, Guidance]:
-    """Load the recipe's models and encode the prompts."""
-    guidance = {}
-    for term in _terms(recipe):
-        prior = load_prior(folders[term.prior], term.prior, device, _dtype(recipe.loop, device))
-        negative = recipe.negative_prompt
-        if prior.known_words is not None and prior.negative_prompt is not None:
-            negative = prior.negative_prompt  # a toy model doesn't know the words of the usual one
-        guidance[term.prior] = text_guidance(prior, prompt, negative, term.distillation)
-    return guidance
-
-
-def _dtype(loop: LoopConfig, device: torch.device) -> torch.dtype:
-    return torch.float16 if loop.precision == "half" and device.type == "cuda" else torch.float32
