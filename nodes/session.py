@@ -233,7 +233,7 @@ def _train(
     reporter.say(f"{run.stage}: loading the models")
     folders = {kind: source.folder for kind, source in run.sources.items()}
     on_prior = lambda prior: interrupt_if_asked()  # noqa: E731
-    guidance = load_guidance(run.recipe, folders, run.prompt, device, run.negative, on_prior)
+    guidance = load_guidance(run.recipe, folders, run.prompt, device, negative=run.negative, on_prior=on_prior)
     control = RunControl(
         files.checkpoint,
         identity,

@@ -42,7 +42,7 @@ def test_loading_tells_of_each_model_and_can_be_ended():
     guidance = load_guidance(TOY_STATIC, folders, "a red cube", CPU, on_prior=lambda prior: seen.append(prior.kind))
     assert seen == ["multiview"] == list(guidance)
     with pytest.raises(PriorError, match="does not know 'blurry'"):
-        load_guidance(TOY_STATIC, folders, "a red cube", CPU, "blurry")
+        load_guidance(TOY_STATIC, folders, "a red cube", CPU, negative="blurry")
 
     def stop(prior):
         raise KeyboardInterrupt
