@@ -20,7 +20,7 @@ from ..guidance.prompts import (
     view_prompts,
     without_word,
 )
-from .loading import Prior, PriorError, check_prompt
+from .loading import Prior, PriorError, PriorKind, check_prompt
 from .sources import PictureResize
 
 ConditionsOf = Callable[[CameraBatch], tuple[Conditions, Conditions]]
@@ -88,13 +88,19 @@ def text_guidance(prior: Prior, prompt: str, negative: str | None, config: Disti
     return Guidance(prior.name, prior.denoiser, table_conditions(prior, table, negative_tokens), config, perp_neg)
 
 
+def words_for(kind: PriorKind, prompt: str) -> str:
+    """What a prior is told of a prompt: the word of a personal subject ("sks") only where a LoRA may have taught it."""
+    return prompt if kind == "image" else without_word(prompt)
+
+
 def _encode_prompts(prior: Prior, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
     """Return the text's tokens, one row a view (in the order of VIEWS) or one in all, and the negative's [L, D]."""
     if prior.kind == "novel_view":
         raise PriorError(f"the {prior.name} prior is told an image, not a prompt: use image_guidance")
+    prompt = words_for(prior.kind, prompt)
     check_prompt(prior, prompt)
     negative = _negative_prompt(prior, negative)
-    texts = (without_word(prompt),) if prior.kind == "multiview" else view_prompts(prompt)
+    texts = (prompt,) if prior.kind == "multiview" else view_prompts(prompt)
     encoded = prior.encode_text([*texts, negative])
     return encoded[:-1], encoded[-1]
 
