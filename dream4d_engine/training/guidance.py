@@ -34,7 +34,8 @@ def load_guidance(
     """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
 
     `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
-    are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its parts.
+    are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
+    parts.
     """
     guidance = {}
     for term in active_terms(recipe):
