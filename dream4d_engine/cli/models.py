@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 from ..priors.conditioning import words_for
 from ..priors.folders import FolderSource
@@ -44,15 +45,16 @@ def _find(given: str, kind: PriorKind, options: object) -> Path:
     return path
 
 
-def prior_extras(options: object) -> PriorExtras:
+def prior_extras(options: object) -> dict[PriorKind, PriorExtras]:
     """Return what the options add to the models, after a look at the files."""
     lora, tiny_vae = getattr(options, "lora", None), options.priors.tiny_vae
     if tiny_vae is not None and identify(tiny_vae).layout != "tiny autoencoder":
         raise PriorError(f"--tiny-vae {tiny_vae} is no AutoencoderTiny")
-    if lora is None or lora.image_lora is None:
-        return PriorExtras(tiny_vae=tiny_vae)
-    read_lora(lora.image_lora)
-    return PriorExtras(lora.image_lora, lora.image_lora_strength, tiny_vae)
+    extras = dict.fromkeys(get_args(PriorKind), PriorExtras(tiny_vae=tiny_vae))
+    if lora is not None and lora.image_lora is not None:
+        read_lora(lora.image_lora)
+        extras["image"] = PriorExtras(lora.image_lora, lora.image_lora_strength, tiny_vae)
+    return extras
 
 
 def check_words(folders: Folders, prompt: str) -> None:

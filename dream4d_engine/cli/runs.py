@@ -17,7 +17,7 @@ from ..assets import Provenance, load_scene, save_scene
 from ..cameras import CameraBatch
 from ..export import save_picture
 from ..machine import check_memory, pick_device, versions, write_atomically
-from ..priors.loading import PriorExtras
+from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.guidance import Folders, load_guidance
@@ -67,7 +67,7 @@ class Session:
         return self.run.device
 
     @property
-    def extras(self) -> PriorExtras:
+    def extras(self) -> dict[PriorKind, PriorExtras]:
         """What is added to the models."""
         return prior_extras(self.call.options)
 

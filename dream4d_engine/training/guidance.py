@@ -29,17 +29,19 @@ def load_guidance(
     reference: Reference | None = None,
     negative: str = "",
     on_prior: Callable[[Prior], None] | None = None,
-    extras: PriorExtras | None = None,
+    extras: Mapping[PriorKind, PriorExtras] | None = None,
 ) -> dict[PriorKind, Guidance]:
     """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
 
     `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
-    are encoded; what it raises ends the loading. `extras`: what is added to the models or put in place of their parts.
+    are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
+    parts.
     """
     guidance = {}
     for term in active_terms(recipe):
         dtype = working_dtype(recipe.loop, device)
-        prior = load_prior_with(folders[term.prior], term.prior, device, dtype, extras or PriorExtras())
+        added = (extras or {}).get(term.prior, PriorExtras())
+        prior = load_prior_with(folders[term.prior], term.prior, device, dtype, added)
         if on_prior is not None:
             on_prior(prior)
         if term.prior == "novel_view":
