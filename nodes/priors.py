@@ -16,6 +16,7 @@ _FROM_FOLDER = "as the folder says"
 _NOTHING = "(no diffusers folders found)"
 _FOLDERS = "diffusers"  # ComfyUI's own name of the folders with models in diffusers' format
 _KINDS = list(get_args(PriorKind))
+_DEEPEST = 4  # folders below folders, so that links in a circle come to an end
 
 
 class LoadToyPrior(io.ComfyNode):
@@ -87,6 +88,12 @@ class LoadPrior(io.ComfyNode):
         return f"{folder!r} is not among the models: put a model in diffusers' format into models/diffusers"
 
     @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:
+        """Run again when a file of the folder has changed."""
+        found = model_folders().get(folder or "")
+        return "" if found is None else PriorSource(found.name, "image", found).fingerprint()
+
+    @classmethod
     def execute(cls, folder: str, kind: str) -> io.NodeOutput:
         """Point at the model's folder after a look at its description."""
         found = model_folders().get(folder)
@@ -96,12 +103,14 @@ class LoadPrior(io.ComfyNode):
 
 
 def model_folders() -> dict[str, Path]:
-    """Names and places of the folders in diffusers' format below ComfyUI's models folders."""
+    """Names and places of the folders in diffusers' format below ComfyUI's models folders; links are followed."""
     found: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths(_FOLDERS):
-        for place, below, files in os.walk(root):
+        for place, below, files in os.walk(root, followlinks=True):
+            name = os.path.relpath(place, root).replace(os.sep, "/")
             if "model_index.json" in files:
-                found.setdefault(os.path.relpath(place, root).replace(os.sep, "/"), Path(place))
+                found.setdefault(name, Path(place))
+            if "model_index.json" in files or name.count("/") >= _DEEPEST:
                 below.clear()
     return found
 

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import threading
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from comfy_harness import REPOSITORY
 
-from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
+from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, TOY_IMAGE
 
 NODES = REPOSITORY / "nodes"
 FILES = sorted(NODES.rglob("*.py")) + [REPOSITORY / "__init__.py"]
@@ -113,16 +114,29 @@ def test_cameras_that_cannot_be_used(change, message):
 # ---- live preview ------------------------------------------------------------------------------------------------
 
 
-def test_a_late_preview_is_dropped_and_never_fails_the_run(monkeypatch):
-    preview = part_of_the_pack("preview")
-    now = [0.0]
-    seen, gate = [], threading.Event()
+@pytest.fixture
+def preview(monkeypatch):
+    """The module, with pictures that cost nothing."""
+    module = part_of_the_pack("preview")
+    monkeypatch.setattr(module, "preview_frames", lambda scene, number, size: torch.zeros(1, 8, 8, 3))
+    return module
+
+
+def soon(condition, seconds: float = 10.0) -> bool:
+    """Whether something becomes true."""
+    limit = time.monotonic() + seconds
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_a_late_preview_is_dropped(preview):
+    now, seen, gate = [0.0], [], threading.Event()
 
     def send(image):
         gate.wait(10)
         seen.append(image.size)
 
-    monkeypatch.setattr(preview, "preview_picture", lambda scene, number: torch.zeros(8, 8, 3))
     live = preview.LivePreview(send, 4.0, clock=lambda: now[0])
     assert not live.offer(None), "not yet"
     now[0] = 1.5
@@ -130,41 +144,106 @@ def test_a_late_preview_is_dropped_and_never_fails_the_run(monkeypatch):
     now[0] = 6.0
     assert not live.offer(None), "the first one is still on its way"
     gate.set()
-    live._worker.join(10)
+    assert soon(lambda: len(seen) == 1 and not live._on_its_way.is_set())
     now[0] = 10.5
-    assert live.offer(None)
-    live._worker.join(10)
+    assert live.offer(None) and soon(lambda: len(seen) == 2)
     live.close()
-    assert seen == [(16, 16)] * 2
+    assert seen == [(256, 256)] * 2
+    assert (live.cost.made, live.cost.dropped) == (2, 1)
+    now[0] = 100.0
     assert not live.offer(None), "closed"
 
-    def broken(scene, number):
+
+def test_a_clip_is_played_until_the_next_one(preview, monkeypatch):
+    frames = [torch.full((8, 8, 3), value / 10) for value in range(3)]
+    monkeypatch.setattr(preview, "preview_frames", lambda scene, number, size: torch.stack(frames))
+    monkeypatch.setattr(preview, "_CLIP_FPS", 200.0)
+    now, seen = [10.0], []
+    live = preview.LivePreview(lambda image: seen.append(image.getpixel((0, 0))[0]), 4.0, clock=lambda: now[0])
+    now[0] = 20.0
+    assert live.offer(None) and soon(lambda: len(seen) >= 7)
+    live.close()
+    count = len(seen)
+    assert seen[:7] == [0, 26, 51, 0, 26, 51, 0]
+    time.sleep(0.05)
+    assert len(seen) == count, "nothing is sent after the end"
+
+
+@pytest.mark.parametrize("broken", ["rendering", "sending"])
+def test_a_failing_preview_does_not_fail_the_run(preview, monkeypatch, broken):
+    now = [0.0]
+
+    def fail(*_):
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(preview, "preview_picture", broken)
-    live = preview.LivePreview(send, 1.0, clock=lambda: now[0])
+    if broken == "rendering":
+        monkeypatch.setattr(preview, "preview_frames", fail)
+    live = preview.LivePreview(fail, 1.0, clock=lambda: now[0])
     now[0] = 20.0
-    assert not live.offer(None)
+    assert live.offer(None) == (broken == "sending")
+    assert soon(lambda: live._next == math.inf)
     now[0] = 1e6
     assert not live.offer(None), "off after a failure"
+    live.close()
 
 
-def test_previews_take_a_small_share_of_the_time(monkeypatch):
-    preview = part_of_the_pack("preview")
-    now, made = [0.0], []
+def test_previews_take_a_small_share_of_the_time(preview, monkeypatch):
+    """Whatever a picture costs: they become smaller first, rarer then."""
+    for seconds_a_pixel in (1e-7, 1e-5, 1e-3):
+        now, sizes = [0.0], []
 
-    def slow(scene, number):
-        now[0] += 2.0
-        made.append(now[0])
-        return torch.zeros(8, 8, 3)
+        def slow(scene, number, size, now=now, sizes=sizes, seconds_a_pixel=seconds_a_pixel):
+            now[0] += size * size * seconds_a_pixel
+            sizes.append(size)
+            return torch.zeros(1, 8, 8, 3)
 
-    monkeypatch.setattr(preview, "preview_picture", slow)
-    live = preview.LivePreview(lambda image: None, 1.0, clock=lambda: now[0])
-    while now[0] < 1000:
-        now[0] += 0.5
-        if live.offer(None):
-            live._worker.join(10)
-    assert len(made) > 3 and 2.0 * len(made) <= 0.05 * now[0]
+        monkeypatch.setattr(preview, "preview_frames", slow)
+        live = preview.LivePreview(lambda image: None, 4.0, clock=lambda now=now: now[0])
+        while now[0] < 2000:
+            now[0] += 0.5
+            if live.offer(None):
+                assert soon(lambda live=live: not live._on_its_way.is_set())
+        live.close()
+        assert len(sizes) > 3 and live.cost.rendering <= 0.05 * now[0]
+        assert {1e-7: max(sizes) == 256, 1e-5: 48 < sizes[-1] < 256, 1e-3: sizes[-1] == 48}[seconds_a_pixel]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def cut_out(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture [1, size, size, 3] and the mask [1, size, size] of the square in its middle."""
+    mask = torch.zeros(1, size, size)
+    mask[:, 8:24, 8:24] = 1
+    return torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(0)), mask
+
+
+def test_masks_of_both_kinds_and_alpha_mean_the_same():
+    pictures, config = part_of_the_pack("pictures"), TOY_IMAGE.reference
+    image, mask = cut_out()
+    ours = pictures.reference_of(image, mask, "subject", config)
+    same = [
+        pictures.reference_of(image, mask, "automatic", config),
+        pictures.reference_of(image, 1 - mask, "automatic", config),
+        pictures.reference_of(image, 1 - mask, "background", config),
+        pictures.reference_of(torch.cat((image, mask[..., None]), -1), None, "automatic", config),
+    ]
+    assert ours.mask.any()
+    assert {reference.fingerprint() for reference in same} == {ours.fingerprint()}
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (torch.rand(1, 32, 32, 3), None, "no alpha and no mask"),
+        (torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), "the mask is empty: Load Image gives such a one"),
+        (torch.rand(2, 32, 32, 3), cut_out()[1], "one picture is needed, got 2"),
+        (torch.rand(1, 32, 32, 3), cut_out(64)[1], "64x64 pixels, the picture 32x32"),
+    ],
+)
+def test_pictures_that_cannot_be_used(image, mask, message):
+    with pytest.raises(ValueError, match=message):
+        part_of_the_pack("pictures").reference_of(image, mask, "automatic", TOY_IMAGE.reference)
 
 
 # ---- schemas, as the server tells them ---------------------------------------------------------------------------
@@ -216,7 +295,7 @@ def test_no_node_is_crowded(schemas):
 
 
 def test_defaults_are_the_recipes(schemas):
-    for name, recipes in (("OptimizeStaticScene", STATIC_RECIPES), ("AnimateScene", MOTION_RECIPES)):
+    for name, recipes in (("OptimizeStaticScene", STATIC_RECIPES | IMAGE_RECIPES), ("AnimateScene", MOTION_RECIPES)):
         inputs = given_inputs(schemas[f"Dream4D{name}"])
         choices = [choice["key"] for choice in inputs["recipe"][1]["options"]]
         assert choices == list(recipes) and choices[0] == "toy"
