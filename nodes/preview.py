@@ -65,8 +65,8 @@ class LivePreview:
         self, send: Callable[[Image.Image], None], seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._send, self._seconds, self._clock = send, seconds, clock
-        self._next = clock() + min(seconds, 1.0) if seconds > 0 else math.inf
-        self._size = 2 * _SMALLEST
+        self._next = clock() + min(seconds, 2.0) if seconds > 0 else math.inf
+        self._size = _SMALLEST
         self._number = 0
         self._closed = False
         self._worker: threading.Thread | None = None

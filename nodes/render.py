@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.machine import check_memory
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import picture
+from ..dream4d_engine.scene import Scene
 from ..dream4d_engine.training.needs import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint
@@ -214,16 +216,11 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
     """
     from comfy.utils import ProgressBar
 
-    device = management.get_torch_device()
     n_frames = cameras.shape[1]
     bar = ProgressBar(n_frames, node_id=node_id)
     options = RenderOptions(normals=normals, displacement=scene.scene.deformation is not None)
     frames = []
-    with gradients(), torch.no_grad():
-        there = scene.scene
-        if device.type != "cpu":
-            management.free_memory(_ROOM, device)
-            there = scene.scene.clone().to(device)
+    with scene_on_device(scene) as there:
         for index in range(n_frames):
             shot = cameras.frames(index, index + 1)
             frame = render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
@@ -235,6 +232,18 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
 def _moved(output: RenderOutput, device: torch.device) -> RenderOutput:
     columns = {f.name: getattr(output, f.name) for f in fields(RenderOutput)}
     return RenderOutput(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in columns.items()})
+
+
+@contextmanager
+def scene_on_device(value: SceneValue) -> Iterator[Scene]:
+    """Give the scene on ComfyUI's device, to be rendered; the one that nodes share stays where it is."""
+    device = management.get_torch_device()
+    with gradients(), torch.no_grad():
+        there = value.scene
+        if device.type != "cpu":
+            management.free_memory(_ROOM, device)
+            there = value.scene.clone().to(device)
+        yield there
 
 
 def _joined(frames: list[RenderOutput]) -> RenderOutput:

@@ -295,7 +295,7 @@ def _train(
         reporter.step(report, scene, device)
         priors.bring_back()
 
-    folders = {kind: source.folder for kind, source in run.sources.items()}
+    folders = {kind: source.path for kind, source in run.sources.items()}
     guidance = load_guidance(
         run.recipe, folders, run.prompt, device, reference=run.reference, negative=run.negative, on_prior=on_prior
     )

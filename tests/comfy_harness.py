@@ -116,8 +116,12 @@ class Server:
 
     def get(self, path: str) -> dict:
         """GET some JSON."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+        return json.loads(self.read(path))
+
+    def read(self, path: str) -> bytes:
+        """GET anything."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read()
 
     def post(self, path: str, body: dict) -> tuple[int, dict]:
         """POST some JSON; return the status and the answer."""

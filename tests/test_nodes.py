@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -139,7 +140,7 @@ def test_a_late_preview_is_dropped(preview):
 
     live = preview.LivePreview(send, 4.0, clock=lambda: now[0])
     assert not live.offer(None), "not yet"
-    now[0] = 1.5
+    now[0] = 2.5
     assert live.offer(None)
     now[0] = 6.0
     assert not live.offer(None), "the first one is still on its way"
@@ -254,15 +255,19 @@ def schemas(server) -> dict:
     return {name: schema for name, schema in server.get("/object_info").items() if name.startswith("Dream4D")}
 
 
-def inputs_of(groups: dict) -> dict[str, tuple[str, dict]]:
-    """All inputs as name -> (type, options), with those below dynamic choices as "choice.key.name"."""
+def inputs_of(groups: dict, flat: bool = False) -> dict[str, tuple[str, dict]]:
+    """All inputs as name -> (type, options), with those below dynamic choices as "choice.key.name".
+
+    `flat` leaves out the key, as graphs do.
+    """
     found = {}
     for name, (kind, *rest) in (groups.get("required", {}) | groups.get("optional", {})).items():
         options = rest[0] if rest else {}
         found[name] = (kind, options)
         for choice in (c for c in options.get("options", []) if isinstance(c, dict)):
-            below = inputs_of(choice["inputs"])
-            found |= {f"{name}.{choice['key']}.{inner}": value for inner, value in below.items()}
+            below = inputs_of(choice["inputs"], flat)
+            prefix = name if flat else f"{name}.{choice['key']}"
+            found |= {f"{prefix}.{inner}": value for inner, value in below.items()}
     return found
 
 
@@ -271,7 +276,7 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 
 
 def test_every_node_is_there(schemas):
-    expected = {"LoadToyPrior", "LoadPrior", "OptimizeStaticScene", "AnimateScene", "Render"}
+    expected = {"LoadToyPrior", "LoadPrior", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
     expected |= {"SaveScene", "LoadScene", "SceneInfo"}
     assert set(schemas) == {f"Dream4D{name}" for name in expected}
 
@@ -304,6 +309,87 @@ def test_defaults_are_the_recipes(schemas):
             if name == "AnimateScene":
                 steps = inputs[f"recipe.{recipe.name}.hifa_steps"][1]["default"]
                 assert steps == recipe.guidance[0].distillation.n_steps
+
+
+LOCALES = sorted(path.name for path in (REPOSITORY / "locales").iterdir())
+
+
+def locale(language: str, name: str) -> dict:
+    return json.loads((REPOSITORY / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def texts_of(schema: dict) -> dict:
+    """What a locale says of a node, in ComfyUI's layout: dots in names are underscores, outputs go by number."""
+    inputs = inputs_of(schema["input"], flat=True)
+    outputs = enumerate(zip(schema["output_name"], schema["output_tooltips"], strict=True))
+    return {
+        "display_name": schema["display_name"],
+        "description": schema["description"],
+        "inputs": {
+            n.replace(".", "_"): {"name": n.split(".")[-1], "tooltip": o["tooltip"]} for n, (_, o) in inputs.items()
+        },
+        "outputs": {str(index): {"name": name, "tooltip": tooltip} for index, (name, tooltip) in outputs},
+    }
+
+
+def test_the_english_locale_says_what_the_schemas_say(schemas):
+    assert locale("en", "nodeDefs") == {name: texts_of(schema) for name, schema in schemas.items()}
+
+
+@pytest.mark.parametrize("language", [name for name in LOCALES if name != "en"])
+def test_every_other_locale_is_complete(schemas, language):
+    def leaves(tree: dict, path: str = "") -> dict:
+        found = {}
+        for key, value in tree.items():
+            found |= leaves(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
+        return found
+
+    ours = leaves({name: texts_of(schema) for name, schema in schemas.items()})
+    theirs = leaves(locale(language, "nodeDefs"))
+    assert ours.keys() == theirs.keys()
+    assert all(isinstance(text, str) and text for text in theirs.values())
+    assert not [key for key, text in theirs.items() if key.endswith(".tooltip") and text == ours[key]], "untranslated"
+    assert not [key for key, text in theirs.items() if set(text) & set("{}|@")], "signs that the front end interprets"
+    assert locale(language, "main").keys() == locale("en", "main").keys()
+
+
+def test_there_are_two_languages_that_the_server_hands_out(server):
+    assert len(LOCALES) >= 2
+    told = server.get("/i18n")
+    for language in LOCALES:
+        assert told[language]["nodeDefs"] == locale(language, "nodeDefs")
+
+
+def test_every_node_has_a_help_page_with_a_picture(schemas, server):
+    shown = set()
+    for name in schemas:
+        text = server.read(f"/extensions/dream4d/docs/{name}.md").decode()
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert pictures, f"{name} has no picture"
+        shown |= set(pictures)
+        for picture in pictures:
+            assert server.read(f"/extensions/dream4d/docs/{picture}")[:2] in (b"\xff\xd8", b"\x89P"), picture
+    there = {path.relative_to(NODES / "web" / "docs").as_posix() for path in (NODES / "web" / "docs").rglob("*.jpg")}
+    assert there <= shown, "no picture is left over"
+
+
+def test_the_icon_keeps_to_the_registrys_rules():
+    from PIL import Image
+
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    for key, ratio, most in (("Icon", 1, 400), ("Banner", 21 / 9, 4096)):
+        address = re.search(rf'^{key} = "(https://[^"]+)"$', project, re.M)[1]
+        path = REPOSITORY / address.split("/main/", 1)[1]
+        width, height = Image.open(path).size
+        assert abs(width / height - ratio) < 0.01 and width <= most, path
+
+
+def test_the_registry_gets_what_it_asks_for():
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ('license = { file = "LICENSE" }', "Repository = ", "PublisherId = ", 'requires-comfyui = ">='):
+        assert f"\n{line}" in project, line
+    left_out = (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()
+    assert "tests/" in left_out and not {"nodes/", "dream4d_engine/", "example_workflows/", "locales/"} & set(left_out)
 
 
 def test_what_few_touch_is_advanced(schemas):

@@ -128,6 +128,23 @@ def test_a_model_folder_is_found_and_used(server):
     assert "is not among the models" in server.refused(graph)
 
 
+def test_links_to_folders_and_checkpoints_are_found_too(server, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    toy = REPOSITORY / "dream4d_engine" / "priors" / "toy" / "multiview"
+    shutil.copytree(toy, elsewhere / "store" / "linked")
+    (server.base / "models" / "diffusers").mkdir(exist_ok=True)
+    (server.base / "models" / "diffusers" / "other").symlink_to(elsewhere / "store", target_is_directory=True)
+    (elsewhere / "store" / "round").symlink_to(elsewhere / "store", target_is_directory=True)
+    (server.base / "models" / "checkpoints").mkdir(exist_ok=True)
+    (server.base / "models" / "checkpoints" / "foreign.safetensors").write_bytes(b"no weights at all")
+    schema = server.get("/object_info/Dream4DLoadPrior")["Dream4DLoadPrior"]
+    listed = schema["input"]["required"]["folder"][1]["options"]
+    assert {"other/linked", "foreign.safetensors"} <= set(listed)
+    graph = static_nodes(2, seed=52) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph["1"] = node("Dream4DLoadPrior", folder="foreign.safetensors", kind="as the folder says")
+    assert "foreign.safetensors" in server.error(graph)
+
+
 def test_the_original_checkpoints_can_be_loaded(server):
     samples = sorted((REPOSITORY / "tests" / "data").rglob("*.ckpt"))
     if not samples:
@@ -507,6 +524,7 @@ def test_rendering_can_be_cancelled(server):
 
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 SMALL = {"recipe.steps": 2, "frames": 2, "width": 16, "height": 16}
+SMALL |= {"views": 4, "times": 2, "heights": 1, "size": 32}
 
 
 def as_graph(workflow: dict, known: dict) -> dict:
