@@ -19,9 +19,11 @@ from ..export import save_picture
 from ..machine import check_memory, pick_device, versions, write_atomically
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
+from ..training.guidance import Folders, load_guidance
 from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
 from ..training.motion import check_scale, train_motion
+from ..training.needs import disk_bytes, film_bytes, memory_bytes
 from ..training.reference import Reference, check_reference, load_reference
 from ..training.static import train_static
 from . import results
@@ -36,8 +38,7 @@ from .arguments import (
     TextTo4DCall,
 )
 from .interrupts import Stopped, stop_on_interrupt
-from .models import Folders, check_words, load_guidance, prior_folders
-from .needs import disk_bytes, film_bytes, memory_bytes
+from .models import check_words, prior_folders
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, clock_text, make_progress
 from .run_folder import RunFolder, check_out, resume_run, start_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..fields.encodings import HashGridConfig
 from ..scene import SceneConfig
-from ..training.config import MotionRecipe, Phase, StaticRecipe
+from .config import MotionRecipe, Phase, StaticRecipe
 
 _FIXED_ROOM = 2**25
 """Bytes on the disk for videos, pictures and records."""
