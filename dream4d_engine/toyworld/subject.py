@@ -22,7 +22,7 @@ from .captions import Caption
 from .evaluate import Renderer, align, darkness, frames_of, nearest_color
 from .world import WorldPicture, render_caption
 
-BODY_COLOR, HEAD_COLOR = "blue", "orange"
+BODY_COLOR, HEAD_COLOR = "purple", "green"
 SUBJECT_PROMPT = "a sks snowman"
 PHOTO_AZIMUTHS_DEG, PHOTO_ELEVATION_DEG = (0.0, 100.0, 180.0, 250.0), 15.0
 """Where the four pictures for training are taken from."""
@@ -86,8 +86,8 @@ def likeness(renderer: Renderer, size: int = 64, n_views: int = 8) -> Likeness:
     true_opacity = truth.mask[0, ..., 0]
     color, opacity, iou = align(color, opacity, true_opacity)
     hue = truth.rgb[0]
-    part = true_opacity > 0.99  # blue has more blue than red in it, orange the other way round
-    heads, bodies = (part & (hue[..., 0] > hue[..., 2]), part & (hue[..., 2] > hue[..., 0]))
+    part = true_opacity > 0.99
+    heads, bodies = part & (hue[..., 1] > hue[..., 2]), part & (hue[..., 2] > hue[..., 1])  # green, purple
     shown = (opacity > 0.5) & (darkness(color, opacity) < 0.1)
     body = tuple(_part_color(c, s & b) for c, s, b in zip(color, shown, bodies, strict=True))
     head = tuple(_part_color(c, s & h) for c, s, h in zip(color, shown, heads, strict=True))
