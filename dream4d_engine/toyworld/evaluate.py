@@ -480,7 +480,7 @@ def frame_error(renderer: Renderer, caption: Caption | str, size: int = 64, n_ti
 
     Root mean square, over the pixels that the object ever covers in truth or result, of (result[t+1] - result[t]) -
     (truth[t+1] - truth[t]) in colours multiplied by the opacity; mean over the pairs of frames of a clip from the
-    front. The result is not aligned: what is wrong and stays where it is adds nothing.
+    front. A fault that stands still adds nothing.
     """
     cameras = fixed_take(n_times, size, size)
     shown = [(color * opacity[..., None], opacity) for color, opacity in _both(renderer, caption, cameras)]
