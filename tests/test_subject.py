@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dream4d_engine.cameras import orbit
+from dream4d_engine.cameras import fixed_take, orbit
 from dream4d_engine.priors.conditioning import text_conditions, words_for
-from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder
+from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
 from dream4d_engine.priors.lora import apply_lora, read_lora
 from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer
-from dream4d_engine.toyworld.measure import SUBJECT_FOLDER, all_cases, measure_subject, photograph, table
+from dream4d_engine.toyworld.measure import all_cases, measure_subject, photograph, table
 from dream4d_engine.toyworld.models import SUBJECT_WORD
 from dream4d_engine.toyworld.samples import sample
 from dream4d_engine.toyworld.subject import (
@@ -141,14 +141,14 @@ def test_training_writes_pairs_that_the_loader_takes(tmp_path):
 
 
 def test_the_shipped_lora_is_small_and_makes_the_subject():
-    files = list(SUBJECT_FOLDER.glob("*.safetensors"))
+    files = list(toy_subject().glob("*.safetensors"))
     assert [f.name for f in files] == ["pytorch_lora_weights.safetensors"] and files[0].stat().st_size <= 1e6
     cameras = orbit(8, 32, 32)  # two of them were in training
 
     def drawn(with_lora):
         prior = load_prior(toy_folder("image"), "image")
         if with_lora:
-            prior = apply_lora(prior, SUBJECT_FOLDER)
+            prior = apply_lora(prior, toy_subject())
         pictures = sample(prior.denoiser, text_conditions(prior, SUBJECT_PROMPT)(cameras), seeded(3), 6, scale=1.0)
         truth = render_subject(cameras, background=(0.0, 0.0, 0.0))
         return likeness(lambda _: Pictures(pictures.movedim(2, -1), truth.mask), 32, 8)
@@ -192,7 +192,7 @@ def test_photographs_are_what_the_recipe_expects():
 
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
-    cases = all_cases(["pictures", "subject", "steadiness"], SUBJECT_FOLDER, "cpu", 0, 0.01)
+    cases = all_cases(["pictures", "subject", "steadiness"], toy_subject(), "cpu", 0, 0.01)
     assert [sum(c.part == part for c in cases) for part in ("pictures", "subject", "steadiness")] == [6, 2, 8]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)

@@ -15,7 +15,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
-from ..priors.loading import Prior, toy_folder
-from ..priors.lora import apply_lora
+from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene
 from ..training.config import (
@@ -60,8 +59,6 @@ PICTURE_CAPTIONS = (
     "a white snowman is jumping",
 )
 STEADINESS_CAPTIONS = PICTURE_CAPTIONS[:1] + PICTURE_CAPTIONS[2:5]
-SUBJECT_FOLDER = toy_folder("image").parent / "subject"
-"""Where the LoRA lies that comes with the package."""
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
 
@@ -116,12 +113,8 @@ def measure_picture(case: Case) -> Result:
 
 def measure_subject(case: Case) -> Result:
     """The personal subject; `option` is its LoRA, or None."""
-
-    def taught(prior: Prior) -> None:
-        if prior.kind == "image" and case.option is not None:
-            apply_lora(prior, case.option)
-
-    still, summary = _static(_shortened(TOY_PERSONALISED, case), SUBJECT_PROMPT, case, on_prior=taught)
+    lora = PriorExtras(image_lora=case.option)
+    still, summary = _static(_shortened(TOY_PERSONALISED, case), SUBJECT_PROMPT, case, extras={"image": lora})
     found = scene_likeness(still)
     measures = {"right": found.right, "body": found.body, "head": found.head, "iou": found.iou}
     return case, measures | {"seconds": summary.seconds}, _around(still)
@@ -174,10 +167,10 @@ def _static(
     prompt: str,
     case: Case,
     reference: Reference | None = None,
-    on_prior: Callable[[Prior], None] | None = None,
+    extras: Mapping[PriorKind, PriorExtras] | None = None,
 ) -> tuple[Scene, FitSummary]:
     device = torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, on_prior=on_prior)
+    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, extras=extras)
     return train_static(recipe, guidance, seed=case.seed, device=device, control=RunControl(), reference=reference)
 
 
@@ -241,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dream4d_engine.toyworld.measure", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
-    parser.add_argument("--lora", type=Path, default=SUBJECT_FOLDER, help="the subject's LoRA")
+    parser.add_argument("--lora", type=Path, default=toy_subject(), help="the subject's LoRA")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
