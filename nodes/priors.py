@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -10,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.checkpoints import SUFFIXES
-from ..dream4d_engine.priors.identify import open_source
+from ..dream4d_engine.priors.identify import identify, open_source
 from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
@@ -104,20 +106,41 @@ class LoadPrior(io.ComfyNode):
         return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
 
 
+def model_roots() -> list[Path]:
+    """ComfyUI's folders for models in diffusers' format."""
+    return [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+
+
+def _folders_with(file: str) -> Iterator[tuple[str, Path]]:
+    """Yield (name, place) of the folders below `model_roots` that hold such a file, not looking into them."""
+    for root in model_roots():
+        for place, below, files in os.walk(root, followlinks=True):
+            name = os.path.relpath(place, root).replace(os.sep, "/")
+            if file in files:
+                yield name, Path(place)
+            if file in files or name.count("/") >= _DEEPEST:
+                below.clear()
+
+
 def models() -> dict[str, Path]:
     """Names and places of the models that ComfyUI's folders hold: diffusers folders first, then checkpoints."""
     found: dict[str, Path] = {}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for place, below, files in os.walk(root, followlinks=True):
-            name = os.path.relpath(place, root).replace(os.sep, "/")
-            if "model_index.json" in files:
-                found.setdefault(name, Path(place))
-            if "model_index.json" in files or name.count("/") >= _DEEPEST:
-                below.clear()
+    for name, place in _folders_with("model_index.json"):
+        found.setdefault(name, place)
     for name in folder_paths.get_filename_list("checkpoints"):
         path = folder_paths.get_full_path("checkpoints", name)
         if path is not None and name.endswith(SUFFIXES):
             found.setdefault(name.replace(os.sep, "/"), Path(path))
+    return found
+
+
+def tiny_autoencoders() -> dict[str, Path]:
+    """Names and places of the folders with an AutoencoderTiny."""
+    found: dict[str, Path] = {}
+    for name, place in _folders_with("config.json"):
+        with contextlib.suppress(PriorError):
+            if identify(place).layout == "tiny autoencoder":
+                found.setdefault(name, place)
     return found
 
 

@@ -76,6 +76,14 @@ def interrupt_if_asked() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+def say_on_node(text: str, node_id: str | None) -> None:
+    """Put a line of text on a node."""
+    from server import PromptServer
+
+    if node_id is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 class Reporter:
     """A node's progress bar, its line of text and its live preview."""
 
@@ -88,10 +96,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Put a line on the node."""
-        from server import PromptServer
-
-        if self._node_id is not None and PromptServer.instance is not None:
-            PromptServer.instance.send_progress_text(text, self._node_id)
+        say_on_node(text, self._node_id)
 
     def step(self, report: StepReport, scene: Scene, device: torch.device) -> None:
         """Show a step."""
@@ -297,7 +302,14 @@ def _train(
 
     folders = {kind: source.path for kind, source in run.sources.items()}
     guidance = load_guidance(
-        run.recipe, folders, run.prompt, device, reference=run.reference, negative=run.negative, on_prior=on_prior
+        run.recipe,
+        folders,
+        run.prompt,
+        device,
+        reference=run.reference,
+        negative=run.negative,
+        on_prior=on_prior,
+        extras={kind: source.extras for kind, source in run.sources.items()},
     )
     control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
     scene, summary = train(guidance, device, control)

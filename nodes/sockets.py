@@ -10,7 +10,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
-from ..dream4d_engine.priors.loading import PriorKind
+from ..dream4d_engine.priors.loading import PriorExtras, PriorKind
 from ..dream4d_engine.scene import Scene
 
 CATEGORY = "Dream4D"
@@ -22,15 +22,27 @@ PriorPort = io.Custom("DREAM4D_PRIOR")
 
 @dataclass(frozen=True)
 class PriorSource:
-    """Where a diffusion model is, folder or file. It is loaded by the node that needs it and freed after the run."""
+    """Where a diffusion model is, folder or file. It is loaded by the node that needs it and freed after the run.
+
+    `lora` and `tiny_vae`: what is added to it, and what takes the place of its autoencoder.
+    """
 
     name: str
     kind: PriorKind
     path: Path
+    lora: Path | None = None
+    lora_strength: float = 1.0
+    tiny_vae: Path | None = None
+
+    @property
+    def extras(self) -> PriorExtras:
+        """The same as the engine takes it."""
+        return PriorExtras(self.lora, self.lora_strength, self.tiny_vae)
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
-        return digest([self.kind, list_files(self.path)])
+        parts = [list_files(path) for path in (self.path, self.lora, self.tiny_vae) if path is not None]
+        return digest([self.kind, self.lora_strength, *parts])
 
     def n_bytes(self) -> int:
         """Size of the weights on the disk."""
