@@ -12,10 +12,12 @@ from comfy_api.latest import io
 from ..dream4d_engine.priors.checkpoints import SUFFIXES
 from ..dream4d_engine.priors.identify import open_source
 from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
+from ..dream4d_engine.priors.lora import read_lora
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
 _FROM_FOLDER = "as the folder says"
 _NOTHING = "(no models found)"
+_NO_LORA = "none"
 _KINDS = list(get_args(PriorKind))
 _DEEPEST = 4  # folders below folders, so that links in a circle come to an end
 
@@ -79,6 +81,23 @@ class LoadPrior(io.ComfyNode):
                     advanced=True,
                     tooltip="What the model makes; only to be set where it is taken for something else.",
                 ),
+                io.Combo.Input(
+                    "lora",
+                    options=[_NO_LORA, *folder_paths.get_filename_list("loras")],
+                    default=_NO_LORA,
+                    advanced=True,
+                    tooltip="A LoRA of models/loras that is added to a model of the kind image: a subject of your own, "
+                    "for the recipe personalised-3d.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How much of the LoRA is added.",
+                ),
             ],
             outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model, loaded when it is needed.")],
         )
@@ -89,19 +108,24 @@ class LoadPrior(io.ComfyNode):
         return True if folder in models() else _not_there(folder)
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:
-        """Run again when a file of the folder has changed."""
-        found = models().get(folder or "")
-        return "" if found is None else digest(list_files(found))
+    def fingerprint_inputs(cls, folder: str | None = None, lora: str | None = None) -> str:
+        """Run again when a file of the model has changed."""
+        found = [models().get(folder or ""), _lora_path(lora or _NO_LORA)]
+        return digest([list_files(path) for path in found if path is not None])
 
     @classmethod
-    def execute(cls, folder: str, kind: str) -> io.NodeOutput:
+    def execute(cls, folder: str, kind: str, lora: str, lora_strength: float) -> io.NodeOutput:
         """Point at the model after a look at its description."""
         found = models().get(folder)
         if found is None:
             raise PriorError(_not_there(folder))
         facts = open_source(found).facts(None if kind == _FROM_FOLDER else kind)
-        return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
+        added = _lora_path(lora)
+        if added is not None:
+            if facts.kind != "image":
+                raise PriorError(f"{facts.name!r} is a {facts.kind} prior: a LoRA is for one of the kind image")
+            read_lora(added)  # says in time what is wrong with the file
+        return io.NodeOutput(PriorSource(facts.name, facts.kind, found, added, lora_strength))
 
 
 def models() -> dict[str, Path]:
@@ -119,6 +143,12 @@ def models() -> dict[str, Path]:
         if path is not None and name.endswith(SUFFIXES):
             found.setdefault(name.replace(os.sep, "/"), Path(path))
     return found
+
+
+def _lora_path(name: str) -> Path | None:
+    """Where a LoRA of ComfyUI's folder is; None for none, and for one that isn't there any more."""
+    found = None if name == _NO_LORA else folder_paths.get_full_path("loras", name)
+    return None if found is None else Path(found)
 
 
 def _not_there(name: str) -> str:

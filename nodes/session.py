@@ -297,7 +297,14 @@ def _train(
 
     folders = {kind: source.path for kind, source in run.sources.items()}
     guidance = load_guidance(
-        run.recipe, folders, run.prompt, device, reference=run.reference, negative=run.negative, on_prior=on_prior
+        run.recipe,
+        folders,
+        run.prompt,
+        device,
+        reference=run.reference,
+        negative=run.negative,
+        on_prior=on_prior,
+        extras={kind: source.extras() for kind, source in run.sources.items()},
     )
     control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
     scene, summary = train(guidance, device, control)

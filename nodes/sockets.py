@@ -10,7 +10,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
-from ..dream4d_engine.priors.loading import PriorKind
+from ..dream4d_engine.priors.loading import PriorExtras, PriorKind
 from ..dream4d_engine.scene import Scene
 
 CATEGORY = "Dream4D"
@@ -27,10 +27,17 @@ class PriorSource:
     name: str
     kind: PriorKind
     path: Path
+    lora: Path | None = None
+    lora_strength: float = 1.0
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
-        return digest([self.kind, list_files(self.path)])
+        lora = None if self.lora is None else [list_files(self.lora), self.lora_strength]
+        return digest([self.kind, list_files(self.path), lora])
+
+    def extras(self) -> PriorExtras:
+        """What is added to the model when it is loaded."""
+        return PriorExtras(image_lora=self.lora, image_lora_strength=self.lora_strength)
 
     def n_bytes(self) -> int:
         """Size of the weights on the disk."""
