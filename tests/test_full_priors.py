@@ -87,6 +87,15 @@ def test_a_lora_is_for_image_priors_and_one_is_enough(server):
     assert "has the LoRA subject already" in server.error(graph)
 
 
+def test_a_file_that_is_no_lora_is_refused_by_name(server):
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.safetensors").write_bytes(b"no weights at all")
+    graph = lora_graph(1.0)
+    graph["5"]["inputs"]["lora"] = "broken.safetensors"
+    assert "broken.safetensors" in server.error(graph)
+
+
 def test_a_lora_that_is_not_there_is_refused(server):
     graph = lora_graph(1.0)
     graph["5"]["inputs"]["lora"] = "../secret.safetensors"

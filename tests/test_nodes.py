@@ -387,7 +387,7 @@ def test_the_icon_keeps_to_the_registrys_rules():
 
 def test_the_registry_gets_what_it_asks_for():
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    for line in ('license = { file = "LICENSE" }', "Repository = ", "PublisherId = ", 'requires-comfyui = ">='):
+    for line in ('license = { text = "Apache-2.0" }', "Repository = ", "PublisherId = ", 'requires-comfyui = ">='):
         assert f"\n{line}" in project, line
     left_out = (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()
     assert "tests/" in left_out and not {"nodes/", "dream4d_engine/", "example_workflows/", "locales/"} & set(left_out)

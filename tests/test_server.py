@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from dream4d_engine.export.video import read_video
 
 PROMPT = "a red cube is jumping"
+AS_IT_IS = {"kind": "as the folder says"}
+"""What Load Prior is told beside the model."""
 
 
 def output_files(server: Server, outputs: dict, key: str = "images") -> list[Path]:
@@ -122,7 +124,7 @@ def test_a_model_folder_is_found_and_used(server):
     schema = server.get("/object_info/Dream4DLoadPrior")["Dream4DLoadPrior"]
     assert "mine/views" in schema["input"]["required"]["folder"][1]["options"]
     graph = static_nodes(2, seed=51) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
-    graph["1"] = node("Dream4DLoadPrior", folder="mine/views", kind="as the folder says")
+    graph["1"] = node("Dream4DLoadPrior", folder="mine/views", **AS_IT_IS)
     assert "still scene" in server.run(graph)["8"]["text"][0]
     graph["1"]["inputs"]["folder"] = "../mine/views"
     assert "is not among the models" in server.refused(graph)
@@ -141,7 +143,7 @@ def test_links_to_folders_and_checkpoints_are_found_too(server, tmp_path_factory
     listed = schema["input"]["required"]["folder"][1]["options"]
     assert {"other/linked", "foreign.safetensors"} <= set(listed)
     graph = static_nodes(2, seed=52) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
-    graph["1"] = node("Dream4DLoadPrior", folder="foreign.safetensors", kind="as the folder says")
+    graph["1"] = node("Dream4DLoadPrior", folder="foreign.safetensors", **AS_IT_IS)
     assert "foreign.safetensors" in server.error(graph)
 
 
