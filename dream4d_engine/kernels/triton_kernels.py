@@ -26,7 +26,7 @@ def check(device: torch.device) -> None:
         raise RuntimeError("they need a CUDA device")
     if torch.cuda.get_device_capability(device) < (7, 0):
         raise RuntimeError("they need compute capability 7.0 or newer")
-    from . import triton_source  # noqa: F401 (an ImportError is the answer)
+    from . import triton_source  # noqa: F401, an ImportError is the answer
 
     try:  # triton builds its launcher with the system's C compiler: missing, that shows here only
         nothing = torch.zeros(4, device=device)
@@ -60,7 +60,7 @@ def _require_float32(**tensors: Tensor) -> None:
 
 @lru_cache(maxsize=16)
 def _layout_tensors(layout: GridLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The layout on the device: scales [L], (offset, size, hashed) [L, 3] int32, factors of coordinates [L, 4] int32."""
+    """The layout on the device: scales [L]; int32: (offset, size, hashed) [L, 3], the coordinates' factors [L, 4]."""
     signed = [prime - 2**32 if prime >= 2**31 else prime for prime in PRIMES]
     scales, places, factors = [], [], []
     for level in layout.levels:
@@ -227,7 +227,9 @@ class _Walk:
         self.resolution = 1 if cells is None else cells.shape[0]
         self.half_step = 0.5 * step
 
-    def _launch(self, marks: Tensor, counts: Tensor, ray: Tensor, t_starts: Tensor, t_ends: Tensor, write: bool) -> None:
+    def _launch(
+        self, marks: Tensor, counts: Tensor, ray: Tensor, t_starts: Tensor, t_ends: Tensor, write: bool
+    ) -> None:
         from . import triton_source as source
 
         n_rays, at_once, ahead = len(self.first), 16, 32

@@ -301,7 +301,7 @@ def march(
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0; below 1/8 by its series, whose first term left out is below half a unit in the last place."""
+    """exp(x) - 1 for x <= 0; near 0 by its series, without the first term that float32 does not show."""
     series = x * (1 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
     return tl.where(x > -0.125, series, tl.exp(x) - 1)
 
@@ -401,8 +401,9 @@ def composite_backward(
         tl.store(grad_density_ptr + sample, dt * (grad * (clear - weight) - suffix), mask=there)
         later += tl.sum(share, 1)
 
-
         start += C
+
+
 @triton.jit
 def sum_rays(values_ptr, bounds_ptr, sums_ptr, n_rays, K: tl.constexpr, RAYS: tl.constexpr, C: tl.constexpr):
     """Sum K columns over the samples of RAYS rays."""
