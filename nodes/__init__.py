@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .full_priors import LOADERS, ApplyLora
+from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
 from .scene_io import LoadScene, SaveScene, SceneInfo
@@ -16,9 +18,12 @@ from .train import AnimateScene, OptimizeStaticScene
 NODES: list[type[io.ComfyNode]] = [
     LoadToyPrior,
     LoadPrior,
+    *LOADERS,
+    ApplyLora,
     OptimizeStaticScene,
     AnimateScene,
     Render,
+    Preview4D,
     SaveScene,
     LoadScene,
     SceneInfo,
