@@ -142,7 +142,7 @@ def _table_gradient(x: Tensor, table: Tensor, grad: Tensor, layout: GridLayout, 
 
     grad_table = torch.zeros_like(table)
     if work:
-        runs = max(1, 256 // (2**layout.n_dims * _power_of_two(layout.n_features)))
+        runs = max(1, 128 // (2**layout.n_dims * _power_of_two(layout.n_features)))  # a number for each thread
         with _on(x.device):
             source.hash_backward_table[(-(-len(x) // (runs * _RUN)), n_levels)](
                 x, grad, grad_table, *_layout_tensors(layout, x.device), len(x),
