@@ -36,6 +36,8 @@ class RenderOptions:
         normals, displacement: composite these too.
         background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
         ray_jitter: standard deviation of a normal offset on the rays' directions (needs a generator).
+        half: in `render_chunked` on a GPU, encodings and networks in half precision, as in training (`render` itself
+            does as the autocast around it says).
     """
 
     n_samples: int | None = None
@@ -46,6 +48,7 @@ class RenderOptions:
     displacement: bool = False
     background: Tensor | None = None
     ray_jitter: float = 0.0
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.n_samples is not None and self.n_samples < 1:
@@ -107,26 +110,31 @@ def render_chunked(
     more = GPU_FACTOR if scene.device.type == "cuda" else 1
     lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
-    parts = []
+    whole: dict[str, Tensor | None] = {}
     for start in range(0, n_rays, size):
         rows = slice(start, start + size)
         part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
-        output = _render_rays(
-            scene,
-            part,
-            None if background is None else background[rows],
-            options,
-            None if shift is None else shift[rows],
-        )
-        parts.append(_map_pictures(output, Tensor.cpu))
+        with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
+            output = _render_rays(
+                scene,
+                part,
+                None if background is None else background[rows],
+                options,
+                None if shift is None else shift[rows],
+            )
+        for name in _PICTURES:
+            _keep_rows(whole, name, getattr(output, name), rows, n_rays)
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
-    pictures = {name: [getattr(part, name) for part in parts] for name in _PICTURES}
-    whole = {
-        name: None if columns[0] is None else torch.cat(columns).view(*rays.shape, -1)
-        for name, columns in pictures.items()
-    }
-    return RenderOutput(**whole)
+    return RenderOutput(**{n: None if p is None else p.view(*rays.shape, p.shape[-1]) for n, p in whole.items()})
+
+
+def _keep_rows(whole: dict[str, Tensor | None], name: str, part: Tensor | None, rows: slice, n_rays: int) -> None:
+    """Copy a chunk's flat picture to its place in the whole one, on CPU, which the first chunk makes."""
+    if name not in whole:
+        whole[name] = None if part is None else torch.empty(n_rays, part.shape[-1], dtype=part.dtype)
+    if part is not None:
+        whole[name][rows] = part
 
 
 def _prepare(
@@ -168,7 +176,7 @@ def _render_rays(
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
         density = density * is_visible(density, samples, options.alpha_threshold)
     if background is None:
-        background = scene.background(rays.directions)
+        background = scene.background(rays.directions, scene.kernels)
     return _composite(scene, samples, replace(found, density=density), background, options)
 
 
