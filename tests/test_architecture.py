@@ -39,7 +39,7 @@ SAME_LEVEL = {("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "tra
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
-LIBRARY_CODE = {"kernels/triton_source.py": "triton"}
+LIBRARY_CODE = {"kernels/triton_source.py": "triton", "kernels/triton_mlp_source.py": "triton"}
 """Code in one optional library's language and nothing else, itself imported only where that library is used."""
 ONLY_IN_CLI = {"tyro", "rich"}
 COMFY = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"}
@@ -170,7 +170,8 @@ def test_no_module_pulls_in_the_heavy_libraries():
 
 def source_files() -> list[Path]:
     folders = (PACKAGE, ROOT / "nodes", ROOT / "tests")
-    found = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".toml")]
+    found = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".toml", ".js")]
+    found = [path for path in found if "node_modules" not in path.parts]  # installed, not ours
     return sorted(found + [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".py", ".txt")])
 
 

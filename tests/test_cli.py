@@ -204,7 +204,7 @@ def fails(capsys, *words: str) -> str:
         (["text-to-3d", PROMPT, "--out", "OUT", "--sed", "3"], "perhaps you meant --seed"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "x"], "--seed"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--static.cameras.distance", "3", "2"], "lower bound first"),
-        (["text-to-3d", PROMPT, "--out", "OUT", "--recipe", "text-to-3d"], "--multiview-prior FOLDER"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--recipe", "text-to-3d"], "--multiview-prior MODEL"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--multiview-prior", "OUT/none"], "no model folder"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--device", "quantum"], "unknown device 'quantum'"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--size", "0"], "--size"),
@@ -230,7 +230,7 @@ def fails(capsys, *words: str) -> str:
 def test_mistakes_get_one_line(words, expected, tmp_path, capsys, priors):
     out = tmp_path / "out"
     words = [word.replace("OUT", str(out)) for word in words]
-    if "-prior FOLDER" not in expected and "--multiview-prior" not in words and "--resume" not in words:
+    if "-prior MODEL" not in expected and "--multiview-prior" not in words and "--resume" not in words:
         words += {"text-to-3d": priors[:2], "text-to-4d": priors}.get(words[0], [])
     assert expected in fails(capsys, *words)
     assert not out.exists()
@@ -396,6 +396,17 @@ def test_info_says_what_a_file_holds(run, tmp_path, capsys):
     assert main(["info", str(path)]) == 0
     text = capsys.readouterr().out
     assert PROMPT in text and "canonical.grid.table" in text
+
+
+def test_info_says_which_kernels_are_in_use(run, capsys):
+    assert main(["info", "--kernels", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "kernels on cpu: torch" in text and "not usable: they need a CUDA device" in text
+    assert main(["info", str(run[0] / "scene.safetensors"), "--kernels", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "moving scene" and found["kernels"]["used"] == "torch"
+    assert [status["usable"] for status in found["kernels"]["backends"]][-1] is True
+    assert "--kernels" in fails(capsys, "info")
 
 
 def test_import_of_a_checkpoint(tmp_path, capsys):

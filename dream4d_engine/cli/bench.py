@@ -19,7 +19,7 @@ from ..training.motion import train_motion
 from ..training.static import train_static
 from .arguments import Bench
 from .interrupts import stop_on_interrupt
-from .models import prior_folders
+from .models import prior_extras, prior_folders
 from .parsing import UsageError
 from .progress import make_progress
 
@@ -73,7 +73,7 @@ def _measure(
     name: str, recipe: StaticRecipe | MotionRecipe, options: Bench, device: torch.device, progress, should_stop
 ) -> Measured:
     folders = prior_folders(recipe, options, toys=True)
-    guidance = load_guidance(recipe, folders, _PROMPT, device)
+    guidance = load_guidance(recipe, folders, _PROMPT, device, extras=prior_extras(options))
     recipe = _fitting(recipe, guidance, options.warmup + options.steps)
     progress.begin(name, recipe.steps)
     if device.type == "cuda":

@@ -45,14 +45,26 @@ def _triton_kernels(device: torch.device) -> Kernels:
     return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate, mlp)
 
 
+def _cuda_kernels(device: torch.device) -> Kernels:
+    from . import cuda_kernels as c
+    from . import torch_kernels as t
+
+    c.check(device)
+    return Kernels("cuda", c.hash_encode, t.march_rays, c.composite, c.accumulate, t.mlp)
+
+
 def _torch_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
     return Kernels("torch", t.hash_encode, t.march_rays, t.composite, t.accumulate, t.mlp)
 
 
-_BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {"triton": _triton_kernels, "torch": _torch_kernels}
-"""Fastest first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
+_BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {
+    "triton": _triton_kernels,
+    "cuda": _cuda_kernels,
+    "torch": _torch_kernels,
+}
+"""Preferred first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
 
 
 @dataclass(frozen=True)

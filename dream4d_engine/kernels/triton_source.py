@@ -48,8 +48,17 @@ def _weight(share, c: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _within(xor, total, size, hashed):
+    """The entry number within a level, from the coordinates' parts; inside the level whatever the coordinates are."""
+    dense, last = total.to(tl.uint32, bitcast=True), (size - 1).to(tl.uint32)
+    # at u = 1 the upper corners of a dense level lie beyond its last entry, and start over
+    dense = tl.minimum(tl.where(dense > last, dense - size.to(tl.uint32), dense), last)
+    return tl.where(hashed, xor & (size - 1), dense.to(tl.int32))
+
+
+@triton.jit
 def _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c: tl.constexpr, D: tl.constexpr):
-    """The entry number [BLOCK] of corner c within its level; always inside the level, whatever the coordinates."""
+    """The entry number [BLOCK] of corner c within its level."""
     a0, a1, a2, a3 = _upper(p0, f0, c, 0), p1, p2, p3
     if D > 1:
         a1 = _upper(p1, f1, c, 1)
@@ -57,11 +66,7 @@ def _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c: tl.constexpr, D: tl.
         a2 = _upper(p2, f2, c, 2)
     if D > 3:
         a3 = _upper(p3, f3, c, 3)
-    dense = (a0 + a1 + a2 + a3).to(tl.uint32, bitcast=True)
-    last = (size - 1).to(tl.uint32)
-    # at u = 1 the upper corners of a dense level lie beyond its last entry, and start over
-    dense = tl.minimum(tl.where(dense > last, dense - size.to(tl.uint32), dense), last)
-    return tl.where(hashed, (a0 ^ a1 ^ a2 ^ a3) & (size - 1), dense.to(tl.int32))
+    return _within(a0 ^ a1 ^ a2 ^ a3, a0 + a1 + a2 + a3, size, hashed)
 
 
 @triton.jit
@@ -129,30 +134,56 @@ def hash_backward_table(
     F: tl.constexpr,
     FP: tl.constexpr,
     FUSED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RUNS: tl.constexpr,
+    LENGTH: tl.constexpr,
 ):
-    """Add what BLOCK samples give to the entries of one level."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = rows < n_samples
-    feature = tl.arange(0, FP)
-    inside = valid[:, None] & (feature < F)[None, :]
+    """Add what RUNS runs of LENGTH samples give to the entries of one level.
+
+    A tile is [RUNS, C * FP]: all corners and features of one sample of each run. Neighbours along a ray mostly lie in
+    the same cell of the coarse levels: what they give is summed here and added to the entry when the cell changes. One
+    addition a sample would make the whole GPU queue up before a few hundred entries.
+    """
+    column = tl.arange(0, (1 << D) * FP)
+    corner, feature = column // FP, column % FP
+    b0, b1, b2, b3 = corner & 1, (corner >> 1) & 1, (corner >> 2) & 1, (corner >> 3) & 1
     level = tl.program_id(1)
     scale = tl.load(scales_ptr + level)
     offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
     hashed = tl.load(places_ptr + level * 3 + 2) != 0
     f0, f1, f2, f3 = _factors(level, factors_ptr)
-    p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
-    p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
-    p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
-    p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
-    at = rows.to(tl.int64)[:, None] * (L * F) + level * F + feature[None, :]
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    inside = inside & (grad != 0.0)
-    for c in tl.static_range(1 << D):
-        entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)
-        weight = _weight(s0, c, 0, D) * _weight(s1, c, 1, D) * _weight(s2, c, 2, D) * _weight(s3, c, 3, D)
-        numbers = (offset + entry)[:, None] * F + feature[None, :]
-        tl.atomic_add(grad_table_ptr + numbers, weight[:, None] * grad, mask=inside, sem="relaxed")
+    first = (tl.program_id(0) * RUNS + tl.arange(0, RUNS)) * LENGTH
+    held = tl.zeros((RUNS, (1 << D) * FP), tl.float32)
+    owner = tl.zeros((RUNS, (1 << D) * FP), tl.int32)
+    for i in range(LENGTH):
+        rows = first + i
+        valid = rows < n_samples
+        p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
+        part = p0[:, None] + f0 * b0[None, :]
+        xor, total = part, part
+        weight = tl.where(b0[None, :] == 1, s0[:, None], 1.0 - s0[:, None])
+        if D > 1:
+            p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
+            part = p1[:, None] + f1 * b1[None, :]
+            xor, total = xor ^ part, total + part
+            weight *= tl.where(b1[None, :] == 1, s1[:, None], 1.0 - s1[:, None])
+        if D > 2:
+            p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
+            part = p2[:, None] + f2 * b2[None, :]
+            xor, total = xor ^ part, total + part
+            weight *= tl.where(b2[None, :] == 1, s2[:, None], 1.0 - s2[:, None])
+        if D > 3:
+            p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
+            part = p3[:, None] + f3 * b3[None, :]
+            xor, total = xor ^ part, total + part
+            weight *= tl.where(b3[None, :] == 1, s3[:, None], 1.0 - s3[:, None])
+        number = (offset + _within(xor, total, size, hashed)) * F + feature[None, :]
+        at = rows.to(tl.int64)[:, None] * (L * F) + level * F + feature[None, :]
+        grad = tl.load(grad_ptr + at, mask=valid[:, None] & (feature < F)[None, :], other=0.0).to(tl.float32)
+        moved = number != owner
+        tl.atomic_add(grad_table_ptr + owner, held, mask=moved & (held != 0.0), sem="relaxed")
+        held = tl.where(moved, 0.0, held) + weight * grad
+        owner = number
+    tl.atomic_add(grad_table_ptr + owner, held, mask=held != 0.0, sem="relaxed")
 
 
 @triton.jit

@@ -21,8 +21,8 @@ SAMPLES_AT_ONCE = 2**18
 """Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
-GPU_FACTOR = 8
-"""So many times more on a GPU: 2 million samples, some hundreds of megabytes."""
+GPU_SHARE = 2**32
+"""So many times more on a GPU as its memory has such pieces of 4 GiB: some twentieth of it is then in use."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def render_chunked(
     rays, shift = _prepare(scene, cameras, options, generator)
     background = _given_background(rays, options)
     n_rays = len(rays.origins)
-    more = GPU_FACTOR if scene.device.type == "cuda" else 1
+    more = _gpu_factor(scene.device)
     lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
-    whole: dict[str, Tensor | None] = {}
+    parts = []
     for start in range(0, n_rays, size):
         rows = slice(start, start + size)
         part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
@@ -122,19 +122,13 @@ def render_chunked(
                 options,
                 None if shift is None else shift[rows],
             )
-        for name in _PICTURES:
-            _keep_rows(whole, name, getattr(output, name), rows, n_rays)
+        pictures = {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
+        parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
-    return RenderOutput(**{n: None if p is None else p.view(*rays.shape, p.shape[-1]) for n, p in whole.items()})
-
-
-def _keep_rows(whole: dict[str, Tensor | None], name: str, part: Tensor | None, rows: slice, n_rays: int) -> None:
-    """Copy a chunk's flat picture to its place in the whole one, on CPU, which the first chunk makes."""
-    if name not in whole:
-        whole[name] = None if part is None else torch.empty(n_rays, part.shape[-1], dtype=part.dtype)
-    if part is not None:
-        whole[name][rows] = part
+    columns = torch.cat(parts).split([picture.shape[-1] for picture in pictures.values()], -1)
+    whole = {name: column.reshape(*rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
+    return RenderOutput(**whole)
 
 
 def _prepare(
@@ -193,7 +187,14 @@ def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOp
 
 
 def _samples_at_once(scene: Scene) -> int:
-    return SAMPLES_AT_ONCE * (GPU_FACTOR if scene.device.type == "cuda" else 1)
+    return SAMPLES_AT_ONCE * _gpu_factor(scene.device)
+
+
+def _gpu_factor(device: torch.device) -> int:
+    """How many times more than on a CPU is done at once."""
+    if device.type != "cuda":
+        return 1
+    return max(1, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
 
 
 def _composite(
