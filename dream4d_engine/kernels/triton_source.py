@@ -269,7 +269,10 @@ def _cell(start_ptr, slope_ptr, rows, valid, middle, d: tl.constexpr, resolution
     """The number [RAYS, K] of the cells along one axis."""
     start = tl.load(start_ptr + rows * 3 + d, mask=valid, other=0.0)[:, None]
     slope = tl.load(slope_ptr + rows * 3 + d, mask=valid, other=0.0)[:, None]
-    along = tl.fma(middle, slope, start) if FUSED else start + middle * slope
+    if FUSED:
+        along = tl.fma(middle, slope, start)
+    else:
+        along = (start.to(tl.float64) + middle.to(tl.float64) * slope.to(tl.float64)).to(tl.float32)
     return tl.minimum(tl.maximum(along.to(tl.int32), 0), resolution - 1)
 
 
