@@ -7,13 +7,14 @@ whatever the model's dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..guidance.denoiser import Conditions, timestep_of_sigma
+from ..guidance.denoiser import Conditions, split_conditions, timestep_of_sigma
+from .execution import Execution, in_slices, without_autocast
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -42,8 +43,10 @@ class UNetDenoiser:
             those of a group's first frame.
         alphas_bar: [T] of the training schedule. prediction_type: what the network's output means.
         image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
-        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * picture - 1 is the picture itself.
+        vae: an AutoencoderKL or AutoencoderTiny (or one with the same calls), or None where z = 2 * picture - 1 is the
+            picture itself.
         group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
+        execution: how much runs at once; it changes memory and time, nothing else.
     """
 
     unet: nn.Module
@@ -53,6 +56,7 @@ class UNetDenoiser:
     n_frames: int | None = None
     vae: nn.Module | None = None
     group_attention: bool = False
+    execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
@@ -60,7 +64,8 @@ class UNetDenoiser:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where the work is done (the weights may wait elsewhere)."""
+        return self.alphas_bar.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,23 +73,40 @@ class UNetDenoiser:
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1]; differentiable. With a VAE: the mean, times its scaling factor."""
-        signed = 2 * pictures - 1
         if self.vae is None:
-            return signed
-        flat = signed.flatten(0, 1).to(next(self.vae.parameters()).dtype)
-        z = self.vae.encode(flat).latent_dist.mode().float() * self.vae.config.scaling_factor
+            return 2 * pictures - 1
+        with without_autocast(self.device):
+            z = in_slices(self._encode, pictures.flatten(0, 1), self.execution)
         return z.unflatten(0, pictures.shape[:2])
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        """Encode [n, 3, H, W] in [0, 1]."""
+        encoded = self.vae.encode((2 * pictures - 1).to(_dtype_of(self.vae)))
+        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return z.float() * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode to [B, F, 3, H, W] in [0, 1] (not clamped); differentiable."""
         if self.vae is None:
             return z / 2 + 0.5
-        flat = (z.flatten(0, 1) / self.vae.config.scaling_factor).to(next(self.vae.parameters()).dtype)
-        return (self.vae.decode(flat).sample.float() / 2 + 0.5).unflatten(0, z.shape[:2])
+        with without_autocast(self.device):
+            return in_slices(self._decode, z.flatten(0, 1), self.execution).unflatten(0, z.shape[:2])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Decode [n, c, h, w]."""
+        scaled = (z / self.vae.config.scaling_factor).to(_dtype_of(self.vae))
+        return self.vae.decode(scaled).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Predict z [B, F, c, h, w] from x = z + sigma * eps of the same shape; sigma [B]."""
+        at_once = self.execution.groups_at_once or len(x)
+        with without_autocast(self.device):
+            pieces = zip(x.split(at_once), sigma.split(at_once), split_conditions(conditions, at_once), strict=True)
+            parts = [self._denoise(*piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, sigma = x.float(), sigma.to(x.device).float()
         timestep = timestep_of_sigma(sigma, self.alphas_bar.to(x.device))
         noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
@@ -116,3 +138,7 @@ class UNetDenoiser:
 def is_3d(unet: nn.Module) -> bool:
     """Whether the network wants [B, c, F, h, w]: its first convolution does not tell, its class does."""
     return type(unet).__name__ == "UNet3DConditionModel"
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
