@@ -21,11 +21,11 @@ import torch
 from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
 from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import check_memory, peak_memory, versions
-from ..dream4d_engine.priors.conditioning import text_guidance
-from ..dream4d_engine.priors.loading import PriorKind, load_prior
+from ..dream4d_engine.priors.loading import PriorKind
 from ..dream4d_engine.scene import Scene
 from ..dream4d_engine.training.checkpoint import CheckpointError, load_checkpoint
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
+from ..dream4d_engine.training.guidance import active_terms, load_guidance
 from ..dream4d_engine.training.loop import FitSummary, Interrupted, RunControl, StepReport
 from .preview import LivePreview
 from .sockets import PriorSource, SceneValue, digest
@@ -122,30 +122,12 @@ def progress_line(report: StepReport, memory: int | None) -> str:
     return " · ".join(parts)
 
 
-def load_guidance(
-    recipe: StaticRecipe | MotionRecipe,
-    sources: Mapping[PriorKind, PriorSource],
-    prompt: str,
-    negative: str,
-    device: torch.device,
-) -> dict[PriorKind, Guidance]:
-    """Load the recipe's models and encode the prompts; an empty `negative` means the model's or the recipe's own."""
-    half = recipe.loop.precision == "half" and device.type == "cuda"
-    found = {}
-    for term in (term for term in recipe.guidance if term.weight):
-        interrupt_if_asked()
-        prior = load_prior(sources[term.prior].folder, term.prior, device, torch.float16 if half else torch.float32)
-        own = recipe.negative_prompt if prior.negative_prompt is None else prior.negative_prompt
-        found[term.prior] = text_guidance(prior, prompt, negative.strip() or own, term.distillation)
-    return found
-
-
 def pick_sources(
     recipe: StaticRecipe | MotionRecipe, given: Mapping[PriorKind, PriorSource | None]
 ) -> dict[PriorKind, PriorSource]:
     """Return the models that the recipe's terms need, or say which socket is empty or holds another kind."""
     found: dict[PriorKind, PriorSource] = {}
-    for term in (term for term in recipe.guidance if term.weight):
+    for term in active_terms(recipe):
         source = given.get(term.prior)
         if source is None:
             raise RunError(
@@ -249,7 +231,9 @@ def _train(
         models = sum(source.n_bytes() for source in run.sources.values())
         management.free_memory(run.needed_bytes + models, device)
     reporter.say(f"{run.stage}: loading the models")
-    guidance = load_guidance(run.recipe, run.sources, run.prompt, run.negative, device)
+    folders = {kind: source.folder for kind, source in run.sources.items()}
+    on_prior = lambda prior: interrupt_if_asked()  # noqa: E731
+    guidance = load_guidance(run.recipe, folders, run.prompt, device, negative=run.negative, on_prior=on_prior)
     control = RunControl(
         files.checkpoint,
         identity,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..dream4d_engine.cli.needs import memory_bytes
 from ..dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
 from ..dream4d_engine.training.motion import train_motion
+from ..dream4d_engine.training.needs import memory_bytes
 from ..dream4d_engine.training.static import train_static
 from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, pick_sources
 from .sockets import CATEGORY, PriorPort, PriorSource, ScenePort, SceneValue

@@ -19,6 +19,7 @@ _TEXT = tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
 _INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
 _FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
 
+Picture = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
 Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")]
 SceneFile = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SCENE", help_behavior_hint="")]
 
@@ -83,11 +84,15 @@ class TextTo3D:
     prompt: Prompt = None
     """What to make, for example "a red cube"."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy"
-    """toy (small models that come with the package) or text-to-3d (the published settings)."""
+    """toy (small models that come with the package) or text-to-3d (the published settings); toy-personalised and
+    personalised-3d for a subject of your own: its word "sks" is told to the image model alone."""
     seed: int = 0
     """Everything random follows from it."""
     steps: Annotated[int | None, _INT] = None
     """Training steps (default: the recipe's)."""
+    sd_view: Annotated[float | None, _FLOAT] = None
+    """Ask the image model only for views less than so many degrees from the front: 180 all, 145 spares the back and
+    lessens two-faced results (default: the recipe's)."""
     multiview_prior: Annotated[str | None, _FOLDER] = None
     """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
     image_prior: Annotated[str | None, _FOLDER] = None
@@ -111,6 +116,8 @@ class Animate:
     """Everything random follows from it."""
     steps: Annotated[int | None, _INT] = None
     """Training steps (default: the recipe's)."""
+    hifa_steps: Annotated[int | None, _INT] = None
+    """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     deformation_scale: Annotated[float | None, _FLOAT] = None
     """Zoom of the object into the frame (default: chosen from the object's size)."""
     video_prior: Annotated[str | None, _FOLDER] = None
@@ -129,7 +136,8 @@ class TextTo4D:
     object_prompt: Annotated[str | None, _TEXT] = None
     """Another sentence for the first stage (default: the prompt)."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy"
-    """toy (small models that come with the package) or text-to-3d (the published settings)."""
+    """toy (small models that come with the package) or text-to-3d (the published settings); toy-personalised and
+    personalised-3d for a subject of your own: its word "sks" is told to the image model alone."""
     motion_recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
     """toy, zeroscope-144x80, zeroscope-72x40 or modelscope (default: toy, or zeroscope-144x80 for text-to-3d)."""
     seed: int = 0
@@ -138,12 +146,93 @@ class TextTo4D:
     """Training steps of the first stage (default: the recipe's)."""
     motion_steps: Annotated[int | None, _INT] = None
     """Training steps of the second stage (default: the recipe's)."""
+    sd_view: Annotated[float | None, _FLOAT] = None
+    """Ask the image model only for views less than so many degrees from the front: 180 all, 145 spares the back and
+    lessens two-faced results (default: the recipe's)."""
+    hifa_steps: Annotated[int | None, _INT] = None
+    """Denoising steps of the second stage's targets: 4 move more steadily, at several times the cost (default: the
+    recipe's)."""
     deformation_scale: Annotated[float | None, _FLOAT] = None
     """Zoom of the object into the frame (default: chosen from the object's size)."""
     multiview_prior: Annotated[str | None, _FOLDER] = None
     """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
     image_prior: Annotated[str | None, _FOLDER] = None
     """Text-to-image model in diffusers' format."""
+    video_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class ImageTo3D:
+    """Make a still object from a picture."""
+
+    image: Picture = None
+    """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
+    prompt: Annotated[str | None, _TEXT] = None
+    """What the picture shows, for example "a red cube"; not needed with --static.guidance.1.weight 0."""
+    mask: Annotated[str | None, _FILE] = None
+    """Picture of the same size, white on the object (default: the picture's alpha)."""
+    depth_map: Annotated[str | None, _FILE] = None
+    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
+    --static.reference.depth or .relative-depth above 0."""
+    normal_map: Annotated[str | None, _FILE] = None
+    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
+    camera); it needs --static.reference.normal above 0."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
+    """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
+    seed: int = 0
+    """Everything random follows from it."""
+    steps: Annotated[int | None, _INT] = None
+    """Training steps (default: the recipe's)."""
+    novel_view_prior: Annotated[str | None, _FOLDER] = None
+    """Novel-view model in diffusers' format (default with the recipe toy-image: the one in the package)."""
+    pixel_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-pixels model in diffusers' format (default with the recipe toy-image: the one in the package)."""
+    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class ImageTo4D:
+    """Make a moving object from a picture: first the object, then its motion."""
+
+    image: Picture = None
+    """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
+    prompt: Annotated[str | None, _TEXT] = None
+    """What the picture shows and what it does, for example "a red cube is jumping"."""
+    mask: Annotated[str | None, _FILE] = None
+    """Picture of the same size, white on the object (default: the picture's alpha)."""
+    depth_map: Annotated[str | None, _FILE] = None
+    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
+    --static.reference.depth or .relative-depth above 0."""
+    normal_map: Annotated[str | None, _FILE] = None
+    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
+    camera); it needs --static.reference.normal above 0."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
+    """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
+    object_prompt: Annotated[str | None, _TEXT] = None
+    """Another sentence for the first stage (default: the prompt)."""
+    motion_recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """toy, zeroscope-144x80, zeroscope-72x40 or modelscope (default: toy, or zeroscope-144x80 for image-to-3d)."""
+    seed: int = 0
+    """Everything random follows from it."""
+    steps: Annotated[int | None, _INT] = None
+    """Training steps of the first stage (default: the recipe's)."""
+    motion_steps: Annotated[int | None, _INT] = None
+    """Training steps of the second stage (default: the recipe's)."""
+    hifa_steps: Annotated[int | None, _INT] = None
+    """Denoising steps of the second stage's targets: 4 move more steadily, at several times the cost (default: the
+    recipe's)."""
+    deformation_scale: Annotated[float | None, _FLOAT] = None
+    """Zoom of the object into the frame (default: chosen from the object's size)."""
+    novel_view_prior: Annotated[str | None, _FOLDER] = None
+    """Novel-view model in diffusers' format (default with the recipe toy-image: the one in the package)."""
+    pixel_prior: Annotated[str | None, _FOLDER] = None
+    """Text-to-pixels model in diffusers' format (default with the recipe toy-image: the one in the package)."""
     video_prior: Annotated[str | None, _FOLDER] = None
     """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
@@ -172,6 +261,23 @@ class TextTo4DCall:
     """`text-to-4d` with every number of its recipes."""
 
     options: Annotated[TextTo4D, Flat]
+    static: StaticRecipe
+    motion: MotionRecipe
+
+
+@dataclass(frozen=True)
+class ImageTo3DCall:
+    """`image-to-3d` with every number of its recipe."""
+
+    options: Annotated[ImageTo3D, Flat]
+    static: StaticRecipe
+
+
+@dataclass(frozen=True)
+class ImageTo4DCall:
+    """`image-to-4d` with every number of its recipes."""
+
+    options: Annotated[ImageTo4D, Flat]
     static: StaticRecipe
     motion: MotionRecipe
 

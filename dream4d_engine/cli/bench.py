@@ -13,12 +13,13 @@ import torch
 from ..machine import check_folder, peak_memory, pick_device, versions, write_atomically
 from ..scene import Scene, build_scene
 from ..training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
+from ..training.guidance import load_guidance
 from ..training.loop import RunControl, StepReport
 from ..training.motion import train_motion
 from ..training.static import train_static
 from .arguments import Bench
 from .interrupts import stop_on_interrupt
-from .models import load_guidance, prior_folders
+from .models import prior_folders
 from .parsing import UsageError
 from .progress import make_progress
 

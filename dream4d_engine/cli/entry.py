@@ -45,10 +45,10 @@ def _dispatch(words: list[str]) -> int:
 
     name, options = words[0], parse(words[0], words[1:])
     _set_threads(options)
-    if name in ("text-to-3d", "animate", "text-to-4d"):
+    if name in ("text-to-3d", "image-to-3d", "animate", "text-to-4d", "image-to-4d"):
         from . import runs
 
-        return {"text-to-3d": runs.text_to_3d, "animate": runs.animate, "text-to-4d": runs.text_to_4d}[name](options)
+        return runs.COMMANDS[name](options)
     if name == "bench":
         from .bench import bench
 

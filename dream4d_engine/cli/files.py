@@ -18,10 +18,10 @@ from ..export import VideoWriter, save_picture
 from ..machine import check_folder, check_memory, pick_device, versions
 from ..training.checkpoint import load_checkpoint
 from ..training.loop import Interrupted
+from ..training.needs import film_bytes
 from . import results
 from .arguments import Import, Info, Render, check_samples
 from .interrupts import stop_on_interrupt
-from .needs import film_bytes
 from .parsing import UsageError
 from .progress import make_progress
 

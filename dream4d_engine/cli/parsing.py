@@ -14,13 +14,26 @@ import tyro
 
 from ..assets import config_from_dict
 from ..training.checkpoint import first_difference
-from ..training.config import MOTION_RECIPES, STATIC_RECIPES, find_recipe
+from ..training.config import (
+    IMAGE_RECIPES,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
+    StaticRecipe,
+    find_recipe,
+    is_toy,
+    with_hifa_steps,
+    with_view_limit,
+)
 from ..training.loop import ResumeMismatch
 from .arguments import (
     Animate,
     AnimateCall,
     Bench,
     FolderOptions,
+    ImageTo3D,
+    ImageTo3DCall,
+    ImageTo4D,
+    ImageTo4DCall,
     Import,
     Info,
     Render,
@@ -32,7 +45,6 @@ from .arguments import (
 
 T = TypeVar("T")
 RECORD = "run.json"
-_MOTION_OF = {"toy": "toy", "text-to-3d": "zeroscope-144x80"}
 _MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
 
 
@@ -40,8 +52,29 @@ class UsageError(ValueError):
     """Something on the command line that can't be understood."""
 
 
+def _text_recipe(name: str) -> StaticRecipe:
+    if name in IMAGE_RECIPES:
+        raise UsageError(f"the recipe {name!r} starts from a picture: use dream4d image-to-3d or image-to-4d")
+    return find_recipe(name, STATIC_RECIPES)
+
+
+def _image_recipe(name: str) -> StaticRecipe:
+    if name in STATIC_RECIPES:
+        raise UsageError(f"the recipe {name!r} starts from a sentence: use dream4d text-to-3d or text-to-4d")
+    return find_recipe(name, IMAGE_RECIPES)
+
+
+def _motion_for(static: StaticRecipe) -> str:
+    """The name of the second stage's recipe that goes with a first stage."""
+    return "toy" if is_toy(static) else "zeroscope-144x80"
+
+
 def _default_text_to_3d(options: TextTo3D) -> TextTo3DCall:
-    return TextTo3DCall(options, find_recipe(options.recipe, STATIC_RECIPES))
+    return TextTo3DCall(options, _text_recipe(options.recipe))
+
+
+def _default_image_to_3d(options: ImageTo3D) -> ImageTo3DCall:
+    return ImageTo3DCall(options, _image_recipe(options.recipe))
 
 
 def _default_animate(options: Animate) -> AnimateCall:
@@ -49,9 +82,15 @@ def _default_animate(options: Animate) -> AnimateCall:
 
 
 def _default_text_to_4d(options: TextTo4D) -> TextTo4DCall:
-    static = find_recipe(options.recipe, STATIC_RECIPES)
-    motion = options.motion_recipe or _MOTION_OF.get(options.recipe, "toy")
+    static = _text_recipe(options.recipe)
+    motion = options.motion_recipe or _motion_for(static)
     return TextTo4DCall(replace(options, motion_recipe=motion), static, find_recipe(motion, MOTION_RECIPES))
+
+
+def _default_image_to_4d(options: ImageTo4D) -> ImageTo4DCall:
+    static = _image_recipe(options.recipe)
+    motion = options.motion_recipe or _motion_for(static)
+    return ImageTo4DCall(replace(options, motion_recipe=motion), static, find_recipe(motion, MOTION_RECIPES))
 
 
 @dataclass(frozen=True)
@@ -65,8 +104,10 @@ class Command:
 
 COMMANDS = {
     "text-to-3d": Command(TextTo3DCall, TextTo3D, _default_text_to_3d),
+    "image-to-3d": Command(ImageTo3DCall, ImageTo3D, _default_image_to_3d),
     "animate": Command(AnimateCall, Animate, _default_animate),
     "text-to-4d": Command(TextTo4DCall, TextTo4D, _default_text_to_4d),
+    "image-to-4d": Command(ImageTo4DCall, ImageTo4D, _default_image_to_4d),
     "render": Command(Render, Render),
     "import": Command(Import, Import),
     "info": Command(Info, Info),
@@ -79,7 +120,7 @@ def help_text() -> str:
     lines = [f"  {name:<12}{(command.options.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "dream4d: from a sentence to a moving object.",
+            "dream4d: from a sentence or a picture to a moving object.",
             "",
             "usage: dream4d COMMAND ... (dream4d COMMAND --help says more)",
             "",
@@ -109,7 +150,7 @@ def parse(name: str, words: Sequence[str]) -> Any:
     peeked = {"recipe": _peek(words, "--recipe"), "motion_recipe": _peek(words, "--motion-recipe")}
     known = {key: value for key, value in peeked.items() if value is not None and hasattr(command.options, key)}
     default = command.default(command.options(**known))
-    return _with_steps(_tyro(command.call, words, prog, default))
+    return _with_shorthands(_tyro(command.call, words, prog, default))
 
 
 def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Path) -> Any:
@@ -127,7 +168,7 @@ def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Pa
         ) from error
     own = FolderOptions(resume=str(folder))
     default = replace(default, options=replace(default.options, folders=own))
-    call = _with_steps(_tyro(command.call, words, f"dream4d {name}", default))
+    call = _with_shorthands(_tyro(command.call, words, f"dream4d {name}", default))
     if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
         raise UsageError(f"--resume {folder} writes there: leave --out {call.options.folders.out} away")
     difference = first_difference(comparable(call), comparable(default))
@@ -162,18 +203,24 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def _with_steps(call: Any) -> Any:
-    """Move the shorthands --steps and --motion-steps into the recipes they stand for."""
-    steps, motion_steps = call.options.steps, getattr(call.options, "motion_steps", None)
+def _with_shorthands(call: Any) -> Any:
+    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps) into the recipes they stand for."""
+    options = call.options
+    steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
+    view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)
     if hasattr(call, "static"):
         if steps is not None:
             call = replace(call, static=replace(call.static, steps=steps))
     else:
         motion_steps = steps
+    if view is not None:
+        call = replace(call, static=with_view_limit(call.static, view))
     if motion_steps is not None:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
-    cleared = {key: None for key in ("steps", "motion_steps") if hasattr(call.options, key)}
-    return replace(call, options=replace(call.options, **cleared))
+    if hifa is not None:
+        call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    names = ("steps", "motion_steps", "sd_view", "hifa_steps")
+    return replace(call, options=replace(options, **{key: None for key in names if hasattr(options, key)}))
 
 
 def _peek(words: Sequence[str], flag: str) -> str | None:

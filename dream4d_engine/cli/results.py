@@ -16,7 +16,9 @@ from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_picture, picture
 from ..scene import Scene
 from ..toyworld.captions import parse_caption
-from ..toyworld.evaluate import evaluate_scene
+from ..toyworld.evaluate import evaluate_scene, reference_match
+from ..training.config import ReferenceConfig
+from ..training.reference import Reference
 from .arguments import PictureOptions
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
@@ -133,6 +135,12 @@ def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
         return found, f"the object covers {found['scene']['coverage']:.0%} of the picture"
     truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
     return found | {"truth": truth.to_dict()}, truth.summary()
+
+
+def measure_reference(scene: Scene, reference: Reference, config: ReferenceConfig) -> dict:
+    """How near the scene, seen by the reference's camera, is to the picture: PSNR and the silhouettes' IoU."""
+    psnr, iou = reference_match(scene, reference, config)
+    return {"psnr": psnr, "iou": iou}
 
 
 def _scene_measures(scene: Scene) -> dict:

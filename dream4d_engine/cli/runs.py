@@ -1,4 +1,4 @@
-"""The commands that train: text-to-3d, animate, text-to-4d."""
+"""The commands that train: text-to-3d, image-to-3d, animate, text-to-4d, image-to-4d."""
 
 from __future__ import annotations
 
@@ -15,26 +15,39 @@ import torch
 
 from ..assets import Provenance, load_scene, save_scene
 from ..cameras import CameraBatch
+from ..export import save_picture
 from ..machine import check_memory, pick_device, versions, write_atomically
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
+from ..training.guidance import Folders, load_guidance
 from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
 from ..training.motion import check_scale, train_motion
+from ..training.needs import disk_bytes, film_bytes, memory_bytes
+from ..training.reference import Reference, check_reference, load_reference
 from ..training.static import train_static
 from . import results
-from .arguments import Animate, AnimateCall, TextTo3DCall, TextTo4D, TextTo4DCall
+from .arguments import (
+    Animate,
+    AnimateCall,
+    ImageTo3DCall,
+    ImageTo4D,
+    ImageTo4DCall,
+    TextTo3DCall,
+    TextTo4D,
+    TextTo4DCall,
+)
 from .interrupts import Stopped, stop_on_interrupt
-from .models import Folders, check_words, load_guidance, prior_folders
-from .needs import disk_bytes, film_bytes, memory_bytes
+from .models import check_words, prior_folders
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, clock_text, make_progress
 from .run_folder import RunFolder, check_out, resume_run, start_run
 
 SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
-RESULTS = (RECORD, SCENE, ORBIT, VIDEO, CONTACT, METRICS)
+REFERENCE = "reference.png"
+RESULTS = (RECORD, SCENE, REFERENCE, ORBIT, VIDEO, CONTACT, METRICS)
 
-Call = TextTo3DCall | AnimateCall | TextTo4DCall
+Call = TextTo3DCall | ImageTo3DCall | AnimateCall | TextTo4DCall | ImageTo4DCall
 Made = tuple[Scene, Provenance]
 
 
@@ -58,7 +71,8 @@ class Session:
         def on_step(report: StepReport, _scene: Scene) -> None:
             self.progress.update(stage, report.step, report.loss, report.remaining)
 
-        identity = {"stage": stage, **comparable(self.call), "source": self.run.record.get("source")}
+        sources = {name: self.run.record.get(name) for name in ("source", "reference")}
+        identity = {"stage": stage, **comparable(self.call), **sources}
         return RunControl(self.run.unfinished / f"{stage}.checkpoint", identity, on_step, self.should_stop)
 
     def pause(self, stage: str) -> None:
@@ -67,7 +81,7 @@ class Session:
             raise Interrupted(stage, 0, None)
 
 
-# ---- the three commands ------------------------------------------------------------------------------------------
+# ---- the commands ------------------------------------------------------------------------------------------
 
 
 def text_to_3d(call: TextTo3DCall) -> int:
@@ -81,6 +95,23 @@ def text_to_3d(call: TextTo3DCall) -> int:
         scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE)
         film(session, ORBIT, scene, results.orbit_cameras(options.pictures), prompt)
         show(session, scene, prompt)
+
+    return _carry_out(call, (recipe,), recipe.scene, work)
+
+
+def image_to_3d(call: ImageTo3DCall) -> int:
+    """Stage 1 alone, from a picture."""
+    options, recipe = call.options, call.static
+    reference = _reference(call)
+    prompt = _object_prompt(recipe, options.prompt, "--prompt")
+    folders = prior_folders(recipe, options)
+    check_words(folders, prompt)
+
+    def work(session: Session) -> None:
+        keep_reference(session, reference)
+        scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE, reference)
+        film(session, ORBIT, scene, results.orbit_cameras(options.pictures), prompt)
+        show(session, scene, prompt, reference, scene)
 
     return _carry_out(call, (recipe,), recipe.scene, work)
 
@@ -108,24 +139,62 @@ def animate(call: AnimateCall) -> int:
 
 def text_to_4d(call: TextTo4DCall) -> int:
     """Both stages."""
+    return _both_stages(call, None)
+
+
+def image_to_4d(call: ImageTo4DCall) -> int:
+    """Both stages, the first one from a picture."""
+    return _both_stages(call, _reference(call))
+
+
+def _both_stages(call: TextTo4DCall | ImageTo4DCall, reference: Reference | None) -> int:
     options = call.options
-    prompt = _said(options.prompt, "the prompt")
+    prompt = _said(options.prompt, "the prompt" if reference is None else "--prompt")
     object_prompt = prompt if options.object_prompt is None else _said(options.object_prompt, "--object-prompt")
     static_folders, motion_folders = prior_folders(call.static, options), prior_folders(call.motion, options)
     check_words(static_folders, object_prompt)
     check_words(motion_folders, prompt)
 
     def work(session: Session) -> None:
+        if reference is not None:
+            keep_reference(session, reference)
         session.progress.begin("static", call.static.steps)
         session.progress.begin("motion", call.motion.steps)
         still_file = session.run.unfinished / "static.safetensors"
-        still, parent = static_stage(session, call.static, static_folders, object_prompt, still_file)
+        still, parent = static_stage(session, call.static, static_folders, object_prompt, still_file, reference)
         scene, provenance = motion_stage(session, call.motion, motion_folders, prompt, still, parent)
         film(session, ORBIT, still, results.orbit_cameras(options.pictures), prompt)
         film(session, VIDEO, scene, results.final_cameras(options.pictures), prompt)
-        show(session, scene, prompt)
+        show(session, scene, prompt, reference, still)
 
     return _carry_out(call, (call.static, call.motion), call.static.scene, work)
+
+
+def _reference(call: ImageTo3DCall | ImageTo4DCall) -> Reference:
+    """Read and check the picture that a run starts from."""
+    options, recipe = call.options, call.static
+    if options.image is None:
+        raise UsageError(f"say which picture to start from: dream4d {command_of(call)} IMAGE --out FOLDER")
+    check_recipe(recipe, "static")
+    reference = load_reference(
+        options.image, recipe.reference, mask=options.mask, depth=options.depth_map, normals=options.normal_map
+    )
+    check_reference(recipe, reference)
+    return reference
+
+
+def _object_prompt(recipe: StaticRecipe, prompt: str | None, name: str) -> str:
+    """The prompt; empty only where no model of the recipe reads it."""
+    readers = [term.prior for term in recipe.guidance if term.weight and term.prior != "novel_view"]
+    if not readers and prompt is None:
+        return ""
+    if prompt is None:
+        index = [term.prior for term in recipe.guidance].index(readers[0])
+        raise UsageError(
+            f"the {readers[0]} model wants to know what the picture shows: say it with {name}, or leave that model "
+            f"out with --static.guidance.{index}.weight 0"
+        )
+    return _said(prompt, name)
 
 
 def _said(prompt: str | None, name: str) -> str:
@@ -140,7 +209,14 @@ def _said(prompt: str | None, name: str) -> str:
 
 def command_of(call: Call) -> str:
     """The command's name."""
-    return {TextTo3DCall: "text-to-3d", AnimateCall: "animate", TextTo4DCall: "text-to-4d"}[type(call)]
+    names = {
+        TextTo3DCall: "text-to-3d",
+        ImageTo3DCall: "image-to-3d",
+        AnimateCall: "animate",
+        TextTo4DCall: "text-to-4d",
+        ImageTo4DCall: "image-to-4d",
+    }
+    return names[type(call)]
 
 
 def _carry_out(
@@ -223,18 +299,43 @@ def _say_finished(run: RunFolder, seconds: float) -> None:
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def static_stage(session: Session, recipe: StaticRecipe, folders: Folders, prompt: str, path: Path) -> Made:
+def keep_reference(session: Session, reference: Reference) -> None:
+    """Say and show what was made of the picture; a resumed run must go on with the same one."""
+    run, name = session.run, reference.fingerprint()
+    if run.record.setdefault("reference", name) != name:
+        raise ResumeMismatch(
+            f"{session.call.options.image} (or its mask or map) is not the one any more that this run began with: "
+            "start over"
+        )
+    session.progress.say(reference.statement)
+    save_picture(run.path / REFERENCE, reference.over())
+    run.save(prepared=reference.statement)
+
+
+def static_stage(
+    session: Session,
+    recipe: StaticRecipe,
+    folders: Folders,
+    prompt: str,
+    path: Path,
+    reference: Reference | None = None,
+) -> Made:
     """Stage 1, unless its result is there already."""
     session.progress.begin("static", recipe.steps)
 
     def train() -> tuple[Scene, FitSummary, Provenance]:
         with session.run.timed("load models"):
-            guidance = load_guidance(recipe, folders, prompt, session.device)
+            guidance = load_guidance(recipe, folders, prompt, session.device, reference)
         session.pause("static")
         seed = session.call.options.seed
         with session.run.timed("static"):
             scene, summary = train_static(
-                recipe, guidance, seed=seed, device=session.device, control=session.control("static")
+                recipe,
+                guidance,
+                seed=seed,
+                device=session.device,
+                control=session.control("static"),
+                reference=reference,
             )
         return scene, summary, Provenance(prompt, recipe.name, seed, recipe.steps, versions())
 
@@ -251,7 +352,7 @@ def motion_stage(
         with session.run.timed("load models"):
             guidance = load_guidance(recipe, folders, prompt, session.device)
         session.pause("motion")
-        options: Animate | TextTo4D = session.call.options
+        options: Animate | TextTo4D | ImageTo4D = session.call.options
         with session.run.timed("motion"):
             scene, summary = train_motion(
                 still,
@@ -303,12 +404,28 @@ def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title:
         results.save_scene_video(path, scene, cameras, pictures.fps, pictures.samples, title, on_frame)
 
 
-def show(session: Session, scene: Scene, prompt: str) -> None:
-    """Make the sheet of pictures and the measures."""
+def show(
+    session: Session, scene: Scene, prompt: str, reference: Reference | None = None, still: Scene | None = None
+) -> None:
+    """Make the sheet of pictures and the measures; those of a picture are the `still` scene's."""
     with session.run.timed("measures"):
         results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.call.options.pictures.samples)
         session.pause("measures")
         measures, line = results.measure(scene, prompt)
+        if reference is not None:
+            found = results.measure_reference(still, reference, session.call.static.reference)
+            measures["reference"] = found
+            line += f", reference view {found['psnr']:.1f} dB"
         content = json.dumps(measures, indent=2, ensure_ascii=False) + "\n"
         write_atomically(session.run.path / METRICS, content.encode())
     session.progress.say(line)
+
+
+COMMANDS = {
+    "text-to-3d": text_to_3d,
+    "image-to-3d": image_to_3d,
+    "animate": animate,
+    "text-to-4d": text_to_4d,
+    "image-to-4d": image_to_4d,
+}
+"""The commands of this module by name."""

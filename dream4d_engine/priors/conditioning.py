@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
@@ -21,7 +20,8 @@ from ..guidance.prompts import (
     view_prompts,
     without_word,
 )
-from .loading import Prior, PriorError, check_prompt, no_progress_bars, read_json, weights_variant
+from .loading import Prior, PriorError, PriorKind, check_prompt
+from .sources import PictureResize
 
 ConditionsOf = Callable[[CameraBatch], tuple[Conditions, Conditions]]
 
@@ -71,7 +71,7 @@ def text_conditions(prior: Prior, prompt: str, negative: str | None = None) -> C
     Image and pixel priors read the words of each view, video priors those of a group's first camera, multi-view
     priors the bare prompt and the cameras themselves; the negative branch gets the same cameras.
     """
-    return _conditions_from(prior, *_encode_prompts(prior, prompt, negative))
+    return table_conditions(prior, *_encode_prompts(prior, prompt, negative))
 
 
 def text_guidance(prior: Prior, prompt: str, negative: str | None, config: DistillationConfig) -> Guidance:
@@ -85,21 +85,34 @@ def text_guidance(prior: Prior, prompt: str, negative: str | None, config: Disti
         def perp_neg(cameras: CameraBatch) -> PerpNegConditions:
             return perp_neg_conditions(cameras.azimuth.to(table), cameras.elevation.to(table), table)
 
-    return Guidance(prior.name, prior.denoiser, _conditions_from(prior, table, negative_tokens), config, perp_neg)
+    return Guidance(prior.name, prior.denoiser, table_conditions(prior, table, negative_tokens), config, perp_neg)
+
+
+def words_for(kind: PriorKind, prompt: str) -> str:
+    """What a prior is told of a prompt: the word of a personal subject ("sks") only where a LoRA may have taught it."""
+    return prompt if kind == "image" else without_word(prompt)
 
 
 def _encode_prompts(prior: Prior, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
     """Return the text's tokens, one row a view (in the order of VIEWS) or one in all, and the negative's [L, D]."""
     if prior.kind == "novel_view":
         raise PriorError(f"the {prior.name} prior is told an image, not a prompt: use image_guidance")
+    prompt = words_for(prior.kind, prompt)
     check_prompt(prior, prompt)
     negative = _negative_prompt(prior, negative)
-    texts = (without_word(prompt),) if prior.kind == "multiview" else view_prompts(prompt)
+    texts = (prompt,) if prior.kind == "multiview" else view_prompts(prompt)
     encoded = prior.encode_text([*texts, negative])
     return encoded[:-1], encoded[-1]
 
 
-def _conditions_from(prior: Prior, table: Tensor, negative_tokens: Tensor) -> ConditionsOf:
+def table_conditions(prior: Prior, table: Tensor, negative_table: Tensor) -> ConditionsOf:
+    """Return what gives (text, negative) conditions for cameras [B, F] from encoded prompts.
+
+    Args:
+        table: tokens of the text, [4, L, D] in the order of prompts.VIEWS, or [1, L, D] for all views.
+        negative_table: [L, D] for all views, or one for each of VIEWS.
+    """
+
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
         n_groups, n_frames = cameras.shape
         view = torch.zeros(n_groups, n_frames, dtype=torch.long, device=table.device)
@@ -108,7 +121,8 @@ def _conditions_from(prior: Prior, table: Tensor, negative_tokens: Tensor) -> Co
         if prior.kind == "video":
             view = view[:, :1].expand(-1, n_frames)
         vector = _vector(prior, cameras)
-        return Conditions(table[view], vector), Conditions(negative_tokens.expand(n_groups, n_frames, -1, -1), vector)
+        negative = negative_table[view] if negative_table.ndim == 3 else negative_table.expand(*view.shape, -1, -1)
+        return Conditions(table[view], vector), Conditions(negative, vector)
 
     return conditions
 
@@ -124,14 +138,27 @@ def image_conditions(prior: Prior, picture: Tensor, reference: CameraBatch) -> C
         raise PriorError(f"the {prior.name} prior is told a prompt, not an image: use text_guidance")
     denoiser = prior.denoiser
     picture = picture.to(denoiser.device)
-    embedding = embed_picture(prior, picture[None])
-    projection = _load_projection(prior.folder, denoiser.device)
+    projection = prior.source.projection(denoiser.device)
     resized = functional.interpolate(picture[None], denoiser.image_size, mode="bilinear", antialias=True)
+    # what was trained with antialiased pictures took them as they came, Zero123 at its own size
+    embedding = embed_picture(prior, picture[None] if prior.picture_resize == "antialiased" else resized)
     concat = _reference_latent(prior, resized)
-    reference = reference.to(denoiser.device)
+    return picture_conditions(embedding, concat, projection, reference.to(denoiser.device))
+
+
+def picture_conditions(
+    embedding: Tensor, concat: Tensor, projection: tuple[Tensor, Tensor], reference: CameraBatch
+) -> ConditionsOf:
+    """Return what gives Zero123's conditions for cameras [B, F].
+
+    Args:
+        embedding: [1, D] of the reference picture. concat: [1, 1, c, h, w], its latent, not scaled.
+        projection: weight [D', D + 4] and bias of the layer that turns [embedding, pose] into a token.
+        reference: [1, 1], the camera that sees the picture.
+    """
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
-        pose = pose_vector(cameras.to(denoiser.device), reference)
+        pose = pose_vector(cameras.to(embedding.device), reference)
         rows = torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1)
         tokens = functional.linear(rows, *projection)[:, :, None]
         beside = concat.expand(*pose.shape[:2], -1, -1, -1)
@@ -146,9 +173,15 @@ def image_guidance(prior: Prior, picture: Tensor, reference: CameraBatch, config
     return Guidance(prior.name, prior.denoiser, image_conditions(prior, picture, reference), config)
 
 
-def clip_pixels(pictures: Tensor, size: int) -> Tensor:
-    """Resize and normalise pictures [n, 3, H, W] in [0, 1] for a CLIP image encoder."""
-    resized = functional.interpolate(pictures, (size, size), mode="bicubic", antialias=True, align_corners=False)
+def clip_pixels(pictures: Tensor, size: int, resize: PictureResize = "antialiased") -> Tensor:
+    """Resize and normalise pictures [n, 3, H, W] in [0, 1] for a CLIP image encoder.
+
+    Zero123 was trained on pictures that were resized with their corners in place and without antialiasing.
+    """
+    antialiased = resize == "antialiased"
+    resized = functional.interpolate(
+        pictures, (size, size), mode="bicubic", antialias=antialiased, align_corners=not antialiased
+    )
     # numbers, not tensors: a step that is recorded as a CUDA graph can't copy constants to the device
     channels = zip(resized.unbind(-3), CLIP_MEAN, CLIP_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], -3)
@@ -156,18 +189,10 @@ def clip_pixels(pictures: Tensor, size: int) -> Tensor:
 
 def embed_picture(prior: Prior, pictures: Tensor) -> Tensor:
     """Return CLIP's embeddings [n, D] of pictures [n, 3, H, W] in [0, 1]; the encoder is freed afterwards."""
-    from transformers import CLIPVisionModelWithProjection
-
-    folder, denoiser = prior.folder, prior.denoiser
-    config = read_json(folder, "image_encoder/config.json")
-    variant = weights_variant(folder, "image_encoder", "model")
-    with no_progress_bars():
-        encoder = CLIPVisionModelWithProjection.from_pretrained(
-            folder / "image_encoder", dtype=denoiser.dtype, variant=variant, local_files_only=True
-        )
-    encoder = encoder.to(denoiser.device).eval()
+    denoiser = prior.denoiser
+    encoder = prior.source.image_encoder(denoiser.dtype, denoiser.device)
     with torch.no_grad():
-        pixels = clip_pixels(pictures, config.get("image_size", 224)).to(denoiser.dtype)
+        pixels = clip_pixels(pictures, encoder.config.image_size, prior.picture_resize).to(denoiser.dtype)
         return encoder(pixels).image_embeds.float()
 
 
@@ -193,19 +218,3 @@ def _reference_latent(prior: Prior, pictures: Tensor) -> Tensor:
     with torch.no_grad():
         z = denoiser.encode(pictures[:, None])
     return z if denoiser.vae is None else z / denoiser.vae.config.scaling_factor
-
-
-def _load_projection(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (weight, bias), float32, of the layer that turns [embedding, pose] into a token."""
-    from safetensors.torch import load_file
-
-    variant = weights_variant(folder, "clip_camera_projection", "diffusion_pytorch_model")
-    name = "diffusion_pytorch_model" + ("" if variant is None else f".{variant}")
-    path = folder / "clip_camera_projection" / f"{name}.safetensors"
-    if path.is_file():
-        state = load_file(str(path), device=str(device))
-    else:
-        state = torch.load(path.with_suffix(".bin"), map_location=device, weights_only=True)
-    if not {"proj.weight", "proj.bias"} <= state.keys():
-        raise PriorError(f"{path} holds {sorted(state)}, not proj.weight and proj.bias")
-    return state["proj.weight"].float(), state["proj.bias"].float()

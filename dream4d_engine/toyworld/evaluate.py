@@ -20,6 +20,8 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, orbit
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene
+from ..training.config import ReferenceConfig
+from ..training.reference import Reference, reference_view
 from .captions import COLORS, MOTIONS, Caption, as_caption
 from .world import render_caption
 
@@ -438,3 +440,19 @@ def evaluate_scene(
         return Pictures(output.rgb, output.opacity)
 
     return evaluate(renderer, caption, size, n_views, n_times, n_azimuths)
+
+
+# --- the other ways in
+
+
+def reference_match(scene: Scene, reference: Reference, config: ReferenceConfig, size: int = 64) -> tuple[float, float]:
+    """Compare what the reference's camera sees with its picture, both over white at `size` pixels.
+
+    Returns (PSNR in dB of the colours, IoU of the silhouettes).
+    """
+    view = reference_view(reference, config, size)
+    output = render_chunked(scene, view.cameras, RenderOptions(background=torch.ones(3)))
+    wanted = view.rgb * view.mask + (1 - view.mask)
+    error = float((output.rgb.clamp(0, 1).nan_to_num(0) - wanted).square().mean())
+    iou = float(_iou(_solid(output.opacity[0, ..., 0]), _solid(view.mask[0, ..., 0]))[0])
+    return -10 * math.log10(max(error, 1e-10)), iou

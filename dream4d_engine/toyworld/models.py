@@ -17,6 +17,9 @@ from .captions import vocabulary
 KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
 IMAGE_SIZE, N_VIEWS, N_FRAMES, MAX_TOKENS, WIDTH = 32, 4, 8, 16, 64
 WORDS = (*vocabulary(), ",")
+SUBJECT_WORD = "sks"
+"""Of a personal subject. The image prior reads it as three letters that no caption holds: its rare word, which a LoRA
+gives a meaning (see train_lora.py)."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +281,7 @@ def scheduler_config(kind: PriorKind) -> dict[str, Any]:
 
 def model_index(kind: PriorKind) -> dict[str, Any]:
     """The folder's model_index.json, with what our loader wants to know."""
+    words = [*WORDS, SUBJECT_WORD] if kind == "image" else list(WORDS)
     conditioner = _PARTS["image"] if kind == "novel_view" else _PARTS["t5" if kind == "pixel" else "clip"]
     ours = {
         "name": f"toy {kind.replace('_', '-')}",
@@ -286,7 +290,7 @@ def model_index(kind: PriorKind) -> dict[str, Any]:
         "n_frames": {"multiview": N_VIEWS, "video": N_FRAMES}.get(kind),
         "vector": {"multiview": "camera", "video": "frame_time"}.get(kind),
         "group_attention": kind in ("multiview", "video"),
-        "known_words": None if kind == "novel_view" else list(WORDS),
+        "known_words": None if kind == "novel_view" else words,
         "negative_prompt": "",
         "license": "Apache-2.0",
     }

@@ -6,7 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from .config import MotionRecipe, OptimizerConfig, Phase, RandomBackground, StaticRecipe
+from .config import (
+    MotionRecipe,
+    OptimizerConfig,
+    Phase,
+    RandomBackground,
+    ReferenceConfig,
+    ReferencePhase,
+    StaticRecipe,
+)
 
 
 def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> None:
@@ -21,15 +29,23 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
         raise ValueError(f"a run needs at least one step, got {where}.steps = {recipe.steps}")
     pictures = "n_views" if isinstance(recipe, StaticRecipe) else "n_frames"
     _at_least(1, recipe, where, pictures)
-    _check_phases(recipe.phases, f"{where}.phases")
+    _check_phases(recipe.phases, f"{where}.phases", "n_groups", "height", "width")
     for index, term in enumerate(recipe.guidance):
         _at_least(0, term, f"{where}.guidance.{index}", "weight")
+        away = term.distillation.max_azimuth_deg
+        if not 0 < away <= 180:
+            raise ValueError(
+                f"{where}.guidance.{index}.distillation.max_azimuth_deg must lie in (0, 180], got {away}: 180 asks "
+                "the prior for all views"
+            )
     _check_background(recipe.background, f"{where}.background")
     _check_optimizer(recipe.optimizer, f"{where}.optimizer")
     _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
     if isinstance(recipe, MotionRecipe):
         _check_motion(recipe, where)
+    elif recipe.reference is not None:
+        _check_reference(recipe.reference, f"{where}.reference")
 
 
 def _numbers(value: object, place: str) -> Iterator[tuple[str, float]]:
@@ -50,13 +66,28 @@ def _at_least(low: float, config: object, where: str, *names: str) -> None:
             raise ValueError(f"{where}.{name} must be at least {low}, got {getattr(config, name)}")
 
 
-def _check_phases(phases: tuple[Phase, ...], where: str) -> None:
+def _check_phases(phases: tuple[Phase, ...] | tuple[ReferencePhase, ...], where: str, *names: str) -> None:
     if not phases or phases[0].start > 0:
         raise ValueError(f"{where} must have one that starts at 0: it says what the run begins with")
     for index, phase in enumerate(phases):
-        _at_least(1, phase, f"{where}.{index}", "n_groups", "height", "width")
+        _at_least(1, phase, f"{where}.{index}", *names)
         if index and phase.start < phases[index - 1].start:
             raise ValueError(f"{where}.{index}.start must not lie before the one of the phase before it")
+
+
+def _check_reference(reference: ReferenceConfig, where: str) -> None:
+    _check_phases(reference.phases, f"{where}.phases", "size")
+    low, high = reference.fill
+    if not 0.05 <= low <= high <= 1:
+        raise ValueError(f"{where}.fill must keep to 0.05 <= least <= largest share <= 1, got {reference.fill}")
+    if not -90 <= reference.elevation_deg <= 90:
+        raise ValueError(f"{where}.elevation_deg must lie in [-90, 90], got {reference.elevation_deg}")
+    if not 0 < reference.fov_y_deg < 180:
+        raise ValueError(f"{where}.fov_y_deg must lie in (0, 180), got {reference.fov_y_deg}")
+    if reference.distance <= 0:
+        raise ValueError(f"{where}.distance must be above 0, got {reference.distance}")
+    weights = ("rgb", "mask", "depth", "relative_depth", "normal", "entropy")
+    _at_least(0, reference, where, "ray_jitter", *weights)
 
 
 def _check_background(background: RandomBackground, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +16,26 @@ from ..priors.loading import PriorKind
 from ..rays import RayBundle, rays_from_cameras
 from ..rendering import RenderOptions, RenderOutput, render
 from ..scene import Scene
-from .config import GuidanceTerm, MotionRecipe, Phase, RandomBackground, RegularizerWeights, StaticRecipe
+from .config import (
+    GuidanceTerm,
+    MotionRecipe,
+    Phase,
+    RandomBackground,
+    ReferenceConfig,
+    ReferencePhase,
+    RegularizerWeights,
+    StaticRecipe,
+)
+from .reference import ReferenceView
 
 Terms = dict[str, Tensor]
+AnyPhase = TypeVar("AnyPhase", Phase, ReferencePhase)
 
 SURFACE_OFFSET = 0.01
 """Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
 
 
-def current_phase(phases: Sequence[Phase], progress: float) -> Phase:
+def current_phase(phases: Sequence[AnyPhase], progress: float) -> AnyPhase:
     """Return the last phase that has begun."""
     begun = [phase for phase in phases if phase.start <= progress + 1e-9]
     if not begun:
@@ -91,6 +103,37 @@ def picture_loss(
     loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
     extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
     return loss + extra, terms | parts
+
+
+def reference_loss(
+    scene: Scene, view: ReferenceView, config: ReferenceConfig, generator: torch.Generator
+) -> tuple[Tensor, Terms]:
+    """Render what the reference camera sees and sum the weighted differences to the picture and its maps.
+
+    Magic123 (2306.17843), section 3.2. Depths are compared where picture and scene are both solid: the distance to
+    what isn't there yet says nothing.
+    """
+    options = RenderOptions(stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter)
+    output = render(scene, view.cameras, options, generator)
+    solid = (view.mask > 0.5).float()
+    parts: Terms = {}
+    if config.rgb:
+        parts["rgb"] = config.rgb * losses.reference_rgb(output, view.rgb, view.mask)
+    if config.mask:
+        parts["mask"] = config.mask * losses.reference_mask(output.opacity, view.mask)
+    if config.entropy:
+        parts["entropy"] = config.entropy * losses.opacity_entropy(output.opacity)
+    if config.normal:
+        parts["normal"] = config.normal * losses.normal(output.normals, view.normals, solid)
+    if config.depth or config.relative_depth:
+        seen = solid * (output.opacity.detach() > 0.5)
+        distance = output.depth / output.opacity.clamp_min(0.5)
+    if config.depth:
+        parts["depth"] = config.depth * losses.depth(distance, view.depth, seen)
+    if config.relative_depth:
+        parts["relative_depth"] = config.relative_depth * losses.relative_depth(distance, view.depth, seen)
+    total = sum(parts.values(), start=output.opacity.new_zeros(()))
+    return total, {f"reference.{name}": value.detach() for name, value in parts.items()}
 
 
 def regularizer_loss(

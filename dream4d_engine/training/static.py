@@ -1,4 +1,4 @@
-"""Stage 1: a static scene from priors of pictures."""
+"""Stage 1: a static scene from priors of pictures, told a sentence or a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..priors.loading import PriorKind
 from ..scene import Scene, build_scene
 from .config import OptimizerConfig, StaticRecipe
 from .loop import FitSummary, ParameterGroup, RunControl, fit
-from .objectives import Terms, current_phase, pick_guidance, picture_loss
+from .objectives import Terms, current_phase, pick_guidance, picture_loss, reference_loss
+from .reference import Reference, ReferenceView, check_reference, reference_view
 
 
 def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -28,15 +29,30 @@ def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
-def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance]):
-    """Return the function that draws cameras, renders them and asks the priors."""
+def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance], reference: Reference | None = None):
+    """Return the function that draws cameras, renders them and asks the priors, then compares with the picture.
+
+    `reference` is what a recipe with a reference needs, and only that.
+    """
     pairs = pick_guidance(recipe.guidance, guidance)
+    check_reference(recipe, reference)
+    views: dict[int, ReferenceView] = {}  # the picture at the sizes that were needed so far
+
+    def compare(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        size = current_phase(recipe.reference.phases, progress).size
+        if size not in views:
+            views[size] = reference_view(reference, recipe.reference, size, scene.device)
+        return reference_loss(scene, views[size], recipe.reference, generator)
 
     def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator)
-        return picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator)
+        loss, terms = picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator)
+        if recipe.reference is None:
+            return loss, terms
+        extra, parts = compare(scene, progress, generator)
+        return loss + extra, terms | parts
 
     return objective
 
@@ -49,14 +65,18 @@ def train_static(
     device: torch.device,
     control: RunControl,
     scene: Scene | None = None,
+    reference: Reference | None = None,
 ) -> tuple[Scene, FitSummary]:
-    """Run stage 1 and return the finished scene; `scene`, if given, is where it starts (a copy is trained)."""
+    """Run stage 1 and return the finished scene; `scene`, if given, is where it starts (a copy is trained).
+
+    A recipe with a reference needs one. The caller puts its fingerprint into the control's identity.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = build_scene(recipe.scene, generator) if scene is None else scene.clone()
     start = start.to(device)
     summary = fit(
         start,
-        static_objective(recipe, guidance),
+        static_objective(recipe, guidance, reference),
         static_groups(start, recipe.optimizer),
         stage="static",
         steps=recipe.steps,

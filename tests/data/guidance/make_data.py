@@ -1,6 +1,7 @@
 """Make the files beside this one from the folder of published guidance figures: `make_data.py FOLDER`.
 
-`sd_unet.safetensors` is the tiny image network as it is. `golden.safetensors` holds the published cases and, so that
+`sd_unet.safetensors` is the tiny image network as it is, `mvdream_tiny.pt` with its .json the multi-view one in the
+layout of its full-size checkpoint (copied by hand). `golden.safetensors` holds the published cases and, so that
 the other networks need not be kept, what those networks predict at the points where the cases ask them:
 `<case>.eps` [K, P, F, c, h, w] for K conditions and P groups, at `<case>.x` [P, F, c, h, w] (variance preserving).
 
@@ -26,6 +27,8 @@ from dream4d_engine.priors.view_attention import attend_across_views
 
 HERE = Path(__file__).parent
 KEPT = ("azimuth_deg", "elevation_deg", "c2w", "distance", "text_embeddings", "negative_embeddings", "sd.", "video.")
+KEPT += ("mvdream.unet.", "mvdream.vae.", "zero123.concat_latent", "zero123.image_embedding")
+ZERO123_ROWS = 64  # of the 768 rows of its projection, which are independent
 IF_SEED = 700
 
 
@@ -100,6 +103,10 @@ def main(folder: Path) -> None:
     view = torch.tensor([2, 0, 1, 3])
     eps = torch.stack([unet(x, given["if.t"], table[view]).sample[:, :3] for table in (text, negative)])
     out |= {"if.noise": noise, "if.x": x[:, None], "if.eps": eps[:, :, None]}
+
+    for name in ("proj_weight", "proj_bias"):
+        out[f"zero123.{name}"] = given[f"zero123.{name}"][:ZERO123_ROWS]
+    out["zero123.context_neg_then_pos"] = given["zero123.context_neg_then_pos"][..., :ZERO123_ROWS]
 
     save_file({k: v.contiguous() for k, v in out.items()}, HERE / "golden.safetensors")
     weights = load_file(folder / "sd_tiny.safetensors")

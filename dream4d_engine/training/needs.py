@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..fields.encodings import HashGridConfig
 from ..scene import SceneConfig
-from ..training.config import MotionRecipe, Phase, StaticRecipe
+from .config import MotionRecipe, Phase, StaticRecipe
 
 _FIXED_ROOM = 2**25
 """Bytes on the disk for videos, pictures and records."""
@@ -51,5 +51,7 @@ def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int
     def rays(phase: Phase) -> int:
         return phase.n_groups * n_pictures * phase.height * phase.width
 
+    reference = recipe.reference if isinstance(recipe, StaticRecipe) else None
+    seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)
     per_ray = 100 + n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
-    return 4 * parameters + int(max(map(rays, recipe.phases), default=0) * per_ray)
+    return 4 * parameters + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)

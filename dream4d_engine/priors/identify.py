@@ -1,0 +1,93 @@
+"""What a path is: a model of which kind, a LoRA, a tiny autoencoder. Weights are not read for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .checkpoints import SUFFIXES, open_checkpoint
+from .errors import PriorError
+from .folders import FolderSource, read_json
+from .lora import is_lora
+from .single_file import LdmSource, NetworksSource, find_config, ldm_kind
+from .sources import PriorKind, Source
+
+Layout = Literal["diffusers folder", "checkpoint", "networks", "LoRA", "tiny autoencoder"]
+
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a path holds; `kind` is None for what is no model by itself (LoRA, tiny autoencoder)."""
+
+    path: Path
+    layout: Layout
+    kind: PriorKind | None
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether load_prior can take it."""
+        return self.kind is not None
+
+
+def identify(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Identity:
+    """Say what a folder or a file is. PriorError where it is nothing that can be used, or can't be read."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _identify_folder(path)
+    names = open_checkpoint(path).shapes
+    if is_lora(names):
+        return Identity(path, "LoRA", None)
+    source = open_source(path, config)
+    return Identity(path, "checkpoint" if isinstance(source, LdmSource) else "networks", source.facts(None).kind)
+
+
+def _identify_folder(path: Path) -> Identity:
+    if (path / "model_index.json").is_file():
+        return Identity(path, "diffusers folder", FolderSource(path).facts().kind)
+    if any((path / name).is_file() for name in _LORA_FILES):
+        return Identity(path, "LoRA", None)
+    if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
+        return Identity(path, "tiny autoencoder", None)
+    raise PriorError(f"{path} is not a model folder in diffusers' format: model_index.json is missing")
+
+
+def identify_all(folder: Path | str) -> list[Identity]:
+    """Find what can be used below a folder, in the order of names; files that can't be read are passed over.
+
+    A model's own folders are not looked into.
+    """
+    found: list[Identity] = []
+    _collect(Path(folder).expanduser(), found)
+    return found
+
+
+def _collect(place: Path, found: list[Identity]) -> None:
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+        if path.is_file() and path.suffix not in SUFFIXES:
+            continue
+        try:
+            found.append(identify(path))
+        except (PriorError, OSError):
+            if path.is_dir():
+                _collect(path, found)
+
+
+def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Source:
+    """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
+    path = Path(path).expanduser()
+    if path.is_dir() or not path.suffix or not path.exists() and path.suffix not in SUFFIXES:
+        return FolderSource(path)
+    file = open_checkpoint(path)
+    settings = find_config(path, config)
+    if ldm_kind(file) is not None:
+        return LdmSource(path, settings)
+    if is_lora(file.shapes):
+        raise PriorError(f"{path} is a LoRA: it is added to a model, it is none by itself")
+    if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
+        return NetworksSource(path, settings)
+    first = ", ".join(sorted(file.shapes)[:3])
+    raise PriorError(f"{path} is no model of a known kind: it holds {first}, ...")

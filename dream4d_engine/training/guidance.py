@@ -1,0 +1,68 @@
+"""From a recipe and the places of its models to the guidance of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..guidance.distillation import Guidance
+from ..priors.conditioning import image_guidance, text_guidance
+from ..priors.loading import Prior, PriorKind, load_prior
+from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
+from .reference import Reference, reference_cameras
+
+Folders = Mapping[PriorKind, Path]
+
+
+def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
+    """The terms of a recipe that take part, and so need a model."""
+    return [term for term in recipe.guidance if term.weight]
+
+
+def load_guidance(
+    recipe: StaticRecipe | MotionRecipe,
+    folders: Folders,
+    prompt: str,
+    device: torch.device,
+    reference: Reference | None = None,
+    negative: str = "",
+    on_prior: Callable[[Prior], None] | None = None,
+) -> dict[PriorKind, Guidance]:
+    """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
+
+    `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
+    are encoded; what it raises ends the loading.
+    """
+    guidance = {}
+    for term in active_terms(recipe):
+        prior = load_prior(folders[term.prior], term.prior, device, working_dtype(recipe.loop, device))
+        if on_prior is not None:
+            on_prior(prior)
+        if term.prior == "novel_view":
+            picture, seen_by = reference.over().movedim(-1, 0), reference_cameras(recipe.reference)
+            guidance[term.prior] = image_guidance(prior, picture, seen_by, term.distillation)
+            continue
+        guidance[term.prior] = text_guidance(prior, prompt, choose_negative(recipe, prior, negative), term.distillation)
+    return guidance
+
+
+def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: str = "") -> str:
+    """Return what a prior is told not to make: words that somebody chose, else its own, else the recipe's.
+
+    Chosen are `asked` words, and those of a recipe that differ from the shipped recipe of its name. A toy prior has
+    words of its own (none), because it doesn't know the usual ones.
+    """
+    known = STATIC_RECIPES | IMAGE_RECIPES if isinstance(recipe, StaticRecipe) else MOTION_RECIPES
+    shipped = known.get(recipe.name)
+    if asked.strip():
+        return asked.strip()
+    if prior.negative_prompt is None or (shipped and shipped.negative_prompt != recipe.negative_prompt):
+        return recipe.negative_prompt
+    return prior.negative_prompt
+
+
+def working_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype:
+    """The number format of the diffusion models: half precision on CUDA where the recipe asks for it."""
+    return torch.float16 if loop.precision == "half" and device.type == "cuda" else torch.float32
