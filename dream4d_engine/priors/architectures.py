@@ -20,6 +20,7 @@ from ..guidance.distillation import DistillationConfig, Guidance
 from .conditioning import camera_vector
 from .denoisers import PredictionType, UNetDenoiser
 from .loading import PriorError, PriorKind
+from .tiny_vae import TinyVAE
 from .view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
@@ -59,6 +60,7 @@ _SD_VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+_SCALING = 0.18215
 _SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -167,7 +169,8 @@ def random_network(class_name: str, config: Mapping[str, Any], device: torch.dev
 def random_vae(kind: VaeKind, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build Stable Diffusion's VAE, or the tiny one that was distilled from it, with random weights."""
     if kind == "tiny":
-        return random_network("AutoencoderTiny", {}, device, dtype)
+        channels = _SD_VAE["block_out_channels"]
+        return TinyVAE(random_network("AutoencoderTiny", {}, device, dtype), _SCALING, channels)
     return random_network("AutoencoderKL", _SD_VAE, device, dtype)
 
 

@@ -7,14 +7,16 @@ whatever the model's dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..guidance.denoiser import Conditions, split_conditions, timestep_of_sigma
-from .execution import Execution, in_slices, without_autocast
+from .execution import PLAIN, Execution, Recorder, compile_blocks, in_slices, without_autocast
+from .frozen import speed_up
+from .fused_norm import has_triton
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -43,10 +45,9 @@ class UNetDenoiser:
             those of a group's first frame.
         alphas_bar: [T] of the training schedule. prediction_type: what the network's output means.
         image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
-        vae: an AutoencoderKL or AutoencoderTiny (or one with the same calls), or None where z = 2 * picture - 1 is the
-            picture itself.
+        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * picture - 1 is the picture itself.
         group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
-        execution: how much runs at once; it changes memory and time, nothing else.
+        execution, recorder: how much runs at once, and how; they change memory and time, nothing else.
     """
 
     unet: nn.Module
@@ -57,6 +58,7 @@ class UNetDenoiser:
     vae: nn.Module | None = None
     group_attention: bool = False
     execution: Execution = field(default_factory=Execution)
+    recorder: Recorder = PLAIN
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
@@ -76,13 +78,12 @@ class UNetDenoiser:
         if self.vae is None:
             return 2 * pictures - 1
         with without_autocast(self.device):
-            z = in_slices(self._encode, pictures.flatten(0, 1), self.execution)
+            z = in_slices(self._encode, pictures.flatten(0, 1), self.execution, self.recorder)
         return z.unflatten(0, pictures.shape[:2])
 
     def _encode(self, pictures: Tensor) -> Tensor:
         """Encode [n, 3, H, W] in [0, 1]."""
-        encoded = self.vae.encode((2 * pictures - 1).to(_dtype_of(self.vae)))
-        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        z = self.vae.encode((2 * pictures - 1).to(_dtype_of(self.vae))).latent_dist.mode()
         return z.float() * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ class UNetDenoiser:
         if self.vae is None:
             return z / 2 + 0.5
         with without_autocast(self.device):
-            return in_slices(self._decode, z.flatten(0, 1), self.execution).unflatten(0, z.shape[:2])
+            pictures = in_slices(self._decode, z.flatten(0, 1), self.execution, self.recorder)
+        return pictures.unflatten(0, z.shape[:2])
 
     def _decode(self, z: Tensor) -> Tensor:
         """Decode [n, c, h, w]."""
@@ -112,23 +114,26 @@ class UNetDenoiser:
         noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
         if conditions.concat is not None:
             noisy = torch.cat((noisy, conditions.concat.to(noisy)), 2)
-        output = self._forward(noisy.to(self.dtype), timestep, conditions).float()
+        inputs = (noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype))
+        if conditions.vector is not None:
+            inputs = (*inputs, conditions.vector.to(self.dtype))
+        # a network whose weights come and go can't be recorded
+        run = PLAIN if self.execution.offload else self.recorder
+        output = run(self._forward, *inputs).float()
         # models with a learned variance (IF) have it in further channels
         return predicted_clean(output[:, :, : x.shape[2]], x, sigma, self.prediction_type)
 
-    def _forward(self, noisy: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """Run the network. noisy [B, F, c, h, w], timestep [B]; returns [B, F, c', h, w]."""
+    def _forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, vector: Tensor | None = None) -> Tensor:
+        """Run the network. noisy [B, F, c, h, w], timestep [B], tokens [B, F, L, D], vector [B, F, K] or None."""
         n_groups, n_frames = noisy.shape[:2]
-        tokens = conditions.tokens.to(noisy.dtype)
         if is_3d(self.unet):
             output = self.unet(noisy.transpose(1, 2), timestep, tokens[:, 0], return_dict=False)[0]
             return output.transpose(1, 2)
-        vector = None if conditions.vector is None else conditions.vector.to(noisy.dtype).flatten(0, 1)
         output = self.unet(
             noisy.flatten(0, 1),
             timestep.repeat_interleave(n_frames),
             tokens.flatten(0, 1),
-            class_labels=vector,
+            class_labels=None if vector is None else vector.flatten(0, 1),
             cross_attention_kwargs={"n_views": n_frames} if self.group_attention else None,
             return_dict=False,
         )[0]
@@ -142,3 +147,17 @@ def is_3d(unet: nn.Module) -> bool:
 
 def _dtype_of(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
+
+
+def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bool = True) -> UNetDenoiser:
+    """Return the denoiser running fast on a GPU; its networks are changed in place and keep their weights.
+
+    `recorder`: to be shared by the denoisers of a run. `compiled`: also compile the UNet's transformer blocks.
+    """
+    speed_up(denoiser.unet)
+    if denoiser.vae is not None:
+        speed_up(denoiser.vae)
+    if compiled and has_triton():
+        compile_blocks(denoiser.unet)
+    torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
+    return replace(denoiser, recorder=recorder)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .fused_norm import add_residual, norm_silu
+from .fused_norm import add_residual, double_size, norm_silu
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -51,7 +51,17 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx, grad):
         shape, *settings = ctx.settings
         (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(shape, weight, grad, *settings), None, None, None, None, None, None
+        return _conv_gradient(shape, weight, grad, *settings), None, None, None, None, None, None
+
+
+def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Tensor:
+    """The gradient on the input: the transposed convolution, which keeps channels_last (conv2d_input does not)."""
+    reach = [
+        (size - 1) * s - 2 * p + d * (k - 1) + 1
+        for size, s, p, d, k in zip(grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    rest = [whole - reached for whole, reached in zip(shape[2:], reach, strict=True)]
+    return functional.conv_transpose2d(grad, weight, None, stride, padding, rest, groups, dilation)
 
 
 def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True) -> Tensor:
@@ -87,7 +97,7 @@ def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None,
 
 def _is_plain_resnet(block: Any) -> bool:
     return (
-        block.time_embedding_norm == "default"
+        (block.time_embedding_norm == "default" or block.time_emb_proj is None)
         and isinstance(block.nonlinearity, nn.SiLU)
         and block.upsample is None
         and block.downsample is None
@@ -96,6 +106,17 @@ def _is_plain_resnet(block: Any) -> bool:
         and isinstance(block.norm2, nn.GroupNorm)
         and not block.training
     )
+
+
+def _upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args, **kwargs) -> Tensor:
+    """Upsample2D: twice the size, then a convolution."""
+    if output_size is None or list(output_size) == [2 * side for side in hidden_states.shape[2:]]:
+        return self.conv(double_size(hidden_states))
+    return self.conv(functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+
+
+def _is_plain_upsample(layer: Any) -> bool:
+    return layer.norm is None and layer.use_conv and not layer.use_conv_transpose and layer.interpolate
 
 
 def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
@@ -219,6 +240,7 @@ _FORWARDS: dict[str, tuple[Callable[[Any], bool], Callable]] = {
     "TemporalConvLayer": (_always, _temporal_conv_forward),
     "Transformer2DModel": (_is_plain_transformer, _transformer_forward),
     "TransformerTemporalModel": (_always, _temporal_transformer_forward),
+    "Upsample2D": (_is_plain_upsample, _upsample_forward),
     "Attention": (_is_vae_attention, _vae_attention_forward),
 }
 """By the class's name: which modules of it, and what they do instead."""

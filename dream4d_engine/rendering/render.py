@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch
+from ..randomness import draw_rows, send
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
 from .march import drop_transparent, is_visible, points_of, sample_rays
@@ -134,7 +135,7 @@ def _prepare(
     rays = rays_from_cameras(cameras.to(scene.device), options.ray_jitter, generator)
     if not options.stratified:
         return rays, None
-    return rays, torch.rand(len(rays.origins), generator=generator).to(scene.device)
+    return rays, send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
 
 
 def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
