@@ -78,7 +78,7 @@ def train_motion(
     """
     if deformation_scale is not None:
         check_scale(deformation_scale)
-    generator = torch.Generator().manual_seed(seed)
+    generator = control.team.generator(seed)
     scene = scene.clone().to(device)
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
     moving = scene.with_deformation(

@@ -71,7 +71,7 @@ def train_static(
 
     A recipe with a reference needs one. The caller puts its fingerprint into the control's identity.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = control.team.generator(seed)
     start = build_scene(recipe.scene, generator) if scene is None else scene.clone()
     start = start.to(device)
     summary = fit(
