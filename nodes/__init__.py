@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
 from .scene_io import LoadScene, SaveScene, SceneInfo
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     OptimizeStaticScene,
     AnimateScene,
     Render,
+    Preview4D,
     SaveScene,
     LoadScene,
     SceneInfo,

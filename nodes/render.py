@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ from comfy_api.latest import InputImpl, Types, io
 from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import picture
+from ..dream4d_engine.scene import Scene
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
 from .session import RunError, gradients, interrupt_if_asked
 from .sockets import CATEGORY, ScenePort, SceneValue
@@ -168,16 +170,11 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
     """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays."""
     from comfy.utils import ProgressBar
 
-    device = management.get_torch_device()
     n_frames = cameras.shape[1]
     bar = ProgressBar(n_frames, node_id=node_id)
     options = RenderOptions(normals=normals, displacement=scene.scene.deformation is not None)
     frames = []
-    with gradients(), torch.no_grad():
-        there = scene.scene
-        if device.type != "cpu":
-            management.free_memory(_ROOM, device)
-            there = scene.scene.clone().to(device)
+    with scene_on_device(scene) as there:
         for index in range(n_frames):
             shot = cameras.frames(index, index + 1)
             frames.append(
@@ -185,6 +182,18 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
             )
             bar.update_absolute(index + 1)
     return _joined(frames)
+
+
+@contextmanager
+def scene_on_device(value: SceneValue) -> Iterator[Scene]:
+    """Give the scene on ComfyUI's device, to be rendered; the one that nodes share stays where it is."""
+    device = management.get_torch_device()
+    with gradients(), torch.no_grad():
+        there = value.scene
+        if device.type != "cpu":
+            management.free_memory(_ROOM, device)
+            there = value.scene.clone().to(device)
+        yield there
 
 
 def _joined(frames: list[RenderOutput]) -> RenderOutput:

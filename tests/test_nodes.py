@@ -192,7 +192,7 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 
 
 def test_every_node_is_there(schemas):
-    expected = {"LoadToyPrior", "LoadPrior", "OptimizeStaticScene", "AnimateScene", "Render"}
+    expected = {"LoadToyPrior", "LoadPrior", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
     expected |= {"SaveScene", "LoadScene", "SceneInfo"}
     assert set(schemas) == {f"Dream4D{name}" for name in expected}
 

@@ -33,11 +33,14 @@ def to_bytes(picture: Tensor | np.ndarray) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: Tensor | np.ndarray) -> None:
-    """Write a picture (see `to_bytes`) as PNG, whole or not at all."""
+    """Write a picture (see `to_bytes`), whole or not at all: as JPEG where the name ends in .jpg, else as PNG."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(to_bytes(picture)).save(buffer, "PNG")
+    buffer, image = io.BytesIO(), Image.fromarray(to_bytes(picture))
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        image.save(buffer, "JPEG", quality=90, subsampling=0)
+    else:
+        image.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
 
 

@@ -4,29 +4,54 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..cameras import CameraBatch
+from ..rays import rays_from_cameras
 from .render import RenderOutput
 
 KINDS = ("rgb", "depth", "normals", "opacity", "displacement")
 
 
-def depth_picture(depth: Tensor, opacity: Tensor) -> Tensor:
+def depth_picture(depth: Tensor, opacity: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
     """Grey by distance, near bright, over black; depth (sum w t) and opacity [..., 1].
 
-    The range is that of all the pictures given together, so a video does not flicker.
+    `bounds` (near, far) None: the range is that of all the pictures given together, so a video does not flicker.
     """
     solid = opacity[..., 0] > 0.5
     if not solid.any():
         return torch.zeros_like(depth).expand(*depth.shape[:-1], 3).clone()
     distance = depth / opacity.clamp_min(1e-6)
-    near, far = distance[solid].min(), distance[solid].max()
-    bright = 1 - 0.8 * (distance - near) / (far - near).clamp_min(1e-6)
+    near, far = bounds or (float(distance[solid].min()), float(distance[solid].max()))
+    bright = 1 - 0.8 * (distance - near) / max(far - near, 1e-6)
     return (bright.clamp(0, 1) * opacity.clamp(0, 1)).expand(*depth.shape[:-1], 3).clone()
+
+
+@torch.no_grad()
+def surface_normals(cameras: CameraBatch, output: RenderOutput, smoothing: int = 3) -> Tensor:
+    """World normals [B, F, H, W, 3] of the surface that the rendered depth describes, zero where it is transparent.
+
+    Cross products of the differences between neighbouring pixels' points, their depth averaged over `smoothing` x
+    `smoothing` pixels. It asks the scene nothing, where RenderOptions.normals asks it six times a sample: for looking,
+    not for losses.
+    """
+    rays = rays_from_cameras(cameras.to(output.depth.device))
+    opacity, depth = (value.flatten(0, 1).movedim(-1, 1) for value in (output.opacity, output.depth))
+
+    def blurred(picture: Tensor) -> Tensor:
+        return F.avg_pool2d(picture, smoothing, 1, smoothing // 2, count_include_pad=False)
+
+    distance = blurred(depth) / blurred(opacity).clamp_min(1e-6)
+    distance = distance.movedim(1, -1).view(*rays.shape, 1)
+    points = rays.origins.view(*rays.shape, 3) + distance * rays.directions.view(*rays.shape, 3)
+    right, down = torch.gradient(points, dim=(3, 2))
+    normals = F.normalize(torch.linalg.cross(down, right), dim=-1, eps=1e-9)
+    return normals * (output.opacity > 0.5)
 
 
 def normal_picture(normals: Tensor, opacity: Tensor) -> Tensor:
     """World normals (sums along rays) [..., 3] as colours (n + 1) / 2 over black."""
-    unit = torch.nn.functional.normalize(normals, dim=-1, eps=1e-6)
+    unit = F.normalize(normals, dim=-1, eps=1e-6)
     return ((unit + 1) / 2 * opacity).clamp(0, 1)
 
 

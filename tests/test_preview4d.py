@@ -1,0 +1,91 @@
+"""The node Preview 4D in a real ComfyUI server: what its sheets hold, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from comfy_harness import REPOSITORY, node
+from PIL import Image
+
+from dream4d_engine.assets import load_scene
+from dream4d_engine.cameras import fixed_take
+from dream4d_engine.rendering import RenderOptions, render_chunked
+
+EXAMPLE = "jumping_cube.safetensors"
+PASSES = ("rgb", "depth", "normals")
+
+
+def viewer_graph(file: str = EXAMPLE, **changes) -> dict:
+    given = {"scene": ["1", 0], "views": 6, "times": 3, "heights": 2, "size": 48}
+    return {
+        "1": node("Dream4DLoadScene", file=f"{file} [example]"),
+        "2": node("Dream4DPreview4D", **(given | changes)),
+    }
+
+
+def sheets(server, view: dict, kind: str) -> list[np.ndarray]:
+    folder = server.base / view["type"] / view["subfolder"]
+    paths = [folder / f"{view['name']}-{kind}-{index}.jpg" for index in view["ready"]]
+    return [np.asarray(Image.open(path)).astype(np.float32) / 255 for path in paths]
+
+
+def test_the_sheets_hold_the_views_of_the_scene(server):
+    with server.listen() as listener:
+        prompt = server.queue(viewer_graph(), listener.client)
+        events = listener.until(lambda kind, content: kind in ("execution_success", "execution_error"), 120)
+    (view,) = server.wait(prompt)["outputs"]["2"]["dream4d_view"]
+    assert (view["azimuths"], len(view["elevations"]), view["ready"]) == (6, 2, [0, 1, 2])
+
+    told = [content["view"] for kind, content in events if kind == "dream4d.view"]
+    assert told[0]["coarse"] and told[0]["size"] < view["size"], "a coarse sheet comes first"
+    assert [len(each["ready"]) for each in told if not each["coarse"]] == [1, 2, 3]
+    assert told[1]["ready"] == [0] and told[2]["ready"] == [0, 2], "the animation's two ends before its middle"
+
+    scene, _ = load_scene(REPOSITORY / "nodes" / "examples" / EXAMPLE)
+    row, column, moment = 1, 2, 1
+    cameras = fixed_take(3, 48, 48, 360 / 6 * column, view["elevations"][row], 3.0, 40.0).frames(moment, moment + 1)
+    direct = render_chunked(scene, cameras, RenderOptions(n_samples=64)).rgb[0, 0]
+    sheet = sheets(server, view, "rgb")[moment]
+    assert sheet.shape == (2 * 48, 6 * 48, 3)
+    tile = torch.from_numpy(sheet[row * 48 : (row + 1) * 48, column * 48 : (column + 1) * 48])
+    assert (tile - direct).abs().mean() < 0.02
+    for kind in PASSES:
+        first, *others = sheets(server, view, kind)
+        assert first.std() > 0.05 and all(np.abs(first - other).mean() > 1e-3 for other in others), kind
+
+
+def test_a_still_scene_has_one_moment_and_sheets_are_used_again(server):
+    graph = viewer_graph("red_cube.safetensors")
+    (view,) = server.run(graph)["2"]["dream4d_view"]
+    assert view["times"] == [0.0]
+    folder = server.base / "temp" / view["subfolder"]
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob(f"{view['name']}-*.jpg")}
+    assert len(made) == 2 * len(PASSES)
+    graph["3"] = node("Dream4DPreview4D", **graph["2"]["inputs"])
+    del graph["2"]
+    (again,) = server.run(graph)["3"]["dream4d_view"]
+    assert again == view
+    assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob(f"{view['name']}-*.jpg")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"views": 64, "times": 64, "heights": 7}, "28672 pictures, more than 4096"),
+        ({"views": 64, "size": 512, "times": 1}, "wider than 8192 pixels"),
+        ({"views": 0}, "between 4 and 64, got 0"),
+    ],
+)
+def test_grids_that_are_too_large_are_refused(server, changes, message):
+    assert message in server.refused(viewer_graph(**changes))
+
+
+def test_it_can_be_cancelled(server):
+    with server.listen() as listener:
+        prompt = server.queue(viewer_graph(views=32, times=32, heights=4, size=64), listener.client)
+        listener.until(lambda kind, content: kind == "dream4d.view", 120)
+        server.interrupt()
+        events = listener.until(lambda kind, content: kind.startswith("execution_"), 60)
+    assert events[-1][0] == "execution_interrupted"
+    assert server.wait(prompt)["status"]["status_str"] == "error"
