@@ -44,15 +44,23 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes this process has held: on the GPU for cuda, else resident memory; None if unknown."""
+    """Return the most bytes this process has held: on the GPU for cuda, else resident memory; None if unknown.
+
+    What CUDA graphs keep for their next replay counts, though the allocator calls it free.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + _kept_by_graphs(device)
     try:
         import resource
     except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _kept_by_graphs(device: torch.device) -> int:
+    segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def available_memory() -> int | None:

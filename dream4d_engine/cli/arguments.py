@@ -352,10 +352,16 @@ class Info:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure seconds a step and peak memory of recipes (with the toy models unless folders are given)."""
+    """Measure seconds a step and peak memory of recipes, in each of their phases."""
 
     recipes: tuple[str, ...] = ("static:toy", "motion:toy")
-    """Recipes as STAGE:NAME, for example static:text-to-3d or motion:zeroscope-144x80; or all."""
+    """Recipes as STAGE:NAME, for example static:text-to-3d, image:image-to-3d or motion:zeroscope-144x80; or all."""
+    models: Literal["toy", "full"] = "toy"
+    """toy: the small models unless folders are given; full: the published models' architectures with random weights,
+    built on the device."""
+    variants: tuple[str, ...] = ("fast",)
+    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
+    memory budget."""
     steps: int = 20
     """Steps that are measured."""
     warmup: int = 3
@@ -364,6 +370,10 @@ class Bench:
     """Multi-view model in diffusers' format."""
     image_prior: Annotated[Path | None, _FOLDER] = None
     """Text-to-image model in diffusers' format."""
+    novel_view_prior: Annotated[Path | None, _FOLDER] = None
+    """Novel-view model in diffusers' format."""
+    pixel_prior: Annotated[Path | None, _FOLDER] = None
+    """Text-to-pixels model in diffusers' format."""
     video_prior: Annotated[Path | None, _FOLDER] = None
     """Text-to-video model in diffusers' format."""
     out: Annotated[Path | None, _FILE] = None

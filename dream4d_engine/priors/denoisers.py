@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guidance.denoiser import Conditions, split_conditions, timestep_of_sigma
-from .execution import PLAIN, Execution, Recorder, compile_blocks, in_slices, without_autocast
+from .execution import PLAIN, Execution, Recorder, bring_back, compile_blocks, in_slices, offload, without_autocast
 from .frozen import speed_up
 from .fused_norm import has_triton
 
@@ -147,6 +147,16 @@ def is_3d(unet: nn.Module) -> bool:
 
 def _dtype_of(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
+
+
+def with_execution(denoiser: UNetDenoiser, execution: Execution, recorder: Recorder) -> UNetDenoiser:
+    """Return the denoiser run in another way; its weights move to or from main memory if that asks for it."""
+    if execution.offload != denoiser.execution.offload:
+        if execution.offload:
+            offload(denoiser.unet, denoiser.device)
+        else:
+            bring_back(denoiser.unet, denoiser.device)
+    return replace(denoiser, execution=execution, recorder=recorder)
 
 
 def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bool = True) -> UNetDenoiser:

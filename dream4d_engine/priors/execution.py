@@ -103,6 +103,10 @@ class GraphRecorder(Recorder):
         self.seconds = 0.0
         """Spent on recording, compiling on the way included."""
 
+    def fresh(self) -> GraphRecorder:
+        """Another one, with nothing recorded."""
+        return GraphRecorder(self._device)
+
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         self.prepare(function, *inputs)
         graph, held, output = self._graphs[self._key(function, inputs)]
@@ -192,29 +196,38 @@ def _joined(parts: list[Tensor]) -> Tensor:
 # --- weights in main memory --------------------------------------------------------------------------------------
 
 
-class Offload:
-    """Keeps a network's weights in (pinned) main memory and brings each part to the device for its forward pass.
+def offload(network: nn.Module, device: torch.device) -> None:
+    """Let a network's weights wait in (pinned) main memory and come to `device` part by part, for each forward pass.
 
-    Parts are the children with weights, of the lists among them each member. No gradient for the weights.
+    The weights get no gradient. What was compiled is left away: it holds on to weights.
     """
+    home = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        held = tensor.detach().to("cpu", copy=True)
+        home[tensor] = tensor.data = held.pin_memory() if device.type == "cuda" else held
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.device, self._home = device, {}
-        for tensor in (*network.parameters(), *network.buffers()):
-            held = tensor.detach().to("cpu", copy=True)
-            self._home[tensor] = held.pin_memory() if device.type == "cuda" else held
-            tensor.data = self._home[tensor]
-        for part in _parts(network):
-            part.register_forward_pre_hook(self._bring, prepend=True)
-            part.register_forward_hook(self._leave)
-
-    def _bring(self, part: nn.Module, _inputs) -> None:
+    def bring(part: nn.Module, _inputs) -> None:
         for tensor in (*part.parameters(), *part.buffers()):
-            tensor.data = self._home[tensor].to(self.device, non_blocking=True)
+            tensor.data = home[tensor].to(device, non_blocking=True)
 
-    def _leave(self, part: nn.Module, _inputs, _output) -> None:
+    def leave(part: nn.Module, _inputs, _output) -> None:
         for tensor in (*part.parameters(), *part.buffers()):
-            tensor.data = self._home[tensor]
+            tensor.data = home[tensor]
+
+    hooks = []
+    for part in _parts(network):
+        hooks += [part.register_forward_pre_hook(bring, prepend=True), part.register_forward_hook(leave)]
+    for module in network.modules():
+        module._compiled_call_impl = None
+    network._offload_hooks = hooks
+
+
+def bring_back(network: nn.Module, device: torch.device) -> None:
+    """Undo `offload`."""
+    for hook in network.__dict__.pop("_offload_hooks", ()):
+        hook.remove()
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.to(device)
 
 
 def _parts(network: nn.Module) -> Iterator[nn.Module]:
