@@ -165,7 +165,8 @@ def test_no_module_pulls_in_the_heavy_libraries():
 
 def source_files() -> list[Path]:
     folders = (PACKAGE, ROOT / "nodes", ROOT / "tests")
-    found = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".toml")]
+    found = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".toml", ".js")]
+    found = [path for path in found if "node_modules" not in path.parts]  # installed, not ours
     return sorted(found + [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".py", ".txt")])
 
 

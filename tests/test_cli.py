@@ -204,7 +204,7 @@ def fails(capsys, *words: str) -> str:
         (["text-to-3d", PROMPT, "--out", "OUT", "--sed", "3"], "perhaps you meant --seed"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "x"], "--seed"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--static.cameras.distance", "3", "2"], "lower bound first"),
-        (["text-to-3d", PROMPT, "--out", "OUT", "--recipe", "text-to-3d"], "--multiview-prior FOLDER"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--recipe", "text-to-3d"], "--multiview-prior MODEL"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--multiview-prior", "OUT/none"], "no model folder"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--device", "quantum"], "unknown device 'quantum'"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--size", "0"], "--size"),
@@ -230,7 +230,7 @@ def fails(capsys, *words: str) -> str:
 def test_mistakes_get_one_line(words, expected, tmp_path, capsys, priors):
     out = tmp_path / "out"
     words = [word.replace("OUT", str(out)) for word in words]
-    if "-prior FOLDER" not in expected and "--multiview-prior" not in words and "--resume" not in words:
+    if "-prior MODEL" not in expected and "--multiview-prior" not in words and "--resume" not in words:
         words += {"text-to-3d": priors[:2], "text-to-4d": priors}.get(words[0], [])
     assert expected in fails(capsys, *words)
     assert not out.exists()

@@ -14,6 +14,7 @@ from ..training.config import MotionRecipe, StaticRecipe
 # help_behavior_hint: the default of these is said in words, not as None
 Flat = tyro.conf.arg(name="")  # the group's fields appear as flags without a prefix
 _FOLDER = tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
+_MODEL = tyro.conf.arg(metavar="MODEL", help_behavior_hint="")
 _FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="")
 _TEXT = tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
 _INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
@@ -55,6 +56,26 @@ class FolderOptions:
 
 
 @dataclass(frozen=True)
+class PriorOptions:
+    """Where the models come from. MODEL is a folder in diffusers' format, a checkpoint, or a hub id."""
+
+    download: bool = False
+    """Fetch a model that is named by a hub id (or an id that `dream4d priors` lists) and is not here yet."""
+    tiny_vae: Annotated[str | None, _FOLDER] = None
+    """AutoencoderTiny that takes the place of the models' own autoencoder: less memory, coarser pictures."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What is added to the text-to-image model."""
+
+    image_lora: Annotated[str | None, _FILE] = None
+    """LoRA (DreamBooth's, say) for the text-to-image model; its subject is "sks" in the prompt."""
+    image_lora_strength: float = 1.0
+    """How much of it."""
+
+
+@dataclass(frozen=True)
 class PictureOptions:
     """The videos and pictures made of the result."""
 
@@ -93,10 +114,12 @@ class TextTo3D:
     sd_view: Annotated[float | None, _FLOAT] = None
     """Ask the image model only for views less than so many degrees from the front: 180 all, 145 spares the back and
     lessens two-faced results (default: the recipe's)."""
-    multiview_prior: Annotated[str | None, _FOLDER] = None
-    """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
-    image_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-image model in diffusers' format."""
+    multiview_prior: Annotated[str | None, _MODEL] = None
+    """Multi-view model (default with the recipe toy: the one in the package)."""
+    image_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-image model."""
+    lora: Annotated[LoraOptions, Flat] = field(default_factory=LoraOptions)
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -120,8 +143,9 @@ class Animate:
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     deformation_scale: Annotated[float | None, _FLOAT] = None
     """Zoom of the object into the frame (default: chosen from the object's size)."""
-    video_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    video_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-video model (default with the recipe toy: the one in the package)."""
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -154,12 +178,14 @@ class TextTo4D:
     recipe's)."""
     deformation_scale: Annotated[float | None, _FLOAT] = None
     """Zoom of the object into the frame (default: chosen from the object's size)."""
-    multiview_prior: Annotated[str | None, _FOLDER] = None
-    """Multi-view model in diffusers' format (default with the recipe toy: the one in the package)."""
-    image_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-image model in diffusers' format."""
-    video_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    multiview_prior: Annotated[str | None, _MODEL] = None
+    """Multi-view model (default with the recipe toy: the one in the package)."""
+    image_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-image model."""
+    video_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-video model (default with the recipe toy: the one in the package)."""
+    lora: Annotated[LoraOptions, Flat] = field(default_factory=LoraOptions)
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -187,10 +213,11 @@ class ImageTo3D:
     """Everything random follows from it."""
     steps: Annotated[int | None, _INT] = None
     """Training steps (default: the recipe's)."""
-    novel_view_prior: Annotated[str | None, _FOLDER] = None
-    """Novel-view model in diffusers' format (default with the recipe toy-image: the one in the package)."""
-    pixel_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-pixels model in diffusers' format (default with the recipe toy-image: the one in the package)."""
+    novel_view_prior: Annotated[str | None, _MODEL] = None
+    """Novel-view model (default with the recipe toy-image: the one in the package)."""
+    pixel_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-pixels model (default with the recipe toy-image: the one in the package)."""
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -229,12 +256,13 @@ class ImageTo4D:
     recipe's)."""
     deformation_scale: Annotated[float | None, _FLOAT] = None
     """Zoom of the object into the frame (default: chosen from the object's size)."""
-    novel_view_prior: Annotated[str | None, _FOLDER] = None
-    """Novel-view model in diffusers' format (default with the recipe toy-image: the one in the package)."""
-    pixel_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-pixels model in diffusers' format (default with the recipe toy-image: the one in the package)."""
-    video_prior: Annotated[str | None, _FOLDER] = None
-    """Text-to-video model in diffusers' format (default with the recipe toy: the one in the package)."""
+    novel_view_prior: Annotated[str | None, _MODEL] = None
+    """Novel-view model (default with the recipe toy-image: the one in the package)."""
+    pixel_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-pixels model (default with the recipe toy-image: the one in the package)."""
+    video_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-video model (default with the recipe toy: the one in the package)."""
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -366,16 +394,49 @@ class Bench:
     """Steps that are measured."""
     warmup: int = 3
     """Steps before them that are not."""
-    multiview_prior: Annotated[Path | None, _FOLDER] = None
-    """Multi-view model in diffusers' format."""
-    image_prior: Annotated[Path | None, _FOLDER] = None
-    """Text-to-image model in diffusers' format."""
-    novel_view_prior: Annotated[Path | None, _FOLDER] = None
-    """Novel-view model in diffusers' format."""
-    pixel_prior: Annotated[Path | None, _FOLDER] = None
-    """Text-to-pixels model in diffusers' format."""
-    video_prior: Annotated[Path | None, _FOLDER] = None
-    """Text-to-video model in diffusers' format."""
+    multiview_prior: Annotated[str | None, _MODEL] = None
+    """Multi-view model."""
+    image_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-image model."""
+    novel_view_prior: Annotated[str | None, _MODEL] = None
+    """Novel-view model."""
+    pixel_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-pixels model."""
+    video_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-video model."""
     out: Annotated[Path | None, _FILE] = None
     """Write the results as JSON into this file too."""
+    priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Priors:
+    """List the full-size models: where they are, their size, licence, gate and memory."""
+
+    json: bool = False
+    """As JSON, for programs."""
+    folder: Annotated[str | None, _FOLDER] = None
+    """List what can be used of the models below this folder instead (ComfyUI's "models", say)."""
+    machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a checkpoint of Stable Diffusion, MVDream or Zero123 into a folder in diffusers' format."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """The checkpoint (.safetensors, .ckpt, .pt)."""
+    out: Annotated[Path, _FOLDER]
+    """The folder to write."""
+    kind: Annotated[
+        Literal["image", "multiview", "novel_view"] | None, tyro.conf.arg(metavar="KIND", help_behavior_hint="")
+    ] = None
+    """What it must be: image, multiview or novel_view (default: what it is)."""
+    config: Annotated[Path | None, _FILE] = None
+    """The model's own configuration, .yaml or .json (default: the one of its name beside it, if any)."""
+    half: bool = False
+    """Write the weights in half precision."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)

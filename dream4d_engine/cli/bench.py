@@ -36,7 +36,7 @@ from ..training.reference import Reference
 from ..training.static import train_static
 from .arguments import Bench
 from .interrupts import stop_on_interrupt
-from .models import prior_folders
+from .models import prior_extras, prior_folders
 from .parsing import UsageError
 from .progress import Progress, make_progress
 
@@ -92,10 +92,7 @@ def bench(options: Bench) -> int:
             raise UsageError(f"{options.out} is a folder: --out names the file for the results")
         check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
-    wished = [
-        f"{s}:{n}" for s, recipes in _STAGES.items() for n in recipes if options.models == "toy" or "toy" not in n
-    ]
-    names = wished if options.recipes == ("all",) else list(options.recipes)
+    names = _all(options.models) if options.recipes == ("all",) else list(options.recipes)
     recipes, variants = {name: _find(name) for name in names}, [_variant(name, device) for name in options.variants]
     measured: list[Measured] = []
     with stop_on_interrupt() as should_stop, make_progress() as progress:
@@ -114,6 +111,12 @@ def _save(path: Path | None, measured: list[Measured], device: torch.device) -> 
     if path is not None:
         found = {"device": _device_name(device), "versions": versions(), "recipes": [asdict(m) for m in measured]}
         write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+
+
+def _all(models: str) -> list[str]:
+    """Every recipe; the toy ones only with toy models."""
+    pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
+    return [f"{stage}:{recipe.name}" for stage, recipe in pairs if models == "toy" or not is_toy(recipe)]
 
 
 def _find(name: str) -> Recipe:
@@ -240,7 +243,7 @@ def _guidance_seconds(
     shape = (phase.n_groups, recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
     draw = sample_views if isinstance(recipe, StaticRecipe) else sample_takes
     cameras = draw(recipe.cameras, *shape, phase.height, phase.width, generator).to(device)
-    pictures = torch.rand(*shape, 3, phase.height, phase.width, device=device, requires_grad=True)
+    pictures = torch.rand(*shape, 3, phase.height, phase.width, generator=generator).to(device).requires_grad_()
     clock = _Clock(device)
     clock.tick()
     for _ in range(repeats + 1):
@@ -260,7 +263,15 @@ def _guidance(
         if variant.kind == "tiny":
             raise UsageError("the toy models have no autoencoder that a tiny one could replace: take --models full")
         folders = prior_folders(recipe, options, toys=True)
-        guidance = load_guidance(recipe, folders, _PROMPT, device, reference, accelerate=variant.kind != "plain")
+        guidance = load_guidance(
+            recipe,
+            folders,
+            _PROMPT,
+            device,
+            reference,
+            extras=prior_extras(options),
+            accelerate=variant.kind != "plain",
+        )
         return guidance, {kind: str(folder) for kind, folder in folders.items()}
     dtype, recorder = working_dtype(recipe.loop, device), recorder_for(device)
     guidance, models = {}, {}

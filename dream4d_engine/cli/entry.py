@@ -40,7 +40,7 @@ def _dispatch(words: list[str]) -> int:
 
         print(f"dream4d {__version__}")
         return 0
-    _quieten()
+    _quieten(may_download="--download" in words)
     from .parsing import parse
 
     name, options = words[0], parse(words[0], words[1:])
@@ -53,6 +53,10 @@ def _dispatch(words: list[str]) -> int:
         from .bench import bench
 
         return bench(options)
+    if name in ("priors", "convert"):
+        from . import priors
+
+        return {"priors": priors.list_priors, "convert": priors.convert_checkpoint}[name](options)
     from . import files
 
     return {"render": files.render, "import": files.import_file, "info": files.info}[name](options)
@@ -69,12 +73,13 @@ def _set_threads(options: object) -> None:
     torch.set_num_threads(machine.threads)
 
 
-def _quieten() -> None:
-    """Keep the libraries' advice to programmers away from people who type commands."""
+def _quieten(may_download: bool) -> None:
+    """Keep the libraries' advice to programmers away from people who type commands, and the network from them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not may_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded without being asked for
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

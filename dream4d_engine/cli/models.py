@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import get_args
 
 from ..priors.conditioning import words_for
-from ..priors.loading import check_prompt, load_prior, read_json, toy_folder
+from ..priors.folders import FolderSource
+from ..priors.identify import identify, open_source
+from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder
+from ..priors.lora import read_lora
+from ..priors.weights import find_weights
 from ..training.config import MotionRecipe, PriorKind, StaticRecipe, is_toy
 from ..training.guidance import Folders, active_terms
 
 
 def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bool = False) -> dict[PriorKind, Path]:
-    """Return the folder of every model that the recipe's terms need.
+    """Return where every model is that the recipe's terms need: a folder or a file.
 
     `options` has them as multiview_prior, image_prior and so on; toy recipes (or `toys`) fall back to the models in
-    the package.
+    the package. A hub id is looked for among what was downloaded before, or downloaded if the options say so.
     """
+    prior_extras(options)  # says in time what is wrong with them
     found: dict[PriorKind, Path] = {}
     for term in active_terms(recipe):
         given = getattr(options, f"{term.prior}_prior", None)
         if given is None and not is_toy(recipe) and not toys:
             raise ValueError(
-                f"the recipe {recipe.name!r} needs a model of kind {term.prior!r}: "
-                f"give its folder with --{term.prior.replace('_', '-')}-prior FOLDER, or take one of the toy recipes"
+                f"the recipe {recipe.name!r} needs a model of kind {term.prior!r}: give its folder, checkpoint or hub "
+                f"id with --{term.prior.replace('_', '-')}-prior MODEL, or take one of the toy recipes"
             )
-        folder = toy_folder(term.prior) if given is None else Path(given)
-        read_json(folder, "model_index.json")  # says in time what is wrong with the folder
-        found[term.prior] = folder
+        found[term.prior] = toy_folder(term.prior) if given is None else _find(given, term.prior, options)
     return found
+
+
+def _find(given: str, kind: PriorKind, options: object) -> Path:
+    """Return where a model is, after a look at what it is."""
+    path = find_weights(given, download=options.priors.download, say=lambda text: print(text, file=sys.stderr))
+    source = open_source(path)
+    if isinstance(source, FolderSource):
+        source.check()
+    source.facts(kind)
+    return path
+
+
+def prior_extras(options: object) -> dict[PriorKind, PriorExtras]:
+    """Return what the options add to the models, after a look at the files."""
+    lora, tiny_vae = getattr(options, "lora", None), options.priors.tiny_vae
+    if tiny_vae is not None and identify(tiny_vae).layout != "tiny autoencoder":
+        raise PriorError(f"--tiny-vae {tiny_vae} is no AutoencoderTiny")
+    extras = dict.fromkeys(get_args(PriorKind), PriorExtras(tiny_vae=tiny_vae))
+    if lora is not None and lora.image_lora is not None:
+        read_lora(lora.image_lora)
+        extras["image"] = PriorExtras(lora.image_lora, lora.image_lora_strength, tiny_vae)
+    return extras
 
 
 def check_words(folders: Folders, prompt: str) -> None:
@@ -35,5 +62,5 @@ def check_words(folders: Folders, prompt: str) -> None:
     for kind, folder in folders.items():
         if kind == "novel_view":  # it is told a picture
             continue
-        if "known_words" in read_json(folder, "model_index.json").get("dream4d", {}):  # such models load at once
+        if open_source(folder).facts(kind).known_words is not None:  # such models load at once
             check_prompt(load_prior(folder, kind), words_for(kind, prompt))

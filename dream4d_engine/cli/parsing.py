@@ -29,6 +29,7 @@ from .arguments import (
     Animate,
     AnimateCall,
     Bench,
+    Convert,
     FolderOptions,
     ImageTo3D,
     ImageTo3DCall,
@@ -36,6 +37,7 @@ from .arguments import (
     ImageTo4DCall,
     Import,
     Info,
+    Priors,
     Render,
     TextTo3D,
     TextTo3DCall,
@@ -112,6 +114,8 @@ COMMANDS = {
     "import": Command(Import, Import),
     "info": Command(Info, Info),
     "bench": Command(Bench, Bench),
+    "priors": Command(Priors, Priors),
+    "convert": Command(Convert, Convert),
 }
 
 
@@ -187,6 +191,7 @@ def comparable(call: Any) -> dict:
     """The settings that a resumed run must share with its beginning, as a tree."""
     tree = settings_tree(call)
     tree["options"] = {key: value for key, value in tree["options"].items() if key not in ("folders", "machine")}
+    tree["options"]["priors"].pop("download")  # how the models came here makes no difference
     return tree
 
 

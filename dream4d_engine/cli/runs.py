@@ -17,6 +17,7 @@ from ..assets import Provenance, load_scene, save_scene
 from ..cameras import CameraBatch
 from ..export import save_picture
 from ..machine import check_memory, pick_device, versions, write_atomically
+from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.guidance import Folders, load_guidance
@@ -38,7 +39,7 @@ from .arguments import (
     TextTo4DCall,
 )
 from .interrupts import Stopped, stop_on_interrupt
-from .models import check_words, prior_folders
+from .models import check_words, prior_extras, prior_folders
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, clock_text, make_progress
 from .run_folder import RunFolder, check_out, resume_run, start_run
@@ -64,6 +65,11 @@ class Session:
     def device(self) -> torch.device:
         """Where the work is done."""
         return self.run.device
+
+    @property
+    def extras(self) -> dict[PriorKind, PriorExtras]:
+        """What is added to the models."""
+        return prior_extras(self.call.options)
 
     def control(self, stage: str) -> RunControl:
         """How the training of a stage reports, saves and stops."""
@@ -325,7 +331,7 @@ def static_stage(
 
     def train() -> tuple[Scene, FitSummary, Provenance]:
         with session.run.timed("load models"):
-            guidance = load_guidance(recipe, folders, prompt, session.device, reference)
+            guidance = load_guidance(recipe, folders, prompt, session.device, reference, extras=session.extras)
         session.pause("static")
         seed = session.call.options.seed
         with session.run.timed("static"):
@@ -350,7 +356,7 @@ def motion_stage(
 
     def train() -> tuple[Scene, FitSummary, Provenance]:
         with session.run.timed("load models"):
-            guidance = load_guidance(recipe, folders, prompt, session.device)
+            guidance = load_guidance(recipe, folders, prompt, session.device, extras=session.extras)
         session.pause("motion")
         options: Animate | TextTo4D | ImageTo4D = session.call.options
         with session.run.timed("motion"):

@@ -157,12 +157,13 @@ def random_network(class_name: str, config: Mapping[str, Any], device: torch.dev
     """Build a frozen diffusers network from its configuration, initialised at random where it is to run."""
     import diffusers
 
-    with _building(device, dtype):
+    # the networks draw their weights from the global generators: those shall not notice
+    with _building(device, dtype), torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = getattr(diffusers, class_name)(**config)
-    # the networks begin with some layers at zero, which would make a step's numbers trivial
-    for parameter in network.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
+        # some layers begin at zero, which would make a step's numbers trivial
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
     return nn.Module.to(network, device, dtype).eval().requires_grad_(False)
 
 

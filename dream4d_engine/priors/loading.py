@@ -18,7 +18,7 @@ from .denoisers import UNetDenoiser
 from .errors import PriorError
 from .folders import guess_kind, read_json, read_schedule
 from .identify import open_source
-from .lora import TextLora, add_text_loras
+from .lora import TextLora, add_text_loras, apply_lora
 from .sources import PictureResize, PriorKind, Source, VectorKind, no_progress_bars
 from .text import encode_prompts
 from .tiny_vae import load_tiny_vae
@@ -27,10 +27,12 @@ from .view_attention import attend_across_views
 __all__ = [
     "Prior",
     "PriorError",
+    "PriorExtras",
     "PriorKind",
     "check_prompt",
     "guess_kind",
     "load_prior",
+    "load_prior_with",
     "no_progress_bars",
     "read_json",
     "read_schedule",
@@ -129,6 +131,31 @@ def load_prior(
         license=facts.license,
         picture_resize=facts.picture_resize,
     )
+
+
+@dataclass(frozen=True)
+class PriorExtras:
+    """What is added to a run's models, or put in place of their parts.
+
+    Args:
+        image_lora: a LoRA file for the text-to-image model, and its strength.
+        tiny_vae: folder of an AutoencoderTiny for all models that encode pictures.
+    """
+
+    image_lora: Path | str | None = None
+    image_lora_strength: float = 1.0
+    tiny_vae: Path | str | None = None
+
+
+def load_prior_with(
+    path: Path | str, kind: PriorKind, device: torch.device | str, dtype: torch.dtype, extras: PriorExtras
+) -> Prior:
+    """Load a model with the extras that are for its kind."""
+    tiny_vae = extras.tiny_vae if open_source(path).vae_scaling() is not None else None
+    prior = load_prior(path, kind, device, dtype, tiny_vae=tiny_vae)
+    if kind == "image" and extras.image_lora is not None:
+        prior = apply_lora(prior, extras.image_lora, extras.image_lora_strength)
+    return prior
 
 
 def _load_vae(source: Source, tiny_vae: Path | str | None, dtype: torch.dtype, device: torch.device | str):

@@ -89,7 +89,7 @@ WEIGHTS = (
         ),
         download=2_500_000_000,
         memory=1_890_000_000,
-        license="mit (as the mirrors say; its makers never named one for these weights)",
+        license="mit, as the mirrors say; not stated by its makers",
         checked="mirrors, their licence and size: the repositories' pages; the home not checked",
     ),
     KnownWeights(
@@ -117,13 +117,12 @@ WEIGHTS = (
         id="modelscope",
         kind="video",
         name="ModelScope text to video, 1.7b",
-        home="damo-vilab/text-to-video-ms-1.7b",
-        gone=True,
-        mirrors=("ali-vilab/text-to-video-ms-1.7b",),
+        home="ali-vilab/text-to-video-ms-1.7b",
+        mirrors=("damo-vilab/text-to-video-ms-1.7b",),
         download=3_670_000_000,
         memory=2_990_000_000,
         license="cc-by-nc-4.0",
-        checked="licence and the UNet's size: the page of ali-vilab, its makers' new name; the rest: its parameters",
+        checked="licence and the UNet's size: the repository's page; the rest: its parameters",
     ),
 )
 
@@ -143,6 +142,17 @@ def known_weights(name: str) -> KnownWeights | None:
 def human_size(n_bytes: int) -> str:
     """Write a number of bytes as people do."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def markdown_table() -> str:
+    """Write the table as the README has it."""
+    rows = ["| id | model | from | download | licence | gate | memory, fp16 |", "|---|---|---|---|---|---|---|"]
+    for w in WEIGHTS:
+        home = f"{w.home} (gone)" if w.gone else w.home
+        places = "; ".join((f"{home}, {w.file}" if w.file else home, *w.mirrors))
+        cells = (f"`{w.id}`", w.name, places, human_size(w.download), w.license, w.gate or "none", human_size(w.memory))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
@@ -216,19 +226,18 @@ def _not_here(name: str, choice: _Choice, known: KnownWeights | None) -> str:
 
 def _cached(choice: _Choice, cache: Path | None) -> Path | None:
     """Return where an earlier download lies, if it is complete."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        folder = Path(snapshot_download(choice.repository, cache_dir=cache, local_files_only=True))
-    except Exception:  # the hub's several ways to say that it isn't there
+    found = try_to_load_from_cache(choice.repository, choice.file or "model_index.json", cache_dir=cache)
+    if not isinstance(found, str):  # None, or a mark that there is no such file
         return None
     if choice.file is not None:
-        return folder / choice.file if (folder / choice.file).is_file() else None
+        return Path(found)
     try:
-        FolderSource(folder).check()
+        FolderSource(Path(found).parent).check()
     except PriorError:
         return None
-    return folder
+    return Path(found).parent
 
 
 # ---- downloading -------------------------------------------------------------------------------------------------
@@ -239,7 +248,6 @@ class _Offer:
     """What the hub says of a repository."""
 
     choice: _Choice
-    commit: str
     files: tuple[str, ...]
     n_bytes: int
     license: str
@@ -293,7 +301,7 @@ def _ask(choice: _Choice) -> _Offer:
     card: Any = info.card_data or {}
     license_name = card.get("license_name") or card.get("license") or "not stated"
     n_bytes = sum(sizes[name] for name in files)
-    return _Offer(choice, info.sha, files, n_bytes, str(license_name), bool(info.gated))
+    return _Offer(choice, files, n_bytes, str(license_name), bool(info.gated))
 
 
 def _fetch(offer: _Offer, say: Callable[[str], None], cache: Path | None) -> Path:
@@ -311,7 +319,6 @@ def _fetch(offer: _Offer, say: Callable[[str], None], cache: Path | None) -> Pat
     with _readable_errors(offer.choice):
         folder = snapshot_download(
             offer.choice.repository,
-            revision=offer.commit,
             allow_patterns=list(offer.files),
             cache_dir=cache,
             endpoint=_endpoint(),

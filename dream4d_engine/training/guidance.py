@@ -12,7 +12,7 @@ from ..guidance.distillation import Guidance
 from ..priors.conditioning import image_guidance, text_guidance
 from ..priors.denoisers import accelerated
 from ..priors.execution import PLAIN, GraphRecorder, Recorder
-from ..priors.loading import Prior, PriorKind, load_prior
+from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
 from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
 from .reference import Reference, reference_cameras
 
@@ -32,18 +32,21 @@ def load_guidance(
     reference: Reference | None = None,
     negative: str = "",
     on_prior: Callable[[Prior], None] | None = None,
+    extras: Mapping[PriorKind, PriorExtras] | None = None,
     accelerate: bool = True,
     compiled: bool = True,
 ) -> dict[PriorKind, Guidance]:
     """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
 
     `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
-    are encoded; what it raises ends the loading. On a GPU the models
-    run fast unless `accelerate` is off; `compiled`: some of them compiled.
+    are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
+    parts. On a GPU the models run fast unless `accelerate` is off; `compiled`: some of them compiled.
     """
     guidance, recorder = {}, recorder_for(device)
     for term in active_terms(recipe):
-        prior = load_prior(folders[term.prior], term.prior, device, working_dtype(recipe.loop, device))
+        dtype = working_dtype(recipe.loop, device)
+        added = (extras or {}).get(term.prior, PriorExtras())
+        prior = load_prior_with(folders[term.prior], term.prior, device, dtype, added)
         if on_prior is not None:
             on_prior(prior)
         if term.prior == "novel_view":

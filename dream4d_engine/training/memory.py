@@ -70,8 +70,8 @@ def fit_into(
 ) -> dict[PriorKind, Guidance]:
     """Return the guidance run in the fastest way that keeps the whole process within `budget` bytes of GPU memory.
 
-    Every phase (`starts`: their progress) is tried on the scene as it is, forward and backward; the budget stays in force afterwards. Raises a
-    ValueError where even the smallest way does not fit.
+    Every phase (`starts`: their progress) is tried on the scene as it is, forward and backward; the budget stays in
+    force afterwards. Raises a ValueError where even the smallest way does not fit.
     """
     device = scene.device
     if device.type != "cuda":
