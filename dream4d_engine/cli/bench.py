@@ -14,7 +14,7 @@ import torch
 
 from ..cameras import sample_takes, sample_views
 from ..guidance.distillation import Guidance, distill
-from ..machine import check_folder, peak_memory, pick_device, versions, write_atomically
+from ..machine import check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
 from ..priors.architectures import architecture_for, random_guidance
 from ..priors.loading import PriorKind
 from ..scene import Scene, build_scene
@@ -143,7 +143,7 @@ def _measure(
 ) -> list[Measured]:
     """Measure every phase of a recipe in one way; a failure is noted and ends the recipe."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        limit_memory(device, None)
     reference = _reference(recipe)
     guidance, models = _guidance(recipe, variant, options, device, reference)
     found = []

@@ -61,6 +61,7 @@ class Execution:
 
 
 LADDER = (
+    Execution(),
     Execution(pictures_at_once=8),
     Execution(pictures_at_once=8, pictures_kept=16),
     Execution(pictures_at_once=8, pictures_kept=8),

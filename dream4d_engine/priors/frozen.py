@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .fused_norm import add_residual, double_size, norm_silu
+from .fused_norm import add_bias_, add_residual, double_size, norm_silu
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -45,7 +45,7 @@ class _FrozenConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         ctx.save_for_backward(weight)
         ctx.settings = x.shape, stride, padding, dilation, groups
-        return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return add_bias_(functional.conv2d(x, weight, None, stride, padding, dilation, groups), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -64,12 +64,17 @@ def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Te
     return functional.conv_transpose2d(grad, weight, None, stride, padding, rest, groups, dilation)
 
 
-def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True) -> Tensor:
-    """Apply a convolution whose weights get no gradient."""
+def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True, padding: tuple[int, int] | None = None) -> Tensor:
+    """Apply a convolution whose weights get no gradient; `padding` None: its own."""
     bias = conv.bias if with_bias else None
-    if not (torch.is_grad_enabled() and x.requires_grad) or conv.weight.requires_grad:
-        return functional.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _FrozenConv.apply(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    padding = conv.padding if padding is None else padding
+    settings = (conv.stride, padding, conv.dilation, conv.groups)
+    if conv.weight.requires_grad:
+        return functional.conv2d(x, conv.weight, bias, *settings)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FrozenConv.apply(x, conv.weight, bias, *settings)
+    # the library adds the bias in a pass of its own anyway, and a slower one
+    return add_bias_(functional.conv2d(x, conv.weight, None, *settings), bias)
 
 
 def _conv_forward(self: nn.Conv2d, x: Tensor) -> Tensor:
@@ -113,6 +118,23 @@ def _upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None,
     if output_size is None or list(output_size) == [2 * side for side in hidden_states.shape[2:]]:
         return self.conv(double_size(hidden_states))
     return self.conv(functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+
+
+def _downsample_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """Downsample2D that pads right and below by one: with two on every side it is all but the first row and column.
+
+    So the large input isn't copied into a larger one.
+    """
+    if self.padding != 0 or any(side % 2 for side in hidden_states.shape[2:]):
+        padded = functional.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states
+        return self.conv(padded)
+    out = frozen_conv(self.conv, hidden_states, padding=(2, 2))[:, :, 1:, 1:]
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _is_plain_downsample(layer: Any) -> bool:
+    conv = layer.conv
+    return layer.norm is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (2, 2)
 
 
 def _is_plain_upsample(layer: Any) -> bool:
@@ -240,6 +262,7 @@ _FORWARDS: dict[str, tuple[Callable[[Any], bool], Callable]] = {
     "TemporalConvLayer": (_always, _temporal_conv_forward),
     "Transformer2DModel": (_is_plain_transformer, _transformer_forward),
     "TransformerTemporalModel": (_always, _temporal_transformer_forward),
+    "Downsample2D": (_is_plain_downsample, _downsample_forward),
     "Upsample2D": (_is_plain_upsample, _upsample_forward),
     "Attention": (_is_vae_attention, _vae_attention_forward),
 }

@@ -155,6 +155,18 @@ def add_residual(x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
     return x + (h + bias.reshape(-1, *[1] * (x.ndim - 2)))
 
 
+@torch.no_grad()
+def add_bias_(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Add bias [C] to the channels of x [N, C, ...] in place and return x; no gradient is recorded."""
+    if bias is None:
+        return x
+    if not _runs_on(x) or _rows_of(x) is None:
+        return x.add_(bias.reshape(-1, *[1] * (x.ndim - 2)))
+    n, c = x.numel(), x.shape[1]
+    _kernels()["shift"][(-(-n // 4096),)](x, bias, n, c, BLOCK=4096)
+    return x
+
+
 class _AddResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, bias):
@@ -341,6 +353,14 @@ def _kernels() -> dict:
             tl.store(out + at, dx.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def shift(x, bias, n, c, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < n
+        value = tl.load(x + at, mask=mask).to(tl.float32)
+        value += tl.load(bias + (at % c).to(tl.int32), mask=mask).to(tl.float32)
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
+
+    @triton.jit
     def double(x, out, height, width, c, BLOCK: tl.constexpr):
         # one program: a stretch of channels of one place, written to its four places
         place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -361,5 +381,5 @@ def _kernels() -> dict:
         value += tl.load(bias + (at % c).to(tl.int32), mask=mask).to(tl.float32)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
-    found = (sums, statistics, gradient_sums, gradient_line, apply, gradient, residual, double)
+    found = (sums, statistics, gradient_sums, gradient_line, apply, gradient, residual, shift, double)
     return {f.fn.__name__: f for f in found}

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..guidance.distillation import Guidance
+from ..machine import limit_memory
 from ..priors.denoisers import with_execution
 from ..priors.execution import LADDER, PLAIN, Execution, GraphRecorder
 from ..priors.loading import PriorKind
@@ -76,23 +77,24 @@ def fit_into(
     device = scene.device
     if device.type != "cuda":
         raise ValueError(f"a memory budget is for GPUs, and the work is done on {device.type}: leave it away")
-    total = torch.cuda.get_device_properties(device).total_memory
     # the optimiser's two moments are not there yet
     coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in groups for p in parameters)
     allowed = SHARE * budget - coming
 
     def fits(planned: GuidanceOf) -> bool:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(max(min(1.0, allowed / total), 1e-6), device)
+        limit_memory(device, allowed)
         try:
             return _runs_smoothly(objective_of(planned), scene, starts)
-        except torch.OutOfMemoryError:
-            return False
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "captur" in str(error):  # of a graph
+                return False
+            raise
         finally:
             scene.zero_grad(set_to_none=True)
 
     found = choose_plan(guidance, fits)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    limit_memory(device, budget)
     torch.cuda.empty_cache()
     if found is None:
         raise ValueError(
