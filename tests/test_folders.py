@@ -176,8 +176,9 @@ def test_zeroscope_is_known_by_its_name(video, tmp_path, name):
     """Its configuration names ModelScope's picture size."""
     folder = tmp_path / name
     shutil.copytree(video, folder)
-    denoiser = load_prior(folder).denoiser
-    assert (denoiser.n_frames, denoiser.image_size) == (24, (320, 576))
+    prior = load_prior(folder)
+    assert (prior.denoiser.n_frames, prior.denoiser.image_size) == (24, (320, 576))
+    assert prior.name == "zeroscope_v2_576w"
     assert load_prior(folder, image_size=(40, 72), n_frames=8).denoiser.image_size == (40, 72)
 
 

@@ -1,1 +1,1 @@
-"""Diffusion models from folders in diffusers' format, seen as Denoisers, and what each is told about a camera."""
+"""Diffusion models from folders and checkpoints, seen as Denoisers, and what each is told about a camera."""

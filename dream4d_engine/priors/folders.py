@@ -55,7 +55,7 @@ class FolderSource:
         words = ours.get("known_words")
         n_frames = _ZEROSCOPE_FRAMES if kind == "video" and self._is_zeroscope(unet) else _FRAMES.get(kind)
         return Facts(
-            name=ours.get("name", self.path.resolve().name),
+            name=ours.get("name", self._own_name()),
             kind=kind,
             image_size=self._image_size(ours, unet, kind),
             n_frames=ours.get("n_frames", n_frames),
@@ -66,6 +66,11 @@ class FolderSource:
             license=ours.get("license", "unknown"),
             picture_resize=ours.get("picture_resize", "antialiased" if ours else "corners"),
         )
+
+    def _own_name(self) -> str:
+        """The folder's name; in the hub's cache, where that is a number, the repository's."""
+        path = self.path.resolve()
+        return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
     def _is_zeroscope(self, unet: dict[str, Any]) -> bool:
         names = (*self.path.resolve().parts[-4:], str(unet.get("_name_or_path", "")))
