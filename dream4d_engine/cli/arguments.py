@@ -44,6 +44,16 @@ class MachineOptions:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """How a GPU is used; results don't depend on it."""
+
+    memory_budget: Annotated[str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="")] = None
+    """Keep to so much GPU memory, for example 10GiB: the fastest way to run the models that fits is chosen."""
+    compile: bool = True
+    """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
+
+
+@dataclass(frozen=True)
 class FolderOptions:
     """Where results go."""
 
@@ -122,6 +132,7 @@ class TextTo3D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -148,6 +159,7 @@ class Animate:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -188,6 +200,7 @@ class TextTo4D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -220,6 +233,7 @@ class ImageTo3D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -265,6 +279,7 @@ class ImageTo4D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
