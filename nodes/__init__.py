@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .full_priors import LOADERS, ApplyLora
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
@@ -17,6 +18,8 @@ from .train import AnimateScene, OptimizeStaticScene
 NODES: list[type[io.ComfyNode]] = [
     LoadToyPrior,
     LoadPrior,
+    *LOADERS,
+    ApplyLora,
     OptimizeStaticScene,
     AnimateScene,
     Render,

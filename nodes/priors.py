@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..dream4d_engine.priors.loading import PriorError, PriorKind, guess_kind, read_json, toy_folder
-from .sockets import CATEGORY, PriorPort, PriorSource
+from ..dream4d_engine.priors.checkpoints import SUFFIXES
+from ..dream4d_engine.priors.identify import identify, open_source
+from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
+from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
 _FROM_FOLDER = "as the folder says"
-_NOTHING = "(no diffusers folders found)"
-_FOLDERS = "diffusers"  # ComfyUI's own name of the folders with models in diffusers' format
+_NOTHING = "(no models found)"
 _KINDS = list(get_args(PriorKind))
+_DEEPEST = 4  # folders below folders, so that links in a circle come to an end
 
 
 class LoadToyPrior(io.ComfyNode):
@@ -46,7 +50,8 @@ class LoadToyPrior(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Point at the model's folder."""
-        return io.NodeOutput(_source(toy_folder(kind), kind))
+        path = toy_folder(kind)
+        return io.NodeOutput(PriorSource(open_source(path).facts(kind).name, kind, path))
 
 
 class LoadPrior(io.ComfyNode):
@@ -59,21 +64,22 @@ class LoadPrior(io.ComfyNode):
             node_id="Dream4DLoadPrior",
             display_name="Load Prior",
             category=f"{CATEGORY}/priors",
-            description="A diffusion model in diffusers' format from the folder models/diffusers. Nothing is ever "
-            "downloaded: put the model's whole folder there.",
-            search_aliases=["dream4d model", "diffusers folder", "zeroscope", "mvdream", "stable diffusion"],
+            description="A full-size diffusion model: a folder in diffusers' format below models/diffusers, or a "
+            "checkpoint of Stable Diffusion 1 or 2, MVDream or Zero123 below models/checkpoints. Nothing is ever "
+            "downloaded.",
+            search_aliases=["dream4d model", "diffusers folder", "zeroscope", "mvdream", "zero123", "stable diffusion"],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=list(model_folders()) or [_NOTHING],
-                    tooltip="A folder with a model_index.json below models/diffusers.",
+                    options=list(models()) or [_NOTHING],
+                    tooltip="A folder with a model_index.json below models/diffusers, or a file of models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=[_FROM_FOLDER, *_KINDS],
                     default=_FROM_FOLDER,
                     advanced=True,
-                    tooltip="What the model makes; only to be set where the folder is taken for something else.",
+                    tooltip="What the model makes; only to be set where it is taken for something else.",
                 ),
             ],
             outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model, loaded when it is needed.")],
@@ -82,34 +88,61 @@ class LoadPrior(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder: str) -> bool | str:
         """Refuse what is not in the models folders."""
-        if folder in model_folders():
-            return True
-        return f"{folder!r} is not among the models: put a model in diffusers' format into models/diffusers"
+        return True if folder in models() else _not_there(folder)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:
+        """Run again when a file of the folder has changed."""
+        found = models().get(folder or "")
+        return "" if found is None else digest(list_files(found))
 
     @classmethod
     def execute(cls, folder: str, kind: str) -> io.NodeOutput:
-        """Point at the model's folder after a look at its description."""
-        found = model_folders().get(folder)
+        """Point at the model after a look at its description."""
+        found = models().get(folder)
         if found is None:
-            raise PriorError(f"{folder!r} is not among the models: put it into models/diffusers")
-        return io.NodeOutput(_source(found, None if kind == _FROM_FOLDER else kind))
+            raise PriorError(_not_there(folder))
+        facts = open_source(found).facts(None if kind == _FROM_FOLDER else kind)
+        return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
 
 
-def model_folders() -> dict[str, Path]:
-    """Names and places of the folders in diffusers' format below ComfyUI's models folders."""
-    found: dict[str, Path] = {}
-    for root in folder_paths.get_folder_paths(_FOLDERS):
-        for place, below, files in os.walk(root):
-            if "model_index.json" in files:
-                found.setdefault(os.path.relpath(place, root).replace(os.sep, "/"), Path(place))
+def model_roots() -> list[Path]:
+    """ComfyUI's folders for models in diffusers' format."""
+    return [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+
+
+def _folders_with(file: str) -> Iterator[tuple[str, Path]]:
+    """Yield (name, place) of the folders below `model_roots` that hold such a file, not looking into them."""
+    for root in model_roots():
+        for place, below, files in os.walk(root, followlinks=True):
+            name = os.path.relpath(place, root).replace(os.sep, "/")
+            if file in files:
+                yield name, Path(place)
+            if file in files or name.count("/") >= _DEEPEST:
                 below.clear()
+
+
+def models() -> dict[str, Path]:
+    """Names and places of the models that ComfyUI's folders hold: diffusers folders first, then checkpoints."""
+    found: dict[str, Path] = {}
+    for name, place in _folders_with("model_index.json"):
+        found.setdefault(name, place)
+    for name in folder_paths.get_filename_list("checkpoints"):
+        path = folder_paths.get_full_path("checkpoints", name)
+        if path is not None and name.endswith(SUFFIXES):
+            found.setdefault(name.replace(os.sep, "/"), Path(path))
     return found
 
 
-def _source(folder: Path, kind: PriorKind | None) -> PriorSource:
-    index, unet = read_json(folder, "model_index.json"), read_json(folder, "unet/config.json")
-    ours = index.get("dream4d", {})
-    kind = kind or ours.get("kind") or guess_kind(folder, unet)
-    if kind not in _KINDS:
-        raise PriorError(f"{folder.name}: unknown kind of prior {kind!r}; known are {', '.join(_KINDS)}")
-    return PriorSource(ours.get("name", folder.name), kind, folder)
+def tiny_autoencoders() -> dict[str, Path]:
+    """Names and places of the folders with an AutoencoderTiny."""
+    found: dict[str, Path] = {}
+    for name, place in _folders_with("config.json"):
+        with contextlib.suppress(PriorError):
+            if identify(place).layout == "tiny autoencoder":
+                found.setdefault(name, place)
+    return found
+
+
+def _not_there(name: str) -> str:
+    return f"{name!r} is not among the models: put a folder into models/diffusers, or a file into models/checkpoints"

@@ -12,15 +12,19 @@ import torch
 from comfy_api.latest import InputImpl, Types, io
 
 from ..dream4d_engine.cameras import CameraBatch
+from ..dream4d_engine.machine import check_memory
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import picture
 from ..dream4d_engine.scene import Scene
+from ..dream4d_engine.training.needs import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
+from .checks import check_ranges, check_types, first_complaint
 from .session import RunError, gradients, interrupt_if_asked
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _ROOM = 2**31
 """Bytes of GPU memory asked for before rendering."""
+_NO_CAMERA = "connect the camera output of a 3D viewer to the socket camera, or choose other cameras"
 
 
 class Render(io.ComfyNode):
@@ -120,6 +124,26 @@ class Render(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        input_types: Mapping[str, str],
+        cameras: str | None = None,
+        frames: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> bool | str:
+        """Refuse sockets of another kind, and films that no camera is there for or that don't fit into the memory."""
+        known = cameras is None or cameras in CAMERAS
+        unseen = cameras == CONNECTED and "camera" not in input_types
+        return first_complaint(
+            check_types(cls, input_types),
+            True if known else f"cameras: {cameras!r} not in list: choose one of {', '.join(CAMERAS)}",
+            _NO_CAMERA if unseen else True,
+            check_ranges(cls, frames=frames, width=width, height=height),
+            check_film(cameras, frames, width, height),
+        )
+
+    @classmethod
     def execute(
         cls,
         scene: SceneValue,
@@ -136,9 +160,12 @@ class Render(io.ComfyNode):
         camera: Mapping | None = None,
     ) -> io.NodeOutput:
         """Render all passes."""
+        complaint = check_film(cameras, frames, width, height)
+        if complaint is not True:
+            raise RunError(complaint)
         if cameras == CONNECTED:
             if camera is None:
-                raise RunError("connect the camera output of a 3D viewer, or choose other cameras")
+                raise RunError(_NO_CAMERA)
             batch = viewer_cameras(camera, frames, height, width)
         else:
             batch = path_cameras(
@@ -166,8 +193,27 @@ class Render(io.ComfyNode):
         )
 
 
+def check_film(cameras: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:
+    """Return True, or why so many and so large frames can't be made; what isn't known yet passes."""
+    if None in (cameras, frames, width, height):
+        return True
+    n_frames = frames * (FINAL_PARTS if cameras == FINAL_PATH else 1)
+    try:
+        check_memory(
+            n_frames * film_bytes(height, width),
+            f"rendering {n_frames} frames of {width}x{height}",
+            "lower frames, width or height",
+        )
+    except ValueError as error:
+        return str(error)
+    return True
+
+
 def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_id: str | None) -> RenderOutput:
-    """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays."""
+    """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays.
+
+    The pictures are on the device where ComfyUI wants them, usually the CPU.
+    """
     from comfy.utils import ProgressBar
 
     n_frames = cameras.shape[1]
@@ -177,11 +223,15 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
     with scene_on_device(scene) as there:
         for index in range(n_frames):
             shot = cameras.frames(index, index + 1)
-            frames.append(
-                render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
-            )
+            frame = render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
+            frames.append(_moved(frame, management.intermediate_device()))
             bar.update_absolute(index + 1)
     return _joined(frames)
+
+
+def _moved(output: RenderOutput, device: torch.device) -> RenderOutput:
+    columns = {f.name: getattr(output, f.name) for f in fields(RenderOutput)}
+    return RenderOutput(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in columns.items()})
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, save_scene
+from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, read_info, save_scene
 from .session import gradients
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -102,10 +102,12 @@ class LoadScene(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        """Refuse files that are not there or lie elsewhere."""
+        """Refuse files that are not there, lie elsewhere or hold no scene."""
         try:
             if file is not None:
-                scene_path(file)
+                path = scene_path(file)
+                if path.suffix == _SCENE:
+                    read_info(path)  # the header alone
         except AssetError as error:
             return str(error)
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ import torch
 from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
 from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import check_memory, peak_memory, versions
-from ..dream4d_engine.priors.loading import PriorKind
-from ..dream4d_engine.scene import Scene
+from ..dream4d_engine.priors.loading import Prior, PriorKind
+from ..dream4d_engine.scene import Scene, SceneConfig
 from ..dream4d_engine.training.checkpoint import CheckpointError, load_checkpoint
-from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
+from ..dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe
 from ..dream4d_engine.training.guidance import active_terms, load_guidance
 from ..dream4d_engine.training.loop import FitSummary, Interrupted, RunControl, StepReport
+from ..dream4d_engine.training.needs import memory_bytes
+from ..dream4d_engine.training.reference import Reference
+from .memory import HeldPriors
 from .preview import LivePreview
 from .sockets import PriorSource, SceneValue, digest
 
@@ -72,32 +76,46 @@ def interrupt_if_asked() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+def say_on_node(text: str, node_id: str | None) -> None:
+    """Put a line of text on a node."""
+    from server import PromptServer
+
+    if node_id is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 class Reporter:
     """A node's progress bar, its line of text and its live preview."""
 
     def __init__(self, node_id: str | None, stage: str, preview_seconds: float) -> None:
         self._node_id, self._stage = node_id, stage
-        self._value = self._most = 0
+        self.value = self._most = 0
         self._latest = -1.0
-        self.preview = LivePreview(self._send_picture, preview_seconds if node_id is not None else 0)
+        self._began = time.monotonic()
+        self._preview = LivePreview(self._send_picture, preview_seconds if node_id is not None else 0)
 
     def say(self, text: str) -> None:
         """Put a line on the node."""
-        from server import PromptServer
-
-        if self._node_id is not None and PromptServer.instance is not None:
-            PromptServer.instance.send_progress_text(text, self._node_id)
+        say_on_node(text, self._node_id)
 
     def step(self, report: StepReport, scene: Scene, device: torch.device) -> None:
         """Show a step."""
-        self._value, self._most = report.step, report.steps
-        self.preview.offer(scene)
+        self.value, self._most = report.step, report.steps
+        self._preview.offer(scene)
         now = time.monotonic()
         if report.step < report.steps and now - self._latest < _SECONDS_BETWEEN_REPORTS:
             return
         self._latest = now
         self._progress(None)
         self.say(progress_line(report, peak_memory(device)))
+
+    def close(self) -> None:
+        """End the preview and note in the log what it took."""
+        self._preview.close()
+        cost, seconds = self._preview.cost, time.monotonic() - self._began
+        if cost.made:
+            share = (cost.rendering + cost.showing) / max(seconds, 1e-9)
+            logging.info("[Dream4D] %d live previews took %.1f %% of %.0f s", cost.made, 100 * share, seconds)
 
     def _send_picture(self, image) -> None:
         self._progress(("JPEG", image, None))
@@ -107,7 +125,7 @@ class Reporter:
         from comfy_execution.progress import get_progress_state
 
         if self._node_id is not None:
-            get_progress_state().update_progress(self._node_id, self._value, self._most, image)
+            get_progress_state().update_progress(self._node_id, self.value, self._most, image)
 
 
 def progress_line(report: StepReport, memory: int | None) -> str:
@@ -122,30 +140,44 @@ def progress_line(report: StepReport, memory: int | None) -> str:
     return " · ".join(parts)
 
 
+def needed_priors(recipe: StaticRecipe | MotionRecipe) -> list[PriorKind]:
+    """The kinds of prior that a recipe asks, each once."""
+    return list(dict.fromkeys(term.prior for term in active_terms(recipe)))
+
+
+def missing_prior(recipe: StaticRecipe | MotionRecipe, kind: PriorKind) -> str:
+    """What to say where the socket of a prior is empty."""
+    return (
+        f"the recipe {recipe.name!r} needs a prior of the kind {kind!r}: connect a Load Toy Prior or Load Prior node "
+        f"of that kind to the socket {kind}_prior"
+    )
+
+
 def pick_sources(
     recipe: StaticRecipe | MotionRecipe, given: Mapping[PriorKind, PriorSource | None]
 ) -> dict[PriorKind, PriorSource]:
     """Return the models that the recipe's terms need, or say which socket is empty or holds another kind."""
     found: dict[PriorKind, PriorSource] = {}
-    for term in active_terms(recipe):
-        source = given.get(term.prior)
+    for kind in needed_priors(recipe):
+        source = given.get(kind)
         if source is None:
+            raise RunError(missing_prior(recipe, kind))
+        if source.kind != kind:
             raise RunError(
-                f"the recipe {recipe.name!r} needs a prior of the kind {term.prior!r}: connect a Load Toy Prior or "
-                f"Load Prior node of that kind to the socket {term.prior}_prior"
+                f"the socket {kind}_prior holds the {source.kind} prior {source.name!r}: "
+                f"connect one of the kind {kind!r}"
             )
-        if source.kind != term.prior:
-            raise RunError(
-                f"the socket {term.prior}_prior holds the {source.kind} prior {source.name!r}: "
-                f"connect one of the kind {term.prior!r}"
-            )
-        found[term.prior] = source
+        found[kind] = source
     return found
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stage to be trained. `settings`: all that its result depends on beside recipe, prompts, seed and models."""
+    """One stage to be trained.
+
+    `settings`: all that its result depends on beside the other fields. `start`: the configuration of the scene that
+    training starts from, if it isn't the recipe's.
+    """
 
     stage: str
     recipe: StaticRecipe | MotionRecipe
@@ -155,7 +187,12 @@ class Run:
     seed: int
     settings: dict
     parent: Provenance | None = None
-    needed_bytes: int = 0
+    start: SceneConfig | None = None
+    reference: Reference | None = None
+
+    def needed_bytes(self) -> int:
+        """What training takes at the least, beside the models."""
+        return memory_bytes(self.recipe, self.start or self.recipe.scene)
 
     def identity(self, device: torch.device) -> dict:
         """The tree that a checkpoint is recognised by, as JSON gives it back."""
@@ -168,6 +205,7 @@ class Run:
             "negative": self.negative,
             "seed": self.seed,
             "priors": {kind: source.fingerprint() for kind, source in self.sources.items()},
+            "reference": None if self.reference is None else self.reference.fingerprint(),
             "device": device.type,
             **self.settings,
         }
@@ -189,23 +227,41 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
         files.checkpoint.unlink(missing_ok=True)
         files.result.unlink(missing_ok=True)
     reporter = Reporter(node_id, run.stage, preview_seconds)
+    priors = HeldPriors(device, run.needed_bytes())
     with gradients():
         try:
-            return _finished(files) or _train(run, train, device, identity, files, reporter)
+            return _finished(files) or _train(run, train, device, identity, files, reporter, priors)
         except Interrupted as stop:
             logging.info("[Dream4D] %s", stop)
+            traceback.clear_frames(stop.__traceback__)  # they hold the models
             interrupt_if_asked()
             raise management.InterruptProcessingException() from stop
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or management.is_oom(error):
-                raise RunError(
-                    f"out of memory in the stage {run.stage!r}. What is done is kept: queue again to go on after "
-                    "closing other programs, or choose a smaller recipe (fewer steps don't help)"
-                ) from error
+                traceback.clear_frames(error.__traceback__)
+                raise RunError(out_of_memory(run, reporter, files.checkpoint.exists())) from error
             raise
         finally:
-            reporter.preview.close()
-            management.soft_empty_cache()
+            reporter.close()
+            priors.release()
+
+
+def out_of_memory(run: Run, reporter: Reporter, kept: bool) -> str:
+    """What to say when the memory was too small: where it happened, what is kept, what can be done."""
+    family = next(known for known in (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES) if run.recipe.name in known)
+    smaller = [r.name for r in family.values() if memory_bytes(r, run.start or run.recipe.scene) < run.needed_bytes()]
+    where = f"after step {reporter.value} of {run.recipe.steps}" if reporter.value else "before the first step was done"
+    state = "The checkpoint is kept" if kept else "There is no checkpoint yet"
+    lower = (
+        f"the recipe (smaller ones: {', '.join(smaller)})"
+        if smaller
+        else "the sizes of the models (load smaller priors)"
+    )
+    return (
+        f"out of memory in the stage {run.stage!r}, {where}. {state}: make room (close other programs, press ComfyUI's "
+        f"'Unload Models') and queue again to go on; or lower {lower}, which starts another run. Fewer steps or "
+        "another seed don't help."
+    )
 
 
 def _finished(files: RunFiles) -> SceneValue | None:
@@ -222,24 +278,40 @@ def _finished(files: RunFiles) -> SceneValue | None:
 
 
 def _train(
-    run: Run, train: Trainer, device: torch.device, identity: dict, files: RunFiles, reporter: Reporter
+    run: Run,
+    train: Trainer,
+    device: torch.device,
+    identity: dict,
+    files: RunFiles,
+    reporter: Reporter,
+    priors: HeldPriors,
 ) -> SceneValue:
     _drop_unreadable(files.checkpoint)
     if device.type == "cpu":
-        check_memory(run.needed_bytes, f"training by the recipe {run.recipe.name!r}", "close other programs")
-    else:
-        models = sum(source.n_bytes() for source in run.sources.values())
-        management.free_memory(run.needed_bytes + models, device)
+        check_memory(run.needed_bytes(), f"training by the recipe {run.recipe.name!r}", "close other programs")
+    priors.make_room(sum(source.n_bytes() for source in run.sources.values()))
     reporter.say(f"{run.stage}: loading the models")
-    folders = {kind: source.folder for kind, source in run.sources.items()}
-    on_prior = lambda prior: interrupt_if_asked()  # noqa: E731
-    guidance = load_guidance(run.recipe, folders, run.prompt, device, negative=run.negative, on_prior=on_prior)
-    control = RunControl(
-        files.checkpoint,
-        identity,
-        lambda report, scene: reporter.step(report, scene, device),
-        management.processing_interrupted,
+
+    def on_prior(prior: Prior) -> None:
+        interrupt_if_asked()
+        priors.hold(prior)
+
+    def on_step(report: StepReport, scene: Scene) -> None:
+        reporter.step(report, scene, device)
+        priors.bring_back()
+
+    folders = {kind: source.path for kind, source in run.sources.items()}
+    guidance = load_guidance(
+        run.recipe,
+        folders,
+        run.prompt,
+        device,
+        reference=run.reference,
+        negative=run.negative,
+        on_prior=on_prior,
+        extras={kind: source.extras for kind, source in run.sources.items()},
     )
+    control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
     scene, summary = train(guidance, device, control)
     provenance = Provenance(run.prompt, run.recipe.name, run.seed, summary.steps, versions(), run.parent)
     save_scene(files.result, scene, provenance)

@@ -10,10 +10,11 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
-from ..dream4d_engine.priors.loading import PriorKind
+from ..dream4d_engine.priors.loading import PriorExtras, PriorKind
 from ..dream4d_engine.scene import Scene
 
 CATEGORY = "Dream4D"
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 ScenePort = io.Custom("DREAM4D_SCENE")
 PriorPort = io.Custom("DREAM4D_PRIOR")
@@ -21,21 +22,37 @@ PriorPort = io.Custom("DREAM4D_PRIOR")
 
 @dataclass(frozen=True)
 class PriorSource:
-    """Where a diffusion model is. It is loaded by the node that needs it and freed after the run."""
+    """Where a diffusion model is, folder or file. It is loaded by the node that needs it and freed after the run.
+
+    `lora` and `tiny_vae`: what is added to it, and what takes the place of its autoencoder.
+    """
 
     name: str
     kind: PriorKind
-    folder: Path
+    path: Path
+    lora: Path | None = None
+    lora_strength: float = 1.0
+    tiny_vae: Path | None = None
+
+    @property
+    def extras(self) -> PriorExtras:
+        """The same as the engine takes it."""
+        return PriorExtras(self.lora, self.lora_strength, self.tiny_vae)
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        listed = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return digest([self.kind, listed])
+        parts = [list_files(path) for path in (self.path, self.lora, self.tiny_vae) if path is not None]
+        return digest([self.kind, self.lora_strength, *parts])
 
     def n_bytes(self) -> int:
         """Size of the weights on the disk."""
-        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.suffix in (".safetensors", ".bin"))
+        return sum(size for name, size, _ in list_files(self.path) if name.endswith(_WEIGHTS))
+
+
+def list_files(path: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of a file, or of all files below a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 @dataclass(frozen=True, eq=False)

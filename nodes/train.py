@@ -2,65 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from comfy_api.latest import io
 
-from ..dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
+from ..dream4d_engine.training.config import (
+    IMAGE_RECIPES,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
+    MotionRecipe,
+    StaticRecipe,
+    find_recipe,
+    with_hifa_steps,
+)
 from ..dream4d_engine.training.motion import train_motion
-from ..dream4d_engine.training.needs import memory_bytes
+from ..dream4d_engine.training.reference import Reference, check_reference
 from ..dream4d_engine.training.static import train_static
-from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, pick_sources
+from .checks import (
+    check_picture,
+    check_priors,
+    check_prompt,
+    check_ranges,
+    check_recipe,
+    check_types,
+    first_complaint,
+    recipe_name,
+)
+from .pictures import AUTOMATIC_MASK, MASK_SHOWS, reference_of
+from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_sources
 from .sockets import CATEGORY, PriorPort, PriorSource, ScenePort, SceneValue
 
+STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
 _MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
 
 
-def _prompt_input(tooltip: str) -> io.String.Input:
-    return io.String.Input("prompt", multiline=True, default="a red cube is jumping", tooltip=tooltip)
-
-
-def _common_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=_MOST_SEED,
-            control_after_generate=False,
-            tooltip="Everything random follows from it.",
-        ),
-        io.String.Input(
-            "negative",
-            default="",
-            multiline=True,
-            advanced=True,
-            tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
-        ),
-        io.Combo.Input(
-            "resume",
-            options=[AUTOMATIC, START_OVER],
-            default=AUTOMATIC,
-            advanced=True,
-            tooltip="A run that was cancelled goes on when it is queued again with the same settings and inputs; "
-            "'start over' throws away what was done.",
-        ),
-        io.Float.Input(
-            "preview_seconds",
-            default=4.0,
-            min=0.0,
-            max=600.0,
-            step=0.5,
-            advanced=True,
-            tooltip="Time between two live previews on the node; 0 shows none. They take at most a twentieth of the "
-            "run's time.",
-        ),
-    ]
+def _schema(
+    node_id: str,
+    display_name: str,
+    description: str,
+    aliases: list[str],
+    sockets: Sequence[io.Input],
+    prompt_tooltip: str,
+    recipe: io.Input,
+    output: io.Output,
+    extra: Sequence[io.Input] = (),
+    last: Sequence[io.Input] = (),
+) -> io.Schema:
+    """What both stages have in common: a prompt, a recipe, and how the run is made."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category=CATEGORY,
+        description=f"{description} Cancel keeps what is done: queue again to go on.",
+        search_aliases=[*aliases, "dream4d", "score distillation", "sds"],
+        inputs=[
+            *sockets,
+            io.String.Input("prompt", multiline=True, default="a red cube is jumping", tooltip=prompt_tooltip),
+            recipe,
+            *extra,
+            io.Int.Input(
+                "seed",
+                default=0,
+                min=0,
+                max=_MOST_SEED,
+                control_after_generate=False,
+                tooltip="Everything random follows from it.",
+            ),
+            io.String.Input(
+                "negative",
+                default="",
+                multiline=True,
+                advanced=True,
+                tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
+            ),
+            io.Combo.Input(
+                "resume",
+                options=[AUTOMATIC, START_OVER],
+                default=AUTOMATIC,
+                advanced=True,
+                tooltip="A run that was cancelled goes on when it is queued again with the same settings and inputs; "
+                "'start over' throws away what was done.",
+            ),
+            io.Float.Input(
+                "preview_seconds",
+                default=4.0,
+                min=0.0,
+                max=600.0,
+                step=0.5,
+                advanced=True,
+                tooltip="Time between two live previews on the node; 0 shows none. They take at most a twentieth of "
+                "the run's time.",
+            ),
+            *last,
+        ],
+        outputs=[output],
+        hidden=[io.Hidden.unique_id],
+    )
 
 
 def _steps(default: int) -> io.Int.Input:
     return io.Int.Input("steps", default=default, min=1, max=_MOST_STEPS, tooltip="Training steps.")
+
+
+def _prior(kind: str, use: str, optional: bool = True) -> io.Input:
+    return PriorPort.Input(f"{kind}_prior", optional=optional, tooltip=f"A prior of the kind {kind}{use}")
 
 
 class OptimizeStaticScene(io.ComfyNode):
@@ -69,62 +116,96 @@ class OptimizeStaticScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return io.Schema(
-            node_id="Dream4DOptimizeStaticScene",
-            display_name="Optimize Static Scene",
-            category=CATEGORY,
-            description="Makes a still 3D object from a sentence by score distillation. Cancel keeps what is done: "
-            "queue again to go on.",
-            search_aliases=["text to 3d", "dream4d", "dreamfusion", "score distillation", "sds", "nerf"],
-            inputs=[
-                PriorPort.Input(
-                    "multiview_prior", optional=True, tooltip="A prior of the kind multiview; every recipe needs it."
+        from_pictures = ", ".join(IMAGE_RECIPES)
+        return _schema(
+            "Dream4DOptimizeStaticScene",
+            "Optimize Static Scene",
+            "Makes a still 3D object from a sentence, or from a picture and a sentence, by score distillation.",
+            ["text to 3d", "image to 3d", "dreamfusion", "nerf"],
+            [
+                _prior("multiview", "; the recipes that start from a sentence need it."),
+                _prior("image", "; text-to-3d and the personalised recipes need it."),
+                _prior("novel_view", "; the recipes that start from a picture need it."),
+                _prior("pixel", "; the recipes that start from a picture need it."),
+                io.Image.Input(
+                    "reference_image",
+                    optional=True,
+                    tooltip=f"One picture of the object, for the recipes {from_pictures}: cut out (with alpha), or "
+                    "with reference_mask.",
                 ),
-                PriorPort.Input(
-                    "image_prior", optional=True, tooltip="A prior of the kind image; the recipe text-to-3d needs it."
+                io.Mask.Input(
+                    "reference_mask",
+                    optional=True,
+                    tooltip="Where the object is in reference_image. Load Image's mask and those of nodes that remove "
+                    "a background are both understood.",
                 ),
                 ScenePort.Input(
                     "scene", optional=True, tooltip="A still scene to start from (a copy is trained); else a new one."
                 ),
-                _prompt_input("What to make, for example: a red cube. With the toy priors only their own words."),
-                io.DynamicCombo.Input(
-                    "recipe",
-                    options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STATIC_RECIPES.values()],
-                    tooltip="All numbers of the run. toy: for the toy priors, some minutes on a CPU. text-to-3d: the "
-                    "published settings, for full-size models and a GPU.",
-                ),
-                *_common_inputs(),
             ],
-            outputs=[ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene.")],
-            hidden=[io.Hidden.unique_id],
+            "What to make, for example: a red cube. With the toy priors only their own words.",
+            io.DynamicCombo.Input(
+                "recipe",
+                options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STILL_RECIPES.values()],
+                tooltip="All numbers of the run. The toy ones: for the toy priors, some minutes on a CPU. The others: "
+                f"the published settings, for full-size models and a GPU. {from_pictures} start from a picture.",
+            ),
+            ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene."),
+            last=[
+                io.Combo.Input(
+                    "mask_shows",
+                    options=list(MASK_SHOWS),
+                    default=AUTOMATIC_MASK,
+                    advanced=True,
+                    tooltip="What is white in reference_mask; automatic takes what fills its edge for the background.",
+                )
+            ],
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, recipe: Mapping | None = None) -> bool | str:
-        """Refuse an empty prompt and an unknown recipe."""
-        return _first_complaint(_check_recipe(recipe, STATIC_RECIPES), _check_prompt(prompt))
+    def validate_inputs(
+        cls, input_types: Mapping[str, str], prompt: str | None = None, recipe: Mapping | str | None = None
+    ) -> bool | str:
+        """Refuse empty prompts, unknown recipes, and sockets that don't fit the recipe."""
+        name = recipe_name(recipe)
+        complaint = first_complaint(check_types(cls, input_types), check_recipe(name, STILL_RECIPES))
+        if complaint is not True:
+            return complaint
+        image, mask = (socket in input_types for socket in ("reference_image", "reference_mask"))
+        return first_complaint(
+            check_prompt(prompt),
+            check_picture(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
+            check_priors(STILL_RECIPES[name], input_types),
+        )
 
     @classmethod
     def execute(
         cls,
         prompt: str,
         recipe: Mapping,
+        mask_shows: str,
         seed: int,
         negative: str,
         resume: str,
         preview_seconds: float,
         multiview_prior: PriorSource | None = None,
         image_prior: PriorSource | None = None,
+        novel_view_prior: PriorSource | None = None,
+        pixel_prior: PriorSource | None = None,
+        reference_image: torch.Tensor | None = None,
+        reference_mask: torch.Tensor | None = None,
         scene: SceneValue | None = None,
     ) -> io.NodeOutput:
         """Train, on a copy of `scene` if there is one."""
         prompt = _said(prompt)
-        settings: StaticRecipe = find_recipe(recipe["recipe"], STATIC_RECIPES)
-        settings = replace(settings, steps=recipe["steps"])
-        sources = pick_sources(settings, {"multiview": multiview_prior, "image": image_prior})
+        settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
+        given = {"multiview": multiview_prior, "image": image_prior}
+        given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
+        sources = pick_sources(settings, given)
         if scene is not None and scene.scene.deformation is not None:
             raise RunError("the scene to start from moves: connect a still one (Animate Scene takes those too)")
         start = None if scene is None else scene.scene
+        reference = _reference(settings, reference_image, reference_mask, mask_shows)
         run = Run(
             "static",
             settings,
@@ -133,12 +214,15 @@ class OptimizeStaticScene(io.ComfyNode):
             negative.strip(),
             seed,
             {"scene": None if scene is None else scene.fingerprint()},
-            None if scene is None else scene.provenance,
-            memory_bytes(settings, settings.scene if start is None else start.config),
+            parent=None if scene is None else scene.provenance,
+            start=None if start is None else start.config,
+            reference=reference,
         )
 
         def train(guidance, device, control):
-            return train_static(settings, guidance, seed=seed, device=device, control=control, scene=start)
+            return train_static(
+                settings, guidance, seed=seed, device=device, control=control, scene=start, reference=reference
+            )
 
         node_id = cls.hidden.unique_id
         return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
@@ -150,40 +234,27 @@ class AnimateScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return io.Schema(
-            node_id="Dream4DAnimateScene",
-            display_name="Animate Scene",
-            category=CATEGORY,
-            description="Lets the object of a still scene move as a sentence says, by distilling a video model into "
-            "a deformation over time. Cancel keeps what is done: queue again to go on.",
-            search_aliases=["text to 4d", "dream4d", "animate 3d", "motion", "score distillation", "sds"],
-            inputs=[
+        return _schema(
+            "Dream4DAnimateScene",
+            "Animate Scene",
+            "Lets the object of a still scene move as a sentence says, by distilling a video model into a deformation "
+            "over time.",
+            ["text to 4d", "animate 3d", "motion"],
+            [
                 ScenePort.Input("scene", tooltip="The still scene (a copy is animated)."),
-                PriorPort.Input("video_prior", tooltip="A prior of the kind video."),
-                _prompt_input("What it does, for example: a red cube is jumping. With the toy prior only its words."),
-                io.DynamicCombo.Input(
-                    "recipe",
-                    options=[
-                        io.DynamicCombo.Option(
-                            r.name,
-                            [
-                                _steps(r.steps),
-                                io.Int.Input(
-                                    "hifa_steps",
-                                    default=r.guidance[0].distillation.n_steps,
-                                    min=1,
-                                    max=100,
-                                    advanced=True,
-                                    tooltip="Denoising steps for one step of training. More than 1 walk through the "
-                                    "whole schedule (HiFA): cleaner targets, as many times the work.",
-                                ),
-                            ],
-                        )
-                        for r in MOTION_RECIPES.values()
-                    ],
-                    tooltip="All numbers of the run. toy: for the toy prior, some minutes on a CPU. The others: the "
-                    "published settings, for full-size models and a GPU.",
-                ),
+                _prior("video", ".", optional=False),
+            ],
+            "What it does, for example: a red cube is jumping. With the toy prior only its words.",
+            io.DynamicCombo.Input(
+                "recipe",
+                options=[
+                    io.DynamicCombo.Option(r.name, [_steps(r.steps), _hifa_steps(r)]) for r in MOTION_RECIPES.values()
+                ],
+                tooltip="All numbers of the run. toy: for the toy prior, some minutes on a CPU. The others: the "
+                "published settings, for full-size models and a GPU.",
+            ),
+            ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene."),
+            extra=[
                 io.Float.Input(
                     "deformation_scale",
                     default=0.0,
@@ -192,17 +263,27 @@ class AnimateScene(io.ComfyNode):
                     step=0.05,
                     advanced=True,
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
-                ),
-                *_common_inputs(),
+                )
             ],
-            outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, recipe: Mapping | None = None) -> bool | str:
-        """Refuse an empty prompt and an unknown recipe."""
-        return _first_complaint(_check_recipe(recipe, MOTION_RECIPES), _check_prompt(prompt))
+    def validate_inputs(
+        cls,
+        input_types: Mapping[str, str],
+        prompt: str | None = None,
+        recipe: Mapping | str | None = None,
+        deformation_scale: float | None = None,
+    ) -> bool | str:
+        """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
+        too_small = deformation_scale is not None and 0 < deformation_scale < 0.05
+        return first_complaint(
+            check_types(cls, input_types),
+            check_recipe(recipe_name(recipe), MOTION_RECIPES),
+            check_prompt(prompt),
+            check_ranges(cls, deformation_scale=deformation_scale),
+            "deformation_scale must be 0 (automatic) or at least 0.05" if too_small else True,
+        )
 
     @classmethod
     def execute(
@@ -230,8 +311,8 @@ class AnimateScene(io.ComfyNode):
             negative.strip(),
             seed,
             {"scene": scene.fingerprint(), "deformation_scale": scale},
-            scene.provenance,
-            memory_bytes(settings, scene.scene.config),
+            parent=scene.provenance,
+            start=scene.scene.config,
         )
 
         def train(guidance, device, control):
@@ -249,34 +330,43 @@ class AnimateScene(io.ComfyNode):
         return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
 
 
+def _hifa_steps(recipe: MotionRecipe) -> io.Int.Input:
+    return io.Int.Input(
+        "hifa_steps",
+        default=recipe.guidance[0].distillation.n_steps,
+        min=1,
+        max=100,
+        advanced=True,
+        tooltip="Denoising steps for one step of training. More than 1 walk through the whole schedule (HiFA): cleaner "
+        "targets, as many times the work.",
+    )
+
+
 def motion_recipe(name: str, steps: int, hifa_steps: int) -> MotionRecipe:
     """Return a recipe with another number of steps and, where it is changed, of denoising steps."""
     recipe: MotionRecipe = find_recipe(name, MOTION_RECIPES)
-    first = recipe.guidance[0]
-    if hifa_steps != first.distillation.n_steps:
-        changed = replace(first.distillation, loss="multistep", n_steps=hifa_steps)
-        recipe = replace(recipe, guidance=(replace(first, distillation=changed), *recipe.guidance[1:]))
+    if hifa_steps != recipe.guidance[0].distillation.n_steps:
+        recipe = with_hifa_steps(recipe, hifa_steps)
     return replace(recipe, steps=steps)
 
 
-def _first_complaint(*checks: bool | str) -> bool | str:
-    return next((check for check in checks if check is not True), True)
-
-
-def _check_recipe(recipe: object, known: Mapping) -> bool | str:
-    """ComfyUI leaves out the value of a dynamic choice that is none of its options."""
-    return True if recipe is not None else f"unknown recipe: choose one of {', '.join(known)}"
-
-
-def _check_prompt(prompt: str | None) -> bool | str:
-    """None means that the prompt comes from another node and isn't known yet."""
-    if prompt is None or prompt.strip():
-        return True
-    return "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+def _reference(
+    recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str
+) -> Reference | None:
+    """The prepared picture that the recipe needs, or None where it needs none; RunError for what doesn't fit it."""
+    complaint = check_picture(recipe, image is not None, mask is not None, IMAGE_RECIPES)
+    if complaint is not True:
+        raise RunError(complaint)
+    if image is None:
+        return None
+    with gradients():
+        reference = reference_of(image, mask, shows, recipe.reference)
+        check_reference(recipe, reference)
+    return reference
 
 
 def _said(prompt: str) -> str:
-    checked = _check_prompt(prompt)
+    checked = check_prompt(prompt)
     if checked is not True:
         raise RunError(checked)
     return prompt.strip()

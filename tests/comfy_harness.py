@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GUARD = Path(__file__).resolve().parent / "guard"
 PACK = "dream4d"
 
 
@@ -52,16 +53,20 @@ def why_no_server() -> str | None:
 
 
 class Server:
-    """A ComfyUI server on the CPU with folders of its own and this repository as its only pack."""
+    """A ComfyUI server on the CPU with folders of its own and this repository as its only pack.
+
+    It can't reach other machines, and it has a second pack that looks inside and makes things fail (see tests/guard).
+    """
 
     def __init__(self, base: Path) -> None:
         self.base, self.port = base, _free_port()
         for name in ("custom_nodes", "input", "output", "models", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        pack = base / "custom_nodes" / PACK
-        if not pack.exists():
-            pack.symlink_to(REPOSITORY, target_is_directory=True)
-        self.log = base / "server.log"
+        for name, place in ((PACK, REPOSITORY), ("guard_pack", GUARD / "guard_pack")):
+            pack = base / "custom_nodes" / name
+            if not pack.exists():
+                pack.symlink_to(place, target_is_directory=True)
+        self.log, self.connections = base / "server.log", base / "connections.jsonl"
         self._process: subprocess.Popen | None = None
 
     @property
@@ -75,6 +80,7 @@ class Server:
         words = [find_python(comfyui), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
         words += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
+        environment |= {"PYTHONPATH": str(GUARD), "DREAM4D_TEST_CONNECTIONS": str(self.connections)}
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(words, cwd=comfyui, env=environment, stdout=log, stderr=log)
         limit = time.monotonic() + seconds
@@ -110,8 +116,12 @@ class Server:
 
     def get(self, path: str) -> dict:
         """GET some JSON."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
+        return json.loads(self.read(path))
+
+    def read(self, path: str) -> bytes:
+        """GET anything."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read()
 
     def post(self, path: str, body: dict) -> tuple[int, dict]:
         """POST some JSON; return the status and the answer."""
@@ -159,6 +169,18 @@ class Server:
         messages = [m for name, m in entry["status"]["messages"] if name == "execution_error"]
         assert messages, entry["status"]
         return messages[0]["exception_message"]
+
+    def inside(self) -> dict:
+        """What the guard pack sees: "libraries", "networks" (alive), "held" (by ComfyUI's memory management)."""
+        return self.get("/dream4d_test/inside")
+
+    def attempts(self) -> list[dict]:
+        """The connections to other machines that were tried."""
+        return (
+            [json.loads(line) for line in self.connections.read_text().splitlines()]
+            if self.connections.exists()
+            else []
+        )
 
     def interrupt(self) -> None:
         """Press Cancel."""
@@ -269,6 +291,7 @@ def static_nodes(steps: int = 3, prompt: str = "a red cube", seed: int = 0, **ch
     """Nodes 1 and 2: a prior and a still scene."""
     given = {"prompt": prompt, "recipe": "toy", "recipe__steps": steps, "seed": seed, "negative": ""}
     given |= {"resume": "resume automatically", "preview_seconds": 0.0, "multiview_prior": ["1", 0]}
+    given |= {"mask_shows": "automatic"}
     return {
         "1": node("Dream4DLoadToyPrior", kind="multiview"),
         "2": node("Dream4DOptimizeStaticScene", **(given | changes)),

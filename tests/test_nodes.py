@@ -6,8 +6,10 @@ import ast
 import importlib
 import json
 import math
+import re
 import sys
 import threading
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 from comfy_harness import REPOSITORY
 
-from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
+from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, TOY_IMAGE
 
 NODES = REPOSITORY / "nodes"
 FILES = sorted(NODES.rglob("*.py")) + [REPOSITORY / "__init__.py"]
@@ -113,58 +115,136 @@ def test_cameras_that_cannot_be_used(change, message):
 # ---- live preview ------------------------------------------------------------------------------------------------
 
 
-def test_a_late_preview_is_dropped_and_never_fails_the_run(monkeypatch):
-    preview = part_of_the_pack("preview")
-    now = [0.0]
-    seen, gate = [], threading.Event()
+@pytest.fixture
+def preview(monkeypatch):
+    """The module, with pictures that cost nothing."""
+    module = part_of_the_pack("preview")
+    monkeypatch.setattr(module, "preview_frames", lambda scene, number, size: torch.zeros(1, 8, 8, 3))
+    return module
+
+
+def soon(condition, seconds: float = 10.0) -> bool:
+    """Whether something becomes true."""
+    limit = time.monotonic() + seconds
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_a_late_preview_is_dropped(preview):
+    now, seen, gate = [0.0], [], threading.Event()
 
     def send(image):
         gate.wait(10)
         seen.append(image.size)
 
-    monkeypatch.setattr(preview, "preview_picture", lambda scene, number: torch.zeros(8, 8, 3))
     live = preview.LivePreview(send, 4.0, clock=lambda: now[0])
     assert not live.offer(None), "not yet"
-    now[0] = 1.5
+    now[0] = 2.5
     assert live.offer(None)
     now[0] = 6.0
     assert not live.offer(None), "the first one is still on its way"
     gate.set()
-    live._worker.join(10)
+    assert soon(lambda: len(seen) == 1 and not live._on_its_way.is_set())
     now[0] = 10.5
-    assert live.offer(None)
-    live._worker.join(10)
+    assert live.offer(None) and soon(lambda: len(seen) == 2)
     live.close()
-    assert seen == [(16, 16)] * 2
+    assert seen == [(256, 256)] * 2
+    assert (live.cost.made, live.cost.dropped) == (2, 1)
+    now[0] = 100.0
     assert not live.offer(None), "closed"
 
-    def broken(scene, number):
+
+def test_a_clip_is_played_until_the_next_one(preview, monkeypatch):
+    frames = [torch.full((8, 8, 3), value / 10) for value in range(3)]
+    monkeypatch.setattr(preview, "preview_frames", lambda scene, number, size: torch.stack(frames))
+    monkeypatch.setattr(preview, "_CLIP_FPS", 200.0)
+    now, seen = [10.0], []
+    live = preview.LivePreview(lambda image: seen.append(image.getpixel((0, 0))[0]), 4.0, clock=lambda: now[0])
+    now[0] = 20.0
+    assert live.offer(None) and soon(lambda: len(seen) >= 7)
+    live.close()
+    count = len(seen)
+    assert seen[:7] == [0, 26, 51, 0, 26, 51, 0]
+    time.sleep(0.05)
+    assert len(seen) == count, "nothing is sent after the end"
+
+
+@pytest.mark.parametrize("broken", ["rendering", "sending"])
+def test_a_failing_preview_does_not_fail_the_run(preview, monkeypatch, broken):
+    now = [0.0]
+
+    def fail(*_):
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(preview, "preview_picture", broken)
-    live = preview.LivePreview(send, 1.0, clock=lambda: now[0])
+    if broken == "rendering":
+        monkeypatch.setattr(preview, "preview_frames", fail)
+    live = preview.LivePreview(fail, 1.0, clock=lambda: now[0])
     now[0] = 20.0
-    assert not live.offer(None)
+    assert live.offer(None) == (broken == "sending")
+    assert soon(lambda: live._next == math.inf)
     now[0] = 1e6
     assert not live.offer(None), "off after a failure"
+    live.close()
 
 
-def test_previews_take_a_small_share_of_the_time(monkeypatch):
-    preview = part_of_the_pack("preview")
-    now, made = [0.0], []
+def test_previews_take_a_small_share_of_the_time(preview, monkeypatch):
+    """Whatever a picture costs: they become smaller first, rarer then."""
+    for seconds_a_pixel in (1e-7, 1e-5, 1e-3):
+        now, sizes = [0.0], []
 
-    def slow(scene, number):
-        now[0] += 2.0
-        made.append(now[0])
-        return torch.zeros(8, 8, 3)
+        def slow(scene, number, size, now=now, sizes=sizes, seconds_a_pixel=seconds_a_pixel):
+            now[0] += size * size * seconds_a_pixel
+            sizes.append(size)
+            return torch.zeros(1, 8, 8, 3)
 
-    monkeypatch.setattr(preview, "preview_picture", slow)
-    live = preview.LivePreview(lambda image: None, 1.0, clock=lambda: now[0])
-    while now[0] < 1000:
-        now[0] += 0.5
-        if live.offer(None):
-            live._worker.join(10)
-    assert len(made) > 3 and 2.0 * len(made) <= 0.05 * now[0]
+        monkeypatch.setattr(preview, "preview_frames", slow)
+        live = preview.LivePreview(lambda image: None, 4.0, clock=lambda now=now: now[0])
+        while now[0] < 2000:
+            now[0] += 0.5
+            if live.offer(None):
+                assert soon(lambda live=live: not live._on_its_way.is_set())
+        live.close()
+        assert len(sizes) > 3 and live.cost.rendering <= 0.05 * now[0]
+        assert {1e-7: max(sizes) == 256, 1e-5: 48 < sizes[-1] < 256, 1e-3: sizes[-1] == 48}[seconds_a_pixel]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def cut_out(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture [1, size, size, 3] and the mask [1, size, size] of the square in its middle."""
+    mask = torch.zeros(1, size, size)
+    mask[:, 8:24, 8:24] = 1
+    return torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(0)), mask
+
+
+def test_masks_of_both_kinds_and_alpha_mean_the_same():
+    pictures, config = part_of_the_pack("pictures"), TOY_IMAGE.reference
+    image, mask = cut_out()
+    ours = pictures.reference_of(image, mask, "subject", config)
+    same = [
+        pictures.reference_of(image, mask, "automatic", config),
+        pictures.reference_of(image, 1 - mask, "automatic", config),
+        pictures.reference_of(image, 1 - mask, "background", config),
+        pictures.reference_of(torch.cat((image, mask[..., None]), -1), None, "automatic", config),
+    ]
+    assert ours.mask.any()
+    assert {reference.fingerprint() for reference in same} == {ours.fingerprint()}
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (torch.rand(1, 32, 32, 3), None, "no alpha and no mask"),
+        (torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), "the mask is empty: Load Image gives such a one"),
+        (torch.rand(2, 32, 32, 3), cut_out()[1], "one picture is needed, got 2"),
+        (torch.rand(1, 32, 32, 3), cut_out(64)[1], "64x64 pixels, the picture 32x32"),
+    ],
+)
+def test_pictures_that_cannot_be_used(image, mask, message):
+    with pytest.raises(ValueError, match=message):
+        part_of_the_pack("pictures").reference_of(image, mask, "automatic", TOY_IMAGE.reference)
 
 
 # ---- schemas, as the server tells them ---------------------------------------------------------------------------
@@ -175,15 +255,19 @@ def schemas(server) -> dict:
     return {name: schema for name, schema in server.get("/object_info").items() if name.startswith("Dream4D")}
 
 
-def inputs_of(groups: dict) -> dict[str, tuple[str, dict]]:
-    """All inputs as name -> (type, options), with those below dynamic choices as "choice.key.name"."""
+def inputs_of(groups: dict, flat: bool = False) -> dict[str, tuple[str, dict]]:
+    """All inputs as name -> (type, options), with those below dynamic choices as "choice.key.name".
+
+    `flat` leaves out the key, as graphs do.
+    """
     found = {}
     for name, (kind, *rest) in (groups.get("required", {}) | groups.get("optional", {})).items():
         options = rest[0] if rest else {}
         found[name] = (kind, options)
         for choice in (c for c in options.get("options", []) if isinstance(c, dict)):
-            below = inputs_of(choice["inputs"])
-            found |= {f"{name}.{choice['key']}.{inner}": value for inner, value in below.items()}
+            below = inputs_of(choice["inputs"], flat)
+            prefix = name if flat else f"{name}.{choice['key']}"
+            found |= {f"{prefix}.{inner}": value for inner, value in below.items()}
     return found
 
 
@@ -192,7 +276,8 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 
 
 def test_every_node_is_there(schemas):
-    expected = {"LoadToyPrior", "LoadPrior", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
+    expected = {f"Load{kind}Prior" for kind in ("Toy", "Multiview", "Image", "NovelView", "Pixel", "Video", "")}
+    expected |= {"ApplyLora", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
     expected |= {"SaveScene", "LoadScene", "SceneInfo"}
     assert set(schemas) == {f"Dream4D{name}" for name in expected}
 
@@ -216,7 +301,7 @@ def test_no_node_is_crowded(schemas):
 
 
 def test_defaults_are_the_recipes(schemas):
-    for name, recipes in (("OptimizeStaticScene", STATIC_RECIPES), ("AnimateScene", MOTION_RECIPES)):
+    for name, recipes in (("OptimizeStaticScene", STATIC_RECIPES | IMAGE_RECIPES), ("AnimateScene", MOTION_RECIPES)):
         inputs = given_inputs(schemas[f"Dream4D{name}"])
         choices = [choice["key"] for choice in inputs["recipe"][1]["options"]]
         assert choices == list(recipes) and choices[0] == "toy"
@@ -225,6 +310,87 @@ def test_defaults_are_the_recipes(schemas):
             if name == "AnimateScene":
                 steps = inputs[f"recipe.{recipe.name}.hifa_steps"][1]["default"]
                 assert steps == recipe.guidance[0].distillation.n_steps
+
+
+LOCALES = sorted(path.name for path in (REPOSITORY / "locales").iterdir())
+
+
+def locale(language: str, name: str) -> dict:
+    return json.loads((REPOSITORY / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def texts_of(schema: dict) -> dict:
+    """What a locale says of a node, in ComfyUI's layout: dots in names are underscores, outputs go by number."""
+    inputs = inputs_of(schema["input"], flat=True)
+    outputs = enumerate(zip(schema["output_name"], schema["output_tooltips"], strict=True))
+    return {
+        "display_name": schema["display_name"],
+        "description": schema["description"],
+        "inputs": {
+            n.replace(".", "_"): {"name": n.split(".")[-1], "tooltip": o["tooltip"]} for n, (_, o) in inputs.items()
+        },
+        "outputs": {str(index): {"name": name, "tooltip": tooltip} for index, (name, tooltip) in outputs},
+    }
+
+
+def test_the_english_locale_says_what_the_schemas_say(schemas):
+    assert locale("en", "nodeDefs") == {name: texts_of(schema) for name, schema in schemas.items()}
+
+
+@pytest.mark.parametrize("language", [name for name in LOCALES if name != "en"])
+def test_every_other_locale_is_complete(schemas, language):
+    def leaves(tree: dict, path: str = "") -> dict:
+        found = {}
+        for key, value in tree.items():
+            found |= leaves(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
+        return found
+
+    ours = leaves({name: texts_of(schema) for name, schema in schemas.items()})
+    theirs = leaves(locale(language, "nodeDefs"))
+    assert ours.keys() == theirs.keys()
+    assert all(isinstance(text, str) and text for text in theirs.values())
+    assert not [key for key, text in theirs.items() if key.endswith(".tooltip") and text == ours[key]], "untranslated"
+    assert not [key for key, text in theirs.items() if set(text) & set("{}|@")], "signs that the front end interprets"
+    assert locale(language, "main").keys() == locale("en", "main").keys()
+
+
+def test_there_are_two_languages_that_the_server_hands_out(server):
+    assert len(LOCALES) >= 2
+    told = server.get("/i18n")
+    for language in LOCALES:
+        assert told[language]["nodeDefs"] == locale(language, "nodeDefs")
+
+
+def test_every_node_has_a_help_page_with_a_picture(schemas, server):
+    shown = set()
+    for name in schemas:
+        text = server.read(f"/extensions/dream4d/docs/{name}.md").decode()
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert pictures, f"{name} has no picture"
+        shown |= set(pictures)
+        for picture in pictures:
+            assert server.read(f"/extensions/dream4d/docs/{picture}")[:2] in (b"\xff\xd8", b"\x89P"), picture
+    there = {path.relative_to(NODES / "web" / "docs").as_posix() for path in (NODES / "web" / "docs").rglob("*.jpg")}
+    assert there <= shown, "no picture is left over"
+
+
+def test_the_icon_keeps_to_the_registrys_rules():
+    from PIL import Image
+
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    for key, ratio, most in (("Icon", 1, 400), ("Banner", 21 / 9, 4096)):
+        address = re.search(rf'^{key} = "(https://[^"]+)"$', project, re.M)[1]
+        path = REPOSITORY / address.split("/main/", 1)[1]
+        width, height = Image.open(path).size
+        assert abs(width / height - ratio) < 0.01 and width <= most, path
+
+
+def test_the_registry_gets_what_it_asks_for():
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ('license = { text = "Apache-2.0" }', "Repository = ", "PublisherId = ", 'requires-comfyui = ">='):
+        assert f"\n{line}" in project, line
+    left_out = (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()
+    assert "tests/" in left_out and not {"nodes/", "dream4d_engine/", "example_workflows/", "locales/"} & set(left_out)
 
 
 def test_what_few_touch_is_advanced(schemas):

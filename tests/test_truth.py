@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from dream4d_engine.priors.conditioning import text_guidance
-from dream4d_engine.priors.loading import load_prior, toy_folder
-from dream4d_engine.toyworld.evaluate import evaluate_scene
+from dream4d_engine.priors.loading import PriorExtras, load_prior, toy_folder, toy_subject
+from dream4d_engine.toyworld.evaluate import evaluate_scene, reference_match
+from dream4d_engine.toyworld.measure import photograph
 from dream4d_engine.toyworld.models import KINDS
 from dream4d_engine.toyworld.samples import captions_conditions, measure_views, motion_gate, sample, view_cameras
-from dream4d_engine.training.config import TOY_MOTION, TOY_STATIC
+from dream4d_engine.toyworld.subject import SUBJECT_PROMPT, scene_likeness
+from dream4d_engine.training.config import TOY_IMAGE, TOY_MOTION, TOY_PERSONALISED, TOY_STATIC
+from dream4d_engine.training.guidance import load_guidance
 from dream4d_engine.training.loop import RunControl
 from dream4d_engine.training.motion import train_motion
+from dream4d_engine.training.reference import prepare_reference
 from dream4d_engine.training.static import train_static
 
 CPU = torch.device("cpu")
@@ -78,3 +82,35 @@ def test_the_object_is_there_after_a_bit_more_than_half_of_the_steps():
     found = evaluate_scene(scene, prompt, n_times=0)
     assert found.colors_right == 8
     assert found.iou > 0.75
+
+
+def test_a_picture_becomes_the_moving_object_that_it_shows():
+    """With half of the steps; the whole ones are in the toy models' README."""
+    caption = "an orange cone is sliding"
+    recipe, motion = replace(TOY_IMAGE, steps=120), replace(TOY_MOTION, steps=120)
+    reference = prepare_reference(photograph(caption, 64), recipe.reference)
+    folders = {kind: toy_folder(kind) for kind in KINDS}
+    guidance = load_guidance(recipe, folders, "an orange cone", CPU, reference)
+    still, _ = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(), reference=reference)
+    psnr, iou = reference_match(still, reference, recipe.reference)
+    assert psnr > 22 and iou > 0.9
+    moving, _ = train_motion(still, motion, guidance_of(motion, caption), seed=0, device=CPU, control=RunControl())
+    found = evaluate_scene(moving, caption)
+    assert found.colors_right == 8
+    assert sum(found.iou_per_view[1:]) / 7 > 0.8, "seen from where the picture shows nothing"
+    assert found.one_face_in_front
+    assert found.motion_correlation > 0.95
+    assert 0.6 < found.motion_amplitude < 1.3
+
+
+def test_a_personal_subject_is_recognised_with_its_lora_and_not_without():
+    recipe = replace(TOY_PERSONALISED, steps=100)
+    folders = {kind: toy_folder(kind) for kind in KINDS}
+    right = {}
+    for lora in (toy_subject(), None):
+        extras = {"image": PriorExtras(image_lora=lora)}
+        guidance = load_guidance(recipe, folders, SUBJECT_PROMPT, CPU, extras=extras)
+        scene, _ = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl())
+        right[lora is not None] = scene_likeness(scene).right
+    assert right[True] >= 6
+    assert right[False] == 0

@@ -80,7 +80,8 @@ class LoraOptions:
     """What is added to the text-to-image model."""
 
     image_lora: Annotated[str | None, _FILE] = None
-    """LoRA (DreamBooth's, say) for the text-to-image model; its subject is "sks" in the prompt."""
+    """LoRA (DreamBooth's, say) for the text-to-image model; its subject is "sks" in the prompt. "toy" is the one in the
+    package, of "a sks snowman", for --recipe toy-personalised."""
     image_lora_strength: float = 1.0
     """How much of it."""
 

@@ -9,7 +9,7 @@ from typing import get_args
 from ..priors.conditioning import words_for
 from ..priors.folders import FolderSource
 from ..priors.identify import identify, open_source
-from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder
+from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder, toy_subject
 from ..priors.lora import read_lora
 from ..priors.weights import find_weights
 from ..training.config import MotionRecipe, PriorKind, StaticRecipe, is_toy
@@ -52,8 +52,9 @@ def prior_extras(options: object) -> dict[PriorKind, PriorExtras]:
         raise PriorError(f"--tiny-vae {tiny_vae} is no AutoencoderTiny")
     extras = dict.fromkeys(get_args(PriorKind), PriorExtras(tiny_vae=tiny_vae))
     if lora is not None and lora.image_lora is not None:
-        read_lora(lora.image_lora)
-        extras["image"] = PriorExtras(lora.image_lora, lora.image_lora_strength, tiny_vae)
+        path = toy_subject() if lora.image_lora == "toy" else Path(lora.image_lora)
+        read_lora(path)
+        extras["image"] = PriorExtras(path, lora.image_lora_strength, tiny_vae)
     return extras
 
 

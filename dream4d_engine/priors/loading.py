@@ -38,6 +38,7 @@ __all__ = [
     "read_schedule",
     "split_words",
     "toy_folder",
+    "toy_subject",
 ]
 
 
@@ -170,6 +171,11 @@ def _load_vae(source: Source, tiny_vae: Path | str | None, dtype: torch.dtype, d
 def toy_folder(kind: PriorKind) -> Path:
     """Where the toy prior of this kind lies inside the package."""
     return Path(__file__).parent / "toy" / kind
+
+
+def toy_subject() -> Path:
+    """Where the LoRA of the toy image prior's personal subject, "a sks snowman", lies inside the package."""
+    return Path(__file__).parent / "toy" / "subject"
 
 
 def check_prompt(prior: Prior, prompt: str) -> None:

@@ -115,8 +115,8 @@ def true_renderer(
     return renderer
 
 
-def _frames(renderer: Renderer, cameras: CameraBatch) -> tuple[Tensor, Tensor]:
-    """Render one group; return the object's own colour [F, H, W, 3] and opacity [F, H, W] on the CPU, never NaN."""
+def frames_of(renderer: Renderer, cameras: CameraBatch) -> tuple[Tensor, Tensor]:
+    """Render one group [1, F]; return the object's own colour [F, H, W, 3] and opacity [F, H, W] on the CPU, no NaN."""
     pictures = renderer(cameras)
     opacity = pictures.opacity[0, ..., 0].detach().float().cpu().nan_to_num(0).clamp(0, 1)
     rgb = pictures.rgb[0].detach().float().cpu().nan_to_num(0)
@@ -231,6 +231,23 @@ def best_scale(opacity: Tensor, truth: Tensor) -> tuple[float, Tensor]:
     return scale, tried[scale]
 
 
+def align(color: Tensor, opacity: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring pictures [F, H, W, 3], opacities [F, H, W] over true ones: the best scale, each view's best shift.
+
+    Returns both and the IoU of each view [F].
+    """
+    scale, iou = best_scale(opacity, truth)
+    opacity = _scaled(opacity, scale)
+    color = torch.stack([_scaled(channel, scale) for channel in color.unbind(-1)], -1)
+    shifts = _best_shift(_solid(opacity), _solid(truth))[1]
+    moved = torch.cat([_moved(o[None], shift) for o, shift in zip(opacity, shifts, strict=True)])
+    painted = [
+        torch.cat([_moved(c[None], shift) for c, shift in zip(channel, shifts, strict=True)])
+        for channel in color.unbind(-1)
+    ]
+    return torch.stack(painted, -1), moved, iou
+
+
 # --- faces
 
 
@@ -334,7 +351,7 @@ def _motion_scales(caption: Caption, cameras: CameraBatch) -> dict[str, float]:
     scales = {}
     for motion in MOTIONS[1:]:
         moving = true_renderer(Caption(caption.color, caption.shape, motion))
-        scales[motion] = max(_spread(motion_signals(*_frames(moving, cameras))[motion]), 1e-6)
+        scales[motion] = max(_spread(motion_signals(*frames_of(moving, cameras))[motion]), 1e-6)
     return scales
 
 
@@ -350,8 +367,8 @@ class _Clip:
 
 def _evaluate_clip(renderer: Renderer, caption: Caption, cameras: CameraBatch, scale: float) -> _Clip:
     """Measure the motion from one fixed camera [1, F]; see Evaluation and motion_signals."""
-    color, opacity = _frames(renderer, cameras)
-    true_color, true_opacity = _frames(true_renderer(caption), cameras)
+    color, opacity = frames_of(renderer, cameras)
+    true_color, true_opacity = frames_of(true_renderer(caption), cameras)
     signals, truth = motion_signals(color, opacity), motion_signals(true_color, true_opacity)
     units = _motion_scales(caption, cameras)
     stray = {motion: _spread(signals[motion] - truth[motion]) / units[motion] for motion in units}
@@ -397,13 +414,13 @@ def evaluate(
     caption = as_caption(caption)
     truth = true_renderer(caption)
     views = orbit(n_views, size, size)
-    color, opacity = _frames(renderer, views)
-    true_opacity = _frames(truth, views)[1]
+    color, opacity = frames_of(renderer, views)
+    true_opacity = frames_of(truth, views)[1]
     colors = view_colors(color, opacity)
     scale, iou = best_scale(opacity, true_opacity)
     circle = orbit(n_azimuths, size, size, elevation_deg=10.0)
-    true_peak = float(face_profile(*_frames(truth, circle)).max())
-    profile = face_profile(*_frames(renderer, circle))
+    true_peak = float(face_profile(*frames_of(truth, circle)).max())
+    profile = face_profile(*frames_of(renderer, circle))
     n_faces, azimuth, strength, in_front = find_faces(profile, true_peak)
     clip = _evaluate_clip(renderer, caption, fixed_take(n_times, size, size), scale) if n_times else None
     return Evaluation(
@@ -456,3 +473,23 @@ def reference_match(scene: Scene, reference: Reference, config: ReferenceConfig,
     error = float((output.rgb.clamp(0, 1).nan_to_num(0) - wanted).square().mean())
     iou = float(_iou(_solid(output.opacity[0, ..., 0]), _solid(view.mask[0, ..., 0]))[0])
     return -10 * math.log10(max(error, 1e-10)), iou
+
+
+def frame_error(renderer: Renderer, caption: Caption | str, size: int = 64, n_times: int = 24) -> float:
+    """How unsteady a motion is: how far its changes from frame to frame are from the true ones, over black.
+
+    Root mean square, over the pixels that the object ever covers in truth or result, of (result[t+1] - result[t]) -
+    (truth[t+1] - truth[t]) in colours multiplied by the opacity; mean over the pairs of frames of a clip from the
+    front. A fault that stands still adds nothing.
+    """
+    cameras = fixed_take(n_times, size, size)
+    shown = [(color * opacity[..., None], opacity) for color, opacity in _both(renderer, caption, cameras)]
+    seen = torch.stack([opacity.amax(0) > 0.5 for _, opacity in shown]).any(0)
+    if not seen.any():
+        return 0.0
+    change = shown[0][0].diff(dim=0) - shown[1][0].diff(dim=0)
+    return float(change[:, seen].square().mean((1, 2)).sqrt().mean())
+
+
+def _both(renderer: Renderer, caption: Caption | str, cameras: CameraBatch) -> list[tuple[Tensor, Tensor]]:
+    return [frames_of(r, cameras) for r in (renderer, true_renderer(caption))]

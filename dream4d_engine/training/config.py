@@ -379,8 +379,13 @@ TOY_IMAGE = replace(
 TOY_PERSONALISED = replace(
     TOY_STATIC,
     name="toy-personalised",
-    guidance=(*TOY_STATIC.guidance, GuidanceTerm("image", 1.0, _TOY_PICTURE)),
+    guidance=(
+        replace(TOY_STATIC.guidance[0], weight=0.3),
+        GuidanceTerm("image", 2.0, replace(_TOY_PICTURE, guidance_scale=1.0)),
+    ),
 )
+"""The multi-view prior, which isn't told the subject's word, leads the shape, the image prior the colours; more
+guidance of the latter would overdraw what it learnt from four pictures."""
 
 STATIC_RECIPES = {recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, TOY_PERSONALISED)}
 """Stage 1 from a sentence."""

@@ -1,0 +1,258 @@
+"""Measure the toy recipes that start from a picture or a personal subject, and what multi-step targets are worth:
+`python -m dream4d_engine.toyworld.measure --out DIR`.
+
+- pictures: image-to-4d from one picture of the front of each of six objects, against the truth.
+- subject: the personal subject of subject.py with its LoRA and without.
+- steadiness: the same still object animated by targets of one and of four denoising steps.
+
+Writes DIR/measures.json, a sheet of pictures DIR/PART.png for each part, and prints tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
+from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
+from ..rendering import RenderOptions, render_chunked
+from ..scene import Scene
+from ..training.config import (
+    TOY_DISTANCE,
+    TOY_FOV_DEG,
+    TOY_IMAGE,
+    TOY_MOTION,
+    TOY_PERSONALISED,
+    TOY_STATIC,
+    MotionRecipe,
+    StaticRecipe,
+    with_hifa_steps,
+)
+from ..training.guidance import active_terms, load_guidance
+from ..training.loop import FitSummary, RunControl
+from ..training.motion import train_motion
+from ..training.reference import Reference, prepare_reference
+from ..training.static import train_static
+from .captions import as_caption
+from .evaluate import Pictures, evaluate_scene, frame_error, reference_match
+from .models import write_json
+from .samples import sheet
+from .subject import SUBJECT_PROMPT, scene_likeness
+from .world import render_caption
+
+PICTURE_CAPTIONS = (
+    "a red cube is jumping",
+    "a blue sphere is sliding",
+    "a green cone is stretching",
+    "a yellow cylinder is spinning",
+    "a purple torus is swaying",
+    "a white snowman is jumping",
+)
+STEADINESS_CAPTIONS = PICTURE_CAPTIONS[:1] + PICTURE_CAPTIONS[2:5]
+_SHEET_SIZE, _SHEET_GREY = 64, 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder or number of denoising steps."""
+
+    part: str
+    name: str
+    caption: str
+    option: str | int | None = None
+    device: str = "cpu"
+    seed: int = 0
+    share: float = 1.0
+
+
+Result = tuple[Case, dict[str, Any], Tensor]
+"""(case, its measures, pictures [n, H, W, 3])."""
+
+
+def photograph(caption: str, size: int = 128) -> Tensor:
+    """A picture of an object at rest from the front, cut out, as the recipe toy-image expects it: [H, W, 4]."""
+    camera = make_cameras(0.0, 0.0, TOY_DISTANCE, math.radians(TOY_FOV_DEG), 0.0, size, size)
+    picture = render_caption(replace(as_caption(caption), motion="still"), camera, 4)
+    return torch.cat((picture.rgb, picture.mask), -1)[0, 0]
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+def measure_picture(case: Case) -> Result:
+    """image-to-4d from one picture of the toy world."""
+    recipe, motion = _shortened(TOY_IMAGE, case), _shortened(TOY_MOTION, case)
+    reference = prepare_reference(photograph(case.caption), recipe.reference)
+    still, first = _static(recipe, as_caption(case.caption).object_text, case, reference=reference)
+    moving, second = _motion(still, motion, case)
+    psnr, _ = reference_match(still, reference, recipe.reference)
+    found = evaluate_scene(moving, case.caption)
+    measures = {
+        "psnr": psnr,
+        "iou_unseen": sum(found.iou_per_view[1:]) / (len(found.iou_per_view) - 1),
+        "iou_unseen_least": min(found.iou_per_view[1:]),
+        "colors_right": found.colors_right,
+        "one_face_in_front": found.one_face_in_front,
+        "motion_correlation": found.motion_correlation,
+        "motion_amplitude": found.motion_amplitude,
+        "clip_iou": found.clip_iou,
+        "seconds": first.seconds + second.seconds,
+    }
+    return case, measures, torch.cat((_around(still), _over_time(moving)))
+
+
+def measure_subject(case: Case) -> Result:
+    """The personal subject; `option` is its LoRA, or None."""
+    lora = PriorExtras(image_lora=case.option)
+    still, summary = _static(_shortened(TOY_PERSONALISED, case), SUBJECT_PROMPT, case, extras={"image": lora})
+    found = scene_likeness(still)
+    measures = {"right": found.right, "body": found.body, "head": found.head, "iou": found.iou}
+    return case, measures | {"seconds": summary.seconds}, _around(still)
+
+
+def measure_steadiness(case: Case) -> Result:
+    """A motion by targets of `option` denoising steps."""
+    still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
+    moving, summary = _motion(still, with_hifa_steps(_shortened(TOY_MOTION, case), int(case.option)), case)
+    found = evaluate_scene(moving, case.caption)
+    measures = {
+        "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
+        "motion_correlation": found.motion_correlation,
+        "motion_amplitude": found.motion_amplitude,
+        "clip_iou": found.clip_iou,
+        "steps_per_second": 1 / summary.seconds_per_step,
+    }
+    return case, measures, _over_time(moving, 16)
+
+
+PARTS: dict[str, Callable[[Case], Result]] = {
+    "pictures": measure_picture,
+    "subject": measure_subject,
+    "steadiness": measure_steadiness,
+}
+
+
+def all_cases(parts: list[str], lora: Path, device: str, seed: int, share: float) -> list[Case]:
+    """Every run of the parts."""
+    pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
+    subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
+    steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in STEADINESS_CAPTIONS for n in (1, 4)]
+    known = {"pictures": pictures, "subject": subject, "steadiness": steady}
+    return [replace(case, device=device, seed=seed, share=share) for part in parts for case in known[part]]
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def _shortened(recipe, case: Case):
+    return replace(recipe, steps=max(1, round(recipe.steps * case.share)))
+
+
+def _folders(recipe: StaticRecipe | MotionRecipe) -> dict:
+    return {term.prior: toy_folder(term.prior) for term in active_terms(recipe)}
+
+
+def _static(
+    recipe: StaticRecipe,
+    prompt: str,
+    case: Case,
+    reference: Reference | None = None,
+    extras: Mapping[PriorKind, PriorExtras] | None = None,
+) -> tuple[Scene, FitSummary]:
+    device = torch.device(case.device)
+    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, extras=extras)
+    return train_static(recipe, guidance, seed=case.seed, device=device, control=RunControl(), reference=reference)
+
+
+def _motion(still: Scene, recipe: MotionRecipe, case: Case) -> tuple[Scene, FitSummary]:
+    device = torch.device(case.device)
+    guidance = load_guidance(recipe, _folders(recipe), case.caption, device)
+    return train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
+
+
+def _render(scene: Scene, cameras: CameraBatch, grey: float) -> Pictures:
+    output = render_chunked(scene, cameras, RenderOptions(background=torch.full((3,), grey)))
+    return Pictures(output.rgb, output.opacity)
+
+
+def _around(scene: Scene) -> Tensor:
+    return _render(scene, orbit(8, _SHEET_SIZE, _SHEET_SIZE), _SHEET_GREY).rgb[0]
+
+
+def _over_time(scene: Scene, n_times: int = 8) -> Tensor:
+    return _render(scene, fixed_take(n_times, _SHEET_SIZE, _SHEET_SIZE), _SHEET_GREY).rgb[0]
+
+
+def _measure(case: Case) -> Result:
+    torch.set_num_threads(1)
+    return PARTS[case.part](case)
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------------
+
+
+def table(results: list[Result]) -> list[str]:
+    """The results of one part as a Markdown table."""
+    columns = list(results[0][1])
+    lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|---|{'---|' * len(columns)}"]
+    for case, measures, _ in results:
+        lines.append(f"| {case.name} | {' | '.join(_shown(measures[c]) for c in columns)} |")
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    if isinstance(value, tuple | list):
+        return ", ".join(f"{value.count(v)} {v}" for v in dict.fromkeys(value))
+    return str(value)
+
+
+def write_results(out: Path, results: list[Result]) -> None:
+    """Write the numbers and a sheet for each part."""
+    parts = dict.fromkeys(case.part for case, _, _ in results)
+    numbers = {part: {case.name: found for case, found, _ in results if case.part == part} for part in parts}
+    write_json(out / "measures.json", numbers)
+    for part in parts:
+        rows = [(case.name, pictures) for case, _, pictures in results if case.part == part]
+        pixels = torch.stack([pictures for _, pictures in rows]).movedim(-1, 2)
+        sheet([name for name, _ in rows], pixels, zoom=1).save(out / f"{part}.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, write, print."""
+    parser = argparse.ArgumentParser(prog="python -m dream4d_engine.toyworld.measure", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--lora", type=Path, default=toy_subject(), help="the subject's LoRA")
+    parser.add_argument("--share", type=float, default=1.0, help="of the recipes' steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    options = parser.parse_args(arguments)
+    cases = all_cases(options.only, options.lora, options.device, options.seed, options.share)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for result in pool.imap_unordered(_measure, cases, chunksize=1):
+            results.append(result)
+            results.sort(key=lambda done: cases.index(done[0]))
+            print(f"after {time.monotonic() - began:.0f} s: {result[0].name} {json.dumps(result[1])}", flush=True)
+            write_results(options.out, results)
+    for part in options.only:
+        print("\n".join(["", part, *table([r for r in results if r[0].part == part])]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What can be known to be wrong before anything runs: sockets, numbers, words.
+
+ComfyUI asks `validate_inputs` when a prompt is queued; a text it returns is shown on the node. A function that asks
+for `input_types` hears which sockets are connected, and to what, and has to check the types itself; one that names a
+number has to check its range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from comfy_api.latest import io
+
+from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
+from .session import missing_prior, needed_priors
+
+Verdict = bool | str
+"""True, or what is wrong."""
+
+
+def first_complaint(*verdicts: Verdict) -> Verdict:
+    """The first thing that is wrong, or True."""
+    return next((verdict for verdict in verdicts if verdict is not True), True)
+
+
+def described_inputs(node: type[io.ComfyNode]) -> dict[str, tuple[str | list, dict]]:
+    """All inputs of a node, those of dynamic choices too, as name -> (type, options)."""
+    return dict(_walk(node.INPUT_TYPES(), ""))
+
+
+def _walk(groups: Mapping, prefix: str) -> Iterator[tuple[str, tuple[str | list, dict]]]:
+    for group in ("required", "optional"):
+        for name, (kind, *rest) in groups.get(group, {}).items():
+            options = rest[0] if rest else {}
+            yield prefix + name, (kind, options)
+            for choice in options.get("options") or ():
+                if isinstance(choice, Mapping):
+                    yield from _walk(choice["inputs"], f"{prefix}{name}.")
+
+
+def check_types(node: type[io.ComfyNode], connected: Mapping[str, str]) -> Verdict:
+    """Compare what is connected with what the sockets take."""
+    from comfy_execution.validation import validate_node_input
+
+    known = described_inputs(node)
+    for name, received in connected.items():
+        wanted = known.get(name, ("*",))[0]
+        if not validate_node_input(received, wanted):
+            return f"type mismatch: the socket {name} takes {wanted}, but {received} is connected to it"
+    return True
+
+
+def check_ranges(node: type[io.ComfyNode], **numbers: float | None) -> Verdict:
+    """Compare numbers with the ranges of their widgets; None is one that isn't known yet."""
+    known = described_inputs(node)
+    for name, value in numbers.items():
+        options = known[name][1]
+        low, high = options.get("min"), options.get("max")
+        if value is not None and not low <= value <= high:
+            return f"{name} is {value}: it must lie between {low} and {high}"
+    return True
+
+
+def recipe_name(choice: Mapping | str | None, name: str = "recipe") -> str | None:
+    """The recipe that a dynamic choice names; ComfyUI leaves out the value of one that is none of its options."""
+    return choice.get(name) if isinstance(choice, Mapping) else choice
+
+
+def check_recipe(name: str | None, known: Mapping) -> Verdict:
+    """Refuse a recipe that isn't known."""
+    return True if name in known else f"unknown recipe: choose one of {', '.join(known)}"
+
+
+def check_prompt(prompt: str | None) -> Verdict:
+    """Refuse an empty prompt; None means that it comes from another node and isn't known yet."""
+    if prompt is None or prompt.strip():
+        return True
+    return "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+
+
+def check_priors(recipe: StaticRecipe | MotionRecipe, connected: Mapping[str, str]) -> Verdict:
+    """Refuse a recipe one of whose priors has no connection."""
+    missing = (missing_prior(recipe, kind) for kind in needed_priors(recipe) if f"{kind}_prior" not in connected)
+    return next(missing, True)
+
+
+def check_picture(recipe: StaticRecipe, image: bool, mask: bool, takes_pictures: Mapping[str, StaticRecipe]) -> Verdict:
+    """Refuse a picture where none is looked at, and none where one is needed."""
+    names = ", ".join(takes_pictures)
+    if recipe.reference is None and (image or mask):
+        return (
+            f"the recipe {recipe.name!r} takes no picture: choose {names}, or disconnect reference_image and its mask"
+        )
+    if recipe.reference is not None and not image:
+        return f"the recipe {recipe.name!r} makes a scene from a picture: connect one to the socket reference_image"
+    return True
