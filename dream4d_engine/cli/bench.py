@@ -43,6 +43,8 @@ from .progress import Progress, make_progress
 _STAGES = {"static": STATIC_RECIPES, "image": IMAGE_RECIPES, "motion": MOTION_RECIPES}
 _PROMPT = "a red cube is jumping"
 _KINDS = ("fast", "plain", "tiny")
+REPEATS = 5
+"""Times that the priors alone are asked."""
 
 Recipe = StaticRecipe | MotionRecipe
 
@@ -67,6 +69,8 @@ class Measured:
         peak_memory_bytes: the GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on
             a CPU. reserved_bytes: what the process took of the GPU in all.
         plan: how the memory budget is kept to.
+        gradient_cosine: of a step's gradient on the pictures through the tiny autoencoder with that through the full
+            one, same pictures, timestep and noise; only for trained models.
     """
 
     recipe: str
@@ -80,6 +84,7 @@ class Measured:
     peak_memory_bytes: int | None = None
     reserved_bytes: int | None = None
     plan: str | None = None
+    gradient_cosine: float | None = None
     error: str | None = None
 
 
@@ -208,7 +213,13 @@ def _measure_phase(
         peak_memory_bytes=peak,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         plan=plans[0] if plans else None,
+        gradient_cosine=_gradient_cosine(recipe, guidance, options, device) if _compares(variant, options) else None,
     )
+
+
+def _compares(variant: Variant, options: Bench) -> bool:
+    """Random weights say nothing about the likeness of two autoencoders."""
+    return variant.kind == "tiny" and options.models == "toy"
 
 
 class _Clock:
@@ -235,21 +246,47 @@ class _Clock:
         return [before.elapsed_time(after) / 1000 for before, after in pairs]
 
 
+class _Distilled:
+    """Distilling random pictures of a phase's size, which are there already, forward and backward."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
+        shape = (phase.n_groups, recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
+        draw = sample_views if isinstance(recipe, StaticRecipe) else sample_takes
+        self.cameras = draw(recipe.cameras, *shape, phase.height, phase.width, generator).to(device)
+        # coarse and fine structure, as pictures have it
+        coarse = torch.rand(*shape, 3, 4, 4, generator=generator).flatten(0, 1)
+        coarse = torch.nn.functional.interpolate(coarse, (phase.height, phase.width), mode="bilinear")
+        fine = torch.rand(*shape, 3, phase.height, phase.width, generator=generator)
+        self.pictures = (0.9 * coarse.view_as(fine) + 0.1 * fine).to(device)
+
+    def gradient(self, guidance: Mapping[PriorKind, Guidance]) -> torch.Tensor:
+        """The gradient on the pictures; timesteps and noise are the same every time."""
+        generator, pictures = torch.Generator().manual_seed(1), self.pictures.clone().requires_grad_()
+        sum(distill(g, pictures, self.cameras, 0.0, generator).loss for g in guidance.values()).backward()
+        return pictures.grad
+
+
 def _guidance_seconds(
-    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device, repeats: int = 5
+    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device
 ) -> float:
-    """Median seconds of distilling random pictures of the phase's size, forward and backward."""
-    phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
-    shape = (phase.n_groups, recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
-    draw = sample_views if isinstance(recipe, StaticRecipe) else sample_takes
-    cameras = draw(recipe.cameras, *shape, phase.height, phase.width, generator).to(device)
-    pictures = torch.rand(*shape, 3, phase.height, phase.width, generator=generator).to(device).requires_grad_()
-    clock = _Clock(device)
+    """Median seconds of asking the priors alone."""
+    distilled, clock = _Distilled(recipe, device), _Clock(device)
     clock.tick()
-    for _ in range(repeats + 1):
-        sum(distill(g, pictures, cameras, 0.0, generator).loss for g in guidance.values()).backward()
+    for _ in range(REPEATS + 1):
+        distilled.gradient(guidance)
         clock.tick()
     return median(clock.between()[1:])
+
+
+def _gradient_cosine(
+    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], options: Bench, device: torch.device
+) -> float:
+    """How alike the gradients through the tiny and through the full autoencoder are: 1 the same direction."""
+    full, _ = _guidance(recipe, Variant("plain", "plain", None), options, device, _reference(recipe))
+    distilled = _Distilled(recipe, device)
+    ours, theirs = (distilled.gradient(g).flatten().double() for g in (guidance, full))
+    return torch.nn.functional.cosine_similarity(ours, theirs, 0).item()
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
@@ -260,8 +297,10 @@ def _guidance(
 ) -> tuple[dict[PriorKind, Guidance], dict[str, str]]:
     """Load or build a recipe's models for a variant; also say which they are."""
     if options.models == "toy":
-        if variant.kind == "tiny":
-            raise UsageError("the toy models have no autoencoder that a tiny one could replace: take --models full")
+        if variant.kind != "tiny":
+            options = replace(options, priors=replace(options.priors, tiny_vae=None))
+        elif options.priors.tiny_vae is None:
+            raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
         folders = prior_folders(recipe, options, toys=True)
         guidance = load_guidance(
             recipe,
@@ -320,7 +359,9 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
             lines.append(f"{start}{'failed: ' + (m.error or '')}")
             continue
         guidance = "" if m.guidance_seconds is None else f"{m.guidance_seconds:.3f}"
-        lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {m.plan or ''}".rstrip())
+        notes = [m.plan] if m.plan else []
+        notes += [] if m.gradient_cosine is None else [f"gradient's cosine with the full one's {m.gradient_cosine:.3f}"]
+        lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
     return lines
