@@ -47,7 +47,9 @@ class RaySamples:
 
     def select(self, keep: Tensor) -> RaySamples:
         """The samples where `keep` [S] (bool) holds."""
-        return RaySamples(self.ray_indices[keep], self.t_starts[keep], self.t_ends[keep], self.n_rays)
+        kept = keep.nonzero()[:, 0]  # found once for all three
+        columns = (column.index_select(0, kept) for column in (self.ray_indices, self.t_starts, self.t_ends))
+        return RaySamples(*columns, self.n_rays)
 
 
 def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torch.Generator | None = None) -> RayBundle:

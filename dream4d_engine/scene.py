@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,16 +55,28 @@ class FieldOutput:
 
 
 class Scene(nn.Module):
-    """A static scene is one whose `deformation` is None; everything else treats both alike."""
+    """A static scene is one whose `deformation` is None; everything else treats both alike.
+
+    `kernels` None: the fastest that run on the device the scene is on, chosen when it is built and when it is moved.
+    """
 
     def __init__(self, config: SceneConfig, kernels: Kernels | None = None) -> None:
         super().__init__()
         self.config = config
+        self._given_kernels = kernels
         self.kernels = kernels or select_kernels("cpu")
         self.canonical = RadianceField(config.radiance, config.radius)
         self.deformation = None if config.deformation is None else DeformationField(config.deformation)
         self.background = Background(config.background)
         self.occupancy = OccupancyGrid(config.occupancy_resolution, config.radius)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Scene:
+        """What `.to`, `.cpu` and `.cuda` come down to: the device may be another one afterwards."""
+        before = self.device
+        super()._apply(fn, recurse)
+        if self._given_kernels is None and self.device != before:
+            self.kernels = select_kernels(self.device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +159,7 @@ class Scene(nn.Module):
 
     def _rebuilt(self, config: SceneConfig, fresh: tuple[str, ...]) -> Scene:
         """A scene of `config` on the same device that takes over all parts but the `fresh` ones."""
-        scene = Scene(config, self.kernels).to(self.device)
+        scene = Scene(config, self._given_kernels).to(self.device)
         state = {name: value for name, value in self.state_dict().items() if name.split(".")[0] not in fresh}
         missing, unexpected = scene.load_state_dict(state, strict=False)
         wrong = [name for name in missing if name.split(".")[0] not in fresh] + list(unexpected)

@@ -398,6 +398,17 @@ def test_info_says_what_a_file_holds(run, tmp_path, capsys):
     assert PROMPT in text and "canonical.grid.table" in text
 
 
+def test_info_says_which_kernels_are_in_use(run, capsys):
+    assert main(["info", "--kernels", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "kernels on cpu: torch" in text and "not usable: they need a CUDA device" in text
+    assert main(["info", str(run[0] / "scene.safetensors"), "--kernels", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "moving scene" and found["kernels"]["used"] == "torch"
+    assert [status["usable"] for status in found["kernels"]["backends"]][-1] is True
+    assert "--kernels" in fails(capsys, "info")
+
+
 def test_import_of_a_checkpoint(tmp_path, capsys):
     found = sorted((Path(__file__).parent / "data").rglob("stage2.ckpt"))
     if not found:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dream4d_engine.kernels import grid_layout, select_kernels
+from dream4d_engine.kernels import Kernels, grid_layout, kernel_status, select_kernels, torch_kernels
 from dream4d_engine.kernels.layout import PRIMES
 from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
 
@@ -249,3 +250,138 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
     assert "no such compiler" in caplog.text
     with pytest.raises(ValueError, match="fast kernels cannot run on cpu: no such compiler"):
         select_kernels("cpu", "fast")
+
+
+# ---- the other backends against the plain one -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.device]:
+    """A backend and where it runs: on a GPU, or triton's code interpreted on the CPU."""
+    if torch.cuda.is_available():
+        try:
+            return select_kernels("cuda", request.param), torch.device("cuda")
+        except ValueError as reason:
+            pytest.skip(str(reason))
+    if request.param == "cuda":
+        pytest.skip("tiny-cuda-nn and nerfacc need a GPU")
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dream4d_engine.kernels import triton_kernels as t
+
+    monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
+    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate), torch.device("cpu")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Other inputs each time; the seed is shown where a test fails."""
+    seed = secrets.randbits(31)
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_close(ours: torch.Tensor, plain: torch.Tensor, tolerance: float) -> None:
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype
+    assert float((ours - plain).abs().max()) <= tolerance * float(plain.abs().max()) + 1e-30
+
+
+GRIDS = {
+    "canonical": (3, 16, 2, 19, 16, 1.447269237440378),
+    "deformation": (4, 12, 2, 19, 4, 1.447269237440378),
+    "small3d": (3, 6, 2, 10, 8, 1.5),
+    "small4d": (4, 5, 2, 12, 4, 1.5),
+    "odd": (2, 4, 3, 6, 2, 1.7),
+    "wide": (3, 3, 8, 8, 2, 1.7),
+    "line": (1, 4, 1, 6, 2, 1.7),
+}
+
+
+@pytest.mark.parametrize("n_active", [None, 2, 0])
+@pytest.mark.parametrize("name", GRIDS)
+def test_other_backends_encode_alike(fast, generator, name: str, n_active: int | None) -> None:
+    kernels, device = fast
+    layout = grid_layout(*GRIDS[name])
+    table = torch.randn(layout.n_parameters, generator=generator)
+    x = torch.rand(3000 if device.type == "cuda" else 20, layout.n_dims, generator=generator)
+    x[0], x[1], x[2, 0] = 0, 1, 1
+    towards = torch.randn(len(x), layout.n_outputs, generator=generator)
+    results = []
+    for encode, place in ((kernels.hash_encode, device), (hash_encode, torch.device("cpu"))):
+        points, entries = x.to(place).requires_grad_(), table.to(place).requires_grad_()
+        y = encode(points, entries, layout, n_active)
+        gradients = torch.autograd.grad(y, (points, entries), towards.to(place))
+        results.append([value.detach().cpu() for value in (y, *gradients)])
+    for ours, plain in zip(*results, strict=True):
+        assert_close(ours, plain, 2e-6)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("distance", [3.0, 60.0])
+def test_other_backends_march_to_the_same_places(fast, generator, shifted: bool, distance: float) -> None:
+    kernels, device = fast
+    origins, directions = rays(50, int(torch.randint(10**6, (), generator=generator)))
+    origins = origins + (3.0 - distance) * directions  # seen from farther away
+    origins[0], directions[0] = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.0, 1.0, 0.0])  # inside, along an axis
+    shift = torch.rand(50, generator=generator) if shifted else None
+    for occupied in (None, torch.rand(8, 8, 8, generator=generator) < 0.3, torch.zeros(8, 8, 8, dtype=torch.bool)):
+        given = [None if t is None else t.to(device) for t in (origins, directions, occupied, shift)]
+        ours = kernels.march_rays(*given[:2], 1.0, 0.01, *given[2:])
+        plain = march_rays(*given[:2], 1.0, 0.01, *given[2:])
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a, b)
+    empty = kernels.march_rays(given[0][:0], given[1][:0], 1.0, 0.01)
+    assert all(len(column) == 0 for column in empty)
+
+
+@pytest.mark.parametrize("density_scale", [1.0, 30.0, 3000.0])
+def test_other_backends_composite_alike(fast, generator, density_scale: float) -> None:
+    kernels, device = fast
+    n_rays = 40
+    counts = torch.randint(0, 90, (n_rays,), generator=generator)
+    counts[::7] = 0
+    ray = torch.arange(n_rays).repeat_interleave(counts)
+    n = len(ray)
+    starts = torch.rand(n, generator=generator)
+    given = (ray, starts, starts + 0.02 * torch.rand(n, generator=generator))
+    density = torch.rand(n, generator=generator) ** 4 * density_scale
+    values = torch.randn(n, 5, generator=generator)
+    towards = torch.randn(n, generator=generator), torch.randn(n_rays, 5, generator=generator)
+    results = []
+    for backend, place in ((kernels, device), (torch_kernels, torch.device("cpu"))):
+        d, v = density.to(place).requires_grad_(), values.to(place).requires_grad_()
+        there = [t.to(place) for t in given]
+        weights, sums = backend.composite(d, v, *there, n_rays)
+        gradients = torch.autograd.grad((weights, sums), (d, v), [t.to(place) for t in towards], retain_graph=True)
+        again = backend.accumulate(v * weights.detach()[:, None], there[0], n_rays)
+        (back,) = torch.autograd.grad(again, v, towards[1].to(place))
+        results.append([t.detach().cpu() for t in (weights, sums, *gradients, again, back)])
+    for ours, plain in zip(*results, strict=True):
+        assert_close(ours, plain, 1e-5)
+
+
+def test_other_backends_composite_nothing(fast) -> None:
+    kernels, device = fast
+    nothing = torch.zeros(0, device=device)
+    values = torch.zeros(0, 4, device=device)
+    weights, sums = kernels.composite(nothing, values, nothing.long(), nothing, nothing, 3)
+    assert weights.shape == (0,)
+    assert torch.equal(sums.cpu(), torch.zeros(3, 4))
+    assert torch.equal(kernels.accumulate(values, nothing.long(), 3).cpu(), torch.zeros(3, 4))
+
+
+def test_triton_refuses_what_it_does_not_know(fast) -> None:
+    kernels, device = fast
+    if kernels.name != "triton":
+        pytest.skip("about triton alone")
+    layout = grid_layout(3, 4, 2, 8, 4, 1.5)
+    with pytest.raises(ValueError, match="table in float32, got torch.float64"):
+        kernels.hash_encode(torch.zeros(5, 3).to(device), torch.zeros(layout.n_parameters).double().to(device), layout)
+    with pytest.raises(ValueError, match="3 dimensions"):
+        kernels.hash_encode(torch.zeros(5, 4).to(device), torch.zeros(layout.n_parameters).to(device), layout)
+
+
+def test_the_status_of_backends_gives_reasons() -> None:
+    found = {status.name: status for status in kernel_status("cpu")}
+    assert found["torch"].usable and not found["torch"].reason
+    for name in ("triton", "cuda"):
+        assert not found[name].usable and "CUDA device" in found[name].reason

@@ -385,10 +385,12 @@ class Import:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a scene file or a checkpoint of an unfinished run holds."""
+    """Say what a scene file or a checkpoint of an unfinished run holds, or which kernels are in use."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    file: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FILE")] = None
     """The file."""
+    kernels: bool = False
+    """Which kernels run on this machine, and why others don't."""
     json: bool = False
     """As JSON, for programs."""
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)

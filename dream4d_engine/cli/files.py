@@ -15,6 +15,7 @@ import torch
 from ..assets import AssetError, import_checkpoint, load_scene, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_picture
+from ..kernels import kernel_status
 from ..machine import check_folder, check_memory, pick_device, versions
 from ..training.checkpoint import load_checkpoint
 from ..training.loop import Interrupted
@@ -106,10 +107,31 @@ def import_file(options: Import) -> int:
 
 
 def info(options: Info) -> int:
-    """Say what a file holds."""
-    found = describe(options.file)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(_lines(found)))
+    """Say what a file holds, or which kernels are in use."""
+    if options.file is None and not options.kernels:
+        raise UsageError("name a scene file or a checkpoint, or ask for --kernels")
+    found: dict = {} if options.file is None else describe(options.file)
+    lines = _lines(found) if found else []
+    if options.kernels:
+        found["kernels"] = describe_kernels(pick_device(options.machine.device))
+        lines += _kernel_lines(found["kernels"])
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(lines))
     return 0
+
+
+def describe_kernels(device: torch.device) -> dict:
+    """Return which kernels are used on a device, and for each backend whether it could be and why not."""
+    found = kernel_status(device)
+    used = next(status.name for status in found if status.usable)
+    return {"device": str(device), "used": used, "backends": [asdict(status) for status in found]}
+
+
+def _kernel_lines(found: dict) -> list[str]:
+    lines = [f"kernels on {found['device']}: {found['used']}"]
+    for status in found["backends"]:
+        state = "in use" if status["name"] == found["used"] else "usable, a faster one is in use"
+        lines.append(f"  {status['name']:<7} {state if status['usable'] else 'not usable: ' + status['reason']}")
+    return lines
 
 
 def describe(path: Path) -> dict:

@@ -45,6 +45,7 @@ class DeformationField(nn.Module):
         self.grid = HashGrid(config.grid, 4)
         self.mlp = MLP(self.grid.layout.n_outputs, 3, config.hidden_width, config.hidden_layers)
         self.register_buffer("active_levels", torch.tensor(config.grid.n_levels, dtype=torch.int64))
+        self._n_active = config.grid.n_levels  # the same on the host: asking a GPU for it would stop every query
 
     def reset(self, generator: torch.Generator) -> None:
         """Start afresh, with zero displacement: the last layer's weights are zero."""
@@ -55,11 +56,17 @@ class DeformationField(nn.Module):
 
     def set_active_levels(self, n_levels: int) -> None:
         """Use the coarsest `n_levels` levels of the grid only."""
-        self.active_levels.fill_(max(0, min(n_levels, self.config.grid.n_levels)))
+        self._n_active = max(0, min(n_levels, self.config.grid.n_levels))
+        self.active_levels.fill_(self._n_active)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.active_levels.device.type != "meta":
+            self._n_active = int(self.active_levels)
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1)."""
-        features = self.grid(torch.cat((u, times[:, None]), -1), kernels, int(self.active_levels))
+        features = self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
         return 2 * torch.sigmoid(self.mlp(features).float()) - 1
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:

@@ -28,5 +28,5 @@ class MLP(nn.Module):
         """[S, n_inputs] -> [S, n_outputs]."""
         *hidden, last = self.layers
         for weight in hidden:
-            x = F.relu(F.linear(x, weight))
+            x = F.relu(F.linear(x, weight), inplace=True)
         return F.linear(x, last)

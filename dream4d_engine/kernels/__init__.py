@@ -1,4 +1,4 @@
-"""The three inner loops of the method, as a record of functions, and the one place that chooses between backends."""
+"""The inner loops of the method, as a record of functions, and the one place that chooses between backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .layout import PUBLISHED_GROWTH, GridLayout, GridLevel, grid_layout
 
-__all__ = ["PUBLISHED_GROWTH", "GridLayout", "GridLevel", "Kernels", "grid_layout", "select_kernels"]
+__all__ = [
+    "PUBLISHED_GROWTH",
+    "GridLayout",
+    "GridLevel",
+    "KernelStatus",
+    "Kernels",
+    "grid_layout",
+    "kernel_status",
+    "select_kernels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +33,57 @@ class Kernels:
     hash_encode: Callable[..., Tensor]
     march_rays: Callable[..., tuple[Tensor, Tensor, Tensor]]
     composite: Callable[..., tuple[Tensor, Tensor]]
+    accumulate: Callable[..., Tensor]
+
+
+def _triton_kernels(device: torch.device) -> Kernels:
+    from . import triton_kernels as t
+
+    t.check(device)
+    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate)
+
+
+def _cuda_kernels(device: torch.device) -> Kernels:
+    from . import cuda_kernels as c
+    from . import torch_kernels as t
+
+    c.check(device)
+    return Kernels("cuda", c.hash_encode, t.march_rays, c.composite, c.accumulate)
 
 
 def _torch_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
-    return Kernels("torch", t.hash_encode, t.march_rays, t.composite)
+    return Kernels("torch", t.hash_encode, t.march_rays, t.composite, t.accumulate)
 
 
-_BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {"torch": _torch_kernels}
-"""Fastest first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
+_BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {
+    "triton": _triton_kernels,
+    "cuda": _cuda_kernels,
+    "torch": _torch_kernels,
+}
+"""Preferred first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Whether a backend can run on a device; `reason` says why not, or is empty."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def kernel_status(device: torch.device | str) -> list[KernelStatus]:
+    """Try every backend on a device, the preferred one first."""
+    found = []
+    for name, backend in _BACKENDS.items():
+        try:
+            backend(torch.device(device))
+            found.append(KernelStatus(name, True, ""))
+        except (ImportError, RuntimeError) as reason:
+            found.append(KernelStatus(name, False, str(reason)))
+    return found
 
 
 def select_kernels(device: torch.device | str = "cpu", prefer: str = "auto") -> Kernels:

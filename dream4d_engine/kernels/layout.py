@@ -35,11 +35,18 @@ class GridLevel:
 
 @dataclass(frozen=True)
 class GridLayout:
-    """All levels of a grid over `n_dims` coordinates with `n_features` numbers an entry."""
+    """All levels of a grid over `n_dims` coordinates with `n_features` numbers an entry, and what they follow from."""
 
     n_dims: int
     n_features: int
     levels: tuple[GridLevel, ...]
+    log2_entries: int
+    base_resolution: int
+    growth: float
+
+    def __hash__(self) -> int:
+        """Cheap, since what is made of a layout is looked up at every call."""
+        return hash((self.n_dims, self.n_features, len(self.levels), self.log2_entries, self.growth))
 
     @property
     def n_parameters(self) -> int:
@@ -80,4 +87,4 @@ def grid_layout(
         size = min(-(-dense // 8) * 8, 2**log2_entries)
         levels.append(GridLevel(scale, resolution, size, offset, hashed=dense > size))
         offset += size
-    return GridLayout(n_dims, n_features, tuple(levels))
+    return GridLayout(n_dims, n_features, tuple(levels), log2_entries, base_resolution, growth)

@@ -1,4 +1,4 @@
-"""The three kernels in plain PyTorch: the reference that every other backend is tested against.
+"""The kernels in plain PyTorch: the reference that every other backend is tested against.
 
 Letters: S samples, N rays, D dimensions, C = 2^D corners of a grid cell, F features, L levels.
 Everything is deterministic on CPU for a fixed number of threads.
@@ -303,8 +303,12 @@ def composite(
     """
     thickness = density * (t_ends - t_starts)
     weights = -torch.expm1(-thickness) * torch.exp(-_sum_before(thickness, ray_indices, n_rays))
-    sums = values.new_zeros(n_rays, values.shape[-1])
-    return weights, sums.index_add(0, ray_indices, weights[:, None] * values)
+    return weights, accumulate(weights[:, None] * values, ray_indices, n_rays)
+
+
+def accumulate(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
+    """Sum values [S, K] along their rays, ray_indices [S] ascending: [n_rays, K]; differentiable in values."""
+    return values.new_zeros(n_rays, values.shape[-1]).index_add(0, ray_indices, values)
 
 
 def _sum_before(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
@@ -315,11 +319,11 @@ def _sum_before(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
     """
     if values.numel() == 0:
         return values
-    counts = torch.bincount(ray_indices, minlength=n_rays)
-    starts = (counts.cumsum(0) - counts)[ray_indices]
+    begins = torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=values.device))
+    starts = begins[ray_indices]
     if values.device.type == "mps":
         column = torch.arange(len(values), device=values.device) - starts
-        table = values.new_zeros(n_rays, int(counts.max())).index_put((ray_indices, column), values)
+        table = values.new_zeros(n_rays, int(begins.diff().max())).index_put((ray_indices, column), values)
         return (table.cumsum(1) - table)[ray_indices, column]
     wide = values.double()
     before = wide.cumsum(0) - wide

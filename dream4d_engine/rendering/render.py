@@ -19,9 +19,11 @@ from ..scene import FieldOutput, Scene
 from .march import drop_transparent, is_visible, points_of, sample_rays
 
 SAMPLES_AT_ONCE = 2**18
-"""Points queried together where no gradient is kept."""
+"""Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
 LATTICE_AT_ONCE = 2**22
-"""Rays times samples a ray of one chunk, at most."""
+"""Rays times samples a ray of one chunk, at most, likewise."""
+GPU_FACTOR = 16
+"""So many times more on a GPU: 4 million samples, one or two gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,21 @@ def render_chunked(
     scene: Scene,
     cameras: CameraBatch,
     options: RenderOptions | None = None,
-    chunk_rays: int = 2**15,
+    chunk_rays: int | None = None,
     on_progress: Callable[[float], None] | None = None,
     generator: torch.Generator | None = None,
 ) -> RenderOutput:
     """Render pictures of any size in bounded memory, without gradient; the pictures are on CPU.
 
-    `on_progress` is called with the share of the rays done.
+    `chunk_rays` None: as many rays at once as suit the device. `on_progress` is called with the share of the rays done.
     """
     options = options or RenderOptions()
     rays, shift = _prepare(scene, cameras, options, generator)
     background = _given_background(rays, options)
     n_rays = len(rays.origins)
-    size = max(1, min(chunk_rays, LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)))
+    more = GPU_FACTOR if scene.device.type == "cuda" else 1
+    lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
+    size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
     parts = []
     for start in range(0, n_rays, size):
         rows = slice(start, start + size)
@@ -115,14 +119,12 @@ def render_chunked(
             options,
             None if shift is None else shift[rows],
         )
-        parts.append(_map_pictures(output, Tensor.cpu))
+        pictures = {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
+        parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
-    pictures = {name: [getattr(part, name) for part in parts] for name in _PICTURES}
-    whole = {
-        name: None if columns[0] is None else torch.cat(columns).view(*rays.shape, -1)
-        for name, columns in pictures.items()
-    }
+    columns = torch.cat(parts).split([picture.shape[-1] for picture in pictures.values()], -1)
+    whole = {name: column.reshape(*rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
     return RenderOutput(**whole)
 
 
@@ -157,7 +159,7 @@ def _render_rays(
     thin_out = options.prune and options.alpha_threshold > 0
     look_first = thin_out and (torch.is_grad_enabled() or options.normals)
     if look_first:
-        samples = drop_transparent(scene, rays, samples, options.alpha_threshold, SAMPLES_AT_ONCE)
+        samples = drop_transparent(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
     found = _query(scene, rays, samples, options)
     density = found.density
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
@@ -170,12 +172,17 @@ def _render_rays(
 def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOptions) -> FieldOutput:
     """Query the scene at the samples, in pieces where no gradient is kept."""
     points, times = points_of(rays, samples)
-    if torch.is_grad_enabled() or len(points) <= SAMPLES_AT_ONCE:
+    at_once = _samples_at_once(scene)
+    if torch.is_grad_enabled() or len(points) <= at_once:
         return scene.query(points, times, options.normals)
-    pieces = zip(points.split(SAMPLES_AT_ONCE), times.split(SAMPLES_AT_ONCE), strict=True)
+    pieces = zip(points.split(at_once), times.split(at_once), strict=True)
     parts = [scene.query(p, t, options.normals) for p, t in pieces]
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(FieldOutput)}
     return FieldOutput(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+
+
+def _samples_at_once(scene: Scene) -> int:
+    return SAMPLES_AT_ONCE * (GPU_FACTOR if scene.device.type == "cuda" else 1)
 
 
 def _composite(
@@ -195,8 +202,8 @@ def _composite(
         samples.n_rays,
     )
     rgb, opacity, depth, *extras = sums.split([column.shape[-1] for column in columns], -1)
-    spread = weights[:, None] * (middles - depth[samples.ray_indices]) ** 2
-    z_variance = torch.zeros_like(depth).index_add(0, samples.ray_indices, spread)
+    spread = weights[:, None] * (middles - depth.index_select(0, samples.ray_indices)) ** 2
+    z_variance = scene.kernels.accumulate(spread, samples.ray_indices, samples.n_rays)
     return RenderOutput(
         rgb=rgb + (1 - opacity) * background,
         opacity=opacity,
