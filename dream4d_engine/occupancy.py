@@ -17,6 +17,8 @@ DECAY = 0.95
 MAX_THRESHOLD = 0.01
 N_TIMES = 12
 """Moments at which a moving scene is looked at."""
+MOMENTS_AT_ONCE = 2**21
+"""Points times moments that a GPU is asked for together, at most."""
 
 DensityFunction = Callable[[Tensor, Tensor], Tensor]
 """(points [S, 3] in the world, times [S]) -> density [S]."""
@@ -102,6 +104,9 @@ class OccupancyGrid(nn.Module):
 
     @staticmethod
     def _max_density(density: DensityFunction, points: Tensor, times: Tensor) -> Tensor:
+        if points.is_cuda and len(points) * len(times) <= MOMENTS_AT_ONCE:  # one moment would not keep a GPU busy
+            found = density(points.repeat(len(times), 1), times.to(points).repeat_interleave(len(points)))
+            return found.float().view(len(times), -1).amax(0)
         best = torch.zeros(len(points), device=points.device)
         for time in times:
             best = torch.maximum(best, density(points, time.to(points).expand(len(points))).float())
