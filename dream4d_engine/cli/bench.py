@@ -267,9 +267,7 @@ class _Distilled:
         return pictures.grad
 
 
-def _guidance_seconds(
-    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device
-) -> float:
+def _guidance_seconds(recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device) -> float:
     """Median seconds of asking the priors alone."""
     distilled, clock = _Distilled(recipe, device), _Clock(device)
     clock.tick()
