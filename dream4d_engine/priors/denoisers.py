@@ -159,15 +159,21 @@ def with_execution(denoiser: UNetDenoiser, execution: Execution, recorder: Recor
     return replace(denoiser, execution=execution, recorder=recorder)
 
 
+WORTH_COMPILING = 10**8
+"""Parameters of a UNet from which on compiling takes less time than it saves."""
+
+
 def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bool = True) -> UNetDenoiser:
     """Return the denoiser running fast on a GPU; its networks are changed in place and keep their weights.
 
-    `recorder`: to be shared by the denoisers of a run. `compiled`: also compile the UNet's transformer blocks.
+    `recorder`: to be shared by the denoisers of a run. `compiled`: also compile the transformer blocks of
+    large UNets.
     """
     speed_up(denoiser.unet)
     if denoiser.vae is not None:
         speed_up(denoiser.vae)
-    if compiled and has_triton():
+    n_parameters = sum(p.numel() for p in denoiser.unet.parameters())
+    if compiled and n_parameters >= WORTH_COMPILING and has_triton():
         compile_blocks(denoiser.unet)
     torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
     return replace(denoiser, recorder=recorder)
