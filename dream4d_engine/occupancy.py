@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .randomness import send
+
 UPDATE_EVERY = 16
 """Training steps between two updates."""
 ALL_CELLS_UNTIL = 256
@@ -65,7 +67,7 @@ class OccupancyGrid(nn.Module):
         else:
             cells = torch.randperm(n_cells, generator=generator)[: max(1, n_cells // 4)]
         places = torch.rand(len(cells), 3, generator=generator)
-        cells, places = cells.to(device), places.to(device)
+        cells, places = send(cells, device), send(places, device)
         seen = self._max_density(scene_density_fn, self._points(cells, places), times) * step_size
         flat = self.values.view(-1)
         flat[cells] = torch.maximum(flat[cells] * DECAY, seen)

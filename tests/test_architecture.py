@@ -20,6 +20,7 @@ LEVELS = {
     "cameras": 0,
     "kernels": 0,
     "machine": 0,
+    "randomness": 0,
     "rays": 1,
     "fields": 1,
     "occupancy": 1,
@@ -35,7 +36,7 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-SAME_LEVEL = {("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "training")}
+SAME_LEVEL = {("cameras", "randomness"), ("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "training")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}

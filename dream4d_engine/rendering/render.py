@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch
+from ..randomness import draw_rows, send
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
 from .march import drop_transparent, is_visible, points_of, sample_rays
@@ -140,9 +141,7 @@ def _prepare(
     rays = rays_from_cameras(cameras.to(scene.device), options.ray_jitter, generator)
     if not options.stratified:
         return rays, None
-    # drawn on the host, from memory that a GPU can fetch without the host waiting for it
-    shift = torch.rand(len(rays.origins), generator=generator, pin_memory=scene.device.type == "cuda")
-    return rays, shift.to(scene.device, non_blocking=True)
+    return rays, send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
 
 
 def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
