@@ -21,9 +21,9 @@ from ..dream4d_engine.scene import Scene
 if TYPE_CHECKING:
     from PIL import Image
 
-_SAMPLES, _TURN_DEG, _SHOWN = 64, 24.0, 256
+_SAMPLES, _TURN_DEG, _SHOWN = 64, 24.0, 192
 _SMALLEST, _LARGEST = 48, 256
-_CLIP_FRAMES, _CLIP_FPS = 6, 5.0
+_CLIP_FRAMES, _CLIP_FPS = 6, 4.0
 _SHARE = 0.035
 """The share of the run's time that rendering for the preview may take."""
 

@@ -13,7 +13,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, read_info, save_scene
-from .session import gradients
+from .session import gradients, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _SCENE, _CHECKPOINTS = ".safetensors", (".ckpt", ".pt", ".pth")
@@ -144,13 +144,15 @@ class SceneInfo(io.ComfyNode):
             search_aliases=["describe scene", "metadata", "provenance", "dream4d"],
             inputs=[ScenePort.Input("scene", tooltip="The scene to describe.")],
             outputs=[io.String.Output("text", display_name="text", tooltip="The description.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, scene: SceneValue) -> io.NodeOutput:
-        """Describe the scene."""
+        """Describe the scene, on the node too."""
         text = describe(scene)
+        say_on_node(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -22,6 +22,7 @@ from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC
 
 NODES = REPOSITORY / "nodes"
 FILES = sorted(NODES.rglob("*.py")) + [REPOSITORY / "__init__.py"]
+SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 MOST_WIDGETS = 10
 SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO"}
@@ -55,6 +56,16 @@ def test_the_source_keeps_the_rules(path):
                 assert not roots & {"diffusers", "transformers", "av", "PIL", "safetensors", "scipy"}, path.name
         if isinstance(found, ast.Call) and isinstance(found.func, ast.Name):
             assert found.func.id not in ("eval", "exec", "compile", "__import__"), path.name
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.relative_to(REPOSITORY).as_posix() for path in SHIPPED])
+def test_nothing_shipped_executes_text_or_installs(path):
+    """The registry's rule, for the engine too: no eval, exec, pickle, shell or pip."""
+    for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(found, ast.Call):
+            name = ast.unparse(found.func)
+            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), f"{path}: {name}"
+            assert not name.startswith(("pickle.", "subprocess.", "os.exec", "os.spawn", "pip.")), f"{path}: {name}"
 
 
 def test_requirements_do_not_touch_torch():
@@ -142,14 +153,14 @@ def test_a_late_preview_is_dropped(preview):
     assert not live.offer(None), "not yet"
     now[0] = 2.5
     assert live.offer(None)
-    now[0] = 6.0
+    now[0] = 7.0
     assert not live.offer(None), "the first one is still on its way"
     gate.set()
     assert soon(lambda: len(seen) == 1 and not live._on_its_way.is_set())
-    now[0] = 10.5
+    now[0] = 11.5
     assert live.offer(None) and soon(lambda: len(seen) == 2)
     live.close()
-    assert seen == [(256, 256)] * 2
+    assert seen == [(192, 192)] * 2
     assert (live.cost.made, live.cost.dropped) == (2, 1)
     now[0] = 100.0
     assert not live.offer(None), "closed"

@@ -92,6 +92,7 @@ def test_text_to_4d_from_the_priors_to_a_video(server):
         files = output_files(server, outputs[name])
         assert len(files) == 16 and all(path.exists() for path in files)
     assert len(output_files(server, outputs["14"])) == 16
+    assert ("text", outputs["8"]["text"][0]) in events, "it is shown on the node"
     assert "moving scene" in outputs["8"]["text"][0] and f"prompt: {PROMPT}" in outputs["8"]["text"][0]
     (scene,) = output_files(server, outputs["7"], "scenes")
     with safe_open(scene, "pt") as file:
