@@ -289,11 +289,16 @@ export class SceneView {
     const row = this.nearestRow();
     this.angle.textContent = `${Math.round((column * 360) / view.azimuths)}°, ${Math.round(view.elevations[row])}° up`;
     const side = Math.min(width, height);
+    const [left, top] = [(width - side) / 2, (height - side) / 2];
+    const [x, y] = [column * size, row * size];
     context.imageSmoothingQuality = "high";
-    // the picture's own edge colour goes on beside it
-    context.drawImage(image, column * size, row * size, 2, size, 0, (height - side) / 2, width, side);
-    const place = [(width - side) / 2, (height - side) / 2, side, side];
-    context.drawImage(image, column * size, row * size, size, size, ...place);
+    // the picture's own edge colours go on beside it, or above and below
+    if (left > 0) context.drawImage(image, x, y, 2, size, 0, 0, width, height);
+    if (top > 0) {
+      context.drawImage(image, x, y, size, 2, 0, 0, width, top + 1);
+      context.drawImage(image, x, y + size - 2, size, 2, 0, top + side - 1, width, top + 1);
+    }
+    context.drawImage(image, x, y, size, size, left, top, side, side);
   }
 
   say(text) {

@@ -171,7 +171,7 @@ async function tryViewer(name) {
 }
 
 /** Three viewers on one canvas: a still scene, a moving one, and one whose run is cancelled. */
-async function trySeveral() {
+async function trySeveral(name) {
   const found = {};
   await page.evaluate((type) => {
     const { app } = window;
@@ -195,7 +195,7 @@ async function trySeveral() {
   found.pictures = (await waitForPicture(120000, 0)) && (await waitForPicture(120000, 1));
   found.finished = await soon(() => [...document.querySelectorAll(".d4d-bar")].every((bar) => bar.hidden), null, 60000);
   found.times = [await viewer(0, ".d4d-time").isVisible(), await viewer(1, ".d4d-time").isVisible()];
-  await shot("several");
+  await shot(name);
   const [one, two] = [await picture(0), await picture(1)];
   await drag(1, 110, 0);
   found.turned = [await changed(two, 1), (await picture(0)).print !== one.print];
@@ -236,7 +236,7 @@ try {
   await setWidgets(NAMES.static, { "recipe.steps": 24, preview_seconds: 0.5 });
   await setWidgets(NAMES.motion, { "recipe.steps": 12, preview_seconds: 0.5 });
   await setWidgets(NAMES.render, { frames: 2, width: 32, height: 32 });
-  await setWidgets(VIEWER, { size: 64 });
+  await setWidgets(VIEWER, { views: 8, heights: 1, size: 64 });
   await lookAt(NAMES.static);
   await shot("loaded");
   await pressRun();
@@ -274,10 +274,10 @@ try {
   await lookAt(VIEWER);
   seen.freshHint = await viewer(0, ".d4d-hint").textContent();
   await shot("fresh");
-  seen.severalVue = await trySeveral();
+  seen.severalVue = await trySeveral("several-vue");
   await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", false));
   await page.waitForTimeout(1000);
-  seen.severalClassic = await trySeveral();
+  seen.severalClassic = await trySeveral("several-classic");
 } catch (error) {
   seen.failed = String(error.stack ?? error);
   await shot("failed").catch(() => {});
