@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .randomness import draw_rows, send
+
 ElevationLaw = Literal["mixed", "uniform", "sphere"]
 
 
@@ -60,7 +62,7 @@ class CameraBatch:
 
     def to(self, device: torch.device | str) -> CameraBatch:
         """The same cameras on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: send(tensor, device))
 
     def resized(self, height: int, width: int) -> CameraBatch:
         """The same cameras with pictures of another size (same vertical field of view)."""
@@ -154,7 +156,7 @@ class CameraRanges:
 
 
 def _uniform(bounds: tuple[float, float], n: int, generator: torch.Generator) -> Tensor:
-    return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(n, generator=generator)
+    return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), generator)
 
 
 def _sample_elevation(ranges: CameraRanges, n: int, generator: torch.Generator) -> Tensor:
@@ -162,7 +164,7 @@ def _sample_elevation(ranges: CameraRanges, n: int, generator: torch.Generator) 
     low, high = (math.radians(e) for e in ranges.elevation_deg)
     uniform = _uniform((low, high), n, generator)
     sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, generator).clamp(-1, 1))
-    coin = torch.rand(n, generator=generator) < 0.5
+    coin = draw_rows(torch.rand, (n,), generator) < 0.5
     return {"uniform": uniform, "sphere": sphere, "mixed": torch.where(coin, uniform, sphere)}[ranges.elevation_law]
 
 
@@ -202,7 +204,7 @@ def sample_takes(
     """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1]."""
     azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, generator)
     length = _uniform(time_span, n_groups, generator)
-    start = torch.rand(n_groups, generator=generator) * (1 - length)
+    start = draw_rows(torch.rand, (n_groups,), generator) * (1 - length)
     time = start[:, None] + length[:, None] * torch.linspace(0, 1, n_frames)
     return make_cameras(azimuth, elevation, distance, fov_y, time.clamp(0, 1), height, width)
 

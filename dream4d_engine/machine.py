@@ -44,15 +44,31 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes this process has held: on the GPU for cuda, else resident memory; None if unknown."""
+    """Return the most bytes this process has held: on the GPU for cuda, else resident memory; None if unknown.
+
+    What CUDA graphs keep for their next replay counts, though the allocator calls it free.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + _kept_by_graphs(device)
     try:
         import resource
     except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def limit_memory(device: torch.device, n_bytes: float | None) -> None:
+    """Let this process take no more than so many bytes of a GPU (None: all there is)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    share = 1.0 if n_bytes is None else min(1.0, max(n_bytes, 2**20) / total)
+    torch.cuda.set_per_process_memory_fraction(share, index)
+
+
+def _kept_by_graphs(device: torch.device) -> int:
+    segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def available_memory() -> int | None:

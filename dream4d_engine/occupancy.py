@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .randomness import send
+
 UPDATE_EVERY = 16
 """Training steps between two updates."""
 ALL_CELLS_UNTIL = 256
@@ -15,6 +17,8 @@ DECAY = 0.95
 MAX_THRESHOLD = 0.01
 N_TIMES = 12
 """Moments at which a moving scene is looked at."""
+MOMENTS_AT_ONCE = 2**21
+"""Points times moments that a GPU is asked for together, at most."""
 
 DensityFunction = Callable[[Tensor, Tensor], Tensor]
 """(points [S, 3] in the world, times [S]) -> density [S]."""
@@ -63,7 +67,7 @@ class OccupancyGrid(nn.Module):
         else:
             cells = torch.randperm(n_cells, generator=generator)[: max(1, n_cells // 4)]
         places = torch.rand(len(cells), 3, generator=generator)
-        cells, places = cells.to(device), places.to(device)
+        cells, places = send(cells, device), send(places, device)
         seen = self._max_density(scene_density_fn, self._points(cells, places), times) * step_size
         flat = self.values.view(-1)
         flat[cells] = torch.maximum(flat[cells] * DECAY, seen)
@@ -100,6 +104,9 @@ class OccupancyGrid(nn.Module):
 
     @staticmethod
     def _max_density(density: DensityFunction, points: Tensor, times: Tensor) -> Tensor:
+        if points.is_cuda and len(points) * len(times) <= MOMENTS_AT_ONCE:  # one moment would not keep a GPU busy
+            found = density(points.repeat(len(times), 1), times.to(points).repeat_interleave(len(points)))
+            return found.float().view(len(times), -1).amax(0)
         best = torch.zeros(len(points), device=points.device)
         for time in times:
             best = torch.maximum(best, density(points, time.to(points).expand(len(points))).float())

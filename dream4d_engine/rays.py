@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .cameras import CameraBatch
+from .randomness import draw_rows, send
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torc
     rotation = cameras.c2w[:, :, None, None, :3, :3]
     directions = (rotation * local[..., None, :]).sum(-1)
     if jitter > 0:
-        noise = torch.randn(directions.shape, generator=generator, dtype=directions.dtype)
-        directions = directions + jitter * noise.to(device)
+        noise = draw_rows(torch.randn, tuple(directions.shape), generator, dtype=directions.dtype)
+        directions = directions + jitter * send(noise, device)
     directions = directions / directions.norm(dim=-1, keepdim=True)
     shape = (n_groups, n_frames, height, width)
     origins = cameras.position[:, :, None, None].expand(*shape, 3)

@@ -171,7 +171,13 @@ def show(scene: SceneValue, grid: ViewGrid, node_id: str | None) -> dict:
                 if all(path.exists() for path in paths.values()):
                     bar.update(part.n_views)
                 else:
-                    for kind, sheet in make_sheets(there, part, index, lambda: bar.update(1)).items():
+                    sheets = make_sheets(there, part, index, lambda: bar.update(1))
+                    if part is not grid and not bool(sheets["depth"].any()):
+                        raise RunError(
+                            "the scene is empty: nothing is seen of it from any side at its first moment. Train it for "
+                            "more steps, or load another one"
+                        )
+                    for kind, sheet in sheets.items():
                         save_picture(paths[kind], sheet)
                 ready.append(index)
                 _tell(node_id, describe_view(part, part_name, ready, coarse=part is not grid))

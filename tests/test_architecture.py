@@ -20,6 +20,7 @@ LEVELS = {
     "cameras": 0,
     "kernels": 0,
     "machine": 0,
+    "randomness": 0,
     "rays": 1,
     "fields": 1,
     "occupancy": 1,
@@ -35,11 +36,11 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-SAME_LEVEL = {("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "training")}
+SAME_LEVEL = {("cameras", "randomness"), ("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "training")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
-LIBRARY_CODE = {"kernels/triton_source.py": "triton"}
+LIBRARY_CODE = {"kernels/triton_source.py": "triton", "kernels/triton_mlp_source.py": "triton"}
 """Code in one optional library's language and nothing else, itself imported only where that library is used."""
 ONLY_IN_CLI = {"tyro", "rich"}
 COMFY = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"}

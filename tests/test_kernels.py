@@ -269,7 +269,9 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
     from dream4d_engine.kernels import triton_kernels as t
 
     monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
-    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate), torch.device("cpu")
+    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate, torch_kernels.mlp), torch.device(
+        "cpu"
+    )
 
 
 @pytest.fixture

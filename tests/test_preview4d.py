@@ -8,9 +8,10 @@ import torch
 from comfy_harness import REPOSITORY, node
 from PIL import Image
 
-from dream4d_engine.assets import load_scene
+from dream4d_engine.assets import load_scene, save_scene
 from dream4d_engine.cameras import fixed_take
 from dream4d_engine.rendering import RenderOptions, render_chunked
+from dream4d_engine.rendering.shading import depth_picture, normal_picture, surface_normals
 
 EXAMPLE = "jumping_cube.safetensors"
 PASSES = ("rgb", "depth", "normals")
@@ -45,11 +46,24 @@ def test_the_sheets_hold_the_views_of_the_scene(server):
     scene, _ = load_scene(REPOSITORY / "nodes" / "examples" / EXAMPLE)
     row, column, moment = 1, 2, 1
     cameras = fixed_take(3, 48, 48, 360 / 6 * column, view["elevations"][row], 3.0, 40.0).frames(moment, moment + 1)
-    direct = render_chunked(scene, cameras, RenderOptions(n_samples=64)).rgb[0, 0]
-    sheet = sheets(server, view, "rgb")[moment]
-    assert sheet.shape == (2 * 48, 6 * 48, 3)
-    tile = torch.from_numpy(sheet[row * 48 : (row + 1) * 48, column * 48 : (column + 1) * 48])
-    assert (tile - direct).abs().mean() < 0.02
+    direct = render_chunked(scene, cameras, RenderOptions(n_samples=64, normals=True))
+    radius = scene.config.radius
+    expected = {
+        "rgb": direct.rgb,
+        "depth": depth_picture(direct.depth, direct.opacity, (3.0 - radius, 3.0 + radius)),
+        "normals": normal_picture(surface_normals(cameras, direct), direct.opacity),
+    }
+    solid = direct.opacity[0, 0, ..., 0] > 0.9
+    assert 200 < solid.sum() < 48 * 48, "the object is seen, and not only it"
+    for kind in PASSES:
+        sheet = sheets(server, view, kind)[moment]
+        assert sheet.shape == (2 * 48, 6 * 48, 3)
+        tiles = torch.from_numpy(sheet).unflatten(0, (2, 48)).unflatten(2, (6, 48)).permute(0, 2, 1, 3, 4)
+        away = (tiles - expected[kind][0, 0])[:, :, solid].abs().mean((-1, -2))
+        assert away[row, column] < 0.03, kind
+        assert away[row, column] == away.min(), f"{kind}: another view of the sheet is more like this camera's"
+    asked = normal_picture(direct.normals, direct.opacity)[0, 0][solid].mean(0)  # of the scene, not read off the depth
+    assert (tiles[row, column][solid].mean(0) - asked).abs().max() < 0.1, "the surface faces where the scene says"
     for kind in PASSES:
         first, *others = sheets(server, view, kind)
         assert first.std() > 0.05 and all(np.abs(first - other).mean() > 1e-3 for other in others), kind
@@ -79,6 +93,16 @@ def test_a_still_scene_has_one_moment_and_sheets_are_used_again(server):
 )
 def test_grids_that_are_too_large_are_refused(server, changes, message):
     assert message in server.refused(viewer_graph(**changes))
+
+
+def test_an_empty_scene_is_said_to_be_empty(server):
+    scene, provenance = load_scene(REPOSITORY / "nodes" / "examples" / EXAMPLE)
+    scene.occupancy.occupied.fill_(False)
+    save_scene(server.base / "input" / "empty.safetensors", scene, provenance)
+    graph = viewer_graph() | {"1": node("Dream4DLoadScene", file="empty.safetensors [input]")}
+    before = set((server.base / "temp" / "dream4d_view").glob("*"))
+    assert "the scene is empty" in server.error(graph)
+    assert set((server.base / "temp" / "dream4d_view").glob("*")) == before, "and nothing is kept of it"
 
 
 def test_it_can_be_cancelled(server):

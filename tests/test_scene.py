@@ -14,6 +14,7 @@ from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
+from dream4d_engine.kernels import Kernels, select_kernels
 from dream4d_engine.scene import Scene, SceneConfig, build_scene
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -144,3 +145,37 @@ def test_absurd_scenes_are_refused() -> None:
         SceneConfig(n_samples=0)
     assert SceneConfig().step_size() == pytest.approx(1.732 * 2 / 512)
     assert SceneConfig(radius=2.0).step_size(64) == pytest.approx(1.732 * 4 / 64)
+
+
+def test_kernels_are_those_of_the_device_a_scene_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = select_kernels("cpu")
+    asked: list[str] = []
+
+    def select(device) -> Kernels:
+        asked.append(torch.device(device).type)
+        return replace(plain, name=f"for {asked[-1]}")
+
+    monkeypatch.setattr("dream4d_engine.scene.select_kernels", select)
+    scene = moving_scene()
+    assert scene.kernels.name == "for cpu"
+    n_asked = len(asked)
+    assert scene.double().float().to("cpu").kernels.name == "for cpu" and len(asked) == n_asked
+    there = scene.clone().to("meta")  # the one other device that every machine has
+    assert there.kernels.name == "for meta" and scene.kernels.name == "for cpu"
+    assert there.clone().kernels.name == "for meta"
+    assert there.with_deformation(MOTION, generator()).kernels.name == "for meta"
+    given = build_scene(CONFIG, generator(), plain)
+    assert given.to("meta").kernels is plain
+
+
+def test_active_levels_survive_copies_and_files() -> None:
+    scene = moving_scene()
+    places, times = points()
+    everything = scene.density(places, times)
+    scene.deformation.set_active_levels(1)
+    fewer = scene.density(places, times)
+    assert not torch.equal(fewer, everything)
+    other = moving_scene()
+    other.load_state_dict(scene.state_dict())
+    for copy in (scene.clone(), other):
+        assert torch.equal(copy.density(places, times), fewer)

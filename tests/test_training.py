@@ -437,3 +437,23 @@ def test_every_recipe_keeps_to_the_limits(recipe):
 def test_numbers_that_no_run_can_be_made_with(changes, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         check_recipe(replace(MOTION_RECIPES["toy"], **changes), "motion")
+
+
+def test_readings_that_come_a_step_late_change_nothing_but_the_reports(monkeypatch):
+    from dream4d_engine.training import loop
+
+    recipe, guidance, _, _ = static_case(steps=4)
+
+    def run():
+        reports = []
+        control = RunControl(on_step=lambda report, scene: reports.append(report))
+        scene, summary = train_static(recipe, guidance, seed=1, device=CPU, control=control)
+        return parameters_of(scene), [report.loss for report in reports], summary
+
+    parameters, losses, summary = run()
+    seen = loop._Seen
+    monkeypatch.setattr(loop, "_Seen", lambda stage, max_bad_steps, lag: seen(stage, max_bad_steps, 1))
+    late_parameters, late_losses, late_summary = run()
+    assert torch.equal(parameters, late_parameters)
+    assert math.isnan(late_losses[0]) and late_losses[1:] == losses[:-1], "each the loss of the step before"
+    assert late_summary.final_loss == summary.final_loss == losses[-1], "all are read in the end"

@@ -44,6 +44,16 @@ class MachineOptions:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """How a GPU is used; results don't depend on it."""
+
+    memory_budget: Annotated[str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="")] = None
+    """Keep to so much GPU memory, for example 10GiB: the fastest way to run the models that fits is chosen."""
+    compile: bool = True
+    """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
+
+
+@dataclass(frozen=True)
 class FolderOptions:
     """Where results go."""
 
@@ -123,6 +133,7 @@ class TextTo3D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -149,6 +160,7 @@ class Animate:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -189,6 +201,7 @@ class TextTo4D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -221,6 +234,7 @@ class ImageTo3D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -266,6 +280,7 @@ class ImageTo4D:
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
+    gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
 
@@ -383,10 +398,16 @@ class Info:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure seconds a step and peak memory of recipes (with the toy models unless folders are given)."""
+    """Measure seconds a step and peak memory of recipes, in each of their phases."""
 
     recipes: tuple[str, ...] = ("static:toy", "motion:toy")
-    """Recipes as STAGE:NAME, for example static:text-to-3d or motion:zeroscope-144x80; or all."""
+    """Recipes as STAGE:NAME, for example static:text-to-3d, image:image-to-3d or motion:zeroscope-144x80; or all."""
+    models: Literal["toy", "full"] = "toy"
+    """toy: the small models unless folders are given; full: the published models' architectures with random weights,
+    built on the device."""
+    variants: tuple[str, ...] = ("fast",)
+    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
+    memory budget."""
     steps: int = 20
     """Steps that are measured."""
     warmup: int = 3
@@ -395,6 +416,10 @@ class Bench:
     """Multi-view model."""
     image_prior: Annotated[str | None, _MODEL] = None
     """Text-to-image model."""
+    novel_view_prior: Annotated[str | None, _MODEL] = None
+    """Novel-view model."""
+    pixel_prior: Annotated[str | None, _MODEL] = None
+    """Text-to-pixels model."""
     video_prior: Annotated[str | None, _MODEL] = None
     """Text-to-video model."""
     out: Annotated[Path | None, _FILE] = None

@@ -2,45 +2,94 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from ..machine import check_folder, peak_memory, pick_device, versions, write_atomically
+from ..cameras import sample_takes, sample_views
+from ..guidance.distillation import Guidance, distill
+from ..machine import check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
+from ..priors.architectures import architecture_for, random_guidance
+from ..priors.loading import PriorKind
 from ..scene import Scene, build_scene
-from ..training.config import MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe, find_recipe
-from ..training.guidance import load_guidance
+from ..training.config import (
+    IMAGE_RECIPES,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
+    MotionRecipe,
+    Phase,
+    StaticRecipe,
+    find_recipe,
+    is_toy,
+)
+from ..training.guidance import active_terms, fast, load_guidance, recorder_for, working_dtype
 from ..training.loop import RunControl, StepReport
+from ..training.memory import parse_bytes
 from ..training.motion import train_motion
+from ..training.reference import Reference
 from ..training.static import train_static
 from .arguments import Bench
 from .interrupts import stop_on_interrupt
 from .models import prior_extras, prior_folders
 from .parsing import UsageError
-from .progress import make_progress
+from .progress import Progress, make_progress
 
-_STAGES = {"static": STATIC_RECIPES, "motion": MOTION_RECIPES}
+_STAGES = {"static": STATIC_RECIPES, "image": IMAGE_RECIPES, "motion": MOTION_RECIPES}
 _PROMPT = "a red cube is jumping"
+_KINDS = ("fast", "plain", "tiny")
+REPEATS = 5
+"""Times that the priors alone are asked."""
+
+Recipe = StaticRecipe | MotionRecipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a recipe: `name` as it was asked for, kind and memory budget (bytes) taken from it."""
+
+    name: str
+    kind: str
+    budget: int | None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`peak_memory_bytes` is the GPU's for this recipe, or the whole process's so far on a CPU."""
+    """A phase of a recipe in one way.
+
+    Args:
+        seconds_per_step: median after the warm-up; None where it failed, see `error`.
+        guidance_seconds: of that, asking the priors about pictures that are there already, forward and backward.
+        preparing_seconds: of the first step, in which networks are compiled, tuned and recorded.
+        peak_memory_bytes: the GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on
+            a CPU. reserved_bytes: what the process took of the GPU in all.
+        plan: how the memory budget is kept to.
+        gradient_cosine: of a step's gradient on the pictures through the tiny autoencoder with that through the full
+            one, same pictures, timestep and noise; only for trained models.
+    """
 
     recipe: str
+    variant: str
     models: dict[str, str]
     pictures: str
     steps: int
-    seconds_per_step: float
-    peak_memory_bytes: int | None
+    seconds_per_step: float | None
+    guidance_seconds: float | None = None
+    preparing_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    reserved_bytes: int | None = None
+    plan: str | None = None
+    gradient_cosine: float | None = None
+    error: str | None = None
 
 
 def bench(options: Bench) -> int:
-    """Measure the recipes and print a table."""
+    """Measure the recipes and print a table; the exit code is 1 where a recipe failed."""
     if options.steps < 1 or options.warmup < 0:
         raise UsageError(f"--steps must be at least 1 and --warmup 0, got {options.steps} and {options.warmup}")
     if options.out is not None:
@@ -48,80 +97,269 @@ def bench(options: Bench) -> int:
             raise UsageError(f"{options.out} is a folder: --out names the file for the results")
         check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
-    wished = [f"{s}:{n}" for s, recipes in _STAGES.items() for n in recipes]
-    names = wished if options.recipes == ("all",) else list(options.recipes)
-    recipes = {name: _find(name) for name in names}
-    measured = []
+    names = _all(options.models) if options.recipes == ("all",) else list(options.recipes)
+    recipes, variants = {name: _find(name) for name in names}, [_variant(name, device) for name in options.variants]
+    measured: list[Measured] = []
     with stop_on_interrupt() as should_stop, make_progress() as progress:
         for name, recipe in recipes.items():
-            measured.append(_measure(name, recipe, options, device, progress, should_stop))
+            for variant in variants:
+                found = _measure(name, recipe, variant, options, device, progress, should_stop)
+                measured += found
+                _save(options.out, measured, device)
+                if any(m.error for m in found):
+                    progress.say(f"{name} {variant.name}: {next(m.error for m in found if m.error)}")
     print("\n".join(table(measured, device)))
-    if options.out is not None:
+    return 1 if any(m.error for m in measured) else 0
+
+
+def _save(path: Path | None, measured: list[Measured], device: torch.device) -> None:
+    if path is not None:
         found = {"device": _device_name(device), "versions": versions(), "recipes": [asdict(m) for m in measured]}
-        write_atomically(Path(options.out), (json.dumps(found, indent=2) + "\n").encode())
-    return 0
+        write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
 
 
-def _find(name: str) -> StaticRecipe | MotionRecipe:
+def _all(models: str) -> list[str]:
+    """Every recipe; the toy ones only with toy models."""
+    pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
+    return [f"{stage}:{recipe.name}" for stage, recipe in pairs if models == "toy" or not is_toy(recipe)]
+
+
+def _find(name: str) -> Recipe:
     stage, _, recipe = name.partition(":")
     if stage not in _STAGES or not recipe:
         raise UsageError(f"unknown recipe {name!r}: write STAGE:NAME with a stage of {', '.join(_STAGES)}, or all")
     return find_recipe(recipe, _STAGES[stage])
 
 
+def _variant(name: str, device: torch.device) -> Variant:
+    kind, _, budget = name.partition("@")
+    if kind not in _KINDS:
+        raise UsageError(f"unknown variant {name!r}: write one of {', '.join(_KINDS)}, with @10GiB for a memory budget")
+    if budget and device.type != "cuda":
+        raise UsageError(f"{name!r} has a memory budget, which is for GPUs; the device is {device.type}")
+    return Variant(name, kind, parse_bytes(budget) if budget else None)
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
 def _measure(
-    name: str, recipe: StaticRecipe | MotionRecipe, options: Bench, device: torch.device, progress, should_stop
-) -> Measured:
-    folders = prior_folders(recipe, options, toys=True)
-    guidance = load_guidance(recipe, folders, _PROMPT, device, extras=prior_extras(options))
-    recipe = _fitting(recipe, guidance, options.warmup + options.steps)
-    progress.begin(name, recipe.steps)
+    name: str, recipe: Recipe, variant: Variant, options: Bench, device: torch.device, progress: Progress, should_stop
+) -> list[Measured]:
+    """Measure every phase of a recipe in one way; a failure is noted and ends the recipe."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    moments: list[float] = []
+        limit_memory(device, None)
+    reference = _reference(recipe)
+    guidance, models = _guidance(recipe, variant, options, device, reference)
+    found = []
+    for number, phase in enumerate(recipe.phases):
+        fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps)
+        n_frames = fitted.n_views if isinstance(fitted, StaticRecipe) else fitted.n_frames
+        pictures = f"{phase.n_groups * n_frames} of {phase.width}x{phase.height}"
+        blank = Measured(name, variant.name, models, pictures, options.steps, None)
+        label = f"{name} {variant.name}" + (f" {number + 1}" if len(recipe.phases) > 1 else "")
+        progress.begin(label, fitted.steps)
+        try:
+            found.append(
+                _measure_phase(blank, label, fitted, guidance, variant, options, progress, should_stop, device)
+            )
+        except (RuntimeError, ValueError) as error:  # of memory, of CUDA, of a network
+            if should_stop():
+                raise
+            found.append(replace(blank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]))
+            break
+    del guidance
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def _measure_phase(
+    blank: Measured,
+    label: str,
+    recipe: Recipe,
+    guidance: Mapping[PriorKind, Guidance],
+    variant: Variant,
+    options: Bench,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    device: torch.device,
+) -> Measured:
+    clock, plans = _Clock(device), []
 
     def on_step(report: StepReport, _scene: Scene) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        moments.append(time.monotonic())
-        progress.update(name, report.step, report.loss, report.remaining)
+        clock.tick()
+        if report.step == options.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        progress.update(label, report.step, report.loss, report.remaining)
 
     control = RunControl(on_step=on_step, should_stop=should_stop)
-    began = time.monotonic()
+    given = {"seed": 0, "device": device, "control": control, "memory_budget": variant.budget, "on_plan": plans.append}
+    clock.tick()
     if isinstance(recipe, StaticRecipe):
-        train_static(recipe, guidance, seed=0, device=device, control=control)
+        train_static(recipe, guidance, reference=_reference(recipe), **given)
     else:
-        scene_config = STATIC_RECIPES["toy" if recipe.name == "toy" else "text-to-3d"].scene
-        still = build_scene(scene_config, torch.Generator().manual_seed(0)).to(device)
-        train_motion(still, recipe, guidance, seed=0, device=device, control=control)
-    seconds = [after - before for before, after in zip([began, *moments], moments, strict=False)]
-    phase = recipe.phases[0]
-    n_pictures = phase.n_groups * (recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
-    return Measured(
-        recipe=name,
-        models={kind: str(folder) for kind, folder in folders.items()},
-        pictures=f"{n_pictures} of {phase.width}x{phase.height}",
-        steps=options.steps,
+        scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
+        still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
+        train_motion(still, recipe, guidance, **given)
+    seconds = clock.between()
+    peak = peak_memory(device)
+    return replace(
+        blank,
         seconds_per_step=median(seconds[options.warmup :]),
-        peak_memory_bytes=peak_memory(device),
+        guidance_seconds=None if variant.budget else _guidance_seconds(recipe, guidance, device),
+        preparing_seconds=seconds[0],
+        peak_memory_bytes=peak,
+        reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        plan=plans[0] if plans else None,
+        gradient_cosine=_gradient_cosine(recipe, guidance, options, device) if _compares(variant, options) else None,
     )
 
 
-def _fitting(recipe: StaticRecipe | MotionRecipe, guidance, steps: int) -> StaticRecipe | MotionRecipe:
-    """The recipe with so many steps of its first phase, and as many views or frames as its models take."""
+def _compares(variant: Variant, options: Bench) -> bool:
+    """Random weights say nothing about the likeness of two autoencoders."""
+    return variant.kind == "tiny" and options.models == "toy"
+
+
+class _Clock:
+    """Moments of a device's own time: on a GPU the run isn't held up to take them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._moments = device, []
+
+    def tick(self) -> None:
+        """Take a moment."""
+        if self._device.type != "cuda":
+            self._moments.append(time.monotonic())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._moments.append(event)
+
+    def between(self) -> list[float]:
+        """Seconds between the moments."""
+        pairs = zip(self._moments, self._moments[1:], strict=False)
+        if self._device.type != "cuda":
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize(self._device)
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+
+
+class _Distilled:
+    """Distilling random pictures of a phase's size, which are there already, forward and backward."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
+        shape = (phase.n_groups, recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
+        draw = sample_views if isinstance(recipe, StaticRecipe) else sample_takes
+        self.cameras = draw(recipe.cameras, *shape, phase.height, phase.width, generator).to(device)
+        # coarse and fine structure, as pictures have it
+        coarse = torch.rand(*shape, 3, 4, 4, generator=generator).flatten(0, 1)
+        coarse = torch.nn.functional.interpolate(coarse, (phase.height, phase.width), mode="bilinear")
+        fine = torch.rand(*shape, 3, phase.height, phase.width, generator=generator)
+        self.pictures = (0.9 * coarse.view_as(fine) + 0.1 * fine).to(device)
+
+    def gradient(self, guidance: Mapping[PriorKind, Guidance]) -> torch.Tensor:
+        """The gradient on the pictures; timesteps and noise are the same every time."""
+        generator, pictures = torch.Generator().manual_seed(1), self.pictures.clone().requires_grad_()
+        sum(distill(g, pictures, self.cameras, 0.0, generator).loss for g in guidance.values()).backward()
+        return pictures.grad
+
+
+def _guidance_seconds(recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device) -> float:
+    """Median seconds of asking the priors alone."""
+    distilled, clock = _Distilled(recipe, device), _Clock(device)
+    clock.tick()
+    for _ in range(REPEATS + 1):
+        distilled.gradient(guidance)
+        clock.tick()
+    return median(clock.between()[1:])
+
+
+def _gradient_cosine(
+    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], options: Bench, device: torch.device
+) -> float:
+    """How alike the gradients through the tiny and through the full autoencoder are: 1 the same direction."""
+    full, _ = _guidance(recipe, Variant("plain", "plain", None), options, device, _reference(recipe))
+    distilled = _Distilled(recipe, device)
+    ours, theirs = (distilled.gradient(g).flatten().double() for g in (guidance, full))
+    return torch.nn.functional.cosine_similarity(ours, theirs, 0).item()
+
+
+# ---- what is measured --------------------------------------------------------------------------------------------
+
+
+def _guidance(
+    recipe: Recipe, variant: Variant, options: Bench, device: torch.device, reference: Reference | None
+) -> tuple[dict[PriorKind, Guidance], dict[str, str]]:
+    """Load or build a recipe's models for a variant; also say which they are."""
+    if options.models == "toy":
+        if variant.kind != "tiny":
+            options = replace(options, priors=replace(options.priors, tiny_vae=None))
+        elif options.priors.tiny_vae is None:
+            raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
+        folders = prior_folders(recipe, options, toys=True)
+        guidance = load_guidance(
+            recipe,
+            folders,
+            _PROMPT,
+            device,
+            reference,
+            extras=prior_extras(options),
+            accelerate=variant.kind != "plain",
+        )
+        return guidance, {kind: str(folder) for kind, folder in folders.items()}
+    dtype, recorder = working_dtype(recipe.loop, device), recorder_for(device)
+    guidance, models = {}, {}
+    for term in active_terms(recipe):
+        architecture = architecture_for(term.prior, getattr(recipe, "n_frames", None))
+        vae = "tiny" if variant.kind == "tiny" else "full"
+        one = random_guidance(architecture, term.distillation, device, dtype, vae)
+        accelerates = device.type == "cuda" and variant.kind != "plain"
+        guidance[term.prior] = fast(one, recorder) if accelerates else one
+        models[term.prior] = f"{architecture.name}, random weights"
+    return guidance, models
+
+
+def _reference(recipe: Recipe) -> Reference | None:
+    """A grey disc, for recipes that look at a picture."""
+    if getattr(recipe, "reference", None) is None:
+        return None
+    size = max(phase.size for phase in recipe.reference.phases)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    disc = ((axis[:, None] ** 2 + axis**2) < 0.64).float()[..., None]
+    return Reference(torch.full((size, size, 3), 0.6), disc, "a grey disc")
+
+
+def _fitting(recipe: Recipe, phase: Phase, guidance: Mapping[PriorKind, Guidance], steps: int) -> Recipe:
+    """The recipe with so many steps of one phase, and as many views or frames as its models take."""
     counts = [g.denoiser.n_frames for g in guidance.values() if g.denoiser.n_frames]
     key = "n_views" if isinstance(recipe, StaticRecipe) else "n_frames"
-    return replace(
-        recipe, steps=steps, phases=(replace(recipe.phases[0], start=0.0),), **({key: counts[0]} if counts else {})
-    )
+    changes = {key: counts[0]} if counts else {}
+    if getattr(recipe, "reference", None) is not None:  # the last and largest size of the picture all the time
+        last = replace(recipe.reference.phases[-1], start=0.0)
+        changes["reference"] = replace(recipe.reference, phases=(last,))
+    return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
 
 
 def table(measured: list[Measured], device: torch.device) -> list[str]:
     """The measurements as lines of text."""
-    lines = [f"{'recipe':<26}{'pictures':<16}{'seconds a step':>15}{'peak memory':>14}   ({_device_name(device)})"]
+    head = f"{'recipe':<26}{'variant':<12}{'pictures':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
+    lines = [f"{head}   ({_device_name(device)})"]
     for m in measured:
         peak = "unknown" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / 2**30:.2f} GiB"
-        lines.append(f"{m.recipe:<26}{m.pictures:<16}{m.seconds_per_step:>15.3f}{peak:>14}")
+        start = f"{m.recipe:<26}{m.variant:<12}{m.pictures:<16}"
+        if m.seconds_per_step is None:
+            lines.append(f"{start}{'failed: ' + (m.error or '')}")
+            continue
+        guidance = "" if m.guidance_seconds is None else f"{m.guidance_seconds:.3f}"
+        notes = [m.plan] if m.plan else []
+        notes += [] if m.gradient_cosine is None else [f"gradient's cosine with the full one's {m.gradient_cosine:.3f}"]
+        lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
     return lines

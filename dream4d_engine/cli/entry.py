@@ -9,7 +9,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-ERROR, INTERRUPTED = 2, 130
+from .interrupts import INTERRUPTED
+
+ERROR = 2
 
 
 def run(argv: Sequence[str] | None = None) -> int:

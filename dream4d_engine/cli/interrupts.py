@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C stopped."""
+
 
 class Stopped(RuntimeError):
     """A run that Ctrl-C stopped; the message says how to go on."""

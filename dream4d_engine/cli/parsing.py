@@ -190,7 +190,7 @@ def settings_tree(call: Any) -> dict:
 def comparable(call: Any) -> dict:
     """The settings that a resumed run must share with its beginning, as a tree."""
     tree = settings_tree(call)
-    tree["options"] = {key: value for key, value in tree["options"].items() if key not in ("folders", "machine")}
+    tree["options"] = {key: value for key, value in tree["options"].items() if key not in ("folders", "gpu", "machine")}
     tree["options"]["priors"].pop("download")  # how the models came here makes no difference
     return tree
 

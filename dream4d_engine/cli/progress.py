@@ -110,6 +110,25 @@ class Bars:
         self._bars.console.print(text, markup=False, highlight=False)
 
 
+class Quiet:
+    """Says nothing: for the processes beside the one that speaks."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *error) -> None:
+        return None
+
+    def begin(self, stage: str, steps: int) -> None:
+        pass
+
+    def update(self, stage: str, step: int, loss: float | None = None, remaining: float | None = None) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def make_progress() -> Progress:
     """Bars where standard output is a terminal, else lines."""
     if not sys.stdout.isatty():

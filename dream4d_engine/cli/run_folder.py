@@ -21,11 +21,15 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes. `record` is what run.json holds; it is saved at the beginning and after every stage."""
+    """Where a run writes. `record` is what run.json holds; it is saved at the beginning and after every stage.
+
+    `writes` is false in the processes beside the one that writes.
+    """
 
     path: Path
     record: dict
     device: torch.device
+    writes: bool = True
 
     @property
     def unfinished(self) -> Path:
@@ -34,6 +38,8 @@ class RunFolder:
 
     def save(self, status: str | None = None, **news: object) -> None:
         """Write run.json with the news."""
+        if not self.writes:
+            return
         self.record.update(news)
         if status is not None:
             self.record["status"] = status
@@ -53,13 +59,14 @@ class RunFolder:
 
     def fail(self, why: str) -> None:
         """Mark the run as failed; if nothing was saved yet, a new one may begin in its place."""
-        if not any(self.unfinished.iterdir()):
+        if self.writes and not any(self.unfinished.iterdir()):
             self.unfinished.rmdir()
         self.save("failed", error=why.splitlines()[0])
 
     def finish(self) -> None:
         """Remove what only resuming needs and mark the run as finished."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
         self.save("finished", finished=_now())
 
 
@@ -96,6 +103,13 @@ def start_run(folder: Path, names: Sequence[str], record: dict, device: torch.de
     run.unfinished.mkdir(exist_ok=True)
     run.save()
     return run
+
+
+def follow_run(folder: Path, device: torch.device) -> RunFolder:
+    """Look into the folder of a run that another process writes."""
+    record = read_record(folder)
+    record.setdefault("seconds", {})
+    return RunFolder(folder, record, device, writes=False)
 
 
 def sweep(folder: Path, names: Sequence[str]) -> None:

@@ -20,9 +20,11 @@ from ..machine import check_memory, pick_device, versions, write_atomically
 from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
+from ..training.distributed import ALONE, Team, join_team, leave_team
 from ..training.guidance import Folders, load_guidance
 from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
+from ..training.memory import parse_bytes
 from ..training.motion import check_scale, train_motion
 from ..training.needs import disk_bytes, film_bytes, memory_bytes
 from ..training.reference import Reference, check_reference, load_reference
@@ -31,6 +33,7 @@ from . import results
 from .arguments import (
     Animate,
     AnimateCall,
+    GpuOptions,
     ImageTo3DCall,
     ImageTo4D,
     ImageTo4DCall,
@@ -38,11 +41,11 @@ from .arguments import (
     TextTo4D,
     TextTo4DCall,
 )
-from .interrupts import Stopped, stop_on_interrupt
+from .interrupts import INTERRUPTED, Stopped, stop_on_interrupt
 from .models import check_words, prior_extras, prior_folders
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
-from .progress import Progress, clock_text, make_progress
-from .run_folder import RunFolder, check_out, resume_run, start_run
+from .progress import Progress, Quiet, clock_text, make_progress
+from .run_folder import RunFolder, check_out, follow_run, resume_run, start_run
 
 SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
 REFERENCE = "reference.png"
@@ -60,6 +63,7 @@ class Session:
     run: RunFolder
     progress: Progress
     should_stop: Callable[[], bool]
+    team: Team = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -79,12 +83,19 @@ class Session:
 
         sources = {name: self.run.record.get(name) for name in ("source", "reference")}
         identity = {"stage": stage, **comparable(self.call), **sources}
-        return RunControl(self.run.unfinished / f"{stage}.checkpoint", identity, on_step, self.should_stop)
+        path = self.run.unfinished / f"{stage}.checkpoint"
+        return RunControl(path, identity, on_step, self.should_stop, team=self.team)
 
-    def pause(self, stage: str) -> None:
-        """Stop here if Ctrl-C was pressed."""
-        if self.should_stop():
+    def pause(self, stage: str, alone: bool = False) -> None:
+        """Stop here if Ctrl-C was pressed; `alone`: the other processes aren't here."""
+        if self.should_stop() if alone else self.team.any(self.should_stop()):
             raise Interrupted(stage, 0, None)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of GPU memory that may be taken."""
+        asked = self.call.options.gpu.memory_budget
+        return None if asked is None else parse_bytes(asked)
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
@@ -233,16 +244,34 @@ def _carry_out(
 ) -> int:
     """Check what can be checked, then do the work in its folder; return the exit code."""
     device = pick_device(call.options.machine.device)
-    run = _open_run(call, recipes, scene, device)
+    _check_budget(call.options.gpu, device)
+    team, device = join_team(device)
+    try:
+        return _carry_out_in(team, call, recipes, scene, device, work)
+    finally:
+        leave_team()
+
+
+def _carry_out_in(
+    team: Team,
+    call: Call,
+    recipes: tuple[StaticRecipe | MotionRecipe, ...],
+    scene: SceneConfig,
+    device: torch.device,
+    work: Callable[[Session], None],
+) -> int:
+    run = _open_together(team, call, recipes, scene, device)
     if run is None:
         return 0
     began = time.monotonic()
     with stop_on_interrupt() as should_stop:
         try:
-            with make_progress() as progress:
-                work(Session(call, run, progress, should_stop))
+            with make_progress() if team.writes else Quiet() as progress:
+                work(Session(call, run, progress, should_stop, team))
             run.finish()
         except Interrupted as stop:
+            if not team.writes:  # the first process says it
+                return INTERRUPTED
             run.save("interrupted", stage=stop.stage, step=stop.step or None)
             where = f"{stop.stage}, step {stop.step}" if stop.step else stop.stage
             hint = f"dream4d {command_of(call)} --resume {shlex.quote(str(run.path))}"
@@ -251,8 +280,38 @@ def _carry_out(
             with contextlib.suppress(OSError):  # the disk may be what failed
                 run.fail(str(error) or type(error).__name__)
             raise
-    _say_finished(run, time.monotonic() - began)
+    if team.writes:
+        _say_finished(run, time.monotonic() - began)
     return 0
+
+
+def _check_budget(gpu: GpuOptions, device: torch.device) -> None:
+    if gpu.memory_budget is None:
+        return
+    parse_bytes(gpu.memory_budget)
+    if device.type != "cuda":
+        raise UsageError(f"--memory-budget is for GPUs, and the work is done on {device.type}: leave it away")
+
+
+def _open_together(
+    team: Team,
+    call: Call,
+    recipes: tuple[StaticRecipe | MotionRecipe, ...],
+    scene: SceneConfig,
+    device: torch.device,
+) -> RunFolder | None:
+    """Let the first process open the run's folder and the others look into it; None where there is nothing to do."""
+    if team.writes:
+        run = None
+        try:
+            run = _open_run(call, recipes, scene, device)
+        finally:
+            team.any(run is None)  # so that nobody waits for a run that isn't made
+        return run
+    if team.any(False):
+        return None
+    folders = call.options.folders
+    return follow_run(Path(folders.resume or folders.out), device)
 
 
 def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...]) -> None:
@@ -331,7 +390,15 @@ def static_stage(
 
     def train() -> tuple[Scene, FitSummary, Provenance]:
         with session.run.timed("load models"):
-            guidance = load_guidance(recipe, folders, prompt, session.device, reference, extras=session.extras)
+            guidance = load_guidance(
+                recipe,
+                folders,
+                prompt,
+                session.device,
+                reference,
+                extras=session.extras,
+                compiled=session.call.options.gpu.compile,
+            )
         session.pause("static")
         seed = session.call.options.seed
         with session.run.timed("static"):
@@ -342,6 +409,8 @@ def static_stage(
                 device=session.device,
                 control=session.control("static"),
                 reference=reference,
+                memory_budget=session.memory_budget,
+                on_plan=session.progress.say,
             )
         return scene, summary, Provenance(prompt, recipe.name, seed, recipe.steps, versions())
 
@@ -356,7 +425,14 @@ def motion_stage(
 
     def train() -> tuple[Scene, FitSummary, Provenance]:
         with session.run.timed("load models"):
-            guidance = load_guidance(recipe, folders, prompt, session.device, extras=session.extras)
+            guidance = load_guidance(
+                recipe,
+                folders,
+                prompt,
+                session.device,
+                extras=session.extras,
+                compiled=session.call.options.gpu.compile,
+            )
         session.pause("motion")
         options: Animate | TextTo4D | ImageTo4D = session.call.options
         with session.run.timed("motion"):
@@ -368,6 +444,8 @@ def motion_stage(
                 device=session.device,
                 control=session.control("motion"),
                 deformation_scale=options.deformation_scale,
+                memory_budget=session.memory_budget,
+                on_plan=session.progress.say,
             )
         return scene, summary, Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
 
@@ -384,16 +462,22 @@ def _stage(
     """Train and save a scene. It is read back, so that a resumed run goes on from the very same one."""
     if not path.exists():
         scene, summary, provenance = train()
-        save_scene(path, scene, provenance)
+        if session.team.writes:
+            save_scene(path, scene, provenance)
         fits = session.run.record.setdefault("fits", {})
         fits[stage] = asdict(summary)
         session.run.save()
     session.progress.update(stage, steps)
-    return load_scene(path, session.device)
+    session.team.wait()  # until it is written
+    loaded = load_scene(path, session.device)
+    session.team.wait()  # until all have it: what is unfinished is removed at the end
+    return loaded
 
 
 def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:
     """Make a video, unless it is there already."""
+    if not session.team.writes:
+        return
     path, pictures, stage = session.run.path / name, session.call.options.pictures, name.partition(".")[0]
     n_frames = cameras.shape[1]
     session.progress.begin(stage, n_frames)
@@ -403,7 +487,7 @@ def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title:
     began = time.monotonic()
 
     def on_frame(done: int) -> None:
-        session.pause(stage)
+        session.pause(stage, alone=True)
         session.progress.update(stage, done, None, (time.monotonic() - began) / done * (n_frames - done))
 
     with session.run.timed(stage):
@@ -414,9 +498,11 @@ def show(
     session: Session, scene: Scene, prompt: str, reference: Reference | None = None, still: Scene | None = None
 ) -> None:
     """Make the sheet of pictures and the measures; those of a picture are the `still` scene's."""
+    if not session.team.writes:
+        return
     with session.run.timed("measures"):
         results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.call.options.pictures.samples)
-        session.pause("measures")
+        session.pause("measures", alone=True)
         measures, line = results.measure(scene, prompt)
         if reference is not None:
             found = results.measure_reference(still, reference, session.call.static.reference)

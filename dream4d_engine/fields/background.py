@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels import Kernels
 from .encodings import require_range, spherical_harmonics
 from .mlp import MLP
 
@@ -37,14 +38,16 @@ class Background(nn.Module):
         self.config = config
         if config.color is None:
             self.mlp = MLP(config.degree**2, 3, config.hidden_width, config.hidden_layers)
+        else:  # no part of an asset; a buffer, so that it is on the device before it is needed
+            self.register_buffer("solid", torch.tensor(config.color), persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
         """Start afresh."""
         if self.config.color is None:
             self.mlp.reset(generator)
 
-    def forward(self, directions: Tensor) -> Tensor:
+    def forward(self, directions: Tensor, kernels: Kernels | None = None) -> Tensor:
         """Unit directions [N, 3] -> rgb [N, 3]."""
         if self.config.color is None:
-            return torch.sigmoid(self.mlp(spherical_harmonics(directions)).float())
-        return directions.new_tensor(self.config.color).expand(directions.shape)
+            return torch.sigmoid(self.mlp(spherical_harmonics(directions), kernels).float())
+        return self.solid.to(directions.dtype).expand(directions.shape)

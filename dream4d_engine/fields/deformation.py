@@ -67,7 +67,7 @@ class DeformationField(nn.Module):
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1)."""
         features = self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
-        return 2 * torch.sigmoid(self.mlp(features).float()) - 1
+        return 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
         """Return the places [S, 3] in [0, 1] where the canonical field is queried."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..kernels import Kernels, torch_kernels
 
 
 class MLP(nn.Module):
@@ -24,9 +25,6 @@ class MLP(nn.Module):
                 bound = weight.shape[1] ** -0.5
                 weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[S, n_inputs] -> [S, n_outputs]."""
-        *hidden, last = self.layers
-        for weight in hidden:
-            x = F.relu(F.linear(x, weight), inplace=True)
-        return F.linear(x, last)
+    def forward(self, x: Tensor, kernels: Kernels | None = None) -> Tensor:
+        """[S, n_inputs] -> [S, n_outputs]; without `kernels`, in plain PyTorch."""
+        return (kernels.mlp if kernels else torch_kernels.mlp)(x, tuple(self.layers))

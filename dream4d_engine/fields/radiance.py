@@ -63,14 +63,14 @@ class RadianceField(nn.Module):
             return config.blob_scale * (1 - squared.clamp_min(1e-12).sqrt() / config.blob_std)
         return config.blob_scale * torch.exp(-squared / (2 * config.blob_std**2))  # DreamFusion, 2209.14988
 
-    def _density(self, u: Tensor, features: Tensor) -> Tensor:
-        return F.softplus(self.density_mlp(features).float()[:, 0] + self.blob(u))
+    def _density(self, u: Tensor, features: Tensor, kernels: Kernels) -> Tensor:
+        return F.softplus(self.density_mlp(features, kernels).float()[:, 0] + self.blob(u))
 
     def density(self, u: Tensor, kernels: Kernels) -> Tensor:
         """[S, 3] in [0, 1] -> [S]."""
-        return self._density(u, self.grid(u, kernels))
+        return self._density(u, self.grid(u, kernels), kernels)
 
     def forward(self, u: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
         """[S, 3] in [0, 1] -> density [S], rgb [S, 3] in (0, 1)."""
         features = self.grid(u, kernels)
-        return self._density(u, features), torch.sigmoid(self.color_mlp(features).float())
+        return self._density(u, features, kernels), torch.sigmoid(self.color_mlp(features, kernels).float())

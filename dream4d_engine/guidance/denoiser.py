@@ -84,6 +84,13 @@ def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
     return Conditions(**{name: None if name in missing else torch.cat(values) for name, values in columns.items()})
 
 
+def split_conditions(conditions: Conditions, groups_at_once: int) -> Sequence[Conditions]:
+    """Undo `stack_conditions`: pieces of so many groups, in order."""
+    columns = {f.name: getattr(conditions, f.name) for f in fields(Conditions)}
+    given = {name: value.split(groups_at_once) for name, value in columns.items() if value is not None}
+    return [Conditions(**dict(zip(given, piece, strict=True))) for piece in zip(*given.values(), strict=True)]
+
+
 def denoise_each(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditions: Sequence[Conditions]) -> tuple[Tensor, ...]:
     """Return the prediction x0 under each of the conditions, computed in one batch."""
     n = len(conditions)

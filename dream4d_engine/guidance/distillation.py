@@ -12,7 +12,7 @@ distilling names a target for z and pulls it there with 0.5 * |z - stop(target)|
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch
+from ..randomness import draw_rows, own_rows, send, share_of
 from ..schedules import Schedule
 from .combine import cfg, perp_neg, rescale
 from .denoiser import Conditions, Denoiser, denoise_each, sigma_of_alpha_bar
@@ -174,22 +175,29 @@ def multistep_target(
     no noise at all, and the result is the variance preserving x there, as the published targets are.
 
     Args:
-        x: [B, F, c, h, w] at `timestep` [B]. alphas_bar: [T].
+        x: [B, F, c, h, w] at `timestep` [B], best on the CPU: it says how many steps there are. alphas_bar: [T].
         predict: (x, sigma [B]) -> guided x0. noise: shape -> standard normal noise, called once a step.
     """
     n_timesteps = alphas_bar.shape[0]
     if not 1 <= n_steps <= n_timesteps:
         raise ValueError(f"n_steps must lie in [1, {n_timesteps}], the number of timesteps, got {n_steps}")
     sigmas = sigma_of_alpha_bar(alphas_bar.to(x.device))
-    timestep = timestep.to(x.device)
+    timestep = timestep.cpu()
     moving = torch.ones_like(timestep, dtype=torch.bool)
     while moving.any():
         following = timestep - n_timesteps // n_steps
-        sigma, sigma_next = sigmas[timestep.clamp_min(0)], sigmas[following.clamp_min(0)]
-        stepped = ancestral_step(x, predict(x, sigma), sigma, sigma_next, noise(x.shape).to(x))
-        x = torch.where(_per_group(moving), stepped, x)  # groups with a smaller timestep arrive earlier
+        sigma, sigma_next = (sigmas[send(t.clamp_min(0), x.device)] for t in (timestep, following))
+        fresh = send(noise(x.shape), x.device).to(x)
+        stepped = ancestral_step(x, predict(x, sigma), sigma, sigma_next, fresh)
+        # groups with a smaller timestep arrive earlier
+        x = stepped if moving.all() else torch.where(_per_group(send(moving, x.device)), stepped, x)
         timestep, moving = following, moving & (following > 0)
     return x * alphas_bar[0].to(x).sqrt()
+
+
+def walk_length(timestep: int, n_timesteps: int, n_steps: int) -> int:
+    """Return how many steps `multistep_target` takes from a timestep."""
+    return max(1, -(-timestep // (n_timesteps // n_steps)))
 
 
 def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Tensor, Tensor], Tensor]:
@@ -237,22 +245,30 @@ def draw_timestep(
     config: DistillationConfig, n_timesteps: int, n_groups: int, progress: float, generator: torch.Generator
 ) -> Tensor:
     """Draw [n_groups] timesteps (int64, CPU), uniform between the config's bounds, both included."""
+    return own_rows(_draw_timesteps(config, n_timesteps, n_groups, progress, generator), generator).clone()
+
+
+def _draw_timesteps(
+    config: DistillationConfig, n_timesteps: int, n_groups: int, progress: float, generator: torch.Generator
+) -> Tensor:
+    """Draw the timesteps of all processes' groups."""
     low, high = timestep_bounds(config, n_timesteps, progress)
-    n_draws = 1 if config.shared_timestep else n_groups
-    return torch.randint(low, high + 1, (n_draws,), generator=generator).expand(n_groups).clone()
+    n_all = n_groups * share_of(generator)[1]
+    n_draws = 1 if config.shared_timestep else n_all
+    return torch.randint(low, high + 1, (n_draws,), generator=generator).expand(n_all)
 
 
-def _group_for(guidance: Guidance, pictures: Tensor, cameras: CameraBatch) -> tuple[Tensor, CameraBatch]:
-    """Return the pictures and cameras that the denoiser is to see, grouped as it sees them."""
+def _group_for(guidance: Guidance, pictures: Tensor, cameras: CameraBatch) -> tuple[Tensor, CameraBatch, Tensor | None]:
+    """Return the pictures and cameras grouped as the denoiser sees them, and which groups it is to see (None: all)."""
     if guidance.denoiser.n_frames is not None:
-        return pictures, cameras
+        return pictures, cameras, None
     pictures, cameras = pictures.flatten(0, 1)[:, None], cameras.reshape(-1, 1)
     if guidance.config.max_azimuth_deg >= 180:
-        return pictures, cameras
+        return pictures, cameras, None
     azimuth = cameras.azimuth[:, 0]
     away = torch.rad2deg(torch.atan2(azimuth.sin(), azimuth.cos())).abs()
     keep = away < guidance.config.max_azimuth_deg
-    return pictures[keep.to(pictures.device)], cameras.groups(keep)
+    return pictures, cameras, keep.cpu()
 
 
 def distill_at(
@@ -265,20 +281,20 @@ def distill_at(
     """Distil at given timesteps, with given noise; nothing else is random.
 
     Args:
-        pictures: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. timestep: [B] int64.
+        pictures: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. timestep: [B] int64, on the CPU.
         noise: shape of z -> standard normal noise; called for x first, then once for each step of a walk.
     """
     denoiser, config = guidance.denoiser, guidance.config
     resized = resize_pictures(pictures, denoiser.image_size)
     z = denoiser.encode(resized)
-    timestep = timestep.to(z.device)
+    steps, timestep = timestep, send(timestep, z.device)
     alphas_bar = denoiser.alphas_bar.to(z.device, torch.float32)
     sigma = sigma_of_alpha_bar(alphas_bar[timestep])
     predict = guided_prediction(guidance, cameras)
     with torch.no_grad():
-        x = z + _per_group(sigma) * noise(z.shape).to(z)
+        x = z + _per_group(sigma) * send(noise(z.shape), z.device).to(z)
         if config.loss == "multistep":
-            target = x0 = multistep_target(x, timestep, alphas_bar, predict, config.n_steps, noise)
+            target = x0 = multistep_target(x, steps, alphas_bar, predict, config.n_steps, noise)
         else:
             x0 = predict(x, sigma)
             target = x0 if config.loss == "x0" else z - sds_gradient(z, x0, sigma)
@@ -318,12 +334,30 @@ def distill(
         raise ValueError(
             f"pictures must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(pictures.shape)}"
         )
-    seen, cameras = _group_for(guidance, pictures, cameras)
-    if seen.shape[0] == 0:
+    config, n_timesteps = guidance.config, guidance.denoiser.alphas_bar.shape[0]
+    seen, cameras, keep = _group_for(guidance, pictures, cameras)
+    n_groups = seen.shape[0]
+    # numbers are drawn for groups that are left out too, so that processes who share the work stay in step
+    everyones = _draw_timesteps(config, n_timesteps, n_groups, progress, generator)
+    timestep = own_rows(everyones, generator).clone()
+
+    def noise(shape: torch.Size) -> Tensor:
+        drawn = draw_rows(torch.randn, (n_groups, *shape[1:]), generator)
+        return drawn if keep is None else drawn[keep]
+
+    blank = keep is not None and not keep.any()
+    if blank and share_of(generator)[1] == 1:
         return _nothing_seen(pictures)
-    n_timesteps = guidance.denoiser.alphas_bar.shape[0]
-    timestep = draw_timestep(guidance.config, n_timesteps, seen.shape[0], progress, generator)
-    return distill_at(guidance, seen, cameras, timestep, lambda shape: torch.randn(shape, generator=generator))
+    if blank:
+        keep[0] = True  # seen for nothing, so that as many numbers are drawn as elsewhere
+    if keep is not None:
+        seen, cameras, timestep = seen[send(keep, seen.device)], cameras.groups(keep), timestep[keep]
+    output = distill_at(guidance, seen, cameras, timestep, noise)
+    if config.loss == "multistep":
+        longest, own = (walk_length(int(t.max()), n_timesteps, config.n_steps) for t in (everyones, timestep))
+        for _ in range(longest - own):
+            noise(output.x0.shape)
+    return replace(output, loss=0 * output.loss) if blank else output
 
 
 def _nothing_seen(pictures: Tensor) -> DistillationOutput:

@@ -34,13 +34,15 @@ class Kernels:
     march_rays: Callable[..., tuple[Tensor, Tensor, Tensor]]
     composite: Callable[..., tuple[Tensor, Tensor]]
     accumulate: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
 
 
 def _triton_kernels(device: torch.device) -> Kernels:
     from . import triton_kernels as t
+    from .triton_mlp import mlp
 
     t.check(device)
-    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate)
+    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate, mlp)
 
 
 def _cuda_kernels(device: torch.device) -> Kernels:
@@ -48,13 +50,13 @@ def _cuda_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
     c.check(device)
-    return Kernels("cuda", c.hash_encode, t.march_rays, c.composite, c.accumulate)
+    return Kernels("cuda", c.hash_encode, t.march_rays, c.composite, c.accumulate, t.mlp)
 
 
 def _torch_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
-    return Kernels("torch", t.hash_encode, t.march_rays, t.composite, t.accumulate)
+    return Kernels("torch", t.hash_encode, t.march_rays, t.composite, t.accumulate, t.mlp)
 
 
 _BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {

@@ -36,7 +36,7 @@ def check(device: torch.device) -> None:
         if abs(float(sums) - 0.632120559) > 1e-5:
             raise RuntimeError(f"a first compositing gave {float(sums)} instead of 0.63212")
     except Exception as error:  # nerfacc compiles itself on first use, with whatever compiler there is
-        raise RuntimeError(f"nerfacc does not work: {type(error).__name__}: {str(error).splitlines()[:1]}") from error
+        raise RuntimeError(f"nerfacc does not work: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=8)

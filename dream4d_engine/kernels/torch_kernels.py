@@ -6,11 +6,12 @@ Everything is deterministic on CPU for a fixed number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .layout import PRIMES, GridLayout, GridLevel
 
@@ -328,3 +329,17 @@ def _sum_before(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
     wide = values.double()
     before = wide.cumsum(0) - wide
     return (before - before[starts]).clamp_min(0).to(values.dtype)
+
+
+def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """Bias-free network: ReLU layers and a last linear one.
+
+    Args:
+        x: [S, n_inputs]. layers: weights [n_outputs, n_inputs] each, one or more.
+    Returns:
+        [S, n_outputs of the last], in the type of a matrix product (autocast's, where that is on).
+    """
+    *hidden, last = layers
+    for weight in hidden:
+        x = F.relu(F.linear(x, weight), inplace=True)
+    return F.linear(x, last)

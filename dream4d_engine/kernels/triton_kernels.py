@@ -7,6 +7,7 @@ networks behind it take it.
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 
 import torch
@@ -35,16 +36,18 @@ def check(device: torch.device) -> None:
         bounds = torch.tensor([0, 4], device=device)
         total = float(_sum(nothing[:, None] + 1, bounds, 1))
     except Exception as error:  # whatever a compiler may raise
-        raise RuntimeError(f"a first kernel failed: {type(error).__name__}: {str(error).splitlines()[:1]}") from error
+        raise RuntimeError(f"a first kernel failed: {type(error).__name__}: {_first_line(error)}") from error
     if total != 4:
         raise RuntimeError(f"a first kernel gave {total} instead of 4")
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:300]
+
+
 def _fused() -> bool:
     """Is the code compiled (True), or interpreted on the CPU for tests?"""
-    import triton
-
-    return not triton.knobs.runtime.interpret
+    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _power_of_two(n: int) -> int:
@@ -142,7 +145,7 @@ def _table_gradient(x: Tensor, table: Tensor, grad: Tensor, layout: GridLayout, 
 
     grad_table = torch.zeros_like(table)
     if work:
-        runs = max(1, 256 // (2**layout.n_dims * _power_of_two(layout.n_features)))
+        runs = max(1, 128 // (2**layout.n_dims * _power_of_two(layout.n_features)))  # a number for each thread
         with _on(x.device):
             source.hash_backward_table[(-(-len(x) // (runs * _RUN)), n_levels)](
                 x, grad, grad_table, *_layout_tensors(layout, x.device), len(x),

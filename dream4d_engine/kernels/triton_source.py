@@ -176,14 +176,19 @@ def hash_backward_table(
             part = p3[:, None] + f3 * b3[None, :]
             xor, total = xor ^ part, total + part
             weight *= tl.where(b3[None, :] == 1, s3[:, None], 1.0 - s3[:, None])
-        number = (offset + _within(xor, total, size, hashed)) * F + feature[None, :]
-        at = rows.to(tl.int64)[:, None] * (L * F) + level * F + feature[None, :]
-        grad = tl.load(grad_ptr + at, mask=valid[:, None] & (feature < F)[None, :], other=0.0).to(tl.float32)
+        number = offset + _within(xor, total, size, hashed)
+        grad = tl.zeros((RUNS, (1 << D) * FP), tl.float32)
+        for k in tl.static_range(F):  # feature by feature: a tile's layout would be changed twice in every step
+            of_one = tl.load(grad_ptr + rows.to(tl.int64) * (L * F) + level * F + k, mask=valid, other=0.0)
+            grad = tl.where(feature[None, :] == k, of_one.to(tl.float32)[:, None], grad)
         moved = number != owner
-        tl.atomic_add(grad_table_ptr + owner, held, mask=moved & (held != 0.0), sem="relaxed")
+        # told that features lie side by side, the compiler gives them to neighbouring threads: one transaction for both
+        to = tl.max_contiguous(owner * F + feature[None, :], [1, FP])
+        tl.atomic_add(grad_table_ptr + to, held, mask=moved & (held != 0.0), sem="relaxed")
         held = tl.where(moved, 0.0, held) + weight * grad
         owner = number
-    tl.atomic_add(grad_table_ptr + owner, held, mask=held != 0.0, sem="relaxed")
+    to = tl.max_contiguous(owner * F + feature[None, :], [1, FP])
+    tl.atomic_add(grad_table_ptr + to, held, mask=held != 0.0, sem="relaxed")
 
 
 @triton.jit
@@ -264,7 +269,10 @@ def _cell(start_ptr, slope_ptr, rows, valid, middle, d: tl.constexpr, resolution
     """The number [RAYS, K] of the cells along one axis."""
     start = tl.load(start_ptr + rows * 3 + d, mask=valid, other=0.0)[:, None]
     slope = tl.load(slope_ptr + rows * 3 + d, mask=valid, other=0.0)[:, None]
-    along = tl.fma(middle, slope, start) if FUSED else start + middle * slope
+    if FUSED:
+        along = tl.fma(middle, slope, start)
+    else:
+        along = (start.to(tl.float64) + middle.to(tl.float64) * slope.to(tl.float64)).to(tl.float32)
     return tl.minimum(tl.maximum(along.to(tl.int32), 0), resolution - 1)
 
 

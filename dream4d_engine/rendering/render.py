@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch
+from ..randomness import draw_rows, send
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
 from .march import drop_transparent, is_visible, points_of, sample_rays
@@ -21,8 +22,8 @@ SAMPLES_AT_ONCE = 2**18
 """Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
-GPU_FACTOR = 16
-"""So many times more on a GPU: 4 million samples, one or two gigabytes."""
+GPU_SHARE = 2**32
+"""So many times more on a GPU as its memory has such pieces of 4 GiB: some twentieth of it is then in use."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RenderOptions:
         normals, displacement: composite these too.
         background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
         ray_jitter: standard deviation of a normal offset on the rays' directions (needs a generator).
+        half: in `render_chunked` on a GPU, encodings and networks in half precision, as in training (`render` itself
+            does as the autocast around it says).
     """
 
     n_samples: int | None = None
@@ -46,6 +49,7 @@ class RenderOptions:
     displacement: bool = False
     background: Tensor | None = None
     ray_jitter: float = 0.0
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.n_samples is not None and self.n_samples < 1:
@@ -104,20 +108,21 @@ def render_chunked(
     rays, shift = _prepare(scene, cameras, options, generator)
     background = _given_background(rays, options)
     n_rays = len(rays.origins)
-    more = GPU_FACTOR if scene.device.type == "cuda" else 1
+    more = _gpu_factor(scene.device)
     lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
     parts = []
     for start in range(0, n_rays, size):
         rows = slice(start, start + size)
         part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
-        output = _render_rays(
-            scene,
-            part,
-            None if background is None else background[rows],
-            options,
-            None if shift is None else shift[rows],
-        )
+        with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
+            output = _render_rays(
+                scene,
+                part,
+                None if background is None else background[rows],
+                options,
+                None if shift is None else shift[rows],
+            )
         pictures = {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
         parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
@@ -136,9 +141,7 @@ def _prepare(
     rays = rays_from_cameras(cameras.to(scene.device), options.ray_jitter, generator)
     if not options.stratified:
         return rays, None
-    # drawn on the host, from memory that a GPU can fetch without the host waiting for it
-    shift = torch.rand(len(rays.origins), generator=generator, pin_memory=scene.device.type == "cuda")
-    return rays, shift.to(scene.device, non_blocking=True)
+    return rays, send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
 
 
 def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
@@ -166,7 +169,7 @@ def _render_rays(
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
         density = density * is_visible(density, samples, options.alpha_threshold)
     if background is None:
-        background = scene.background(rays.directions)
+        background = scene.background(rays.directions, scene.kernels)
     return _composite(scene, samples, replace(found, density=density), background, options)
 
 
@@ -183,7 +186,14 @@ def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOp
 
 
 def _samples_at_once(scene: Scene) -> int:
-    return SAMPLES_AT_ONCE * (GPU_FACTOR if scene.device.type == "cuda" else 1)
+    return SAMPLES_AT_ONCE * _gpu_factor(scene.device)
+
+
+def _gpu_factor(device: torch.device) -> int:
+    """How many times more than on a CPU is done at once."""
+    if device.type != "cuda":
+        return 1
+    return max(1, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
 
 
 def _composite(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..guidance.distillation import Guidance
 from ..priors.conditioning import image_guidance, text_guidance
+from ..priors.denoisers import accelerated
+from ..priors.execution import PLAIN, GraphRecorder, Recorder
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
 from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
 from .reference import Reference, reference_cameras
@@ -30,14 +33,16 @@ def load_guidance(
     negative: str = "",
     on_prior: Callable[[Prior], None] | None = None,
     extras: Mapping[PriorKind, PriorExtras] | None = None,
+    accelerate: bool = True,
+    compiled: bool = True,
 ) -> dict[PriorKind, Guidance]:
     """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
 
     `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
     are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
-    parts.
+    parts. On a GPU the models run fast unless `accelerate` is off; `compiled`: some of them compiled.
     """
-    guidance = {}
+    guidance, recorder = {}, recorder_for(device)
     for term in active_terms(recipe):
         dtype = working_dtype(recipe.loop, device)
         added = (extras or {}).get(term.prior, PriorExtras())
@@ -49,7 +54,19 @@ def load_guidance(
             guidance[term.prior] = image_guidance(prior, picture, seen_by, term.distillation)
             continue
         guidance[term.prior] = text_guidance(prior, prompt, choose_negative(recipe, prior, negative), term.distillation)
+    if device.type == "cuda" and accelerate:
+        return {kind: fast(one, recorder, compiled) for kind, one in guidance.items()}
     return guidance
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    """What records the models' work on a device, to be shared by those of a run."""
+    return GraphRecorder(device) if device.type == "cuda" else PLAIN
+
+
+def fast(guidance: Guidance, recorder: Recorder, compiled: bool = True) -> Guidance:
+    """Return the guidance with its model running fast on a GPU (see priors.denoisers.accelerated)."""
+    return replace(guidance, denoiser=accelerated(guidance.denoiser, recorder, compiled))
 
 
 def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: str = "") -> str:

@@ -2,6 +2,9 @@
 
 A step is: refresh what is known of empty space now and then, ask the objective for the loss, step the optimiser,
 report, save. Everything random comes from one generator, so a run is a function of its settings.
+
+On a GPU nothing of this waits for the GPU: what a step found is read while the next one runs, and whether its
+gradient was finite is decided where it is.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ..scene import Scene
 from ..schedules import milestones
 from .checkpoint import Checkpoint, first_difference, load_checkpoint, pack_state, save_checkpoint, unpack_state
 from .config import LoopConfig, OptimizerConfig
+from .distributed import ALONE, Team
 
 Terms = dict[str, Tensor]
 Objective = Callable[[Scene, float, torch.Generator], tuple[Tensor, Terms]]
@@ -45,7 +49,10 @@ class ResumeMismatch(ValueError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after a step. Seconds are wall-clock; `remaining` is an estimate from the latest steps."""
+    """What is known after a step. Seconds are wall-clock; `remaining` is an estimate from the latest steps.
+
+    On a GPU `loss`, `terms` and `bad_steps` are those of the step before, NaN and nothing after the first.
+    """
 
     stage: str
     step: int
@@ -63,7 +70,8 @@ class RunControl:
 
     `checkpoint`: file for the unfinished state (None: nothing is saved); if it exists, the run goes on from it
     when its identity equals `identity`, else a ResumeMismatch is raised. `on_step` is called after every step with
-    the report and the scene in training (not to be changed); `should_stop` is asked after every step.
+    the report and the scene in training (not to be changed); `should_stop` is asked after every step. `team`: the
+    processes that share the work; the first one alone writes and calls `on_step`.
     """
 
     checkpoint: Path | None = None
@@ -71,6 +79,7 @@ class RunControl:
     on_step: Callable[[StepReport, Scene], None] | None = None
     should_stop: Callable[[], bool] | None = None
     clock: Callable[[], float] = time.monotonic
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,11 @@ def make_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> tor
     listed = [{"name": n, "params": params, "lr": rate, "initial_lr": rate} for n, params, rate in groups if params]
     if not listed:
         raise ValueError("nothing to train: every parameter group is empty")
+    # fused: one kernel for all, and one that leaves everything alone where a gradient was not finite
+    given = {"betas": config.betas, "eps": config.eps, "fused": listed[0]["params"][0].is_cuda or None}
     if config.name == "adam":
-        return torch.optim.Adam(listed, betas=config.betas, eps=config.eps)
-    return torch.optim.AdamW(listed, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        return torch.optim.Adam(listed, **given)
+    return torch.optim.AdamW(listed, weight_decay=config.weight_decay, **given)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progress: float) -> None:
@@ -105,9 +116,36 @@ def _set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progre
         group["lr"] = group["initial_lr"] * factor
 
 
-def _gradients_finite(optimizer: torch.optim.Optimizer) -> bool:
-    sums = [p.grad.sum() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a step found, still on the device: [loss, 1 where the parameters were changed, *terms]."""
+
+    values: Tensor
+    names: tuple[str, ...]
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> tuple[float, bool, dict[str, float]]:
+        """(loss, whether the parameters were changed, terms); waits for the step if it has to."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        loss, good, *terms = self.values.tolist()
+        return loss, bool(good), dict(zip(self.names, terms, strict=True))
+
+
+def _found(loss: Tensor, good: Tensor, terms: Terms) -> _Found:
+    """Gather what a step found; on a GPU its way to the CPU is only begun here."""
+    scalars = [loss.detach(), good, *terms.values()]
+    if loss.device.type != "cuda":
+        return _Found(torch.stack([s.detach().double() for s in scalars]), tuple(terms))
+    values = torch.stack([s.detach().float() for s in scalars])
+    held = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return _Found(held, tuple(terms), ready)
 
 
 def _take_step(
@@ -117,24 +155,32 @@ def _take_step(
     scaler: torch.amp.GradScaler,
     progress: float,
     generator: torch.Generator,
-) -> tuple[float, dict[str, float], bool]:
-    """Return (loss, terms, whether the parameters were changed)."""
+    team: Team,
+) -> _Found:
+    """Take one step; where something is not finite, no parameter changes."""
     device_type = scene.device.type
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device_type, dtype=torch.float16, enabled=scaler.is_enabled()):
         loss, terms = objective(scene, progress, generator)
     if loss.requires_grad:
-        scaler.scale(loss).backward()
-    good = bool(torch.isfinite(loss)) and loss.requires_grad
+        # a loss that is not finite shall leave no finite gradient behind
+        spoilt = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+        scaler.scale(loss * spoilt).backward()
+    gradients = _gradients(optimizer)
+    team.average(gradients)
+    if not gradients:
+        return _found(loss, torch.zeros((), device=loss.device), terms)
+    finite = torch.isfinite(torch.stack([g.sum() for g in gradients])).all()
     if scaler.is_enabled():  # the scaler looks for infinities itself and skips the step
-        if good:
-            scaler.step(optimizer)
+        scaler.step(optimizer)
         scaler.update()
-    else:
-        good = good and _gradients_finite(optimizer)
-        if good:
-            optimizer.step()
-    return float(loss.detach()), {name: float(value) for name, value in terms.items()}, good
+    elif device_type == "cuda":
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif finite:
+        optimizer.step()
+    return _found(loss, finite.float(), terms)
 
 
 def _resume(control: RunControl, scene: Scene, optimizer, generator, scaler) -> int:
@@ -168,16 +214,16 @@ def fit(
     """
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
-    device = scene.device
+    device, team = scene.device, control.team
     optimizer = make_optimizer(groups, optimizer_config)
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "half" and device.type == "cuda")
     start = _resume(control, scene, optimizer, generator, scaler)
-    clock, durations, bad_steps, bad_run = control.clock, deque(maxlen=50), 0, 0
+    clock, durations = control.clock, deque(maxlen=50)
     began = saved_at = clock()
-    loss = float("nan")
+    seen = _Seen(stage, loop.max_bad_steps, lag=1 if device.type == "cuda" else 0)
 
     def save(done: int) -> None:
-        if control.checkpoint is not None:
+        if control.checkpoint is not None and team.writes:
             state = pack_state(scene, optimizer, generator, scaler)
             save_checkpoint(control.checkpoint, Checkpoint(done, control.identity, state))
 
@@ -187,25 +233,54 @@ def fit(
         _set_rates(optimizer, optimizer_config, progress)
         if step % loop.occupancy_every == 0:
             scene.update_occupancy(step, generator)
-        loss, terms, good = _take_step(scene, objective, optimizer, scaler, progress, generator)
-        bad_steps, bad_run = bad_steps + (not good), 0 if good else bad_run + 1
-        if bad_run > loop.max_bad_steps:
-            raise TrainingDiverged(
-                f"{stage}: {bad_run} steps in a row gave no finite gradient (step {step}, loss {loss}): "
-                "lower the learning rates or the guidance scale"
-            )
+        seen.add(step, _take_step(scene, objective, optimizer, scaler, progress, generator, team))
         done, now = step + 1, clock()
         durations.append(now - step_began)
-        if control.on_step is not None:
+        if control.on_step is not None and team.writes:
             pace = sum(durations) / len(durations)
-            control.on_step(StepReport(stage, done, steps, loss, terms, pace, pace * (steps - done), bad_steps), scene)
+            control.on_step(
+                StepReport(stage, done, steps, seen.loss, seen.terms, pace, pace * (steps - done), seen.bad_steps),
+                scene,
+            )
         stop = done < steps and control.should_stop is not None and control.should_stop()
+        stop = team.any(stop)
         if stop or done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds:
             save(done)
             saved_at = clock()
         if stop:
             raise Interrupted(stage, done, control.checkpoint)
+    seen.finish()
     if start < steps:
         save(steps)
     pace = median(durations) if durations else 0.0
-    return FitSummary(steps, clock() - began, pace, bad_steps, start, loss)
+    return FitSummary(steps, clock() - began, pace, seen.bad_steps, start, seen.loss)
+
+
+class _Seen:
+    """What is known of the steps so far; the latest `lag` of them are not read yet."""
+
+    def __init__(self, stage: str, max_bad_steps: int, lag: int) -> None:
+        self.stage, self.max_bad_steps, self.lag = stage, max_bad_steps, lag
+        self.loss, self.terms, self.bad_steps = float("nan"), {}, 0
+        self._waiting: deque[tuple[int, _Found]] = deque()
+        self._bad_run = 0
+
+    def add(self, step: int, found: _Found) -> None:
+        """A step was taken: read those that are old enough."""
+        self._waiting.append((step, found))
+        while len(self._waiting) > self.lag:
+            self._read(*self._waiting.popleft())
+
+    def finish(self) -> None:
+        """Read all that is left."""
+        while self._waiting:
+            self._read(*self._waiting.popleft())
+
+    def _read(self, step: int, found: _Found) -> None:
+        self.loss, good, self.terms = found.read()
+        self.bad_steps, self._bad_run = self.bad_steps + (not good), 0 if good else self._bad_run + 1
+        if self._bad_run > self.max_bad_steps:
+            raise TrainingDiverged(
+                f"{self.stage}: {self._bad_run} steps in a row gave no finite gradient (step {step}, "
+                f"loss {self.loss}): lower the learning rates or the guidance scale"
+            )

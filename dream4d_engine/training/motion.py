@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,8 @@ from ..priors.loading import PriorKind
 from ..scene import Scene
 from ..schedules import stepped
 from .config import MotionRecipe, OptimizerConfig
-from .loop import FitSummary, ParameterGroup, RunControl, fit
+from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
+from .memory import fit_into
 from .objectives import Terms, current_phase, pick_guidance, picture_loss
 from .static import object_extent
 
@@ -71,24 +72,34 @@ def train_motion(
     device: torch.device,
     control: RunControl,
     deformation_scale: float | None = None,
+    memory_budget: int | None = None,
+    on_plan: Callable[[str], None] | None = None,
 ) -> tuple[Scene, FitSummary]:
     """Run stage 2 on a copy of `scene` and return it; the scale it used is in its configuration.
 
-    `deformation_scale` None chooses it from the object's extent.
+    `deformation_scale` None chooses it from the object's extent. `memory_budget`, `on_plan`: see train_static.
     """
     if deformation_scale is not None:
         check_scale(deformation_scale)
-    generator = torch.Generator().manual_seed(seed)
+    generator = control.team.generator(seed)
     scene = scene.clone().to(device)
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
     moving = scene.with_deformation(
         replace(recipe.deformation, scale=scale), generator, background=recipe.fresh_background
     ).to(device)
     moving.canonical.requires_grad_(False)
+    groups = motion_groups(moving, recipe.optimizer)
+
+    def objective_of(guidance: Mapping[PriorKind, Guidance]) -> Objective:
+        return motion_objective(recipe, guidance)
+
+    if memory_budget is not None:
+        starts = [phase.start for phase in recipe.phases]
+        guidance = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan)
     summary = fit(
         moving,
-        motion_objective(recipe, guidance),
-        motion_groups(moving, recipe.optimizer),
+        objective_of(guidance),
+        groups,
         stage="motion",
         steps=recipe.steps,
         optimizer_config=recipe.optimizer,

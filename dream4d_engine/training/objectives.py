@@ -13,6 +13,7 @@ from .. import losses
 from ..cameras import CameraBatch
 from ..guidance.distillation import Guidance, distill
 from ..priors.loading import PriorKind
+from ..randomness import same_for_all, send
 from ..rays import RayBundle, rays_from_cameras
 from ..rendering import RenderOptions, RenderOutput, render
 from ..scene import Scene
@@ -50,7 +51,7 @@ def draw_background(config: RandomBackground, generator: torch.Generator, device
         return None
     if config.grey:
         color = color[:1].expand(3)
-    return (config.low + (config.high - config.low) * color).to(device)
+    return send(config.low + (config.high - config.low) * color, device)
 
 
 def pick_guidance(
@@ -114,7 +115,8 @@ def reference_loss(
     what isn't there yet says nothing.
     """
     options = RenderOptions(stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter)
-    output = render(scene, view.cameras, options, generator)
+    with same_for_all(generator):  # the picture is no part of the batch
+        output = render(scene, view.cameras, options, generator)
     solid = (view.mask > 0.5).float()
     parts: Terms = {}
     if config.rgb:

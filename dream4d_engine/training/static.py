@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
 from ..scene import Scene, build_scene
 from .config import OptimizerConfig, StaticRecipe
-from .loop import FitSummary, ParameterGroup, RunControl, fit
+from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
+from .memory import fit_into
 from .objectives import Terms, current_phase, pick_guidance, picture_loss, reference_loss
 from .reference import Reference, ReferenceView, check_reference, reference_view
 
@@ -66,18 +67,28 @@ def train_static(
     control: RunControl,
     scene: Scene | None = None,
     reference: Reference | None = None,
+    memory_budget: int | None = None,
+    on_plan: Callable[[str], None] | None = None,
 ) -> tuple[Scene, FitSummary]:
     """Run stage 1 and return the finished scene; `scene`, if given, is where it starts (a copy is trained).
 
     A recipe with a reference needs one. The caller puts its fingerprint into the control's identity.
+    `memory_budget`: bytes of GPU memory that the process may take; `on_plan` is told how it does that.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = control.team.generator(seed)
     start = build_scene(recipe.scene, generator) if scene is None else scene.clone()
     start = start.to(device)
+    groups = static_groups(start, recipe.optimizer)
+
+    def objective_of(guidance: Mapping[PriorKind, Guidance]) -> Objective:
+        return static_objective(recipe, guidance, reference)
+
+    if memory_budget is not None:
+        guidance = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan)
     summary = fit(
         start,
-        static_objective(recipe, guidance, reference),
-        static_groups(start, recipe.optimizer),
+        objective_of(guidance),
+        groups,
         stage="static",
         steps=recipe.steps,
         optimizer_config=recipe.optimizer,
@@ -87,6 +98,12 @@ def train_static(
     )
     start.refresh_occupancy()
     return start, summary
+
+
+def _starts(recipe: StaticRecipe) -> list[float]:
+    """Where a step's pictures change their size."""
+    looked_at = () if recipe.reference is None else recipe.reference.phases
+    return sorted({phase.start for phase in (*recipe.phases, *looked_at)})
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 // The viewer of the node Preview 4D: shows the grid of pictures that nodes/preview4d.py renders.
 // Drag to turn, slider and play for time, buttons for the passes. It draws sheets from ComfyUI's temporary folder;
-// what it shows is kept in the node's properties (they are saved with the workflow) and over a reload of the page.
+// what it shows is kept in the node's properties, which are saved with the workflow and outlive a reload of the page.
+// From where it is looked at is kept beside, for the tab: looking is no change of the workflow that Ctrl+Z would undo.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -12,6 +13,9 @@ const PROPERTY = "dream4d_view";
 const SECONDS = 2.0; // once through the animation
 const LABELS = { rgb: "RGB", depth: "Depth", normals: "Normals" };
 const DEGREES_PER_TURN = 0.6; // of a drag, for each pixel
+const OWN_KEYS = new Set([" ", "Enter", "Home", "End", "PageUp", "PageDown"].concat(
+  ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"],
+));
 
 const STYLE = `
 .d4d-view { position: relative; display: flex; flex-direction: column; width: 100%; height: 100%; min-height: 220px;
@@ -31,7 +35,7 @@ const STYLE = `
 .d4d-view button:hover { background: #fff2; }
 .d4d-view button:focus-visible, .d4d-view input:focus-visible { outline: 2px solid #6ea8fe; outline-offset: -2px; }
 .d4d-passes button[aria-pressed="true"] { background: #3b82f6; color: #fff; }
-.d4d-angle { position: absolute; top: 10px; left: 10px; color: #b9bcc6; text-shadow: 0 0 3px #000, 0 0 3px #000;
+.d4d-angle { position: absolute; top: 6px; left: 6px; padding: 4px 8px; border-radius: 6px; background: #0009;
   pointer-events: none; font-variant-numeric: tabular-nums; }
 .d4d-time { flex: none; display: flex; align-items: center; gap: 6px; padding: 4px 8px; background: #202228; }
 .d4d-time button { width: 26px; height: 24px; padding: 0; border-radius: 5px; font-size: 13px; }
@@ -83,6 +87,7 @@ export class SceneView {
     this.images = new Map();
     this.state = { pass: "rgb", azimuth: 0, elevation: 0, time: 0 };
     this.playing = null;
+    this.busy = false;
     this.build();
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.stage);
@@ -121,9 +126,14 @@ export class SceneView {
 
   listen() {
     // what happens in here is not for the canvas behind, which would move the node or open its menu
-    for (const name of ["pointerdown", "pointermove", "pointerup", "mousedown", "dblclick", "contextmenu", "keydown"]) {
+    for (const name of ["pointerdown", "pointermove", "pointerup", "mousedown", "dblclick", "contextmenu"]) {
       this.element.addEventListener(name, (event) => event.stopPropagation());
     }
+    // the page's shortcuts go on working here, except on the keys that the buttons and the slider use
+    this.element.addEventListener("keydown", (event) => {
+      const shortcut = event.ctrlKey || event.metaKey || event.altKey;
+      if (!shortcut && OWN_KEYS.has(event.key)) event.stopPropagation();
+    });
     let from = null;
     this.canvas.addEventListener("pointerdown", (event) => {
       if (event.button !== 0 || !this.view) return;
@@ -141,7 +151,7 @@ export class SceneView {
   }
 
   onKey(event) {
-    if (!this.view) return;
+    if (!this.view || event.ctrlKey || event.metaKey || event.altKey) return;
     const step = 360 / this.view.azimuths;
     const { azimuth } = this.state;
     const rows = this.view.elevations;
@@ -158,14 +168,21 @@ export class SceneView {
     event.preventDefault();
   }
 
-  /** Show another description (null: none); the point of view stays. */
-  show(view) {
+  /** Show another description (null: none); the point of view stays. `busy`: more sheets are being made. */
+  show(view, busy = false) {
+    this.busy = busy;
     const old = this.view;
     this.view = isView(view) ? view : null;
     if (this.view?.name !== old?.name) this.images.clear();
     if (this.view) this.change({});
     this.refresh();
     this.fetchAll();
+  }
+
+  /** The run has ended, perhaps before all sheets were made. */
+  settle() {
+    this.busy = false;
+    this.refresh();
   }
 
   change(changes) {
@@ -248,13 +265,15 @@ export class SceneView {
     this.play.textContent = this.playing === null ? "▶" : "⏸";
     this.play.setAttribute("aria-label", this.playing === null ? "Play" : "Pause");
     const share = view ? (view.coarse ? 0.02 : view.ready.length / view.times.length) : 1;
-    this.bar.hidden = share >= 1;
+    this.bar.hidden = !this.busy || share >= 1;
     this.bar.firstChild.style.width = `${100 * share}%`;
     this.draw();
   }
 
   draw() {
     const { canvas, view } = this;
+    const image = view && this.image(this.state.pass, this.nearestMoment());
+    if (image && !image.complete && canvas.width > 1) return; // it comes in a moment, the last picture stays till then
     const ratio = window.devicePixelRatio || 1;
     const width = Math.max(1, Math.round(this.stage.clientWidth * ratio));
     const height = Math.max(1, Math.round(this.stage.clientHeight * ratio));
@@ -263,8 +282,6 @@ export class SceneView {
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
     if (!view) return this.say("Run the workflow to see the scene.");
-    const image = this.image(this.state.pass, this.nearestMoment());
-    if (!image.complete) return; // it comes in a moment
     if (!image.naturalWidth) return this.say("The pictures are gone: run the node again.");
     this.say("");
     const { size } = view;
@@ -272,11 +289,16 @@ export class SceneView {
     const row = this.nearestRow();
     this.angle.textContent = `${Math.round((column * 360) / view.azimuths)}°, ${Math.round(view.elevations[row])}° up`;
     const side = Math.min(width, height);
+    const [left, top] = [(width - side) / 2, (height - side) / 2];
+    const [x, y] = [column * size, row * size];
     context.imageSmoothingQuality = "high";
-    // the picture's own edge colour goes on beside it
-    context.drawImage(image, column * size, row * size, 2, size, 0, (height - side) / 2, width, side);
-    const place = [(width - side) / 2, (height - side) / 2, side, side];
-    context.drawImage(image, column * size, row * size, size, size, ...place);
+    // the picture's own edge colours go on beside it, or above and below
+    if (left > 0) context.drawImage(image, x, y, 2, size, 0, 0, width, height);
+    if (top > 0) {
+      context.drawImage(image, x, y, size, 2, 0, 0, width, top + 1);
+      context.drawImage(image, x, y + size - 2, size, 2, 0, top + side - 1, width, top + 1);
+    }
+    context.drawImage(image, x, y, size, size, left, top, side, side);
   }
 
   say(text) {
@@ -285,17 +307,12 @@ export class SceneView {
     if (text) this.angle.textContent = "";
   }
 
-  /** What is to be remembered, as JSON. */
-  kept() {
-    return this.view ? { view: this.view, state: { ...this.state } } : null;
-  }
-
-  restore(kept) {
-    const { pass, azimuth, elevation, time } = kept?.state ?? {};
+  /** Look from where a state, perhaps from a storage, says. */
+  lookFrom(state) {
+    const { pass, azimuth, elevation, time } = state ?? {};
     if (typeof pass === "string" && [azimuth, elevation, time].every(Number.isFinite)) {
-      this.state = { pass, azimuth, elevation, time };
+      this.state = { pass, azimuth, elevation, time: Math.round(time) };
     }
-    this.show(kept?.view ?? null);
   }
 
   destroy() {
@@ -307,31 +324,35 @@ export class SceneView {
 // ---- where a node's view is remembered -------------------------------------------------------------------------
 
 const views = new WeakMap(); // node -> SceneView
-
-function storageKey(node) {
-  return `${PROPERTY}:${node.graph?.rootGraph?.id ?? node.graph?.id ?? ""}:${node.id}`;
-}
+const alive = new Set(); // the SceneViews of nodes that were not removed
 
 function remember(node, view) {
-  const kept = view.kept();
-  if (!kept) return;
+  if (!view.view) return;
   node.properties ??= {};
-  node.properties[PROPERTY] = kept;
+  node.properties[PROPERTY] = view.view;
   try {
-    sessionStorage.setItem(storageKey(node), JSON.stringify(kept));
+    sessionStorage.setItem(`${PROPERTY}:${node.id}:${view.view.name}`, JSON.stringify(view.state));
   } catch {
-    // no room or not allowed: the workflow file still has it
+    // no room or not allowed: it is looked at from the front again
   }
 }
 
-function recall(node) {
+function restore(node, view) {
   const kept = node.properties?.[PROPERTY];
-  if (kept) return kept;
+  if (!isView(kept)) return view.show(null);
   try {
-    return JSON.parse(sessionStorage.getItem(storageKey(node)));
+    view.lookFrom(JSON.parse(sessionStorage.getItem(`${PROPERTY}:${node.id}:${kept.name}`)));
   } catch {
-    return null;
+    // nothing that can be read
   }
+  view.show(kept);
+}
+
+/** Have the front end write its draft of the workflow, as it does by itself only after a click or a key. */
+function keepDraft() {
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  if (tracker?.captureCanvasState) tracker.captureCanvasState();
+  else tracker?.checkState?.();
 }
 
 /** The node that an execution id means: "7", or "3:7" for node 7 in the subgraph that node 3 stands for. */
@@ -348,6 +369,7 @@ function findNode(id) {
 function attach(node) {
   const view = new SceneView(() => remember(node, view));
   views.set(node, view);
+  alive.add(view);
   node.addDOMWidget("view", "dream4d_view", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -357,19 +379,23 @@ function attach(node) {
   node.setSize([Math.max(width, 300), Math.max(height, 440)]);
   const onRemoved = node.onRemoved;
   node.onRemoved = function (...all) {
+    alive.delete(view);
     view.destroy();
     return onRemoved?.apply(this, all);
   };
   const onExecuted = node.onExecuted;
   node.onExecuted = function (output, ...rest) {
     const found = output?.[RESULT]?.[0];
-    if (found) view.show(found);
+    if (found) {
+      view.show(found);
+      keepDraft();
+    }
     return onExecuted?.call(this, output, ...rest);
   };
   const onConfigure = node.onConfigure;
   node.onConfigure = function (...all) {
     const result = onConfigure?.apply(this, all);
-    queueMicrotask(() => view.restore(recall(node))); // the node has its graph by then
+    restore(node, view);
     return result;
   };
 }
@@ -379,8 +405,13 @@ app.registerExtension({
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
       const view = views.get(findNode(detail?.node));
-      if (view) view.show(detail.view);
+      view?.show(detail.view, true);
     });
+    for (const name of ["execution_success", "execution_error", "execution_interrupted"]) {
+      api.addEventListener(name, () => {
+        for (const view of alive) view.settle();
+      });
+    }
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) attach(node);

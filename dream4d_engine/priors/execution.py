@@ -1,0 +1,268 @@
+"""How a frozen model's networks are run: how much at once, where the weights wait, what is compiled.
+
+None of it changes what is computed, only how much memory it takes and how long. `LADDER` lists the ways from the
+fastest to the one that needs least memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to run a denoiser.
+
+    Args:
+        pictures_at_once: that go through the VAE together; None for all.
+        pictures_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
+            others are encoded without it and once more in the backward pass: one forward pass more for them.
+        groups_at_once: that go through the UNet together, each condition's counted; None for all.
+        offload: the UNet's weights wait in main memory and come block by block.
+    """
+
+    pictures_at_once: int | None = None
+    pictures_kept: int | None = None
+    groups_at_once: int | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("pictures_at_once", 1), ("pictures_kept", 0), ("groups_at_once", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def describe(self) -> str:
+        """The plan in words."""
+        if self == Execution():
+            return "everything at once"
+        parts = []
+        if self.pictures_at_once is not None:
+            parts.append(f"{self.pictures_at_once} pictures at once")
+        if self.pictures_kept is not None:
+            kept = f"all but {self.pictures_kept}" if self.pictures_kept else "all"
+            parts.append(f"{kept} encoded twice")
+        if self.groups_at_once is not None:
+            parts.append(f"{self.groups_at_once} group of the UNet at once")
+        if self.offload:
+            parts.append("UNet weights in main memory")
+        return ", ".join(parts)
+
+
+LADDER = (
+    Execution(),
+    Execution(pictures_at_once=8),
+    Execution(pictures_at_once=8, pictures_kept=16),
+    Execution(pictures_at_once=8, pictures_kept=8),
+    Execution(pictures_at_once=4, pictures_kept=4),
+    Execution(pictures_at_once=2, pictures_kept=0),
+    Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1),
+    Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1, offload=True),
+)
+
+
+# --- recording ---------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Runs a function of tensors: this one as it is written."""
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return function(*inputs)."""
+        return function(*inputs)
+
+    def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Be told that function will be called with such inputs, from somewhere where recording is impossible."""
+
+
+PLAIN = Recorder()
+
+
+class GraphRecorder(Recorder):
+    """Records each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
+
+    A replay launches hundreds of kernels at the cost of one. The graphs share one pool of memory: what a graph leaves
+    there is copied away before the next one runs. Functions must be methods, of objects whose weights stay where they
+    are, that use no gradient outside of themselves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+        self._graphs: dict[tuple, tuple] = {}
+        self.seconds = 0.0
+        """Spent on recording, compiling on the way included."""
+
+    def fresh(self) -> GraphRecorder:
+        """Another one, with nothing recorded."""
+        return GraphRecorder(self._device)
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        self.prepare(function, *inputs)
+        graph, held, output = self._graphs[self._key(function, inputs)]
+        for mine, given in zip(held, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        key = self._key(function, inputs)
+        if key not in self._graphs:
+            began = time.monotonic()
+            self._graphs[key] = self._record(function, inputs)
+            self.seconds += time.monotonic() - began
+            name = getattr(function, "__name__", "function").strip("_")
+            logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], time.monotonic() - began)
+
+    @staticmethod
+    def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
+        of = getattr(function, "__self__", None)
+        networks = (id(of.unet), id(of.vae)) if hasattr(of, "unet") else (id(function),)
+        return function.__name__, networks, *((t.shape, t.dtype) for t in inputs)
+
+    @torch.no_grad()
+    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
+        held = tuple(t.detach().clone() for t in inputs)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled or chosen on first use is, and all memory is known
+                function(*held)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = function(*held)
+        return graph, held, output
+
+
+class _EncodedTwice(torch.autograd.Function):
+    """Apply a network keeping only its input; the backward pass applies it once more, with gradient."""
+
+    @staticmethod
+    def forward(ctx, network: Network, recorder: Recorder, pictures: Tensor) -> Tensor:
+        ctx.network, ctx.recorder = network, recorder
+        ctx.save_for_backward(pictures)
+        z = recorder(network, pictures)
+        recorder.prepare(_pulled_back(network), pictures, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (pictures,) = ctx.saved_tensors
+        return None, None, ctx.recorder(_pulled_back(ctx.network), pictures, grad.contiguous())
+
+
+def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, gradient on network(x)) -> gradient on x."""
+
+    def pull_back(x: Tensor, grad: Tensor) -> Tensor:
+        with torch.enable_grad(), without_autocast(x.device):
+            again = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(network(again), again, grad)
+        return found
+
+    pull_back.__self__ = getattr(network, "__self__", network)
+    return pull_back
+
+
+def in_slices(network: Network, pictures: Tensor, execution: Execution, recorder: Recorder = PLAIN) -> Tensor:
+    """Apply a network to pictures [n, ...], slice by slice; the result and its gradient are those of one pass."""
+    at_once, kept = execution.pictures_at_once or len(pictures), execution.pictures_kept
+    if not (torch.is_grad_enabled() and pictures.requires_grad):
+        return _joined([recorder(network, part) for part in pictures.split(at_once)])
+    if kept is None or kept >= len(pictures):
+        return _joined([network(part) for part in pictures.split(at_once)])
+    n_twice = len(pictures) - kept
+    # those to be kept come last: the backward pass begins with them, and their memory is free for the others
+    parts = [_EncodedTwice.apply(network, recorder, part) for part in pictures[:n_twice].split(at_once)]
+    return _joined(parts + [network(part) for part in pictures[n_twice:].split(at_once) if len(part)])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# --- weights in main memory --------------------------------------------------------------------------------------
+
+
+def offload(network: nn.Module, device: torch.device) -> None:
+    """Let a network's weights wait in (pinned) main memory and come to `device` part by part, for each forward pass.
+
+    The weights get no gradient. What was compiled is left away: it holds on to weights.
+    """
+    home = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        held = tensor.detach().to("cpu", copy=True)
+        home[tensor] = tensor.data = held.pin_memory() if device.type == "cuda" else held
+
+    def bring(part: nn.Module, _inputs) -> None:
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = home[tensor].to(device, non_blocking=True)
+
+    def leave(part: nn.Module, _inputs, _output) -> None:
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = home[tensor]
+
+    hooks = []
+    for part in _parts(network):
+        hooks += [part.register_forward_pre_hook(bring, prepend=True), part.register_forward_hook(leave)]
+    for module in network.modules():
+        module._compiled_call_impl = None
+    network._offload_hooks = hooks
+
+
+def bring_back(network: nn.Module, device: torch.device) -> None:
+    """Undo `offload`."""
+    for hook in network.__dict__.pop("_offload_hooks", ()):
+        hook.remove()
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.to(device)
+
+
+def _parts(network: nn.Module) -> Iterator[nn.Module]:
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            for member in child:
+                # a block's own lists (resnets, attentions) where it has them: a block can be half of a network
+                yield from _parts(member) if any(isinstance(c, nn.ModuleList) for c in member.children()) else (member,)
+        elif any(isinstance(c, nn.ModuleList) for c in child.children()) and not list(child.parameters(recurse=False)):
+            yield from _parts(child)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------
+
+
+def compile_blocks(network: nn.Module) -> int:
+    """Let the transformer blocks be compiled on first use and return how many there are.
+
+    They are where compiling pays: their norms, gates and sums fuse. Blocks of one shape share one compilation, and
+    torch keeps it on disk for the next run.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    blocks = [m for m in network.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return len(blocks)
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Frozen networks run in their own precision: autocast would turn their norms to float32 and back."""
+    with torch.autocast(device.type, enabled=False):
+        yield

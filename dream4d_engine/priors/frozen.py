@@ -1,0 +1,269 @@
+"""The layers of frozen diffusers networks, computing the same numbers in fewer passes over memory.
+
+`speed_up(network)` keeps the modules, their names and their weights and gives some of them another forward:
+
+- convolutions keep no input for the backward pass (only a weight's gradient would need it, and there is none);
+- group norm and SiLU are one (fused_norm.py), biases and time embeddings fold into the norm or the residual after;
+- 3D convolutions over time alone are 2D convolutions over (frames, places);
+- everything stays in channels_last, without copies in between;
+- the VAE's one wide attention head is two matrix products: no flash kernel takes 512 channels.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from .fused_norm import add_bias_, add_residual, double_size, norm_silu
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def speed_up(network: nn.Module) -> nn.Module:
+    """Change a frozen diffusers UNet or VAE in place (see the module's docstring) and return it."""
+    for parameter in network.parameters():
+        if parameter.ndim in _FORMATS:
+            parameter.data = parameter.data.contiguous(memory_format=_FORMATS[parameter.ndim])
+    for module in network.modules():
+        name = type(module).__name__
+        if isinstance(module, nn.Conv2d):
+            module.forward = types.MethodType(_conv_forward, module)
+        elif isinstance(module, nn.GroupNorm):
+            module.forward = types.MethodType(_norm_forward, module)
+        elif name in _FORWARDS and _FORWARDS[name][0](module):
+            module.forward = types.MethodType(_FORWARDS[name][1], module)
+    return network
+
+
+class _FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        ctx.save_for_backward(weight)
+        ctx.settings = x.shape, stride, padding, dilation, groups
+        return add_bias_(functional.conv2d(x, weight, None, stride, padding, dilation, groups), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shape, *settings = ctx.settings
+        (weight,) = ctx.saved_tensors
+        return _conv_gradient(shape, weight, grad, *settings), None, None, None, None, None, None
+
+
+def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Tensor:
+    """The gradient on the input: the transposed convolution, which keeps channels_last (conv2d_input does not)."""
+    reach = [
+        (size - 1) * s - 2 * p + d * (k - 1) + 1
+        for size, s, p, d, k in zip(grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    rest = [whole - reached for whole, reached in zip(shape[2:], reach, strict=True)]
+    return functional.conv_transpose2d(grad, weight, None, stride, padding, rest, groups, dilation)
+
+
+def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True, padding: tuple[int, int] | None = None) -> Tensor:
+    """Apply a convolution whose weights get no gradient; `padding` None: its own."""
+    bias = conv.bias if with_bias else None
+    padding = conv.padding if padding is None else padding
+    settings = (conv.stride, padding, conv.dilation, conv.groups)
+    if conv.weight.requires_grad:
+        return functional.conv2d(x, conv.weight, bias, *settings)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FrozenConv.apply(x, conv.weight, bias, *settings)
+    # the library adds the bias in a pass of its own anyway, and a slower one
+    return add_bias_(functional.conv2d(x, conv.weight, None, *settings), bias)
+
+
+def _conv_forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+    return frozen_conv(self, x)
+
+
+def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Tensor | None = None) -> Tensor:
+    return norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu, offset)
+
+
+def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
+    """ResnetBlock2D: norm, silu, conv, + time, norm, silu, conv, + input."""
+    h = self.norm1(input_tensor, silu=True)
+    offset = None if self.conv1.bias is None else self.conv1.bias[None]
+    h = frozen_conv(self.conv1, h, with_bias=False)
+    if self.time_emb_proj is not None:
+        time = self.time_emb_proj(temb if self.skip_time_act else functional.silu(temb))
+        offset = time if offset is None else offset + time
+    h = self.norm2(h, silu=True, offset=offset)
+    h = frozen_conv(self.conv2, h, with_bias=False)
+    if self.conv_shortcut is not None:
+        input_tensor = self.conv_shortcut(input_tensor)
+    return add_residual(input_tensor, h, self.conv2.bias)
+
+
+def _is_plain_resnet(block: Any) -> bool:
+    return (
+        (block.time_embedding_norm == "default" or block.time_emb_proj is None)
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and block.upsample is None
+        and block.downsample is None
+        and block.output_scale_factor == 1
+        and isinstance(block.norm1, nn.GroupNorm)
+        and isinstance(block.norm2, nn.GroupNorm)
+        and not block.training
+    )
+
+
+def _upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args, **kwargs) -> Tensor:
+    """Upsample2D: twice the size, then a convolution."""
+    if output_size is None or list(output_size) == [2 * side for side in hidden_states.shape[2:]]:
+        return self.conv(double_size(hidden_states))
+    return self.conv(functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+
+
+def _downsample_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """Downsample2D that pads right and below by one: with two on every side it is all but the first row and column.
+
+    So the large input isn't copied into a larger one.
+    """
+    if self.padding != 0 or any(side % 2 for side in hidden_states.shape[2:]):
+        padded = functional.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states
+        return self.conv(padded)
+    out = frozen_conv(self.conv, hidden_states, padding=(2, 2))[:, :, 1:, 1:]
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _is_plain_downsample(layer: Any) -> bool:
+    conv = layer.conv
+    return layer.norm is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (2, 2)
+
+
+def _is_plain_upsample(layer: Any) -> bool:
+    return layer.norm is None and layer.use_conv and not layer.use_conv_transpose and layer.interpolate
+
+
+def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
+    """TemporalConvLayer: four times norm, silu, convolution over 3 frames; [B*F, C, H, W]."""
+    n, c, height, width = hidden_states.shape
+    # [B, C, F, H*W] whose memory is that of channels_last: no copy
+    x = hidden_states.permute(0, 2, 3, 1).reshape(n // num_frames, num_frames, height * width, c).permute(0, 3, 1, 2)
+    h, offset = x, None
+    for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+        norm, conv = layer[0], layer[-1]
+        h = norm(h, silu=True, offset=offset)
+        h = functional.conv2d(h, conv.weight.squeeze(-1), None, padding=(1, 0))
+        offset = conv.bias[None]
+    h = add_residual(x, h, offset[0])
+    return h.permute(0, 2, 3, 1).reshape(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def _transformer_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    timestep: Tensor | None = None,
+    added_cond_kwargs: dict | None = None,
+    class_labels: Tensor | None = None,
+    cross_attention_kwargs: dict | None = None,
+    attention_mask: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    return_dict: bool = True,
+):
+    """Transformer2DModel on pictures [N, C, H, W], a token a place."""
+    n, c, height, width = hidden_states.shape
+    residual = hidden_states.permute(0, 2, 3, 1).reshape(n, height * width, c)
+    h = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(n, height * width, c)
+    h = _project(self.proj_in, h)
+    for block in self.transformer_blocks:
+        h = block(
+            h,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            timestep=timestep,
+            cross_attention_kwargs=cross_attention_kwargs,
+            class_labels=class_labels,
+        )
+    h = _project(self.proj_out, h) + residual
+    return _returned(h.view(n, height, width, c).permute(0, 3, 1, 2), return_dict)
+
+
+def _project(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Apply a linear layer, or a 1x1 convolution as one, to tokens [N, L, C]."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.flatten(1)
+    return functional.linear(tokens, weight, layer.bias)
+
+
+def _is_plain_transformer(model: Any) -> bool:
+    return bool(model.is_input_continuous) and type(model.proj_in) in (nn.Linear, nn.Conv2d)
+
+
+def _temporal_transformer_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    num_frames: int = 1,
+    cross_attention_kwargs: dict | None = None,
+    return_dict: bool = True,
+):
+    """TransformerTemporalModel: each place of [B*F, C, H, W] is a sequence of F tokens."""
+    n, c, height, width = hidden_states.shape
+    shape = (n // num_frames, num_frames, height * width, c)
+    x = hidden_states.permute(0, 2, 3, 1).reshape(shape)
+    h = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    h = self.proj_in(h.transpose(1, 2).reshape(-1, num_frames, c))
+    for block in self.transformer_blocks:
+        h = block(
+            h,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            cross_attention_kwargs=cross_attention_kwargs,
+            class_labels=class_labels,
+        )
+    h = self.proj_out(h).view(shape[0], height * width, num_frames, c).transpose(1, 2)
+    out = (x + h).reshape(n, height, width, c).permute(0, 3, 1, 2)
+    return _returned(out, return_dict)
+
+
+def _returned(sample: Tensor, return_dict: bool):
+    return types.SimpleNamespace(sample=sample) if return_dict else (sample,)
+
+
+def _vae_attention_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """The VAE's Attention on [N, C, H, W]: group norm, one head over all places, residual."""
+    n, c, height, width = hidden_states.shape
+    x = hidden_states.permute(0, 2, 3, 1).reshape(n, height * width, c)
+    h = self.group_norm(hidden_states).permute(0, 2, 3, 1).reshape(n, height * width, c)
+    query, key, value = self.to_q(h), self.to_k(h), self.to_v(h)
+    scores = torch.matmul(query * c**-0.5, key.transpose(1, 2))
+    h = self.to_out[0](torch.matmul(scores.softmax(-1), value)) + x
+    return h.view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def _is_vae_attention(attention: Any) -> bool:
+    return (
+        attention.group_norm is not None
+        and attention.heads == 1
+        and attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and attention.spatial_norm is None
+        and attention.norm_q is None
+        and attention.norm_k is None
+    )
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+_FORWARDS: dict[str, tuple[Callable[[Any], bool], Callable]] = {
+    "ResnetBlock2D": (_is_plain_resnet, _resnet_forward),
+    "TemporalConvLayer": (_always, _temporal_conv_forward),
+    "Transformer2DModel": (_is_plain_transformer, _transformer_forward),
+    "TransformerTemporalModel": (_always, _temporal_transformer_forward),
+    "Downsample2D": (_is_plain_downsample, _downsample_forward),
+    "Upsample2D": (_is_plain_upsample, _upsample_forward),
+    "Attention": (_is_vae_attention, _vae_attention_forward),
+}
+"""By the class's name: which modules of it, and what they do instead."""

@@ -1,0 +1,103 @@
+"""Several processes, a GPU each, that train one scene together.
+
+Started by torchrun. Every process holds the whole scene and draws every random number of the whole batch (see
+randomness.py); each renders and distils its own camera groups, and the gradients are averaged. So N processes with a
+recipe compute what one process computes with N times the recipe's camera groups, within rounding. Process 0 alone
+writes files and speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..randomness import SharedGenerator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run: this one is `rank` of `count`.
+
+    `words` is for short messages between the CPUs, so that no GPU has to be waited for.
+    """
+
+    rank: int = 0
+    count: int = 1
+    words: ProcessGroup | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator that takes this process's share of every draw."""
+        made = torch.Generator() if self.count == 1 else SharedGenerator.of(self.rank, self.count)
+        return made.manual_seed(seed)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace the tensors by their means over the processes, in place, all in one message."""
+        if self.count == 1:
+            return
+        tensors = list(tensors)
+        flat = torch.cat([t.reshape(-1).float() for t in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= self.count
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, wish: bool) -> bool:
+        """Whether some process wishes so."""
+        if self.count == 1:
+            return wish
+        word = torch.tensor(int(wish))
+        torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MAX, group=self.words)
+        return bool(word)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier(group=self.words)
+
+
+ALONE = Team()
+
+
+def asked_for() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_team(device: torch.device) -> tuple[Team, torch.device]:
+    """Meet the other processes that torchrun started; return the team and this process's device."""
+    if not asked_for():
+        return ALONE, device
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs for more processes: "
+                "start as many with torchrun --nproc-per-node, or take --device cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"several processes can share cuda or cpu, not {device.type}: start one process")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    words = torch.distributed.new_group(backend="gloo")
+    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), words), device
+
+
+def leave_team() -> None:
+    """Say goodbye, if there are others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

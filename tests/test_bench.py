@@ -1,0 +1,150 @@
+"""The bench: what it measures, on the toy models and on narrow copies of the full-size ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dream4d_engine.cli import bench, main
+from dream4d_engine.cli.arguments import Bench
+from dream4d_engine.priors import architectures
+from dream4d_engine.priors.loading import toy_folder
+
+CPU = torch.device("cpu")
+CHANNELS = (32, 32, 64, 64)
+SMALL_VAE = {**architectures._SD_VAE, "block_out_channels": CHANNELS}
+ONE_STEP = ["--steps", "1", "--warmup", "1", "--device", "cpu"]
+
+
+def measured(tmp_path, *words):
+    out = tmp_path / "bench.json"
+    code = main(["bench", *words, *ONE_STEP, "--out", str(out)])
+    return code, json.loads(out.read_text())["recipes"]
+
+
+def fails(capsys, *words):
+    assert main(["bench", *words]) == 2
+    return capsys.readouterr().err
+
+
+def narrow(architecture):
+    """The same kind of model, small enough for a test."""
+    heads = {"attention_head_dim": 8, "cross_attention_dim": 16, "block_out_channels": CHANNELS}
+    return replace(architecture, unet={**architecture.unet, **heads}, token_width=16, n_tokens=3, image_size=(32, 32))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Recipes and models of the published kinds, all small."""
+    monkeypatch.setattr(architectures, "_SD_VAE", SMALL_VAE)
+    kinds = ("multiview", "image", "video")
+    of_kind = {kind: narrow(architectures._OF_KIND[kind]) for kind in kinds}
+    of_kind["video"] = replace(of_kind["video"], n_frames=8)
+    monkeypatch.setattr(architectures, "_OF_KIND", of_kind)
+
+    def shrunk(recipe, **changes):
+        phases = tuple(replace(phase, height=8, width=8) for phase in recipe.phases)
+        return replace(recipe, phases=phases, **changes)
+
+    static = bench.STATIC_RECIPES["text-to-3d"]
+    toys = bench.STATIC_RECIPES["toy"], bench.MOTION_RECIPES["toy"]
+    motion = shrunk(bench.MOTION_RECIPES["zeroscope-144x80"], deformation=toys[1].deformation, n_frames=8)
+    stages = {
+        "static": {"text-to-3d": shrunk(static, scene=toys[0].scene)},
+        "motion": {"zeroscope-144x80": replace(motion, name="toy-zeroscope")},
+    }
+    monkeypatch.setattr(bench, "_STAGES", stages)
+    monkeypatch.setattr(bench, "REPEATS", 1)
+
+
+def test_every_phase_of_the_published_recipes_is_measured_in_every_way(small, tmp_path, capsys):
+    words = ["--models", "full", "--recipes", "static:text-to-3d", "motion:zeroscope-144x80"]
+    code, found = measured(tmp_path, *words, "--variants", "plain", "tiny")
+    assert code == 0
+    rows = [(row["recipe"], row["variant"], row["pictures"]) for row in found]
+    static, motion = "static:text-to-3d", "motion:zeroscope-144x80"
+    assert rows == [
+        (static, "plain", "8 of 8x8"),
+        (static, "plain", "4 of 8x8"),
+        (static, "tiny", "8 of 8x8"),
+        (static, "tiny", "4 of 8x8"),
+        (motion, "plain", "8 of 8x8"),
+        (motion, "tiny", "8 of 8x8"),
+    ]
+    for row in found:
+        assert 0 < row["guidance_seconds"] and 0 < row["seconds_per_step"] and row["error"] is None
+        assert row["gradient_cosine"] is None, "random weights say nothing about it"
+        assert all("random weights" in model for model in row["models"].values())
+    assert "guidance" in capsys.readouterr().out
+
+
+def test_a_recipe_that_fails_is_noted_and_the_others_go_on(small, tmp_path, capsys, monkeypatch):
+    build = bench.random_guidance
+
+    def broken(architecture, *given):
+        guidance = build(architecture, *given)
+        if architecture.kind != "image":
+            return guidance
+
+        def conditions(cameras):
+            raise RuntimeError("the model is broken")
+
+        return replace(guidance, conditions=conditions)
+
+    monkeypatch.setattr(bench, "random_guidance", broken)
+    words = ["--models", "full", "--recipes", "static:text-to-3d", "motion:zeroscope-144x80", "--variants", "plain"]
+    code, found = measured(tmp_path, *words)
+    assert code == 1
+    assert [row["error"] for row in found] == ["RuntimeError: the model is broken", None]
+    assert "failed: RuntimeError: the model is broken" in capsys.readouterr().out
+
+
+def own_model(folder):
+    """A folder of a small text-to-image model on latents, its tiny autoencoder beside it."""
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
+    toy = toy_folder("image")
+    for part in ("tokenizer", "text_encoder", "scheduler"):
+        shutil.copytree(toy / part, folder / "image" / part)
+    width = json.loads((toy / "unet" / "config.json").read_text())["cross_attention_dim"]
+    unet = {"sample_size": 4, "block_out_channels": CHANNELS, "attention_head_dim": 8, "cross_attention_dim": width}
+    UNet2DConditionModel(**unet).save_pretrained(folder / "image" / "unet")
+    AutoencoderKL(**SMALL_VAE).save_pretrained(folder / "image" / "vae")
+    tiny = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
+    AutoencoderTiny(**tiny).save_pretrained(folder / "tiny")
+    index = json.loads((toy / "model_index.json").read_text())
+    index["dream4d"] = {"kind": "image", "image_size": [32, 32]}
+    (folder / "image" / "model_index.json").write_text(json.dumps(index))
+    return folder / "image", folder / "tiny"
+
+
+def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatch, capsys):
+    image, tiny = own_model(tmp_path)
+    terms = bench.STATIC_RECIPES["text-to-3d"].guidance[1:]
+    recipe = replace(bench.STATIC_RECIPES["toy"], name="toy-image-only", guidance=terms)
+    monkeypatch.setattr(bench, "_STAGES", {"static": {"own": recipe}})
+    words = ["--recipes", "static:own", "--image-prior", str(image), "--variants", "fast", "tiny"]
+    code, found = measured(tmp_path, *words, "--tiny-vae", str(tiny))
+    assert code == 0
+    assert found[0]["gradient_cosine"] is None and -1 <= found[1]["gradient_cosine"] < 0.99, "they are strangers"
+    assert "gradient's cosine" in capsys.readouterr().out
+    options = Bench(image_prior=str(image))
+    full, _ = bench._guidance(recipe, bench.Variant("plain", "plain", None), options, CPU, None)
+    assert bench._gradient_cosine(recipe, full, options, CPU) == pytest.approx(1.0, abs=1e-6), "with itself"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--variants", "quick"], "unknown variant 'quick'"),
+        (["--variants", "fast@10GiB", "--device", "cpu"], "memory budget, which is for GPUs"),
+        (["--variants", "tiny", "--device", "cpu"], "needs --tiny-vae FOLDER"),
+        (["--recipes", "films:toy"], "unknown recipe 'films:toy'"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(words, said, capsys):
+    assert said in fails(capsys, *words)

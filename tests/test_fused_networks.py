@@ -1,0 +1,61 @@
+"""The fused networks against PyTorch's, interpreted on a CPU: values, gradients, and when they are not used."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+import torch
+
+from dream4d_engine.kernels import torch_kernels, triton_mlp
+
+SHAPES = [(24, 64, 4, 3), (32, 64, 1, 1), (9, 16, 2, 3), (20, 32, 3, 2), (70, 32, 1, 20)]
+
+
+def weights(shape: tuple[int, int, int, int], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [shape[0], *[shape[1]] * shape[2], shape[3]]
+    return [torch.randn(o, i, generator=generator) * i**-0.5 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n_samples", [1, 128, 1500])
+def test_fused_networks_equal_pytorch_in_values_and_gradients(shape, n_samples: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("networks are fused on Hopper GPUs only")
+    assert triton_mlp.first_error(shape, device, n_samples, seed=secrets.randbits(31)) < 5e-3
+
+
+def test_on_other_devices_and_in_full_precision_the_networks_are_pytorchs() -> None:
+    x, layers = torch.rand(5, 24), weights(SHAPES[0])
+    assert torch.equal(triton_mlp.mlp(x, layers), torch_kernels.mlp(x, layers))
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(triton_mlp.mlp(x, layers), torch_kernels.mlp(x, layers))
+
+
+@pytest.mark.parametrize("shape", [(24, 48, 1, 3), (24, 64, 5, 3), (200, 64, 1, 3), (24, 64, 0, 3)])
+def test_shapes_that_do_not_fit_are_left_to_pytorch(shape: tuple[int, int, int, int]) -> None:
+    with torch.autocast("cpu", torch.float16):
+        assert not triton_mlp._fits(torch.rand(2, shape[0]), weights(shape))
+        assert triton_mlp._fits(torch.rand(2, 24), weights(SHAPES[0]))
+
+
+def test_a_kernel_that_fails_or_differs_is_passed_over_with_its_reason(monkeypatch, caplog) -> None:
+    device, shape = torch.device("cuda", 0), (24, 64, 4, 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_mlp, "_multiprocessors", lambda device: 2)
+
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+
+    for found, said in ((broken, "no such instruction"), (lambda *_: 0.5, "5.0e-01"), (lambda *_: float("nan"), "nan")):
+        triton_mlp._trusted.cache_clear()
+        monkeypatch.setattr(triton_mlp, "first_error", found)
+        assert not triton_mlp._trusted(shape, device)
+        assert said in caplog.text
+    triton_mlp._trusted.cache_clear()
+    monkeypatch.setattr(triton_mlp, "first_error", lambda *_: 1e-3)
+    assert triton_mlp._trusted(shape, device)
+    triton_mlp._trusted.cache_clear()

@@ -1,0 +1,123 @@
+"""Memory budgets: how they are written, and which plan is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from dream4d_engine.priors.denoisers import UNetDenoiser
+from dream4d_engine.priors.execution import LADDER, Execution
+from dream4d_engine.schedules import constant
+from dream4d_engine.training import memory
+from dream4d_engine.training.config import TOY_MOTION
+from dream4d_engine.training.loop import RunControl
+from dream4d_engine.training.memory import choose_plan, parse_bytes, plan_of
+from dream4d_engine.training.motion import train_motion
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("10GiB", 10 * 2**30), ("1.5 gib", 3 * 2**29), ("800MiB", 800 * 2**20), ("8GB", 8 * 10**9), ("2e9", 2 * 10**9)],
+)
+def test_amounts_of_memory(text, n_bytes):
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "ten", "10 apples", "-1GiB", "1", "1e999", "GiB", "1.2.3GiB", "nan"])
+def test_what_is_no_amount_of_memory_is_named(text):
+    with pytest.raises(ValueError, match="10GiB"):
+        parse_bytes(text)
+
+
+def guidance():
+    unet = torch.nn.Linear(1, 1)
+    denoiser = UNetDenoiser(unet, torch.linspace(0.99, 0.01, 5), "epsilon", (8, 8))
+    config = DistillationConfig(1.0, constant(0.5), constant(0.5))
+    return {"image": Guidance("image", denoiser, lambda cameras: None, config)}
+
+
+def test_the_first_plan_that_fits_is_taken():
+    tried = []
+
+    def fits(planned):
+        execution = planned["image"].denoiser.execution
+        tried.append(execution)
+        return execution.pictures_at_once is not None and execution.pictures_at_once <= 4
+
+    planned, execution = choose_plan(guidance(), fits)
+    assert execution == planned["image"].denoiser.execution == LADDER[4]
+    assert tried == list(LADDER[:5]), "from the fastest on"
+    assert choose_plan(guidance(), lambda planned: False) is None
+
+
+def test_the_ladder_needs_less_at_each_rung():
+    def size(plan: Execution) -> tuple[int, int, int, bool]:
+        large = 10**6
+        at_once = large if plan.pictures_at_once is None else plan.pictures_at_once
+        kept = large if plan.pictures_kept is None else plan.pictures_kept
+        return (at_once, kept, plan.groups_at_once or large, not plan.offload)
+
+    for above, below in zip(LADDER, LADDER[1:], strict=False):
+        assert all(b <= a for a, b in zip(size(above), size(below), strict=True)) and size(above) != size(below)
+    assert len({plan.describe() for plan in LADDER}) == len(LADDER)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A denoiser that knows no plans."""
+
+    image_size: tuple[int, int] = (8, 8)
+    n_frames: int | None = None
+    alphas_bar: torch.Tensor = field(default_factory=lambda: torch.ones(3))
+
+
+def test_a_denoiser_without_plans_is_left_alone():
+    given = {"image": replace(guidance()["image"], denoiser=Plain())}
+    assert plan_of(given, LADDER[2])["image"].denoiser is given["image"].denoiser
+
+
+def test_a_budget_without_a_gpu_is_an_error():
+    from test_training import solid_ball
+
+    with pytest.raises(ValueError, match="for GPUs.*cpu"):
+        train_motion(
+            solid_ball(0.5),
+            replace(TOY_MOTION, guidance=()),
+            {},
+            seed=0,
+            device=torch.device("cpu"),
+            control=RunControl(),
+            memory_budget=2**30,
+        )
+
+
+def test_the_command_line_refuses_budgets_that_mean_nothing(tmp_path, capsys):
+    from dream4d_engine.cli import main
+
+    words = ["text-to-3d", "a red cube", "--device", "cpu", "--out", str(tmp_path / "out"), "--memory-budget"]
+    assert main([*words, "10GiB"]) == 2
+    assert "--memory-budget is for GPUs" in capsys.readouterr().err
+    assert main([*words, "lots"]) == 2
+    assert "'lots' is no amount of memory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")
+def test_a_budget_is_kept_on_a_gpu():
+    from test_training import static_case
+
+    from dream4d_engine.training.static import train_static
+
+    recipe, guides, _, _ = static_case(steps=3)
+    told = []
+    device = torch.device("cuda")
+    try:
+        train_static(
+            recipe, guides, seed=0, device=device, control=RunControl(), memory_budget=2**30, on_plan=told.append
+        )
+        assert told and torch.cuda.max_memory_reserved() <= 2**30
+    finally:
+        memory.limit_memory(device, None)
