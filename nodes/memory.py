@@ -71,10 +71,15 @@ class HeldPriors:
         self._patchers.append(_WholePatcher(_Networks(networks, self._device), self._device, away))
         self._load()
 
-    def bring_back(self) -> None:
-        """Between two steps: have models that were unloaded since loaded again."""
-        if any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers):
+    def bring_back(self) -> bool:
+        """Between two steps: have models that were unloaded since loaded again; return whether there were any.
+
+        Their weights are elsewhere then: what was recorded with them (CUDA graphs) has to be forgotten.
+        """
+        gone = any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers)
+        if gone:
             self._load()
+        return gone
 
     def release(self) -> None:
         """Drop the models; nothing of them stays on the device once nobody else holds them."""

@@ -298,7 +298,9 @@ def _train(
 
     def on_step(report: StepReport, scene: Scene) -> None:
         reporter.step(report, scene, device)
-        priors.bring_back()
+        if priors.bring_back():
+            for one in guidance.values():
+                one.denoiser.recorder.forget()
 
     folders = {kind: source.path for kind, source in run.sources.items()}
     guidance = load_guidance(

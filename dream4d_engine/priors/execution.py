@@ -85,6 +85,9 @@ class Recorder:
     def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         """Be told that function will be called with such inputs, from somewhere where recording is impossible."""
 
+    def forget(self) -> None:
+        """Be told that weights have moved: what was recorded with them can't be used any more."""
+
 
 PLAIN = Recorder()
 
@@ -107,6 +110,10 @@ class GraphRecorder(Recorder):
     def fresh(self) -> GraphRecorder:
         """Another one, with nothing recorded."""
         return GraphRecorder(self._device)
+
+    def forget(self) -> None:
+        self._graphs.clear()
+        torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         self.prepare(function, *inputs)
