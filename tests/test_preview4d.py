@@ -62,8 +62,10 @@ def test_the_sheets_hold_the_views_of_the_scene(server):
         away = (tiles - expected[kind][0, 0])[:, :, solid].abs().mean((-1, -2))
         assert away[row, column] < 0.03, kind
         assert away[row, column] == away.min(), f"{kind}: another view of the sheet is more like this camera's"
-    asked = normal_picture(direct.normals, direct.opacity)[0, 0][solid].mean(0)  # of the scene, not read off the depth
-    assert (tiles[row, column][solid].mean(0) - asked).abs().max() < 0.1, "the surface faces where the scene says"
+    # where the surface faces on the whole, asked of the scene instead of read off the depth; its roughness averages out
+    asked = torch.nn.functional.normalize(direct.normals[0, 0][solid].mean(0), dim=0)
+    shown = torch.nn.functional.normalize((2 * tiles[row, column][solid] - 1).mean(0), dim=0)
+    assert asked @ shown > 0.9, (asked, shown)
     for kind in PASSES:
         first, *others = sheets(server, view, kind)
         assert first.std() > 0.05 and all(np.abs(first - other).mean() > 1e-3 for other in others), kind

@@ -114,9 +114,9 @@ async function waitForPicture(timeout = 240000, n = 0) {
   return false;
 }
 
-/** Whether a viewer shows another picture within a second, and it is one. */
+/** Whether a viewer soon shows another picture, and it is one; a busy machine takes its time. */
 async function changed(before, n = 0, colours = 20) {
-  for (let i = 0; i < 10; i++) {
+  for (let i = 0; i < 100; i++) {
     const now = await picture(n);
     if (now.print !== before.print && now.colours > colours) return true;
     await page.waitForTimeout(100);
@@ -204,9 +204,8 @@ async function trySeveral(name) {
     node.setSize([node.size[0] + 120, node.size[1] + 90]);
     window.app.canvas.setDirty(true, true);
   }, VIEWER);
-  await page.waitForTimeout(400);
-  const wider = await picture(0);
-  found.resized = wider.width > one.width && wider.colours > 20;
+  const wider = (width) => document.querySelector(".d4d-stage canvas").width > width;
+  found.resized = (await soon(wider, one.width, 20000)) && (await picture(0)).colours > 20;
 
   const cancelled = await page.evaluate((type) => {
     const [, node] = window.app.graph.nodes.filter((node) => node.type === type);
@@ -221,7 +220,7 @@ async function trySeveral(name) {
   found.settled = await soon(() => document.querySelectorAll(".d4d-bar")[1].hidden, null, 120000);
   found.partly = await waitForPicture(10000, 1);
   await page.evaluate((id) => window.app.graph.remove(window.app.graph.getNodeById(id)), cancelled);
-  await page.waitForTimeout(400);
+  await soon(() => document.querySelectorAll(".d4d-view").length === 1, null, 20000);
   found.left = await page.locator(".d4d-view").count();
   const last = await picture(0);
   await drag(0, -110, 0);
