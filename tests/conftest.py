@@ -22,7 +22,9 @@ def server(tmp_path_factory):
         pytest.skip(reason)
     running = Server(tmp_path_factory.mktemp("comfyui"))
     try:
-        yield running.start()
+        running.start()
+        running.libraries_at_start = running.inside()["libraries"]  # later on, other tests have loaded more
+        yield running
     finally:
         running.stop()
 

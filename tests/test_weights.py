@@ -107,7 +107,7 @@ def test_paths_and_names_below_folders(tmp_path):
     assert find_weights(str(file)) == file
     for name in ("mine", "a.ckpt"):
         assert find_weights(name, folders=[tmp_path, tmp_path / "models"]) == tmp_path / "models" / name
-    for name in ("nowhere", "/nowhere/at/all", "models/b.ckpt", "../x"):
+    for name in ("nowhere", "/nowhere/at/all", "models/b.ckpt", "../nowhere/at all"):
         with pytest.raises(PriorError, match="there is no model folder or file .*OWNER/NAME, or one of mvdream"):
             find_weights(name)
 
