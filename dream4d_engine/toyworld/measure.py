@@ -127,6 +127,7 @@ def measure_steadiness(case: Case) -> Result:
     found = evaluate_scene(moving, case.caption)
     measures = {
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
+        "stray_motion": found.stray_motion,
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
