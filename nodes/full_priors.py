@@ -19,7 +19,7 @@ from ..dream4d_engine.priors.identify import open_source
 from ..dream4d_engine.priors.loading import PriorKind, toy_subject
 from ..dream4d_engine.priors.lora import read_lora
 from ..dream4d_engine.priors.weights import WEIGHTS, find_weights, human_size
-from .priors import model_roots, models, tiny_autoencoders
+from .priors import model_roots, models, not_there, tiny_autoencoders
 from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
@@ -112,9 +112,9 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             if None in (model, hub_id, download):  # comes from another node
                 return True
             try:
-                name = wanted(of, model, hub_id)
+                asked = wanted(of, model, hub_id)
                 if not download:
-                    find_model(name)
+                    find_model(asked)
             except PriorError as error:
                 return str(error)
             return True
@@ -182,21 +182,22 @@ def _inputs(of: KindOfLoader) -> list[io.Input]:
     return inputs
 
 
-def wanted(of: KindOfLoader, model: str, hub_id: str) -> str:
-    """Return the name of the model that the widgets ask for. PriorError where it is none."""
+def wanted(of: KindOfLoader, model: str, hub_id: str) -> str | Path:
+    """Return the place of the model that the widgets ask for, or its name where it may be elsewhere than in ComfyUI's
+    folders. PriorError where it is none."""
     hub_id = hub_id.strip()
     if hub_id and (not _HUB_ID.fullmatch(hub_id) or ".." in hub_id):
         raise PriorError(f"{hub_id!r} is no repository: write OWNER/NAME, or OWNER/NAME:FILE for one file of it")
-    if not hub_id and model not in of.known and model not in models():
-        raise PriorError(
-            f"{model!r} is not among the models: put a folder into models/diffusers, or a file into models/checkpoints"
-        )
-    return hub_id or model
+    name = hub_id or model
+    listed = models().get(name)
+    if listed is None and not hub_id and model not in of.known:
+        raise PriorError(not_there(model))
+    return listed or name
 
 
-def find_model(name: str, download: bool = False, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Return where a model is: one of ComfyUI's folders, or a known one in the hub's cache. Raises PriorError."""
-    return models().get(name) or find_weights(name, download=download, folders=model_roots(), say=say)
+def find_model(model: str | Path, download: bool = False, say: Callable[[str], None] = lambda text: None) -> Path:
+    """Return where a model is: the place itself, or one in the hub's cache by its name. Raises PriorError."""
+    return find_weights(model, download=download, folders=model_roots(), say=say)
 
 
 def _tiny(name: str) -> Path:

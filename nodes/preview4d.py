@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ..dream4d_engine.cameras import CameraBatch, make_cameras
 from ..dream4d_engine.export.pictures import save_picture
-from ..dream4d_engine.rendering import RenderOptions, render_chunked
+from ..dream4d_engine.rendering import RenderOptions
 from ..dream4d_engine.rendering.shading import depth_picture, normal_picture, surface_normals
 from ..dream4d_engine.scene import Scene
-from .render import scene_on_device
-from .session import RunError, interrupt_if_asked
+from .checks import check_ranges
+from .render import render_shot, scene_on_device
+from .session import RunError
 from .sockets import CATEGORY, ScenePort, SceneValue, digest
 
 PASSES = ("rgb", "depth", "normals")
@@ -34,7 +35,6 @@ _DISTANCE, _FIELD_OF_VIEW = 3.0, math.radians(40.0)
 _LOWEST_DEG, _HIGHEST_DEG, _ONLY_DEG = 5.0, 50.0, 15.0
 _SAMPLES = 96
 """Samples along a ray, at most: enough for small pictures."""
-_RANGES = {"views": (4, 64), "heights": (1, 7), "times": (1, 64), "size": (32, 512)}
 _MOST_PICTURES, _WIDEST_SHEET = 4096, 8192
 _FOLDER = "dream4d_view"
 
@@ -88,9 +88,9 @@ def view_grid(views: int, heights: int, times: int, size: int, moving: bool) -> 
 
 def check_grid(views: int, heights: int, times: int, size: int) -> bool | str:
     """Return True, or why such a grid is not made."""
-    for (name, (low, high)), value in zip(_RANGES.items(), (views, heights, times, size), strict=True):
-        if not low <= value <= high:  # ComfyUI leaves the check of what a node validates to the node
-            return f"{name} must lie between {low} and {high}, got {value}"
+    in_range = check_ranges(Preview4D, views=views, heights=heights, times=times, size=size)
+    if in_range is not True:
+        return in_range
     if views * heights * times > _MOST_PICTURES:
         return (
             f"{views} views x {heights} heights x {times} times are {views * heights * times} pictures, more than "
@@ -99,11 +99,6 @@ def check_grid(views: int, heights: int, times: int, size: int) -> bool | str:
     if max(views, heights) * size > _WIDEST_SHEET:
         return f"{views} views of {size} pixels beside each other are wider than {_WIDEST_SHEET} pixels: lower one"
     return True
-
-
-def _number(name: str, default: int, tooltip: str, **more) -> io.Int.Input:
-    low, high = _RANGES[name]
-    return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, **more)
 
 
 class Preview4D(io.ComfyNode):
@@ -121,10 +116,22 @@ class Preview4D(io.ComfyNode):
             search_aliases=["view 4d", "view 3d", "preview 3d", "turntable", "scene viewer", "dream4d"],
             inputs=[
                 ScenePort.Input("scene", tooltip="A still or a moving scene."),
-                _number("views", 16, "Pictures around the object, for each height."),
-                _number("times", 8, "Moments of the animation."),
-                _number("heights", 2, "Heights of the camera, low to high.", advanced=True),
-                _number("size", 96, "Height and width of the pictures, pixels.", advanced=True, step=16),
+                io.Int.Input(
+                    "views", default=16, min=4, max=64, tooltip="Pictures around the object, for each height."
+                ),
+                io.Int.Input("times", default=8, min=1, max=64, tooltip="Moments of the animation."),
+                io.Int.Input(
+                    "heights", default=2, min=1, max=7, advanced=True, tooltip="Heights of the camera, low to high."
+                ),
+                io.Int.Input(
+                    "size",
+                    default=96,
+                    min=32,
+                    max=512,
+                    step=16,
+                    advanced=True,
+                    tooltip="Height and width of the pictures, pixels.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id],
@@ -222,7 +229,7 @@ def make_sheets(scene: Scene, grid: ViewGrid, index: int, on_picture: Callable[[
 def view_pictures(scene: Scene, cameras: CameraBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Render one camera as the three passes, [H, W, 3] each; distances keep one range whatever the camera."""
     options = RenderOptions(n_samples=min(_SAMPLES, scene.config.n_samples))
-    output = render_chunked(scene, cameras, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
+    output = render_shot(scene, cameras, options)
     radius = scene.config.radius
     depth = depth_picture(output.depth, output.opacity, (_DISTANCE - radius, _DISTANCE + radius))
     normals = normal_picture(surface_normals(cameras, output), output.opacity)

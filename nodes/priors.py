@@ -88,7 +88,7 @@ class LoadPrior(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder: str) -> bool | str:
         """Refuse what is not in the models folders."""
-        return True if folder in models() else _not_there(folder)
+        return True if folder in models() else not_there(folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:
@@ -101,7 +101,7 @@ class LoadPrior(io.ComfyNode):
         """Point at the model after a look at its description."""
         found = models().get(folder)
         if found is None:
-            raise PriorError(_not_there(folder))
+            raise PriorError(not_there(folder))
         facts = open_source(found).facts(None if kind == _FROM_FOLDER else kind)
         return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
 
@@ -144,5 +144,6 @@ def tiny_autoencoders() -> dict[str, Path]:
     return found
 
 
-def _not_there(name: str) -> str:
+def not_there(name: str) -> str:
+    """What to say of a name that is none of `models`."""
     return f"{name!r} is not among the models: put a folder into models/diffusers, or a file into models/checkpoints"

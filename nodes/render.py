@@ -223,10 +223,14 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
     with scene_on_device(scene) as there:
         for index in range(n_frames):
             shot = cameras.frames(index, index + 1)
-            frame = render_chunked(there, shot, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
-            frames.append(_moved(frame, management.intermediate_device()))
+            frames.append(_moved(render_shot(there, shot, options), management.intermediate_device()))
             bar.update_absolute(index + 1)
     return _joined(frames)
+
+
+def render_shot(scene: Scene, cameras: CameraBatch, options: RenderOptions) -> RenderOutput:
+    """Render some frames; Cancel stops between chunks of rays."""
+    return render_chunked(scene, cameras, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
 
 
 def _moved(output: RenderOutput, device: torch.device) -> RenderOutput:

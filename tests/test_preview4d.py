@@ -90,7 +90,7 @@ def test_a_still_scene_has_one_moment_and_sheets_are_used_again(server):
     [
         ({"views": 64, "times": 64, "heights": 7}, "28672 pictures, more than 4096"),
         ({"views": 64, "size": 512, "times": 1}, "wider than 8192 pixels"),
-        ({"views": 0}, "between 4 and 64, got 0"),
+        ({"views": 0}, "views is 0: it must lie between 4 and 64"),
     ],
 )
 def test_grids_that_are_too_large_are_refused(server, changes, message):

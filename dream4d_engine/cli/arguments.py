@@ -87,6 +87,20 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
+class MapOptions:
+    """What is known of the picture beside its colours."""
+
+    mask: Annotated[str | None, _FILE] = None
+    """Picture of the same size, white on the object (default: the picture's alpha)."""
+    depth_map: Annotated[str | None, _FILE] = None
+    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
+    --static.reference.depth or .relative-depth above 0."""
+    normal_map: Annotated[str | None, _FILE] = None
+    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
+    camera); it needs --static.reference.normal above 0."""
+
+
+@dataclass(frozen=True)
 class PictureOptions:
     """The videos and pictures made of the result."""
 
@@ -213,14 +227,7 @@ class ImageTo3D:
     """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
     prompt: Annotated[str | None, _TEXT] = None
     """What the picture shows, for example "a red cube"; not needed with --static.guidance.1.weight 0."""
-    mask: Annotated[str | None, _FILE] = None
-    """Picture of the same size, white on the object (default: the picture's alpha)."""
-    depth_map: Annotated[str | None, _FILE] = None
-    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
-    --static.reference.depth or .relative-depth above 0."""
-    normal_map: Annotated[str | None, _FILE] = None
-    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
-    camera); it needs --static.reference.normal above 0."""
+    maps: Annotated[MapOptions, Flat] = field(default_factory=MapOptions)
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
     """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
     seed: int = 0
@@ -246,14 +253,7 @@ class ImageTo4D:
     """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
     prompt: Annotated[str | None, _TEXT] = None
     """What the picture shows and what it does, for example "a red cube is jumping"."""
-    mask: Annotated[str | None, _FILE] = None
-    """Picture of the same size, white on the object (default: the picture's alpha)."""
-    depth_map: Annotated[str | None, _FILE] = None
-    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
-    --static.reference.depth or .relative-depth above 0."""
-    normal_map: Annotated[str | None, _FILE] = None
-    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
-    camera); it needs --static.reference.normal above 0."""
+    maps: Annotated[MapOptions, Flat] = field(default_factory=MapOptions)
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
     """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
     object_prompt: Annotated[str | None, _TEXT] = None

@@ -21,7 +21,7 @@ from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.distributed import ALONE, Team, join_team, leave_team
-from ..training.guidance import Folders, load_guidance
+from ..training.guidance import Folders, active_terms, load_guidance
 from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
 from ..training.memory import parse_bytes
@@ -193,8 +193,9 @@ def _reference(call: ImageTo3DCall | ImageTo4DCall) -> Reference:
     if options.image is None:
         raise UsageError(f"say which picture to start from: dream4d {command_of(call)} IMAGE --out FOLDER")
     check_recipe(recipe, "static")
+    maps = options.maps
     reference = load_reference(
-        options.image, recipe.reference, mask=options.mask, depth=options.depth_map, normals=options.normal_map
+        options.image, recipe.reference, mask=maps.mask, depth=maps.depth_map, normals=maps.normal_map
     )
     check_reference(recipe, reference)
     return reference
@@ -202,7 +203,7 @@ def _reference(call: ImageTo3DCall | ImageTo4DCall) -> Reference:
 
 def _object_prompt(recipe: StaticRecipe, prompt: str | None, name: str) -> str:
     """The prompt; empty only where no model of the recipe reads it."""
-    readers = [term.prior for term in recipe.guidance if term.weight and term.prior != "novel_view"]
+    readers = [term.prior for term in active_terms(recipe) if term.prior != "novel_view"]
     if not readers and prompt is None:
         return ""
     if prompt is None:

@@ -46,18 +46,11 @@ from ..training.static import train_static
 from .captions import as_caption
 from .evaluate import Pictures, evaluate_scene, frame_error, reference_match
 from .models import write_json
-from .samples import sheet
+from .samples import CAPTIONS, sheet
 from .subject import SUBJECT_PROMPT, scene_likeness
 from .world import render_caption
 
-PICTURE_CAPTIONS = (
-    "a red cube is jumping",
-    "a blue sphere is sliding",
-    "a green cone is stretching",
-    "a yellow cylinder is spinning",
-    "a purple torus is swaying",
-    "a white snowman is jumping",
-)
+PICTURE_CAPTIONS = CAPTIONS[:6]
 STEADINESS_CAPTIONS = PICTURE_CAPTIONS[:1] + PICTURE_CAPTIONS[2:5]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
