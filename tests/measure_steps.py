@@ -22,6 +22,7 @@ from dream4d_engine import losses
 from dream4d_engine.cameras import CameraBatch, orbit, sample_takes, sample_views
 from dream4d_engine.kernels import Kernels, select_kernels, torch_kernels
 from dream4d_engine.machine import pick_device
+from dream4d_engine.profiling import profile
 from dream4d_engine.rendering import RenderOptions, render, render_chunked
 from dream4d_engine.scene import Scene, build_scene
 from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
@@ -98,21 +99,7 @@ def report(name: str, scene: Scene, cameras: CameraBatch, kernels: Kernels, prof
         seconds.append(time.perf_counter() - began)
     print(f"{name:<52}{1e3 * median(seconds):9.2f} ms  {n_samples:>9,} samples", flush=True)
     if profiled and CUDA:
-        profile(step)
-
-
-def profile(run: Callable[[], object], n_lines: int = 16) -> None:
-    """Print the kernels of a run that take longest."""
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA, kinds.CPU]) as found:
-        run()
-        wait()
-    on_gpu = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    on_gpu.sort(key=lambda e: -e.self_device_time_total)
-    total, count = sum(e.self_device_time_total for e in on_gpu), sum(e.count for e in on_gpu)
-    print(f"    {total / 1e3:.2f} ms in {count} kernels")
-    for e in on_gpu[:n_lines]:
-        print(f"    {e.self_device_time_total / 1e3:8.3f} ms  x{e.count:<4} {e.key[:90]}")
+        print("\n".join(f"    {line}" for line in profile(step, DEVICE).lines()), flush=True)
 
 
 def frames(scene: Scene, n: int = 12 if CUDA else 2) -> None:

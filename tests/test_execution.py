@@ -15,10 +15,11 @@ from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, d
 from dream4d_engine.priors import architectures, fused_norm
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.denoisers import UNetDenoiser, accelerated, with_execution
-from dream4d_engine.priors.execution import LADDER, PLAIN, Execution, Recorder, bring_back, in_slices, offload
+from dream4d_engine.priors.execution import PLAIN, Execution, Recorder, bring_back, in_slices, offload
 from dream4d_engine.priors.frozen import speed_up
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
+from dream4d_engine.training.memory import LADDER
 
 CPU = torch.device("cpu")
 SMALL_UNET = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
@@ -55,7 +56,7 @@ def video_denoiser(unet, vae, **changes):
 
 
 def tokens_for(cameras):
-    table = randn(2, 5, 16)
+    table = randn(2, 5, 16).to(cameras.time.device)
     return tuple(Conditions(row.expand(*cameras.shape, -1, -1)) for row in table)
 
 
@@ -64,10 +65,10 @@ def video_guidance(denoiser, **changes):
     return Guidance("video", denoiser, tokens_for, replace(config, **changes))
 
 
-def distilled(guidance, n_groups=2):
+def distilled(guidance, n_groups=2, device=CPU):
     """(loss, gradient on the pictures) of one distillation."""
-    cameras = sample_takes(CameraRanges(), n_groups, 4, 16, 16, seeded())
-    pictures = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).requires_grad_()
+    cameras = sample_takes(CameraRanges(), n_groups, 4, 16, 16, seeded()).to(device)
+    pictures = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
     loss = distill(guidance, pictures, cameras, 0.0, seeded(2)).loss
     return loss.detach(), torch.autograd.grad(loss, pictures)[0]
 
@@ -177,9 +178,10 @@ class Counted(Recorder):
         return function(*inputs)
 
 
-@pytest.mark.parametrize(
-    "execution", [e for e in LADDER if not e.offload] + [Execution(3, 1), Execution(3, 2, 1)], ids=Execution.describe
-)
+PLANS = dict.fromkeys(plan.execution for plan in LADDER if not plan.execution.offload)
+
+
+@pytest.mark.parametrize("execution", [*PLANS, Execution(3, 1), Execution(3, 2, 1)], ids=Execution.describe)
 def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution):
     loss, gradient = distilled(video_guidance(video_denoiser(video_unet, vae)))
     planned = video_denoiser(video_unet, vae, execution=execution)
@@ -252,7 +254,7 @@ def test_offloaded_weights_come_and_go(video_unet):
 def test_another_plan_moves_the_weights_only_if_it_has_to(video_unet, vae):
     denoiser = video_denoiser(copy.deepcopy(video_unet), vae)
     loss, gradient = distilled(video_guidance(denoiser))
-    away = with_execution(denoiser, LADDER[-1], PLAIN)
+    away = with_execution(denoiser, LADDER[-1].execution, PLAIN)
     assert away.execution.offload
     _, our_gradient = distilled(video_guidance(away))
     close(our_gradient, gradient, 1e-3)
@@ -279,10 +281,10 @@ def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
     device = torch.device("cuda")
     networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
     plain = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).cuda())
-    _, gradient = distilled(video_guidance(plain))
+    _, gradient = distilled(video_guidance(plain), device=device)
     fast = accelerated(replace(plain, execution=execution), GraphRecorder(device), compiled=False)
     for _ in range(2):  # recorded, then replayed
-        close(distilled(video_guidance(fast))[1], gradient, 1e-2)
+        close(distilled(video_guidance(fast), device=device)[1], gradient, 1e-2)
 
 
 # ---- architectures -----------------------------------------------------------------------------------------------

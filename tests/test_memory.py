@@ -9,12 +9,11 @@ import torch
 
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
 from dream4d_engine.priors.denoisers import UNetDenoiser
-from dream4d_engine.priors.execution import LADDER, Execution
 from dream4d_engine.schedules import constant
 from dream4d_engine.training import memory
 from dream4d_engine.training.config import TOY_MOTION
 from dream4d_engine.training.loop import RunControl
-from dream4d_engine.training.memory import choose_plan, parse_bytes, plan_of
+from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
 from dream4d_engine.training.motion import train_motion
 
 
@@ -42,23 +41,23 @@ def guidance():
 def test_the_first_plan_that_fits_is_taken():
     tried = []
 
-    def fits(planned):
-        execution = planned["image"].denoiser.execution
-        tried.append(execution)
-        return execution.pictures_at_once is not None and execution.pictures_at_once <= 4
+    def fits(planned, plan):
+        assert planned["image"].denoiser.execution == plan.execution
+        tried.append(plan)
+        return plan.execution.pictures_at_once is not None and plan.execution.pictures_at_once <= 4
 
-    planned, execution = choose_plan(guidance(), fits)
-    assert execution == planned["image"].denoiser.execution == LADDER[4]
-    assert tried == list(LADDER[:5]), "from the fastest on"
-    assert choose_plan(guidance(), lambda planned: False) is None
+    planned, plan = choose_plan(guidance(), fits)
+    assert plan.execution == planned["image"].denoiser.execution
+    assert plan == LADDER[5] and tried == list(LADDER[:6]), "from the fastest on"
+    assert choose_plan(guidance(), lambda planned, plan: False) is None
 
 
 def test_the_ladder_needs_less_at_each_rung():
-    def size(plan: Execution) -> tuple[int, int, int, bool]:
-        large = 10**6
-        at_once = large if plan.pictures_at_once is None else plan.pictures_at_once
-        kept = large if plan.pictures_kept is None else plan.pictures_kept
-        return (at_once, kept, plan.groups_at_once or large, not plan.offload)
+    def size(plan: Plan) -> tuple[int, ...]:
+        execution, large = plan.execution, 10**6
+        kept = large if execution.pictures_kept is None else execution.pictures_kept
+        at_once = (execution.pictures_at_once, execution.groups_at_once, plan.rays_at_once)
+        return (kept, not execution.offload, *(n or large for n in at_once))
 
     for above, below in zip(LADDER, LADDER[1:], strict=False):
         assert all(b <= a for a, b in zip(size(above), size(below), strict=True)) and size(above) != size(below)
@@ -76,7 +75,7 @@ class Plain:
 
 def test_a_denoiser_without_plans_is_left_alone():
     given = {"image": replace(guidance()["image"], denoiser=Plain())}
-    assert plan_of(given, LADDER[2])["image"].denoiser is given["image"].denoiser
+    assert plan_of(given, LADDER[2].execution)["image"].denoiser is given["image"].denoiser
 
 
 def test_a_budget_without_a_gpu_is_an_error():

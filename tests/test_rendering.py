@@ -182,6 +182,28 @@ def test_same_seed_same_picture_bit_for_bit_with_its_gradient() -> None:
         render(scene, cameras(), options)
 
 
+@pytest.mark.parametrize(
+    "options", [EVERYTHING, RenderOptions(ray_jitter=0.01), RenderOptions(background=torch.ones(3))]
+)
+@pytest.mark.parametrize("rays_at_once", [100, 1000])
+def test_rendering_slices_twice_gives_the_same_gradient(options: RenderOptions, rays_at_once: int) -> None:
+    scene, options = moving_scene(), replace(options, stratified=True)
+
+    def rendered(options: RenderOptions) -> dict[str, torch.Tensor]:
+        scene.zero_grad()
+        output = render(scene, cameras(), options, generator(9))
+        pictures = {name: getattr(output, name) for name in ("rgb", "opacity", "depth", "normals", "displacement")}
+        present = [picture for picture in pictures.values() if picture is not None]
+        torch.cat([(p * torch.randn(p.shape, generator=generator(3))).flatten() for p in present]).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in scene.named_parameters() if p.grad is not None}
+        return gradients | {name: p.detach() for name, p in pictures.items() if p is not None}
+
+    at_once, sliced = rendered(options), rendered(replace(options, rays_at_once=rays_at_once))
+    assert at_once.keys() == sliced.keys() and {"rgb", "deformation.grid.table"} <= at_once.keys()
+    for name, values in at_once.items():
+        torch.testing.assert_close(sliced[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()), msg=name)
+
+
 def test_stratified_samples_stay_one_step_apart() -> None:
     scene = static_scene()
     output = render(scene, cameras(), RenderOptions(stratified=True, prune=False), generator())

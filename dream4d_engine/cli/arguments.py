@@ -412,6 +412,8 @@ class Bench:
     """Steps that are measured."""
     warmup: int = 3
     """Steps before them that are not."""
+    profile: bool = False
+    """Look into some more steps: which work takes longest, and how often the CPU waits for the GPU."""
     multiview_prior: Annotated[str | None, _MODEL] = None
     """Multi-view model."""
     image_prior: Annotated[str | None, _MODEL] = None

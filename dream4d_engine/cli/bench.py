@@ -17,6 +17,7 @@ from ..guidance.distillation import Guidance, distill
 from ..machine import check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
 from ..priors.architectures import architecture_for, random_guidance
 from ..priors.loading import PriorKind
+from ..profiling import Profile, Profiler
 from ..scene import Scene, build_scene
 from ..training.config import (
     IMAGE_RECIPES,
@@ -43,6 +44,8 @@ from .progress import Progress, make_progress
 _STAGES = {"static": STATIC_RECIPES, "image": IMAGE_RECIPES, "motion": MOTION_RECIPES}
 _PROMPT = "a red cube is jumping"
 _KINDS = ("fast", "plain", "tiny")
+PROFILED = 3
+"""Steps that are looked into."""
 REPEATS = 5
 """Times that the priors alone are asked."""
 
@@ -71,6 +74,7 @@ class Measured:
         plan: how the memory budget is kept to.
         gradient_cosine: of a step's gradient on the pictures through the tiny autoencoder with that through the full
             one, same pictures, timestep and noise; only for trained models.
+        profile: where the time of steps after the measured ones goes, if it was asked for.
     """
 
     recipe: str
@@ -85,6 +89,7 @@ class Measured:
     reserved_bytes: int | None = None
     plan: str | None = None
     gradient_cosine: float | None = None
+    profile: Profile | None = None
     error: str | None = None
 
 
@@ -153,7 +158,7 @@ def _measure(
     guidance, models = _guidance(recipe, variant, options, device, reference)
     found = []
     for number, phase in enumerate(recipe.phases):
-        fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps)
+        fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps + PROFILED * options.profile)
         n_frames = fitted.n_views if isinstance(fitted, StaticRecipe) else fitted.n_frames
         pictures = f"{phase.n_groups * n_frames} of {phase.width}x{phase.height}"
         blank = Measured(name, variant.name, models, pictures, options.steps, None)
@@ -186,12 +191,14 @@ def _measure_phase(
     should_stop: Callable[[], bool],
     device: torch.device,
 ) -> Measured:
-    clock, plans = _Clock(device), []
+    clock, plans, profiler, last = _Clock(device), [], Profiler(device), options.warmup + options.steps
 
     def on_step(report: StepReport, _scene: Scene) -> None:
         clock.tick()
         if report.step == options.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        if report.step == last and options.profile:
+            profiler.start()
         progress.update(label, report.step, report.loss, report.remaining)
 
     control = RunControl(on_step=on_step, should_stop=should_stop)
@@ -203,17 +210,19 @@ def _measure_phase(
         scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
         still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
         train_motion(still, recipe, guidance, **given)
+    profile = profiler.stop(PROFILED) if options.profile else None
     seconds = clock.between()
     peak = peak_memory(device)
     return replace(
         blank,
-        seconds_per_step=median(seconds[options.warmup :]),
+        seconds_per_step=median(seconds[options.warmup : last]),
         guidance_seconds=None if variant.budget else _guidance_seconds(recipe, guidance, device),
         preparing_seconds=seconds[0],
         peak_memory_bytes=peak,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         plan=plans[0] if plans else None,
         gradient_cosine=_gradient_cosine(recipe, guidance, options, device) if _compares(variant, options) else None,
+        profile=profile,
     )
 
 
@@ -362,6 +371,8 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
         lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
+    for m in (m for m in measured if m.profile is not None):
+        lines += ["", f"a step of {m.recipe}, {m.variant}, {m.pictures}:", *(f"  {x}" for x in m.profile.lines())]
     return lines
 
 

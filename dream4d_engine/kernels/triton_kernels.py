@@ -303,13 +303,14 @@ class _Composite(torch.autograd.Function):
     def backward(ctx, grad_weights: Tensor, grad_sums: Tensor):
         from . import triton_source as source
 
-        density, values, *_, bounds, _weights, _clear = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes them again for it
+        density, values, *_, bounds, _weights, _clear = saved
         grad_density, grad_values = torch.empty_like(density), torch.empty_like(values)
         n_rays = len(bounds) - 1
         if n_rays and len(density):
             with _on(density.device):
                 source.composite_backward[(-(-n_rays // _RAYS),)](
-                    *ctx.saved_tensors, grad_weights.contiguous(), grad_sums.contiguous(), grad_density, grad_values,
+                    *saved, grad_weights.contiguous(), grad_sums.contiguous(), grad_density, grad_values,
                     n_rays, K=values.shape[1], RAYS=_RAYS, C=_AHEAD, num_warps=2,
                 )  # fmt: skip
         return grad_density, grad_values, None, None, None

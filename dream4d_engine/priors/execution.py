@@ -1,7 +1,6 @@
 """How a frozen model's networks are run: how much at once, where the weights wait, what is compiled.
 
-None of it changes what is computed, only how much memory it takes and how long. `LADDER` lists the ways from the
-fastest to the one that needs least memory.
+None of it changes what is computed, only how much memory it takes and how long.
 """
 
 from __future__ import annotations
@@ -58,18 +57,6 @@ class Execution:
         if self.offload:
             parts.append("UNet weights in main memory")
         return ", ".join(parts)
-
-
-LADDER = (
-    Execution(),
-    Execution(pictures_at_once=8),
-    Execution(pictures_at_once=8, pictures_kept=16),
-    Execution(pictures_at_once=8, pictures_kept=8),
-    Execution(pictures_at_once=4, pictures_kept=4),
-    Execution(pictures_at_once=2, pictures_kept=0),
-    Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1),
-    Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1, offload=True),
-)
 
 
 # --- recording ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
 from ..randomness import draw_rows, send
@@ -37,6 +38,8 @@ class RenderOptions:
         normals, displacement: composite these too.
         background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
         ray_jitter: standard deviation of a normal offset on the rays' directions (needs a generator).
+        rays_at_once: in `render` with gradient: slices of so many rays, each rendered once more in the backward pass
+            instead of keeping what that needs. None: all at once, everything kept.
         half: in `render_chunked` on a GPU, encodings and networks in half precision, as in training (`render` itself
             does as the autocast around it says).
     """
@@ -49,11 +52,14 @@ class RenderOptions:
     displacement: bool = False
     background: Tensor | None = None
     ray_jitter: float = 0.0
+    rays_at_once: int | None = None
     half: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_samples is not None and self.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {self.n_samples}")
+        for name in ("n_samples", "rays_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,14 @@ def render(
     options: RenderOptions | None = None,
     generator: torch.Generator | None = None,
 ) -> RenderOutput:
-    """Render all rays at once, differentiably."""
+    """Render all rays, differentiably; at once where the options don't say otherwise."""
     options = options or RenderOptions()
     rays, shift = _prepare(scene, cameras, options, generator)
-    output = _render_rays(scene, rays, _given_background(rays, options), options, shift)
+    background = _given_background(rays, options)
+    if options.rays_at_once is None or not torch.is_grad_enabled():
+        output = _render_rays(scene, rays, background, options, shift)
+    else:
+        output = _rendered_twice(scene, rays, background, options, shift)
     return _map_pictures(output, lambda picture: picture.view(*rays.shape, picture.shape[-1]))
 
 
@@ -113,23 +123,42 @@ def render_chunked(
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
     parts = []
     for start in range(0, n_rays, size):
-        rows = slice(start, start + size)
-        part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
+        part, its_background, its_shift = _slice(slice(start, start + size), rays, background, shift)
         with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
-            output = _render_rays(
-                scene,
-                part,
-                None if background is None else background[rows],
-                options,
-                None if shift is None else shift[rows],
-            )
-        pictures = {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
+            pictures = _pictures(_render_rays(scene, part, its_background, options, its_shift))
         parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
     columns = torch.cat(parts).split([picture.shape[-1] for picture in pictures.values()], -1)
     whole = {name: column.reshape(*rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
     return RenderOutput(**whole)
+
+
+def _rendered_twice(
+    scene: Scene, rays: RayBundle, background: Tensor | None, options: RenderOptions, shift: Tensor | None
+) -> RenderOutput:
+    """Render slices of the rays now, and once more when the backward pass comes to them."""
+
+    def draw(part: RayBundle, background: Tensor | None, shift: Tensor | None) -> dict[str, Tensor]:
+        return _pictures(_render_rays(scene, part, background, options, shift))
+
+    parts = []
+    for start in range(0, len(rays.origins), options.rays_at_once):
+        given = _slice(slice(start, start + options.rays_at_once), rays, background, shift)
+        parts.append(checkpoint(draw, *given, use_reentrant=False, preserve_rng_state=False))
+    return RenderOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _slice(
+    rows: slice, rays: RayBundle, background: Tensor | None, shift: Tensor | None
+) -> tuple[RayBundle, Tensor | None, Tensor | None]:
+    part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
+    return part, None if background is None else background[rows], None if shift is None else shift[rows]
+
+
+def _pictures(output: RenderOutput) -> dict[str, Tensor]:
+    """The pictures that there are, by name."""
+    return {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
 
 
 def _prepare(

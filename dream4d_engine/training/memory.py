@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..guidance.distillation import Guidance
 from ..machine import limit_memory
 from ..priors.denoisers import with_execution
-from ..priors.execution import LADDER, PLAIN, Execution, GraphRecorder
+from ..priors.execution import PLAIN, Execution, GraphRecorder
 from ..priors.loading import PriorKind
 from ..scene import Scene
 from .loop import Objective, ParameterGroup
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 SHARE = 0.94
 """Of the budget that a trial may take: what is solid in a scene, and so the samples on its rays, changes in a run."""
 
 GuidanceOf = Mapping[PriorKind, Guidance]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is taken: how the models are run, and how many rays at once are rendered (see RenderOptions)."""
+
+    execution: Execution = Execution()
+    rays_at_once: int | None = None
+
+    def describe(self) -> str:
+        """The plan in words."""
+        if self.rays_at_once is None:
+            return self.execution.describe()
+        models = "" if self.execution == Execution() else f"{self.execution.describe()}, "
+        return f"{models}{self.rays_at_once} rays at once, rendered twice"
+
+
+LADDER = (
+    Plan(),
+    Plan(Execution(pictures_at_once=8)),
+    Plan(Execution(pictures_at_once=8, pictures_kept=16)),
+    Plan(Execution(pictures_at_once=8, pictures_kept=16), 2**17),
+    Plan(Execution(pictures_at_once=8, pictures_kept=8), 2**17),
+    Plan(Execution(pictures_at_once=4, pictures_kept=4), 2**17),
+    Plan(Execution(pictures_at_once=2, pictures_kept=0), 2**17),
+    Plan(Execution(pictures_at_once=2, pictures_kept=0, groups_at_once=1), 2**17),
+    Plan(Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1), 2**16),
+    Plan(Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1, offload=True), 2**15),
+)
+"""From the fastest to the one that needs least memory."""
 
 
 def parse_bytes(text: str) -> int:
@@ -50,29 +85,31 @@ def plan_of(guidance: GuidanceOf, execution: Execution) -> dict[PriorKind, Guida
 
 
 def choose_plan(
-    guidance: GuidanceOf, fits: Callable[[GuidanceOf], bool], ladder: Sequence[Execution] = LADDER
-) -> tuple[dict[PriorKind, Guidance], Execution] | None:
+    guidance: GuidanceOf, fits: Callable[[GuidanceOf, Plan], bool], ladder: Sequence[Plan] = LADDER
+) -> tuple[dict[PriorKind, Guidance], Plan] | None:
     """Return the first plan of the ladder (fastest first) that fits, or None."""
-    for execution in ladder:
-        planned = plan_of(guidance, execution)
-        if fits(planned):
-            return planned, execution
+    for plan in ladder:
+        planned = plan_of(guidance, plan.execution)
+        if fits(planned, plan):
+            return planned, plan
+        del planned  # with all that was recorded for it
     return None
 
 
 def fit_into(
     budget: int,
     guidance: GuidanceOf,
-    objective_of: Callable[[GuidanceOf], Objective],
+    objective_of: Callable[[GuidanceOf, int | None], Objective],
     scene: Scene,
     groups: Sequence[ParameterGroup],
     starts: Sequence[float],
     on_plan: Callable[[str], None] | None = None,
-) -> dict[PriorKind, Guidance]:
-    """Return the guidance run in the fastest way that keeps the whole process within `budget` bytes of GPU memory.
+) -> Objective:
+    """Return the objective run in the fastest way that keeps the whole process within `budget` bytes of GPU memory.
 
     Every phase (`starts`: their progress) is tried on the scene as it is, forward and backward; the budget stays in
-    force afterwards. Raises a ValueError where even the smallest way does not fit.
+    force afterwards. `objective_of`: (guidance, rays at once) -> objective. Raises a ValueError where even the
+    smallest way does not fit.
     """
     device = scene.device
     if device.type != "cuda":
@@ -80,35 +117,55 @@ def fit_into(
     # the optimiser's two moments are not there yet
     coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in groups for p in parameters)
     allowed = SHARE * budget - coming
+    _use_whole_segments()
 
-    def fits(planned: GuidanceOf) -> bool:
-        torch.cuda.empty_cache()
+    def fits(planned: GuidanceOf, plan: Plan) -> bool:
+        _give_back(device)
+        before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)
         try:
-            return _runs_smoothly(objective_of(planned), scene, starts)
+            reason = _why_not(objective_of(planned, plan.rays_at_once), scene, starts)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "captur" in str(error):  # of a graph
-                return False
-            raise
+            if not (isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)):  # of a graph
+                raise
+            reason = "out of memory"
         finally:
             scene.zero_grad(set_to_none=True)
+        held, most = before / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
+        verdict = reason or "fits"
+        logger.info("%s: %s (%.2f GiB before, at most %.2f GiB)", plan.describe(), verdict, held, most)
+        return not reason
 
     found = choose_plan(guidance, fits)
     limit_memory(device, budget)
-    torch.cuda.empty_cache()
+    _give_back(device)
     if found is None:
         raise ValueError(
             f"a step of this recipe doesn't fit into {budget / 2**30:.1f} GiB in any way: raise the memory budget, or "
             "lower the phases' pictures"
         )
-    planned, execution = found
+    planned, plan = found
     if on_plan is not None:
-        on_plan(f"memory budget {budget / 2**30:.1f} GiB: {execution.describe()}")
-    return planned
+        on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
+    return objective_of(planned, plan.rays_at_once)
 
 
-def _runs_smoothly(objective: Objective, scene: Scene, starts: Sequence[float]) -> bool:
-    """Whether steps of every phase run without the allocator having to give memory back and ask again."""
+def _give_back(device: torch.device) -> None:
+    """Return to the GPU what nobody holds; the graphs of a plan that failed hang together in circles."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _use_whole_segments() -> None:
+    """Let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays."""
+    with suppress(RuntimeError, ValueError):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def _why_not(objective: Objective, scene: Scene, starts: Sequence[float]) -> str:
+    """Why steps of the phases don't run smoothly: the allocator has to give memory back and ask again. "": they do."""
     generator = torch.Generator().manual_seed(0)
     for start in starts:
         for attempt in range(2):
@@ -119,5 +176,5 @@ def _runs_smoothly(objective: Objective, scene: Scene, starts: Sequence[float]) 
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)
             if attempt and torch.cuda.memory_stats(scene.device)["num_alloc_retries"] > retries:
-                return False
-    return True
+                return "memory in pieces"
+    return ""

@@ -49,8 +49,10 @@ def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
     return scale if scale >= recipe.min_scale else 1.0
 
 
-def motion_objective(recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance]):
-    """Return the function that films a random take and asks the video prior."""
+def motion_objective(
+    recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None
+) -> Objective:
+    """Return the function that films a random take and asks the video prior; rays_at_once: see RenderOptions."""
     pairs = pick_guidance(recipe.guidance, guidance)
 
     def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
@@ -58,7 +60,7 @@ def motion_objective(recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         takes = sample_takes(recipe.cameras, phase.n_groups, recipe.n_frames, *size, generator, recipe.time_span)
-        return picture_loss(scene, takes.to(scene.device), recipe, pairs, progress, generator)
+        return picture_loss(scene, takes.to(scene.device), recipe, pairs, progress, generator, rays_at_once)
 
     return objective
 
@@ -90,15 +92,17 @@ def train_motion(
     moving.canonical.requires_grad_(False)
     groups = motion_groups(moving, recipe.optimizer)
 
-    def objective_of(guidance: Mapping[PriorKind, Guidance]) -> Objective:
-        return motion_objective(recipe, guidance)
-
+    objective = motion_objective(recipe, guidance)
     if memory_budget is not None:
+
+        def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
+            return motion_objective(recipe, planned, rays_at_once)
+
         starts = [phase.start for phase in recipe.phases]
-        guidance = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan)
+        objective = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan)
     summary = fit(
         moving,
-        objective_of(guidance),
+        objective,
         groups,
         stage="motion",
         steps=recipe.steps,

@@ -89,6 +89,7 @@ def picture_loss(
     pairs: Sequence[tuple[GuidanceTerm, Guidance]],
     progress: float,
     generator: torch.Generator,
+    rays_at_once: int | None = None,
 ) -> tuple[Tensor, Terms]:
     """Render the cameras as training does and sum all terms of the recipe's loss."""
     weights, phase = recipe.regularizers, current_phase(recipe.phases, progress)
@@ -99,6 +100,7 @@ def picture_loss(
         background=draw_background(recipe.background, generator, scene.device),
         normals=bool(weights.orientation or weights.normal_smoothness_2d),
         displacement=bool(weights.displacement_tv),
+        rays_at_once=rays_at_once,
     )
     output = render(scene, cameras, options, generator)
     loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
@@ -107,14 +109,20 @@ def picture_loss(
 
 
 def reference_loss(
-    scene: Scene, view: ReferenceView, config: ReferenceConfig, generator: torch.Generator
+    scene: Scene,
+    view: ReferenceView,
+    config: ReferenceConfig,
+    generator: torch.Generator,
+    rays_at_once: int | None = None,
 ) -> tuple[Tensor, Terms]:
     """Render what the reference camera sees and sum the weighted differences to the picture and its maps.
 
     Magic123 (2306.17843), section 3.2. Depths are compared where picture and scene are both solid: the distance to
     what isn't there yet says nothing.
     """
-    options = RenderOptions(stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter)
+    options = RenderOptions(
+        stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter, rays_at_once=rays_at_once
+    )
     with same_for_all(generator):  # the picture is no part of the batch
         output = render(scene, view.cameras, options, generator)
     solid = (view.mask > 0.5).float()

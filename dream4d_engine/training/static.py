@@ -30,10 +30,15 @@ def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
-def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance], reference: Reference | None = None):
+def static_objective(
+    recipe: StaticRecipe,
+    guidance: Mapping[PriorKind, Guidance],
+    reference: Reference | None = None,
+    rays_at_once: int | None = None,
+) -> Objective:
     """Return the function that draws cameras, renders them and asks the priors, then compares with the picture.
 
-    `reference` is what a recipe with a reference needs, and only that.
+    `reference` is what a recipe with a reference needs, and only that. `rays_at_once`: see RenderOptions.
     """
     pairs = pick_guidance(recipe.guidance, guidance)
     check_reference(recipe, reference)
@@ -43,13 +48,13 @@ def static_objective(recipe: StaticRecipe, guidance: Mapping[PriorKind, Guidance
         size = current_phase(recipe.reference.phases, progress).size
         if size not in views:
             views[size] = reference_view(reference, recipe.reference, size, scene.device)
-        return reference_loss(scene, views[size], recipe.reference, generator)
+        return reference_loss(scene, views[size], recipe.reference, generator, rays_at_once)
 
     def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator)
-        loss, terms = picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator)
+        loss, terms = picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator, rays_at_once)
         if recipe.reference is None:
             return loss, terms
         extra, parts = compare(scene, progress, generator)
@@ -80,14 +85,16 @@ def train_static(
     start = start.to(device)
     groups = static_groups(start, recipe.optimizer)
 
-    def objective_of(guidance: Mapping[PriorKind, Guidance]) -> Objective:
-        return static_objective(recipe, guidance, reference)
-
+    objective = static_objective(recipe, guidance, reference)
     if memory_budget is not None:
-        guidance = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan)
+
+        def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
+            return static_objective(recipe, planned, reference, rays_at_once)
+
+        objective = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan)
     summary = fit(
         start,
-        objective_of(guidance),
+        objective,
         groups,
         stage="static",
         steps=recipe.steps,

@@ -1,0 +1,81 @@
+"""Where the time of a run goes: what the device does, and where the CPU waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import DeviceType
+
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel, or on a CPU an operation: its name, seconds and calls in one step."""
+
+    name: str
+    seconds: float
+    calls: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One step of a run, on average.
+
+    Args:
+        seconds: of the device at work. calls: kernels (operations) launched. work: all of them, the longest first.
+        waits: where the CPU waited for the device, by the name of CUDA's function: (calls, seconds).
+    """
+
+    seconds: float
+    calls: float
+    work: tuple[Work, ...]
+    waits: dict[str, tuple[float, float]]
+
+    def lines(self, n: int = 16) -> list[str]:
+        """The profile as text, with the `n` longest."""
+        found = [f"{1e3 * self.seconds:.2f} ms of work in {self.calls:.0f} calls"]
+        found += [f"{1e3 * w.seconds:9.3f} ms  x{w.calls:<6.0f} {w.name[:90]}" for w in self.work[:n]]
+        return found + [f"waited {c:.1f} times, {1e3 * s:.2f} ms: {name}" for name, (c, s) in self.waits.items()]
+
+
+class Profiler:
+    """Watches what runs between start and stop."""
+
+    def __init__(self, device: torch.device) -> None:
+        kinds = torch.profiler.ProfilerActivity
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._profiler = torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if self._on_gpu else [])])
+
+    def start(self) -> None:
+        """Begin."""
+        self._wait()
+        self._profiler.start()
+
+    def stop(self, n_steps: int = 1) -> Profile:
+        """End, and return the profile of one of the `n_steps` steps since the start."""
+        self._wait()
+        self._profiler.stop()
+        events = self._profiler.key_averages()
+        if self._on_gpu:
+            of_device = [e for e in events if e.device_type == DeviceType.CUDA]
+            work = [Work(e.key, e.self_device_time_total / 1e6 / n_steps, e.count / n_steps) for e in of_device]
+        else:
+            work = [Work(e.key, e.self_cpu_time_total / 1e6 / n_steps, e.count / n_steps) for e in events]
+        waits = {e.key: (e.count / n_steps, e.self_cpu_time_total / 1e6 / n_steps) for e in events if e.key in _WAITS}
+        work.sort(key=lambda w: -w.seconds)
+        return Profile(sum(w.seconds for w in work), sum(w.calls for w in work), tuple(work), waits)
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+
+
+def profile(run: Callable[[], object], device: torch.device) -> Profile:
+    """Return what one call of `run` does."""
+    profiler = Profiler(device)
+    profiler.start()
+    run()
+    return profiler.stop()
