@@ -11,7 +11,7 @@ from dream4d_engine.priors.conditioning import text_conditions, words_for
 from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
 from dream4d_engine.priors.lora import apply_lora, read_lora
 from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer
-from dream4d_engine.toyworld.measure import all_cases, measure_subject, photograph, table
+from dream4d_engine.toyworld.measure import PARTS, all_cases, measure_path, measure_subject, photograph, table
 from dream4d_engine.toyworld.models import SUBJECT_WORD
 from dream4d_engine.toyworld.samples import sample
 from dream4d_engine.toyworld.subject import (
@@ -192,9 +192,18 @@ def test_photographs_are_what_the_recipe_expects():
 
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
-    cases = all_cases(["pictures", "subject", "steadiness"], toy_subject(), "cpu", 0, 0.01)
-    assert [sum(c.part == part for c in cases) for part in ("pictures", "subject", "steadiness")] == [6, 2, 8]
+    cases = all_cases(list(PARTS), toy_subject(), "cpu", [0], 0.01)
+    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 8, 4]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)
     lines = table([result])
     assert lines[0].startswith("| | right | body") and lines[2].startswith("| with LoRA | ")
+
+
+def test_runs_of_several_seeds_are_one_line_with_their_spread():
+    cases = [c for c in all_cases(["paths"], toy_subject(), "cpu", [0, 1], 0.008) if c.name.endswith("jumping, fast")]
+    results = [measure_path(case) for case in cases]
+    lines = table(results)
+    assert len(lines) == 3 and lines[2].startswith("| a red cube is jumping, fast | ")
+    ious = [measures["iou"] for _, measures, _ in results]
+    assert f"{sum(ious) / 2:.3f} ± {abs(ious[0] - ious[1]) / 2**0.5:.3f}" in lines[2]

@@ -1,9 +1,10 @@
-"""Measure the toy recipes that start from a picture or a personal subject, and what multi-step targets are worth:
-`python -m dream4d_engine.toyworld.measure --out DIR`.
+"""Measure the toy recipes that start from a picture or a personal subject, what multi-step targets are worth, and
+whether what makes runs fast changes their results: `python -m dream4d_engine.toyworld.measure --out DIR`.
 
 - pictures: image-to-4d from one picture of the front of each of six objects, against the truth.
 - subject: the personal subject of subject.py with its LoRA and without.
 - steadiness: the same still object animated by targets of one and of four denoising steps.
+- paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
 
 Writes DIR/measures.json, a sheet of pictures DIR/PART.png for each part, and prints tables.
 """
@@ -18,15 +19,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
+from ..kernels import select_kernels
 from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
 from ..rendering import RenderOptions, render_chunked
-from ..scene import Scene
+from ..scene import Scene, build_scene
 from ..training.config import (
     TOY_DISTANCE,
     TOY_FOV_DEG,
@@ -52,12 +55,14 @@ from .world import render_caption
 
 PICTURE_CAPTIONS = CAPTIONS[:6]
 STEADINESS_CAPTIONS = PICTURE_CAPTIONS[:1] + PICTURE_CAPTIONS[2:5]
+PATH_CAPTIONS = STEADINESS_CAPTIONS[::3]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder or number of denoising steps."""
+    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder, number of denoising steps, or
+    "plain" or "fast"."""
 
     part: str
     name: str
@@ -129,20 +134,46 @@ def measure_steadiness(case: Case) -> Result:
     return case, measures, _over_time(moving, 16)
 
 
+def measure_path(case: Case) -> Result:
+    """text-to-4d by plain PyTorch, or (`option` "fast") with kernels, half precision, compiled and recorded models."""
+    fast = case.option == "fast"
+    kernels = None if fast else select_kernels(case.device, "torch")
+    static, motion = (
+        replace(recipe, loop=replace(recipe.loop, precision="half" if fast else "full"))
+        for recipe in (_shortened(TOY_STATIC, case), _shortened(TOY_MOTION, case))
+    )
+    start = build_scene(static.scene, torch.Generator().manual_seed(case.seed), kernels)
+    still, first = _static(static, as_caption(case.caption).object_text, case, start=start, accelerate=fast)
+    moving, second = _motion(still, motion, case, accelerate=fast)
+    found = evaluate_scene(moving, case.caption)
+    measures = {
+        "iou": mean(found.iou_per_view),
+        "colors_right": found.colors_right,
+        "clip_iou": found.clip_iou,
+        "motion_correlation": found.motion_correlation,
+        "motion_amplitude": found.motion_amplitude,
+        "seconds": first.seconds + second.seconds,
+    }
+    return case, measures, _over_time(moving)
+
+
 PARTS: dict[str, Callable[[Case], Result]] = {
     "pictures": measure_picture,
     "subject": measure_subject,
     "steadiness": measure_steadiness,
+    "paths": measure_path,
 }
 
 
-def all_cases(parts: list[str], lora: Path, device: str, seed: int, share: float) -> list[Case]:
+def all_cases(parts: list[str], lora: Path, device: str, seeds: list[int], share: float) -> list[Case]:
     """Every run of the parts."""
     pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
     steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in STEADINESS_CAPTIONS for n in (1, 4)]
-    known = {"pictures": pictures, "subject": subject, "steadiness": steady}
-    return [replace(case, device=device, seed=seed, share=share) for part in parts for case in known[part]]
+    paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
+    known = {"pictures": pictures, "subject": subject, "steadiness": steady, "paths": paths}
+    cases = [case for part in parts for case in known[part]]
+    return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -162,15 +193,18 @@ def _static(
     case: Case,
     reference: Reference | None = None,
     extras: Mapping[PriorKind, PriorExtras] | None = None,
+    start: Scene | None = None,
+    accelerate: bool = True,
 ) -> tuple[Scene, FitSummary]:
     device = torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, extras=extras)
-    return train_static(recipe, guidance, seed=case.seed, device=device, control=RunControl(), reference=reference)
+    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, extras=extras, accelerate=accelerate)
+    given = {"seed": case.seed, "device": device, "control": RunControl()}
+    return train_static(recipe, guidance, reference=reference, scene=start, **given)
 
 
-def _motion(still: Scene, recipe: MotionRecipe, case: Case) -> tuple[Scene, FitSummary]:
+def _motion(still: Scene, recipe: MotionRecipe, case: Case, accelerate: bool = True) -> tuple[Scene, FitSummary]:
     device = torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), case.caption, device)
+    guidance = load_guidance(recipe, _folders(recipe), case.caption, device, accelerate=accelerate)
     return train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
 
 
@@ -196,15 +230,25 @@ def _measure(case: Case) -> Result:
 
 
 def table(results: list[Result]) -> list[str]:
-    """The results of one part as a Markdown table."""
+    """The results of one part as a Markdown table; runs of several seeds as their mean and standard deviation."""
     columns = list(results[0][1])
     lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|---|{'---|' * len(columns)}"]
-    for case, measures, _ in results:
-        lines.append(f"| {case.name} | {' | '.join(_shown(measures[c]) for c in columns)} |")
+    for name in dict.fromkeys(case.name for case, _, _ in results):
+        runs = [measures for case, measures, _ in results if case.name == name]
+        lines.append(f"| {name} | {' | '.join(_shown([run[c] for run in runs]) for c in columns)} |")
     return lines
 
 
-def _shown(value: object) -> str:
+def _shown(values: list) -> str:
+    """What the seeds' runs gave."""
+    if len(values) == 1:
+        return _shown_one(values[0])
+    if not all(isinstance(value, float | int) for value in values):
+        return "; ".join(_shown_one(value) for value in values)
+    return f"{_shown_one(mean(values))} ± {_shown_one(stdev(values))}"
+
+
+def _shown_one(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     if isinstance(value, tuple | list):
@@ -215,10 +259,15 @@ def _shown(value: object) -> str:
 def write_results(out: Path, results: list[Result]) -> None:
     """Write the numbers and a sheet for each part."""
     parts = dict.fromkeys(case.part for case, _, _ in results)
-    numbers = {part: {case.name: found for case, found, _ in results if case.part == part} for part in parts}
+    several = len({case.seed for case, _, _ in results}) > 1
+
+    def label(case: Case) -> str:
+        return f"{case.name}, seed {case.seed}" if several else case.name
+
+    numbers = {part: {label(case): found for case, found, _ in results if case.part == part} for part in parts}
     write_json(out / "measures.json", numbers)
     for part in parts:
-        rows = [(case.name, pictures) for case, _, pictures in results if case.part == part]
+        rows = [(label(case), pictures) for case, _, pictures in results if case.part == part]
         pixels = torch.stack([pictures for _, pictures in rows]).movedim(-1, 2)
         sheet([name for name, _ in rows], pixels, zoom=1).save(out / f"{part}.png")
 
@@ -230,11 +279,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--lora", type=Path, default=toy_subject(), help="the subject's LoRA")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     options = parser.parse_args(arguments)
-    cases = all_cases(options.only, options.lora, options.device, options.seed, options.share)
+    cases = all_cases(options.only, options.lora, options.device, options.seeds, options.share)
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     began = time.monotonic()
