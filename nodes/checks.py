@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import comfy.model_management as management
 from comfy_api.latest import io
 
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
@@ -48,6 +49,16 @@ def check_types(node: type[io.ComfyNode], connected: Mapping[str, str]) -> Verdi
         if not validate_node_input(received, wanted):
             return f"type mismatch: the socket {name} takes {wanted}, but {received} is connected to it"
     return True
+
+
+def check_budget(node: type[io.ComfyNode], gibibytes: float | None) -> Verdict:
+    """A memory budget is for a GPU, and has to be in its range."""
+    if not gibibytes:
+        return True
+    kind = management.get_torch_device().type
+    if kind != "cuda":
+        return f"memory_budget is for NVIDIA GPUs, and ComfyUI works on {kind} here: set it to 0"
+    return check_ranges(node, memory_budget=gibibytes)
 
 
 def check_ranges(node: type[io.ComfyNode], **numbers: float | None) -> Verdict:

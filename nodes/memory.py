@@ -24,6 +24,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ..dream4d_engine.machine import limit_memory
 from ..dream4d_engine.priors.loading import Prior
 
 
@@ -52,16 +53,22 @@ class _WholePatcher(ModelPatcher):
 class HeldPriors:
     """The priors of one run, registered from `hold` to `release`.
 
-    `room`: bytes that training takes beside the models' weights.
+    `room`: bytes that training takes beside the models' weights. `budget`: bytes that the whole process may take.
     """
 
-    def __init__(self, device: torch.device, room: int) -> None:
-        self._device, self._room = device, room
+    def __init__(self, device: torch.device, room: int, budget: int | None = None) -> None:
+        self._device, self._room, self._budget = device, room, budget
         self._patchers: list[_WholePatcher] = []
 
     def make_room(self, n_bytes: int) -> None:
-        """Before loading: have so many bytes for the models, and the room for training, made free on a GPU."""
-        if self._device.type != "cpu":
+        """Before loading: have so many bytes for the models, and the room for training, made free on a GPU.
+
+        With a budget everything is: what other nodes left there would count.
+        """
+        if self._budget is not None and self._device.type == "cuda":
+            management.free_memory(1e30, self._device)
+            management.soft_empty_cache()
+        elif self._device.type != "cpu":
             management.free_memory(n_bytes + self._room + management.minimum_inference_memory(), self._device)
 
     def hold(self, prior: Prior) -> None:
@@ -82,7 +89,9 @@ class HeldPriors:
         return gone
 
     def release(self) -> None:
-        """Drop the models; nothing of them stays on the device once nobody else holds them."""
+        """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
+        if self._budget is not None and self._device.type == "cuda":
+            limit_memory(self._device, None)
         self._patchers.clear()
         gc.collect()  # networks may refer to themselves
         management.soft_empty_cache()

@@ -20,7 +20,6 @@ import folder_paths
 import torch
 
 from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
-from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import check_memory, peak_memory, versions
 from ..dream4d_engine.priors.loading import Prior, PriorKind
 from ..dream4d_engine.scene import Scene, SceneConfig
@@ -97,6 +96,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """Put a line on the node."""
         say_on_node(text, self._node_id)
+
+    def plan(self, text: str) -> None:
+        """Tell how the memory budget is kept to."""
+        logging.info("[Dream4D] %s", text)
+        self.say(text)
 
     def step(self, report: StepReport, scene: Scene, device: torch.device) -> None:
         """Show a step."""
@@ -176,7 +180,7 @@ class Run:
     """One stage to be trained.
 
     `settings`: all that its result depends on beside the other fields. `start`: the configuration of the scene that
-    training starts from, if it isn't the recipe's.
+    training starts from, if it isn't the recipe's. `memory_budget`: bytes of GPU memory, which change no result.
     """
 
     stage: str
@@ -189,6 +193,7 @@ class Run:
     parent: Provenance | None = None
     start: SceneConfig | None = None
     reference: Reference | None = None
+    memory_budget: int | None = None
 
     def needed_bytes(self) -> int:
         """What training takes at the least, beside the models."""
@@ -212,7 +217,8 @@ class Run:
         return json.loads(json.dumps(tree))
 
 
-Trainer = Callable[[Mapping[PriorKind, Guidance], torch.device, RunControl], tuple[Scene, FitSummary]]
+Trainer = Callable[..., tuple[Scene, FitSummary]]
+"""(guidance, device=, control=, memory_budget=, on_plan=) -> (scene, summary); see train_static."""
 
 
 def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, preview_seconds: float) -> SceneValue:
@@ -227,7 +233,7 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
         files.checkpoint.unlink(missing_ok=True)
         files.result.unlink(missing_ok=True)
     reporter = Reporter(node_id, run.stage, preview_seconds)
-    priors = HeldPriors(device, run.needed_bytes())
+    priors = HeldPriors(device, run.needed_bytes(), run.memory_budget)
     with gradients():
         try:
             return _finished(files) or _train(run, train, device, identity, files, reporter, priors)
@@ -314,7 +320,9 @@ def _train(
         extras={kind: source.extras for kind, source in run.sources.items()},
     )
     control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
-    scene, summary = train(guidance, device, control)
+    scene, summary = train(
+        guidance, device=device, control=control, memory_budget=run.memory_budget, on_plan=reporter.plan
+    )
     provenance = Provenance(run.prompt, run.recipe.name, run.seed, summary.steps, versions(), run.parent)
     save_scene(files.result, scene, provenance)
     files.checkpoint.unlink(missing_ok=True)

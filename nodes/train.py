@@ -21,6 +21,7 @@ from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import Reference, check_reference
 from ..dream4d_engine.training.static import train_static
 from .checks import (
+    check_budget,
     check_picture,
     check_priors,
     check_prompt,
@@ -96,6 +97,17 @@ def _schema(
                 "the run's time.",
             ),
             *last,
+            io.Float.Input(
+                "memory_budget",
+                default=0.0,
+                min=0.0,
+                max=1000.0,
+                step=0.5,
+                optional=True,
+                advanced=True,
+                tooltip="GiB of GPU memory that ComfyUI may take in this run: the fastest way that fits is found by "
+                "trying, and shown on the node. 0: no limit. For GPUs only.",
+            ),
         ],
         outputs=[output],
         hidden=[io.Hidden.unique_id],
@@ -164,7 +176,11 @@ class OptimizeStaticScene(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, input_types: Mapping[str, str], prompt: str | None = None, recipe: Mapping | str | None = None
+        cls,
+        input_types: Mapping[str, str],
+        prompt: str | None = None,
+        recipe: Mapping | str | None = None,
+        memory_budget: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, and sockets that don't fit the recipe."""
         name = recipe_name(recipe)
@@ -174,6 +190,7 @@ class OptimizeStaticScene(io.ComfyNode):
         image, mask = (socket in input_types for socket in ("reference_image", "reference_mask"))
         return first_complaint(
             check_prompt(prompt),
+            check_budget(cls, memory_budget),
             check_picture(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
             check_priors(STILL_RECIPES[name], input_types),
         )
@@ -195,6 +212,7 @@ class OptimizeStaticScene(io.ComfyNode):
         reference_image: torch.Tensor | None = None,
         reference_mask: torch.Tensor | None = None,
         scene: SceneValue | None = None,
+        memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train, on a copy of `scene` if there is one."""
         prompt = _said(prompt)
@@ -217,12 +235,11 @@ class OptimizeStaticScene(io.ComfyNode):
             parent=None if scene is None else scene.provenance,
             start=None if start is None else start.config,
             reference=reference,
+            memory_budget=_bytes(memory_budget),
         )
 
-        def train(guidance, device, control):
-            return train_static(
-                settings, guidance, seed=seed, device=device, control=control, scene=start, reference=reference
-            )
+        def train(guidance, **given):
+            return train_static(settings, guidance, seed=seed, scene=start, reference=reference, **given)
 
         node_id = cls.hidden.unique_id
         return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
@@ -274,6 +291,7 @@ class AnimateScene(io.ComfyNode):
         prompt: str | None = None,
         recipe: Mapping | str | None = None,
         deformation_scale: float | None = None,
+        memory_budget: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         too_small = deformation_scale is not None and 0 < deformation_scale < 0.05
@@ -281,6 +299,7 @@ class AnimateScene(io.ComfyNode):
             check_types(cls, input_types),
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
+            check_budget(cls, memory_budget),
             check_ranges(cls, deformation_scale=deformation_scale),
             "deformation_scale must be 0 (automatic) or at least 0.05" if too_small else True,
         )
@@ -297,6 +316,7 @@ class AnimateScene(io.ComfyNode):
         negative: str,
         resume: str,
         preview_seconds: float,
+        memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         prompt = _said(prompt)
@@ -313,21 +333,19 @@ class AnimateScene(io.ComfyNode):
             {"scene": scene.fingerprint(), "deformation_scale": scale},
             parent=scene.provenance,
             start=scene.scene.config,
+            memory_budget=_bytes(memory_budget),
         )
 
-        def train(guidance, device, control):
-            return train_motion(
-                scene.scene,
-                settings,
-                guidance,
-                seed=seed,
-                device=device,
-                control=control,
-                deformation_scale=scale,
-            )
+        def train(guidance, **given):
+            return train_motion(scene.scene, settings, guidance, seed=seed, deformation_scale=scale, **given)
 
         node_id = cls.hidden.unique_id
         return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
+
+
+def _bytes(gibibytes: float) -> int | None:
+    """What the widget memory_budget means."""
+    return round(gibibytes * 2**30) or None
 
 
 def _hifa_steps(recipe: MotionRecipe) -> io.Int.Input:

@@ -407,7 +407,7 @@ def test_the_registry_gets_what_it_asks_for():
 def test_what_few_touch_is_advanced(schemas):
     for name in ("OptimizeStaticScene", "AnimateScene"):
         inputs = given_inputs(schemas[f"Dream4D{name}"])
-        assert all(inputs[n][1].get("advanced") for n in ("negative", "resume", "preview_seconds"))
+        assert all(inputs[n][1].get("advanced") for n in ("negative", "resume", "preview_seconds", "memory_budget"))
         assert not any(inputs[n][1].get("advanced") for n in ("prompt", "seed", "recipe"))
 
 

@@ -371,6 +371,7 @@ def test_refused_before_anything_runs(server, changes, message):
     ("changes", "message"),
     [
         ({"deformation_scale": 0.01}, "must be 0 (automatic) or at least 0.05"),
+        ({"memory_budget": 10.0}, "memory_budget is for NVIDIA GPUs, and ComfyUI works on cpu here: set it to 0"),
         ({"deformation_scale": 11.0}, "deformation_scale is 11.0: it must lie between 0.0 and 10.0"),
         ({"recipe__hifa_steps": 0}, "smaller than min"),
         ({"prompt": ""}, "prompt is empty"),

@@ -94,12 +94,9 @@ class GraphRecorder(Recorder):
         self.seconds = 0.0
         """Spent on recording, compiling on the way included."""
 
-    def fresh(self) -> GraphRecorder:
-        """Another one, with nothing recorded."""
-        return GraphRecorder(self._device)
-
     def forget(self) -> None:
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

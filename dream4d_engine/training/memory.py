@@ -14,7 +14,7 @@ import torch
 from ..guidance.distillation import Guidance
 from ..machine import limit_memory
 from ..priors.denoisers import with_execution
-from ..priors.execution import PLAIN, Execution, GraphRecorder
+from ..priors.execution import Execution
 from ..priors.loading import PriorKind
 from ..scene import Scene
 from .loop import Objective, ParameterGroup
@@ -71,15 +71,13 @@ def parse_bytes(text: str) -> int:
 
 
 def plan_of(guidance: GuidanceOf, execution: Execution) -> dict[PriorKind, Guidance]:
-    """The guidance run in another way; what was recorded for the old one is left behind."""
-    recorders = [g.denoiser.recorder for g in guidance.values() if hasattr(g.denoiser, "recorder")]
-    graphs = next((r for r in recorders if isinstance(r, GraphRecorder)), None)
-    fresh = PLAIN if graphs is None else graphs.fresh()
+    """The guidance run in another way; what was recorded for the old one is forgotten."""
 
     def changed(one: Guidance) -> Guidance:
         if not hasattr(one.denoiser, "execution"):
             return one
-        return replace(one, denoiser=with_execution(one.denoiser, execution, fresh))
+        one.denoiser.recorder.forget()
+        return replace(one, denoiser=with_execution(one.denoiser, execution, one.denoiser.recorder))
 
     return {kind: changed(one) for kind, one in guidance.items()}
 
@@ -92,7 +90,6 @@ def choose_plan(
         planned = plan_of(guidance, plan.execution)
         if fits(planned, plan):
             return planned, plan
-        del planned  # with all that was recorded for it
     return None
 
 
