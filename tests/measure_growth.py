@@ -1,0 +1,165 @@
+"""How the cost of each part grows with rays, samples, frames and resolution: `python tests/measure_growth.py OUT`.
+
+Writes OUT/growth.json and the plot OUT/growth.png: medians of what a stage-1 step renders, the kernels by themselves,
+a stage-2 step's rendering, and the guidance by a video model of full size (random weights), each forward and backward.
+On a CPU everything is small and the video model is left out: that only shows that the script works.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from measure_steps import CUDA, DEVICE, generator, moving_scene, static_scene, step_of, wait
+
+from dream4d_engine.cameras import CameraBatch, sample_takes, sample_views
+from dream4d_engine.guidance.distillation import Guidance, distill
+from dream4d_engine.priors.architectures import ZEROSCOPE_V2, random_guidance
+from dream4d_engine.priors.execution import PLAIN
+from dream4d_engine.rays import rays_from_cameras
+from dream4d_engine.rendering.march import points_of, sample_rays
+from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
+from dream4d_engine.training.guidance import fast
+
+Point = tuple[float, float]
+"""(how much there is of something, milliseconds)."""
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 7 if CUDA else 1) -> float:
+    """Median over the repeats, after two runs that don't count."""
+    for _ in range(2 if CUDA else 1):
+        run()
+    found = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        found.append(1e3 * (time.perf_counter() - began))
+    return median(found)
+
+
+def views(size: int) -> CameraBatch:
+    return sample_views(TEXT_TO_3D.cameras, 1, 4, size, size, generator(4)).to(DEVICE)
+
+
+def takes(n_frames: int, height: int, width: int) -> CameraBatch:
+    return sample_takes(ZEROSCOPE.cameras, 1, n_frames, height, width, generator(3), ZEROSCOPE.time_span).to(DEVICE)
+
+
+def over_rays() -> list[Point]:
+    """A stage-1 step without its models, by the number of rays."""
+    scene, sizes = static_scene(), (32, 64, 96, 128, 192, 256, 384) if CUDA else (4, 8)
+    return [(4 * size**2, milliseconds(step_of(scene, views(size)))) for size in sizes]
+
+
+def over_samples() -> dict[str, list[Point]]:
+    """The kernels by themselves, forward and backward, by the number of samples on 4 pictures' rays."""
+    scene, rays = static_scene(), rays_from_cameras(views(256 if CUDA else 8))
+    grid = scene.canonical.grid
+    found: dict[str, list[Point]] = {"march": [], "hash encoding": [], "composite": []}
+    for n_samples in (64, 128, 256, 512, 1024):
+        samples = sample_rays(scene, rays, n_samples)
+        points, _ = points_of(rays, samples)
+        u = ((points / scene.config.radius + 1) / 2).requires_grad_()
+        density, values = torch.rand(len(u), device=DEVICE), torch.rand(len(u), 5, device=DEVICE)
+        both = (density.requires_grad_(), values.requires_grad_())
+        where = (samples.ray_indices, samples.t_starts, samples.t_ends, samples.n_rays)
+
+        def encode(u=u) -> None:
+            grid(u, scene.kernels).sum().backward()
+
+        def composite(both=both, where=where) -> None:
+            weights, sums = scene.kernels.composite(*both, *where)
+            (weights.sum() + sums.sum()).backward()
+
+        def march(n_samples=n_samples) -> None:
+            sample_rays(scene, rays, n_samples)
+
+        for name, run in (("march", march), ("hash encoding", encode), ("composite", composite)):
+            found[name].append((len(u), milliseconds(run)))
+    return found
+
+
+def over_frames() -> dict[str, list[Point]]:
+    """A stage-2 step without its model and the guidance alone, by the number of frames."""
+    scene, size = moving_scene(12), (80, 144) if CUDA else (5, 9)
+    counts = (8, 16, 24, 32) if CUDA else (2, 4)
+    found = {"rendering 144x80": [(n, milliseconds(step_of(scene, takes(n, *size)))) for n in counts]}
+    if CUDA:
+        found["guidance, 576x320"] = [(n, guidance_milliseconds(n, (320, 576))) for n in counts]
+    return found
+
+
+def over_resolution() -> dict[str, list[Point]]:
+    """The same for 24 frames, by the pixels of one."""
+    scene, shapes = moving_scene(12), ((40, 72), (80, 144), (120, 216), (160, 288)) if CUDA else ((4, 8), (5, 9))
+    n = ZEROSCOPE.n_frames if CUDA else 2
+    found = {"rendering 24 frames": [(h * w, milliseconds(step_of(scene, takes(n, h, w)))) for h, w in shapes]}
+    if CUDA:
+        shapes = ((160, 288), (192, 384), (256, 448), (320, 576))
+        found["guidance, 24 frames"] = [(h * w, guidance_milliseconds(n, (h, w))) for h, w in shapes]
+    return found
+
+
+@cache
+def video_guidance() -> Guidance:
+    """With nothing compiled or recorded: that would take minutes for all sizes."""
+    guidance = random_guidance(ZEROSCOPE_V2, ZEROSCOPE.guidance[0].distillation, DEVICE, torch.float16)
+    return fast(guidance, PLAIN, compiled=False)
+
+
+def guidance_milliseconds(n_frames: int, size: tuple[int, int]) -> float:
+    """Encode, denoise, decode and go back."""
+    denoiser = replace(video_guidance().denoiser, image_size=size, n_frames=n_frames)
+    guidance, cameras = replace(video_guidance(), denoiser=denoiser), takes(n_frames, 80, 144)
+    pictures = torch.rand(1, n_frames, 3, 80, 144, device=DEVICE, requires_grad=True)
+
+    def run() -> None:
+        distill(guidance, pictures, cameras, 0.0, generator(1)).loss.backward()
+
+    return milliseconds(run, 3)
+
+
+def plot(path: Path, found: dict[str, dict[str, Iterable[Point]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    for axis, (quantity, lines) in zip(axes.flat, found.items(), strict=True):
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xlabel=quantity, ylabel="ms", xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.suptitle(torch.cuda.get_device_name() if CUDA else "CPU")
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
+        "rays": {"a stage-1 step's rendering": over_rays()},
+        "samples": over_samples(),
+        "frames": over_frames(),
+        "pixels of a frame": over_resolution(),
+    }
+    (out / "growth.json").write_text(json.dumps(found, indent=1) + "\n")
+    for quantity, lines in found.items():
+        for name, points in lines.items():
+            print(f"{quantity}: {name}: " + ", ".join(f"{n:,.0f} {ms:.2f} ms" for n, ms in points))
+    plot(out / "growth.png", found)
+
+
+if __name__ == "__main__":
+    main()
