@@ -230,7 +230,8 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
 
 def render_shot(scene: Scene, cameras: CameraBatch, options: RenderOptions) -> RenderOutput:
     """Render some frames; Cancel stops between chunks of rays."""
-    return render_chunked(scene, cameras, options, chunk_rays=2**13, on_progress=lambda _: interrupt_if_asked())
+    chunk_rays = 2**13 if scene.device.type == "cpu" else None  # a GPU is fast enough with many
+    return render_chunked(scene, cameras, options, chunk_rays, on_progress=lambda _: interrupt_if_asked())
 
 
 def _moved(output: RenderOutput, device: torch.device) -> RenderOutput:
