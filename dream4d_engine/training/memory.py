@@ -157,8 +157,9 @@ def _give_back(device: torch.device) -> None:
 
 def _use_whole_segments() -> None:
     """Let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     with suppress(RuntimeError, ValueError):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def _why_not(objective: Objective, scene: Scene, starts: Sequence[float]) -> str:
