@@ -56,14 +56,14 @@ def takes(n_frames: int, height: int, width: int) -> CameraBatch:
 
 def over_rays() -> dict[str, list[Point]]:
     """A stage-1 step without its models, by the number of rays."""
-    scene, sizes = static_scene(), (32, 64, 96, 128, 192, 256, 384) if CUDA else (4, 8, 16, 32)
+    scene, sizes = static_scene(), (32, 64, 96, 128, 192, 256, 384) if CUDA else (8, 16, 32, 64, 96)
     points = [(4 * size**2, milliseconds(step_of(scene, views(size)))) for size in sizes]
     return {"a stage-1 step's rendering": points}
 
 
 def over_samples() -> dict[str, list[Point]]:
     """The kernels by themselves, forward and backward, by the number of samples on 4 pictures' rays."""
-    scene, rays = static_scene(), rays_from_cameras(views(256 if CUDA else 16))
+    scene, rays = static_scene(), rays_from_cameras(views(256 if CUDA else 48))
     grid = scene.canonical.grid
     found: dict[str, list[Point]] = {"march": [], "hash encoding": [], "composite": []}
     for n_samples in (64, 128, 256, 512, 1024):
@@ -91,8 +91,8 @@ def over_samples() -> dict[str, list[Point]]:
 
 def over_frames() -> dict[str, list[Point]]:
     """A stage-2 step without its model and the guidance alone, by the number of frames."""
-    scene, size = moving_scene(12), (80, 144) if CUDA else (5, 9)
-    counts = (8, 16, 24, 32) if CUDA else (2, 4, 8, 16)
+    scene, size = moving_scene(12), (80, 144) if CUDA else (20, 36)
+    counts = (8, 16, 24, 32) if CUDA else (2, 4, 8, 16, 24)
     found = {f"rendering {size[1]}x{size[0]}": [(n, milliseconds(step_of(scene, takes(n, *size)))) for n in counts]}
     if CUDA:
         found["guidance, 576x320"] = [(n, guidance_milliseconds(n, (320, 576))) for n in counts]
@@ -103,9 +103,9 @@ def over_resolution() -> dict[str, list[Point]]:
     """The same for 24 frames, by the pixels of one."""
     scene, shapes = (
         moving_scene(12),
-        ((40, 72), (80, 144), (120, 216), (160, 288)) if CUDA else ((4, 8), (8, 16), (16, 32)),
+        ((40, 72), (80, 144), (120, 216), (160, 288)) if CUDA else ((10, 18), (20, 36), (40, 72)),
     )
-    n = ZEROSCOPE.n_frames if CUDA else 2
+    n = ZEROSCOPE.n_frames if CUDA else 4
     found = {f"rendering {n} frames": [(h * w, milliseconds(step_of(scene, takes(n, h, w)))) for h, w in shapes]}
     if CUDA:
         shapes = ((160, 288), (192, 384), (256, 448), (320, 576))
@@ -137,15 +137,20 @@ def plot(path: Path, found: dict[str, dict[str, Iterable[Point]]]) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for axis, (quantity, lines) in zip(axes.flat, found.items(), strict=True):
         for name, points in lines.items():
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel=quantity, ylabel="ms", xscale="log", yscale="log")
+        shown = sorted({round(x) for points in lines.values() for x, _ in points})
+        axis.set_xticks(shown[:: -(-len(shown) // 6)], labels=[f"{x:,}" for x in shown[:: -(-len(shown) // 6)]])
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    figure.suptitle(torch.cuda.get_device_name() if CUDA else "CPU")
+    figure.suptitle(torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads")
     figure.savefig(path, dpi=90)
 
 

@@ -423,7 +423,7 @@ def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecip
 
 
 def with_hifa_steps(recipe: MotionRecipe, n_steps: int) -> MotionRecipe:
-    """Return the recipe with multi-step targets of so many denoising steps (HiFA 2305.18766); 4 move more steadily."""
+    """Return the recipe with multi-step targets of so many denoising steps (HiFA 2305.18766)."""
     terms = (
         replace(t, distillation=replace(t.distillation, loss="multistep", n_steps=n_steps)) for t in recipe.guidance
     )
