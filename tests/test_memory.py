@@ -12,7 +12,7 @@ from dream4d_engine.priors.denoisers import UNetDenoiser
 from dream4d_engine.schedules import constant
 from dream4d_engine.training import memory
 from dream4d_engine.training.config import TOY_MOTION
-from dream4d_engine.training.loop import RunControl
+from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
 from dream4d_engine.training.motion import train_motion
 
@@ -118,5 +118,27 @@ def test_a_budget_is_kept_on_a_gpu():
             recipe, guides, seed=0, device=device, control=RunControl(), memory_budget=2**30, on_plan=told.append
         )
         assert told and torch.cuda.max_memory_reserved() <= 2**30
+    finally:
+        memory.limit_memory(device, None)
+
+
+def test_a_run_can_be_stopped_before_its_first_step():
+    RunControl().stop_if_asked("static")
+    RunControl(should_stop=lambda: False).stop_if_asked("static")
+    with pytest.raises(Interrupted, match="static stopped after step 0, not saved"):
+        RunControl(should_stop=lambda: True).stop_if_asked("static")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")
+def test_looking_for_a_plan_can_be_stopped():
+    from test_training import static_case
+
+    from dream4d_engine.training.static import train_static
+
+    recipe, guides, _, _ = static_case(steps=3)
+    device, control = torch.device("cuda"), RunControl(should_stop=lambda: True)
+    try:
+        with pytest.raises(Interrupted, match="step 0"):
+            train_static(recipe, guides, seed=0, device=device, control=control, memory_budget=2**30)
     finally:
         memory.limit_memory(device, None)

@@ -81,6 +81,11 @@ class RunControl:
     clock: Callable[[], float] = time.monotonic
     team: Team = ALONE
 
+    def stop_if_asked(self, stage: str) -> None:
+        """Raise Interrupted where a run is asked to stop before its first step."""
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted(stage, 0, None)
+
 
 @dataclass(frozen=True)
 class FitSummary:

@@ -101,12 +101,13 @@ def fit_into(
     groups: Sequence[ParameterGroup],
     starts: Sequence[float],
     on_plan: Callable[[str], None] | None = None,
+    give_up: Callable[[], None] | None = None,
 ) -> Objective:
     """Return the objective run in the fastest way that keeps the whole process within `budget` bytes of GPU memory.
 
     Every phase (`starts`: their progress) is tried on the scene as it is, forward and backward; the budget stays in
-    force afterwards. `objective_of`: (guidance, rays at once) -> objective. Raises a ValueError where even the
-    smallest way does not fit.
+    force afterwards. `objective_of`: (guidance, rays at once) -> objective. `give_up` is called before each way is
+    tried, and may raise. Raises a ValueError where even the smallest way does not fit.
     """
     device = scene.device
     if device.type != "cuda":
@@ -117,6 +118,8 @@ def fit_into(
     _use_whole_segments()
 
     def fits(planned: GuidanceOf, plan: Plan) -> bool:
+        if give_up is not None:
+            give_up()
         _give_back(device)
         before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,8 +99,9 @@ def train_motion(
         def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
             return motion_objective(recipe, planned, rays_at_once)
 
+        give_up = partial(control.stop_if_asked, "motion")
         starts = [phase.start for phase in recipe.phases]
-        objective = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan)
+        objective = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan, give_up)
     summary = fit(
         moving,
         objective,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def train_static(
         def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
             return static_objective(recipe, planned, reference, rays_at_once)
 
-        objective = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan)
+        give_up = partial(control.stop_if_asked, "static")
+        objective = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan, give_up)
     summary = fit(
         start,
         objective,
