@@ -20,6 +20,7 @@ LEVELS = {
     "cameras": 0,
     "kernels": 0,
     "machine": 0,
+    "profiling": 0,
     "randomness": 0,
     "rays": 1,
     "fields": 1,
