@@ -57,7 +57,8 @@ class HeldPriors:
     """
 
     def __init__(self, device: torch.device, room: int, budget: int | None = None) -> None:
-        self._device, self._room, self._budget = device, room, budget
+        self._device, self._room = device, room
+        self._limited = budget is not None and device.type == "cuda"
         self._patchers: list[_WholePatcher] = []
 
     def make_room(self, n_bytes: int) -> None:
@@ -65,7 +66,7 @@ class HeldPriors:
 
         With a budget everything is: what other nodes left there would count.
         """
-        if self._budget is not None and self._device.type == "cuda":
+        if self._limited:
             management.free_memory(1e30, self._device)
             management.soft_empty_cache()
         elif self._device.type != "cpu":
@@ -90,7 +91,7 @@ class HeldPriors:
 
     def release(self) -> None:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
-        if self._budget is not None and self._device.type == "cuda":
+        if self._limited:
             limit_memory(self._device, None)
         self._patchers.clear()
         gc.collect()  # networks may refer to themselves

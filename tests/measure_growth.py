@@ -9,61 +9,36 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 import torch
-from measure_steps import CUDA, DEVICE, generator, moving_scene, static_scene, step_of, wait
+from measure_steps import CUDA, DEVICE, generator, milliseconds, moving_scene, static_scene, step_of, takes, views
 
-from dream4d_engine.cameras import CameraBatch, sample_takes, sample_views
 from dream4d_engine.guidance.distillation import Guidance, distill
 from dream4d_engine.priors.architectures import ZEROSCOPE_V2, random_guidance
 from dream4d_engine.priors.execution import PLAIN
 from dream4d_engine.rays import rays_from_cameras
 from dream4d_engine.rendering.march import points_of, sample_rays
-from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
+from dream4d_engine.training.config import ZEROSCOPE
 from dream4d_engine.training.guidance import fast
 
 Point = tuple[float, float]
 """(how much there is of something, milliseconds)."""
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 7 if CUDA else 3) -> float:
-    """Median over the repeats, after two runs that don't count."""
-    for _ in range(2 if CUDA else 1):
-        run()
-    found = []
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        run()
-        wait()
-        found.append(1e3 * (time.perf_counter() - began))
-    return median(found)
-
-
-def views(size: int) -> CameraBatch:
-    return sample_views(TEXT_TO_3D.cameras, 1, 4, size, size, generator(4)).to(DEVICE)
-
-
-def takes(n_frames: int, height: int, width: int) -> CameraBatch:
-    return sample_takes(ZEROSCOPE.cameras, 1, n_frames, height, width, generator(3), ZEROSCOPE.time_span).to(DEVICE)
-
-
 def over_rays() -> dict[str, list[Point]]:
     """A stage-1 step without its models, by the number of rays."""
     scene, sizes = static_scene(), (32, 64, 96, 128, 192, 256, 384) if CUDA else (8, 16, 32, 64, 96)
-    points = [(4 * size**2, milliseconds(step_of(scene, views(size)))) for size in sizes]
+    points = [(4 * size**2, milliseconds(step_of(scene, views(1, size)))) for size in sizes]
     return {"a stage-1 step's rendering": points}
 
 
 def over_samples() -> dict[str, list[Point]]:
     """The kernels by themselves, forward and backward, by the number of samples on 4 pictures' rays."""
-    scene, rays = static_scene(), rays_from_cameras(views(256 if CUDA else 48))
+    scene, rays = static_scene(), rays_from_cameras(views(1, 256 if CUDA else 48))
     grid = scene.canonical.grid
     found: dict[str, list[Point]] = {"march": [], "hash encoding": [], "composite": []}
     for n_samples in (64, 128, 256, 512, 1024):

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measure_growth import milliseconds
-from measure_steps import CUDA, DEVICE, SHRINK, generator, moving_scene, static_scene
+from measure_steps import CUDA, DEVICE, SHRINK, generator, milliseconds, moving_scene, recipe_take, static_scene, views
 from torch import Tensor
 
-from dream4d_engine.cameras import CameraBatch, sample_takes, sample_views
+from dream4d_engine.cameras import CameraBatch
 from dream4d_engine.fields.encodings import HashGrid
 from dream4d_engine.kernels import Kernels, select_kernels
 from dream4d_engine.rays import RayBundle, rays_from_cameras
 from dream4d_engine.rendering.march import points_of, sample_rays
 from dream4d_engine.scene import Scene
-from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
 
 Part = tuple[str, Callable[[Kernels], Callable[[], object]]]
 
@@ -92,11 +90,8 @@ def marching(scene: Scene, rays: RayBundle) -> Callable[[Kernels], Callable[[], 
 
 def parts() -> list[Part]:
     still, moving = static_scene(), moving_scene(12)
-    size = 256 // SHRINK
-    rays, x = cells(still, sample_views(TEXT_TO_3D.cameras, 1, 4, size, size, generator(4)).to(DEVICE))
-    shape = (ZEROSCOPE.n_frames if CUDA else 2, 80 // SHRINK, 144 // SHRINK)
-    take = sample_takes(ZEROSCOPE.cameras, 1, *shape, generator(3), ZEROSCOPE.time_span).to(DEVICE)
-    _, y = cells(moving, take)
+    rays, x = cells(still, views(1, 256 // SHRINK))
+    _, y = cells(moving, recipe_take())
     grid, deformation = still.canonical.grid, moving.deformation.grid
     print(f"{len(x):,} samples on {len(rays.origins):,} rays; {len(y):,} in the take")
     return [

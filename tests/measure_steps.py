@@ -85,19 +85,40 @@ def step_of(scene: Scene, cameras: CameraBatch) -> Callable[[], int]:
     return step
 
 
+def milliseconds(run: Callable[[], object], repeats: int = 10 if CUDA else 3) -> float:
+    """Median over the repeats, after some runs that don't count."""
+    for _ in range(3 if CUDA else 1):
+        run()
+    found = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        found.append(1e3 * (time.perf_counter() - began))
+    return median(found)
+
+
+def views(n_groups: int, size: int) -> CameraBatch:
+    """Cameras of stage 1."""
+    return sample_views(TEXT_TO_3D.cameras, n_groups, 4, size, size, generator(4)).to(DEVICE)
+
+
+def takes(n_frames: int, height: int, width: int) -> CameraBatch:
+    """Cameras of stage 2."""
+    return sample_takes(ZEROSCOPE.cameras, 1, n_frames, height, width, generator(3), ZEROSCOPE.time_span).to(DEVICE)
+
+
+def recipe_take() -> CameraBatch:
+    """The take of the recipe zeroscope-144x80; smaller on a CPU."""
+    return takes(ZEROSCOPE.n_frames if CUDA else 2, 80 // SHRINK, 144 // SHRINK)
+
+
 def report(name: str, scene: Scene, cameras: CameraBatch, kernels: Kernels, profiled: bool = False) -> None:
     scene.kernels = kernels
     step = step_of(scene, cameras)
-    for _ in range(3 if CUDA else 1):
-        n_samples = step()
-    seconds = []
-    for _ in range(10 if CUDA else 1):
-        wait()
-        began = time.perf_counter()
-        step()
-        wait()
-        seconds.append(time.perf_counter() - began)
-    print(f"{name:<52}{1e3 * median(seconds):9.2f} ms  {n_samples:>9,} samples", flush=True)
+    n_samples = step()
+    print(f"{name:<52}{milliseconds(step):9.2f} ms  {n_samples:>9,} samples", flush=True)
     if profiled and CUDA:
         print("\n".join(f"    {line}" for line in profile(step, DEVICE).lines()), flush=True)
 
@@ -120,12 +141,9 @@ def frames(scene: Scene, n: int = 12 if CUDA else 2) -> None:
 def main() -> None:
     used = select_kernels(DEVICE)
     print(torch.cuda.get_device_name() if CUDA else "cpu", "kernels:", used.name)
-    views = {name: (n, size) for name, n, size in (("8 of 64x64", 2, 64), ("4 of 256x256", 1, 256))}
-    for name, (n_groups, size) in views.items():
-        cameras = sample_views(TEXT_TO_3D.cameras, n_groups, 4, size // SHRINK, size // SHRINK, generator(4)).to(DEVICE)
-        report(f"stage 1, {name}", static_scene(), cameras, used, profiled=size == 256)
-    takes = (ZEROSCOPE.cameras, 1, ZEROSCOPE.n_frames if CUDA else 2, 80 // SHRINK, 144 // SHRINK)
-    cameras = sample_takes(*takes, generator(3), ZEROSCOPE.time_span).to(DEVICE)
+    for name, n_groups, size in (("8 of 64x64", 2, 64), ("4 of 256x256", 1, 256)):
+        report(f"stage 1, {name}", static_scene(), views(n_groups, size // SHRINK), used, profiled=size == 256)
+    cameras = recipe_take()
     report("stage 2, 24 of 144x80, 4 levels", moving_scene(4), cameras, used)
     scene = moving_scene(12)
     report("stage 2, 24 of 144x80, 12 levels", scene, cameras, used, profiled=True)

@@ -191,13 +191,14 @@ def _measure_phase(
     should_stop: Callable[[], bool],
     device: torch.device,
 ) -> Measured:
-    clock, plans, profiler, last = _Clock(device), [], Profiler(device), options.warmup + options.steps
+    clock, plans, last = _Clock(device), [], options.warmup + options.steps
+    profiler = Profiler(device) if options.profile else None
 
     def on_step(report: StepReport, _scene: Scene) -> None:
         clock.tick()
         if report.step == options.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        if report.step == last and options.profile:
+        if report.step == last and profiler is not None:
             profiler.start()
         progress.update(label, report.step, report.loss, report.remaining)
 
@@ -210,7 +211,7 @@ def _measure_phase(
         scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
         still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
         train_motion(still, recipe, guidance, **given)
-    profile = profiler.stop(PROFILED) if options.profile else None
+    profile = None if profiler is None else profiler.stop(PROFILED)
     seconds = clock.between()
     peak = peak_memory(device)
     return replace(

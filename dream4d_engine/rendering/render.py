@@ -258,5 +258,4 @@ def _composite(
 
 
 def _map_pictures(output: RenderOutput, change: Callable[[Tensor], Tensor]) -> RenderOutput:
-    pictures = {name: getattr(output, name) for name in _PICTURES}
-    return replace(output, **{name: None if p is None else change(p) for name, p in pictures.items()})
+    return replace(output, **{name: change(picture) for name, picture in _pictures(output).items()})

@@ -93,12 +93,12 @@ def train_motion(
     moving.canonical.requires_grad_(False)
     groups = motion_groups(moving, recipe.optimizer)
 
-    objective = motion_objective(recipe, guidance)
-    if memory_budget is not None:
+    def objective_of(guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None) -> Objective:
+        return motion_objective(recipe, guidance, rays_at_once)
 
-        def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
-            return motion_objective(recipe, planned, rays_at_once)
-
+    if memory_budget is None:
+        objective = objective_of(guidance)
+    else:
         give_up = partial(control.stop_if_asked, "motion")
         starts = [phase.start for phase in recipe.phases]
         objective = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan, give_up)

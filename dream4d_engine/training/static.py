@@ -86,12 +86,12 @@ def train_static(
     start = start.to(device)
     groups = static_groups(start, recipe.optimizer)
 
-    objective = static_objective(recipe, guidance, reference)
-    if memory_budget is not None:
+    def objective_of(guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None) -> Objective:
+        return static_objective(recipe, guidance, reference, rays_at_once)
 
-        def objective_of(planned: Mapping[PriorKind, Guidance], rays_at_once: int | None) -> Objective:
-            return static_objective(recipe, planned, reference, rays_at_once)
-
+    if memory_budget is None:
+        objective = objective_of(guidance)
+    else:
         give_up = partial(control.stop_if_asked, "static")
         objective = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan, give_up)
     summary = fit(
