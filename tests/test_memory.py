@@ -12,6 +12,7 @@ from dream4d_engine.priors.denoisers import UNetDenoiser
 from dream4d_engine.schedules import constant
 from dream4d_engine.training import memory
 from dream4d_engine.training.config import TOY_MOTION
+from dream4d_engine.training.distributed import Team
 from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
 from dream4d_engine.training.motion import train_motion
@@ -127,6 +128,7 @@ def test_a_run_can_be_stopped_before_its_first_step():
     RunControl(should_stop=lambda: False).stop_if_asked("static")
     with pytest.raises(Interrupted, match="static stopped after step 0, not saved"):
         RunControl(should_stop=lambda: True).stop_if_asked("static")
+    RunControl(should_stop=lambda: True, team=Team(rank=1, count=2)).stop_if_asked("static")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")

@@ -82,8 +82,11 @@ class RunControl:
     team: Team = ALONE
 
     def stop_if_asked(self, stage: str) -> None:
-        """Raise Interrupted where a run is asked to stop before its first step."""
-        if self.should_stop is not None and self.should_stop():
+        """Raise Interrupted where a run is asked to stop before its first step.
+
+        Of several processes none does: the others would wait for it; they stop together, after the first step.
+        """
+        if self.team.count == 1 and self.should_stop is not None and self.should_stop():
             raise Interrupted(stage, 0, None)
 
 
