@@ -66,7 +66,17 @@ def limit_memory(device: torch.device, n_bytes: float | None) -> None:
     torch.cuda.set_per_process_memory_fraction(share, index)
 
 
+def has_own_allocator() -> bool:
+    """Whether PyTorch manages the GPU's memory itself, not CUDA for it (`backend:cudaMallocAsync`, as ComfyUI asks).
+
+    Triton's kernels can't be recorded as part of a CUDA graph there, and the allocator can't be looked into.
+    """
+    return torch.cuda.get_allocator_backend() == "native"
+
+
 def _kept_by_graphs(device: torch.device) -> int:
+    if not has_own_allocator():
+        return 0  # there are none
     segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0)]
     return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 

@@ -5,8 +5,8 @@ room from models that were registered there. A run registers its models for as l
 and autoencoder together) as one `ModelPatcher`. So
 
 - what other nodes have left on the GPU makes room before the run, and the report of used memory counts ours;
-- whoever asks for more room in the middle of a run (another pack's thread, say) gets that of our models, too; they
-  come back before the next step;
+- whoever asks for more room in the middle of a run (another pack's thread, say) gets that of our models, too, as soon
+  as the step under way is done; they come back before the next one;
 - after the run the models are dropped, with nothing kept for the next one but the files.
 
 The plain `ModelPatcher` is used, not the "dynamic" one that newer versions take for their own models: that one, and
@@ -17,6 +17,8 @@ on the GPU as a whole or not at all. Checked against ComfyUI 0.33.
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Iterable
 
 import comfy.model_management as management
@@ -38,8 +40,39 @@ class _Networks(nn.Module):
         self.model_loaded_weight_memory = management.module_size(self)
 
 
+class _Turns:
+    """A lock whose holder now and then lets all go first who wait for it. The holder may take it again."""
+
+    def __init__(self) -> None:
+        self._lock, self._counting, self._waiting = threading.RLock(), threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._counting:
+            self._waiting += 1
+        self._lock.acquire()
+        with self._counting:
+            self._waiting -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def let_others(self) -> None:
+        """Give the lock away for as long as others wait."""
+        self._lock.release()
+        while self._waiting:
+            time.sleep(0.001)
+        self._lock.acquire()
+
+
 class _WholePatcher(ModelPatcher):
-    """A model whose layers can't be told to stay elsewhere one by one."""
+    """A model whose layers can't be told to stay elsewhere one by one, and none while a step is under way."""
+
+    turns: _Turns
+
+    def detach(self, unpatch_all=True):
+        """Take the model off its device."""
+        with self.turns:
+            super().detach(unpatch_all)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         """Load everything, however little room was offered."""
@@ -60,6 +93,7 @@ class HeldPriors:
         self._device, self._room = device, room
         self._limited = budget is not None and device.type == "cuda"
         self._patchers: list[_WholePatcher] = []
+        self._turns = _Turns()
 
     def make_room(self, n_bytes: int) -> None:
         """Before loading: have so many bytes for the models, and the room for training, made free on a GPU.
@@ -73,17 +107,22 @@ class HeldPriors:
             management.free_memory(n_bytes + self._room + management.minimum_inference_memory(), self._device)
 
     def hold(self, prior: Prior) -> None:
-        """Register a prior that was just loaded onto the device."""
+        """Register a prior that was just loaded onto the device. Nobody takes it away until the next `bring_back`."""
+        if not self._patchers:
+            self._turns.__enter__()
         networks = [network for network in (prior.denoiser.unet, prior.denoiser.vae) if network is not None]
         away = management.unet_offload_device()
-        self._patchers.append(_WholePatcher(_Networks(networks, self._device), self._device, away))
+        patcher = _WholePatcher(_Networks(networks, self._device), self._device, away)
+        patcher.turns = self._turns
+        self._patchers.append(patcher)
         self._load()
 
     def bring_back(self) -> bool:
-        """Between two steps: have models that were unloaded since loaded again; return whether there were any.
+        """Between two steps: let others unload the models, and load them again; return whether any were unloaded.
 
         Their weights are elsewhere then: what was recorded with them (CUDA graphs) has to be forgotten.
         """
+        self._turns.let_others()
         gone = any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers)
         if gone:
             self._load()
@@ -93,6 +132,8 @@ class HeldPriors:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
         if self._limited:
             limit_memory(self._device, None)
+        if self._patchers:
+            self._turns.__exit__()
         self._patchers.clear()
         gc.collect()  # networks may refer to themselves
         management.soft_empty_cache()

@@ -1,7 +1,8 @@
 """A real ComfyUI server for the tests, and a client of its HTTP and websocket interface made of the standard library.
 
 The checkout is looked for in COMFYUI_PATH, where this repository lies in a ComfyUI's custom_nodes, and where comfy-cli
-installs to; its Python in COMFYUI_PYTHON and in virtual environments in and beside the checkout.
+installs to; its Python in COMFYUI_PYTHON and in virtual environments in and beside the checkout. COMFYUI_OPTIONS are
+options for the server: "--cpu" unless told otherwise; "" is its own choice, the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def why_no_server() -> str | None:
 
 
 class Server:
-    """A ComfyUI server on the CPU with folders of its own and this repository as its only pack.
+    """A ComfyUI server with folders of its own and this repository as its only pack.
 
     It can't reach other machines, and it has a second pack that looks inside and makes things fail (see tests/guard).
     """
@@ -77,8 +78,9 @@ class Server:
     def start(self, seconds: float = 180.0) -> Server:
         """Start it and wait until it answers."""
         comfyui = find_comfyui()
-        words = [find_python(comfyui), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
+        words = [find_python(comfyui), "main.py", "--port", str(self.port), "--base-directory", str(self.base)]
         words += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+        words += os.environ.get("COMFYUI_OPTIONS", "--cpu").split()
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
         environment |= {"PYTHONPATH": str(GUARD), "DREAM4D_TEST_CONNECTIONS": str(self.connections)}
         with open(self.log, "ab") as log:
@@ -169,6 +171,11 @@ class Server:
         messages = [m for name, m in entry["status"]["messages"] if name == "execution_error"]
         assert messages, entry["status"]
         return messages[0]["exception_message"]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether ComfyUI works on an NVIDIA GPU."""
+        return any(device["type"] == "cuda" for device in self.get("/system_stats")["devices"])
 
     def inside(self) -> dict:
         """What the guard pack sees: "libraries", "networks" (alive), "held" (by ComfyUI's memory management)."""

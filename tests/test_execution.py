@@ -19,6 +19,7 @@ from dream4d_engine.priors.execution import PLAIN, Execution, Recorder, bring_ba
 from dream4d_engine.priors.frozen import speed_up
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
+from dream4d_engine.training.guidance import recorder_for
 from dream4d_engine.training.memory import LADDER
 
 CPU = torch.device("cpu")
@@ -337,3 +338,12 @@ def test_the_video_architecture_follows_the_frames():
     assert architectures.architecture_for("multiview") is MVDREAM
     with pytest.raises(ValueError, match="'smell'"):
         architectures.architecture_for("smell")
+
+
+def test_nothing_is_recorded_where_cuda_manages_the_memory(monkeypatch, caplog) -> None:
+    """ComfyUI asks PyTorch for cudaMallocAsync, under which kernels of triton can't be part of a graph."""
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with caplog.at_level("INFO"):
+        assert recorder_for(torch.device("cuda")) is PLAIN
+    assert "--disable-cuda-malloc" in caplog.text
+    assert recorder_for(torch.device("cpu")) is PLAIN

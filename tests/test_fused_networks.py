@@ -6,6 +6,7 @@ import secrets
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dream4d_engine.kernels import torch_kernels, triton_mlp
 
@@ -40,6 +41,26 @@ def test_shapes_that_do_not_fit_are_left_to_pytorch(shape: tuple[int, int, int, 
     with torch.autocast("cpu", torch.float16):
         assert not triton_mlp._fits(torch.rand(2, shape[0]), weights(shape))
         assert triton_mlp._fits(torch.rand(2, 24), weights(SHAPES[0]))
+
+
+def test_a_first_comparison_within_a_checkpoint_leaves_it_alone(monkeypatch) -> None:
+    shape, device = (9, 16, 2, 3), torch.device("cpu")
+    monkeypatch.setattr(triton_mlp, "fused_mlp", lambda x, layers, shape: torch_kernels.mlp(x, layers))
+    x, layers = torch.rand(5, 9), [weight.requires_grad_() for weight in weights(shape)]
+    errors = []
+
+    def draw(x: torch.Tensor) -> torch.Tensor:
+        if not errors:
+            errors.append(triton_mlp.first_error(shape, device, 64))
+        return torch_kernels.mlp(x, layers)
+
+    found = [
+        torch.autograd.grad(out.square().sum(), layers)
+        for out in (checkpoint(draw, x, use_reentrant=False), torch_kernels.mlp(x, layers))
+    ]
+    assert errors == [0.0]
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_a_kernel_that_fails_or_differs_is_passed_over_with_its_reason(monkeypatch, caplog) -> None:

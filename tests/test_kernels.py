@@ -313,8 +313,8 @@ def test_other_backends_encode_alike(fast, generator, name: str, n_active: int |
         y = encode(points, entries, layout, n_active)
         gradients = torch.autograd.grad(y, (points, entries), towards.to(place))
         results.append([value.detach().cpu() for value in (y, *gradients)])
-    for ours, plain in zip(*results, strict=True):
-        assert_close(ours, plain, 2e-6)
+    for ours, plain, tolerance in zip(*results, (2e-6, 2e-6, 1e-5), strict=True):
+        assert_close(ours, plain, tolerance)  # the table's gradient sums over samples in any order
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -357,8 +357,10 @@ def test_other_backends_composite_alike(fast, generator, density_scale: float) -
         again = backend.accumulate(v * weights.detach()[:, None], there[0], n_rays)
         (back,) = torch.autograd.grad(again, v, towards[1].to(place))
         results.append([t.detach().cpu() for t in (weights, sums, *gradients, again, back)])
+    # nerfacc sums density times length in float32 before it takes the exponential
+    tolerance = 5e-5 if kernels.name == "cuda" else 1e-5
     for ours, plain in zip(*results, strict=True):
-        assert_close(ours, plain, 1e-5)
+        assert_close(ours, plain, tolerance)
 
 
 def test_other_backends_composite_nothing(fast) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
@@ -81,14 +82,19 @@ def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 
             draws, x = [(w - 0.5 / w.shape[1]) * w.shape[1] ** 0.5 * 4 for w in draws], x - 0.5
         found = []
         for function in (lambda x, w: fused_mlp(x, w, shape), torch_kernels.mlp):
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False), _unobserved():
                 leaves = [tensor.half().float().to(device).requires_grad_() for tensor in (x, *draws)]
                 out = function(leaves[0], leaves[1:])
                 gradients = torch.autograd.grad(out, leaves, grad.to(device))
-            found.append([out] if signed else [out, *gradients])
+            found.append([out.detach()] if signed else [out.detach(), *gradients])
         for ours, theirs in zip(*found, strict=True):
-            worst = max(worst, float(((ours - theirs).abs().max() / theirs.abs().max()).detach()))
+            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
     return worst
+
+
+def _unobserved() -> AbstractContextManager:
+    """Keep a scene that is being rendered twice (activation checkpointing) from counting the tensors saved here."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _fits(x: Tensor, layers: Sequence[Tensor]) -> bool:

@@ -76,6 +76,51 @@ def _factors(level, factors_ptr):
 
 
 @triton.jit
+def _level(
+    x_ptr,
+    table_ptr,
+    scales_ptr,
+    places_ptr,
+    factors_ptr,
+    rows,
+    n_samples,
+    level,
+    n_active,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    FP: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """Interpolate one level [BLOCK, FP]; zeros where it is not active. places: [L, 3] int32, (offset, size, hashed)."""
+    feature = tl.arange(0, FP)
+    valid = rows < tl.where(level < n_active, n_samples, 0)
+    inside = valid[:, None] & (feature < F)[None, :]
+    level = tl.minimum(level, n_active - 1)
+    scale = tl.load(scales_ptr + level)
+    offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
+    hashed = tl.load(places_ptr + level * 3 + 2) != 0
+    f0, f1, f2, f3 = _factors(level, factors_ptr)
+    p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
+    p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
+    p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
+    p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
+    total = tl.zeros((rows.shape[0], FP), tl.float32)
+    for c in tl.static_range(1 << D):
+        entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)
+        weight = _weight(s0, c, 0, D) * _weight(s1, c, 1, D) * _weight(s2, c, 2, D) * _weight(s3, c, 3, D)
+        numbers = (offset + entry)[:, None] * F + feature[None, :]
+        entries = tl.load(table_ptr + numbers, mask=inside, other=0.0, eviction_policy="evict_last")
+        total += weight[:, None] * entries
+    return total
+
+
+@triton.jit
+def _beside(left, right):
+    """Two tiles [BLOCK, n] as one [BLOCK, 2 n], without leaving the registers."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
 def hash_forward(
     x_ptr,
     table_ptr,
@@ -93,31 +138,32 @@ def hash_forward(
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Interpolate LEVELS neighbouring levels for BLOCK samples; the programs of one group of levels run together, so
-    that its entries stay in the cache. places: [L, 3] int32, (offset, size, hashed)."""
+    """Interpolate 1, 2 or 4 neighbouring LEVELS (1 where F is no power of two) for BLOCK samples. The programs of one
+    group of levels run together, so that its entries stay in the cache. What a sample has of a group is written in one
+    piece: level by level the writing would take longer than everything else."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n_samples
-    feature = tl.arange(0, FP)
-    inside = valid[:, None] & (feature < F)[None, :]
-    out_rows = rows.to(tl.int64)[:, None] * (L * F) + feature[None, :]
-    for i in tl.static_range(LEVELS):
-        level = tl.program_id(1) * LEVELS + i
-        if level < n_active:
-            scale = tl.load(scales_ptr + level)
-            offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
-            hashed = tl.load(places_ptr + level * 3 + 2) != 0
-            f0, f1, f2, f3 = _factors(level, factors_ptr)
-            p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
-            p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
-            p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
-            p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
-            total = tl.zeros((BLOCK, FP), tl.float32)
-            for c in tl.static_range(1 << D):
-                entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)
-                weight = _weight(s0, c, 0, D) * _weight(s1, c, 1, D) * _weight(s2, c, 2, D) * _weight(s3, c, 3, D)
-                numbers = (offset + entry)[:, None] * F + feature[None, :]
-                total += weight[:, None] * tl.load(table_ptr + numbers, mask=inside, other=0.0)
-            tl.store(out_ptr + out_rows + level * F, total, mask=inside)
+    level = tl.program_id(1) * LEVELS
+    total = _level(
+        x_ptr, table_ptr, scales_ptr, places_ptr, factors_ptr, rows, n_samples, level, n_active, D, F, FP, FUSED
+    )
+    if LEVELS > 1:
+        second = _level(
+            x_ptr, table_ptr, scales_ptr, places_ptr, factors_ptr, rows, n_samples, level + 1, n_active, D, F, FP, FUSED
+        )
+        total = _beside(total, second)
+    if LEVELS > 2:
+        third = _level(
+            x_ptr, table_ptr, scales_ptr, places_ptr, factors_ptr, rows, n_samples, level + 2, n_active, D, F, FP, FUSED
+        )
+        fourth = _level(
+            x_ptr, table_ptr, scales_ptr, places_ptr, factors_ptr, rows, n_samples, level + 3, n_active, D, F, FP, FUSED
+        )
+        total = _beside(total, _beside(third, fourth))
+    column = tl.arange(0, LEVELS * FP)
+    written = tl.minimum(n_active * F - level * F, LEVELS * F)
+    to = rows.to(tl.int64)[:, None] * (L * F) + level * F + column[None, :]
+    tl.store(out_ptr + to, total, mask=valid[:, None] & (column < written)[None, :])
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import torch
 
 from ..guidance.distillation import Guidance
+from ..machine import has_own_allocator
 from ..priors.conditioning import image_guidance, text_guidance
 from ..priors.denoisers import accelerated
 from ..priors.execution import PLAIN, GraphRecorder, Recorder
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
 from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
 from .reference import Reference, reference_cameras
+
+logger = logging.getLogger(__name__)
 
 Folders = Mapping[PriorKind, Path]
 
@@ -61,7 +65,15 @@ def load_guidance(
 
 def recorder_for(device: torch.device) -> Recorder:
     """What records the models' work on a device, to be shared by those of a run."""
-    return GraphRecorder(device) if device.type == "cuda" else PLAIN
+    if device.type != "cuda":
+        return PLAIN
+    if not has_own_allocator():
+        logger.info(
+            "no CUDA graphs: PyTorch leaves the GPU's memory to cudaMallocAsync (ComfyUI: start it with "
+            "--disable-cuda-malloc to have them)"
+        )
+        return PLAIN
+    return GraphRecorder(device)
 
 
 def fast(guidance: Guidance, recorder: Recorder, compiled: bool = True) -> Guidance:

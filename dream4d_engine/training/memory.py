@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..guidance.distillation import Guidance
-from ..machine import limit_memory
+from ..machine import has_own_allocator, limit_memory
 from ..priors.denoisers import with_execution
 from ..priors.execution import Execution
 from ..priors.loading import PriorKind
@@ -160,6 +160,8 @@ def _give_back(device: torch.device) -> None:
 
 def _use_whole_segments() -> None:
     """Let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays."""
+    if not has_own_allocator():
+        return
     newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     with suppress(RuntimeError, ValueError):
         (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")

@@ -7,6 +7,7 @@ import threading
 import comfy.model_management as management
 import torch
 from aiohttp import web
+from comfy.model_patcher import ModelPatcher
 from server import PromptServer
 
 NODE_CLASS_MAPPINGS = {}
@@ -34,13 +35,42 @@ async def out_of_memory(request):
     return web.json_response({})
 
 
+_at_work: list[str] = []  # UNets in the middle of their forward pass
+_disturbed: list[bool] = []  # for each unloading, whether one was
+
+
+def _is_unet(module) -> bool:
+    return type(module).__name__ == "UNet2DConditionModel"
+
+
+def _begin(module, _):
+    if _is_unet(module):
+        _at_work.append("UNet")
+
+
+def _end(module, *_):
+    if _is_unet(module):
+        _at_work.pop()
+
+
+def _detach(self, *arguments, **options):
+    _disturbed.append(bool(_at_work))
+    return _plain_detach(self, *arguments, **options)
+
+
+torch.nn.modules.module.register_module_forward_pre_hook(_begin)
+torch.nn.modules.module.register_module_forward_hook(_end)
+_plain_detach, ModelPatcher.detach = ModelPatcher.detach, _detach
+
+
 @routes.post("/dream4d_test/evict")
 async def evict(request):
-    """Take all models off the device, as a pack that needs room does."""
+    """Take all models off the device, as a pack that needs room does; tell whether one of them was at work."""
+    _disturbed.clear()
     worker = threading.Thread(target=management.unload_all_models)
     worker.start()
     worker.join()
-    return web.json_response({})
+    return web.json_response({"disturbed": list(_disturbed)})
 
 
 @routes.get("/dream4d_test/inside")
