@@ -171,7 +171,7 @@ def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
 
     def graph(preview_seconds: float, resume: str = "resume automatically") -> dict:
         # another number here is another node for ComfyUI's cache, but the same run
-        nodes = static_nodes(40, seed=7, preview_seconds=preview_seconds, resume=resume)
+        nodes = static_nodes(50, seed=7, preview_seconds=preview_seconds, resume=resume)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/resumed")}
 
     (unbroken,) = output_files(server, server.run(graph(0.0))["7"], "scenes")
@@ -188,12 +188,13 @@ def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
         (checkpoint,) = server.runs.glob("*.checkpoint")
         with safe_open(checkpoint, "pt") as file:
             stopped_at = int(file.metadata()["step"])
-        # steps come several times a second, and a report of each tenth of a second
-        assert stop_after <= stopped_at <= max(steps_in(events, "static")) + 1 < 40, moment
+        # steps come several times a second (dozens on a GPU), and a report of each tenth of a second
+        lag = 10 if server.on_gpu else 1
+        assert stop_after <= stopped_at <= max(steps_in(events, "static")) + lag < 50, moment
         server.queue(graph(599.0), listener.client)
         events = listener.until(ended)
     assert events[-1][0] == "execution_success", moment
-    assert stopped_at < min(steps_in(events, "static")) <= stopped_at + 3, moment
+    assert stopped_at < min(steps_in(events, "static")) <= stopped_at + 2 + lag, moment
     assert not list(server.runs.glob("*.checkpoint"))
     resumed = max(unbroken.parent.glob("resumed_*.safetensors"))
     assert resumed != unbroken

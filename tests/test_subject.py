@@ -10,6 +10,7 @@ from dream4d_engine.cameras import fixed_take, orbit
 from dream4d_engine.priors.conditioning import text_conditions, words_for
 from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
 from dream4d_engine.priors.lora import apply_lora, read_lora
+from dream4d_engine.toyworld import measure
 from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer
 from dream4d_engine.toyworld.measure import PARTS, all_cases, measure_path, measure_subject, photograph, table
 from dream4d_engine.toyworld.models import SUBJECT_WORD
@@ -193,11 +194,20 @@ def test_photographs_are_what_the_recipe_expects():
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
     cases = all_cases(list(PARTS), toy_subject(), "cpu", [0], 0.01)
-    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 10, 4]
+    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 10, 4]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)
     lines = table([result])
     assert lines[0].startswith("| | right | body") and lines[2].startswith("| with LoRA | ")
+
+
+def test_targets_of_four_steps_show_steadier_films(monkeypatch):
+    monkeypatch.setattr(measure, "TARGET_TIMESTEPS", (700,))
+    cases = [c for c in all_cases(["targets"], toy_subject(), "cpu", [0], 1.0) if c.caption == "a red cube is jumping"]
+    (_, one, film), (_, four, _) = [measure.measure_target(case) for case in cases]
+    assert film.shape == (8, 32, 32, 3)
+    for start in ("still, 700", "moving, 700"):
+        assert 0 < four[start] < 0.85 * one[start]
 
 
 def test_runs_of_several_seeds_are_one_line_with_their_spread():

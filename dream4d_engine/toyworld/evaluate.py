@@ -485,9 +485,16 @@ def frame_error(renderer: Renderer, caption: Caption | str, size: int = 64, n_ti
     cameras = fixed_take(n_times, size, size)
     shown = [(color * opacity[..., None], opacity) for color, opacity in _both(renderer, caption, cameras)]
     seen = torch.stack([opacity.amax(0) > 0.5 for _, opacity in shown]).any(0)
-    if not seen.any():
-        return 0.0
-    change = shown[0][0].diff(dim=0) - shown[1][0].diff(dim=0)
+    return change_error(shown[0][0], shown[1][0], seen) if seen.any() else 0.0
+
+
+def change_error(film: Tensor, truth: Tensor, seen: Tensor) -> float:
+    """How far the changes from frame to frame are from the true ones.
+
+    film, truth: [F, H, W, 3]; seen: [H, W], the pixels that count. Root mean square over them, mean over the pairs of
+    frames.
+    """
+    change = film.diff(dim=0) - truth.diff(dim=0)
     return float(change[:, seen].square().mean((1, 2)).sqrt().mean())
 
 

@@ -3,6 +3,7 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 
 - pictures: image-to-4d from one picture of the front of each of six objects, against the truth.
 - subject: the personal subject of subject.py with its LoRA and without.
+- targets: how steady the films are that targets of one and of four denoising steps show.
 - steadiness: the same still object animated by targets of one and of four denoising steps.
 - paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
 
@@ -18,6 +19,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
+from ..guidance.distillation import distill_at
 from ..kernels import select_kernels
 from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
 from ..rendering import RenderOptions, render_chunked
@@ -47,7 +50,7 @@ from ..training.motion import train_motion
 from ..training.reference import Reference, prepare_reference
 from ..training.static import train_static
 from .captions import as_caption
-from .evaluate import Pictures, evaluate_scene, frame_error, reference_match
+from .evaluate import Pictures, change_error, evaluate_scene, frame_error, reference_match
 from .models import write_json
 from .samples import CAPTIONS, sheet
 from .subject import SUBJECT_PROMPT, scene_likeness
@@ -56,6 +59,8 @@ from .world import render_caption
 PICTURE_CAPTIONS = CAPTIONS[:6]
 STEADINESS_CAPTIONS = CAPTIONS[:5]
 """One of each motion."""
+TARGET_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion != "still"]
+TARGET_TIMESTEPS = (970, 700, 400)
 PATH_CAPTIONS = STEADINESS_CAPTIONS[::4]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
@@ -119,6 +124,38 @@ def measure_subject(case: Case) -> Result:
     return case, measures | {"seconds": summary.seconds}, _around(still)
 
 
+def measure_target(case: Case) -> Result:
+    """The film that a target of `option` denoising steps shows, from the true film, at rest and in motion, and noise.
+
+    Frame error as of `frame_error`; mean of three targets each.
+    """
+    recipe, device = with_hifa_steps(TOY_MOTION, int(case.option)), torch.device(case.device)
+    guidance = load_guidance(recipe, _folders(recipe), case.caption, device)["video"]
+    height, width = guidance.denoiser.image_size
+    cameras, caption = fixed_take(recipe.n_frames, width, height), as_caption(case.caption)
+    moving, still = (
+        render_caption(true, cameras, 4, (_SHEET_GREY,) * 3) for true in (caption, replace(caption, motion="still"))
+    )
+    seen = (moving.mask > 0.5)[0, ..., 0].any(0)
+    generator = torch.Generator().manual_seed(case.seed)
+    measures, began = {}, time.monotonic()
+    for start, picture in (("still", still), ("moving", moving)):
+        pictures = picture.rgb.movedim(-1, 2).to(device)
+        for timestep in TARGET_TIMESTEPS:
+            errors = []
+            for _ in range(3):
+                times = torch.tensor([timestep])
+                target = distill_at(guidance, pictures, cameras.to(device), times, partial(_normal, generator)).x0
+                film = guidance.denoiser.decode(target)[0].movedim(1, -1).cpu()
+                errors.append(change_error(film, moving.rgb[0], seen))
+            measures[f"{start}, {timestep}"] = mean(errors)
+    return case, measures | {"seconds": time.monotonic() - began}, film
+
+
+def _normal(generator: torch.Generator, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
 def measure_steadiness(case: Case) -> Result:
     """A motion by targets of `option` denoising steps."""
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
@@ -161,6 +198,7 @@ def measure_path(case: Case) -> Result:
 PARTS: dict[str, Callable[[Case], Result]] = {
     "pictures": measure_picture,
     "subject": measure_subject,
+    "targets": measure_target,
     "steadiness": measure_steadiness,
     "paths": measure_path,
 }
@@ -170,9 +208,10 @@ def all_cases(parts: list[str], lora: Path, device: str, seeds: list[int], share
     """Every run of the parts."""
     pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
+    targets = [Case("targets", f"{c}, {n} steps", c, n) for c in TARGET_CAPTIONS for n in (1, 4)]
     steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in STEADINESS_CAPTIONS for n in (1, 4)]
     paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
-    known = {"pictures": pictures, "subject": subject, "steadiness": steady, "paths": paths}
+    known = {"pictures": pictures, "subject": subject, "targets": targets, "steadiness": steady, "paths": paths}
     cases = [case for part in parts for case in known[part]]
     return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
 
