@@ -10,7 +10,8 @@ from dream4d_engine.cameras import fixed_take, orbit
 from dream4d_engine.priors.conditioning import text_conditions, words_for
 from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
 from dream4d_engine.priors.lora import apply_lora, read_lora
-from dream4d_engine.toyworld import measure
+from dream4d_engine.toyworld import measure, train_latent
+from dream4d_engine.toyworld.datasets import render_bank
 from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer
 from dream4d_engine.toyworld.measure import PARTS, all_cases, measure_path, measure_subject, photograph, table
 from dream4d_engine.toyworld.models import SUBJECT_WORD
@@ -194,7 +195,7 @@ def test_photographs_are_what_the_recipe_expects():
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
     cases = all_cases(list(PARTS), toy_subject(), "cpu", [0], 0.01)
-    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 10, 4]
+    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 10, 4, 10]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)
     lines = table([result])
@@ -217,3 +218,36 @@ def test_runs_of_several_seeds_are_one_line_with_their_spread():
     assert len(lines) == 3 and lines[2].startswith("| a red cube is jumping, fast | ")
     ious = [measures["iou"] for _, measures, _ in results]
     assert f"{sum(ious) / 2:.3f} ± {abs(ious[0] - ious[1]) / 2**0.5:.3f}" in lines[2]
+
+
+# ---- a prior on latents ------------------------------------------------------------------------------------------
+
+
+def test_a_latent_prior_and_its_two_autoencoders_can_be_trained_and_compared(tmp_path):
+    options = ["--autoencoder-steps", "12", "--steps", "1", "--batch", "2", "--bank", "8", "--device", "cpu"]
+    train_latent.main(["--out", str(tmp_path), *options])
+    prior = load_prior(tmp_path / "video", "video")
+    assert prior.denoiser.image_size == (32, 32) and prior.denoiser.unet.config.in_channels == 4
+    picture = torch.full((1, 8, 3, 32, 32), 0.5)
+    latents = prior.denoiser.encode(picture)
+    assert latents.shape == (1, 8, 4, 16, 16) and prior.denoiser.decode(latents).shape == picture.shape
+    cases = all_cases(["autoencoders"], toy_subject(), "cpu", [0], 0.008, tmp_path)
+    case = next(c for c in cases if c.name == "a red cube is jumping, tiny")
+    _, found, pictures = measure.measure_autoencoder(case)
+    assert -1 < found["gradient_cosine"] < 0.999 and pictures.shape == (8, 64, 64, 3)
+
+
+def test_the_latent_part_asks_for_its_folder(capsys):
+    with pytest.raises(SystemExit):
+        measure.main(["--out", "nowhere", "--only", "autoencoders"])
+    assert "needs --latent" in capsys.readouterr().err
+
+
+def test_the_full_autoencoder_learns_to_show_pictures():
+    bank = render_bank("video", 8, seeded(), "cpu")
+    vae = train_latent.train_autoencoder(bank, 60, 8, print)
+    pictures = train_latent.draw_pictures(bank, 16, seeded(3))
+    latents = vae.encode(pictures).latent_dist.mode()
+    missed = (vae.decode(latents).sample - pictures).abs().mean()
+    assert missed < 0.6 * (pictures - pictures.mean()).abs().mean()
+    assert 0.7 < float((vae.config.scaling_factor * latents).std()) < 1.4

@@ -6,6 +6,8 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 - targets: how steady the films are that targets of one and of four denoising steps show.
 - steadiness: the same still object animated by targets of one and of four denoising steps.
 - paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
+- autoencoders: text-to-4d with a video prior on latents (--latent, see train_latent.py), through the full autoencoder
+  and through the tiny one.
 
 Writes DIR/measures.json, a sheet of pictures DIR/PART.png for each part, and prints tables.
 """
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
-from ..guidance.distillation import distill_at
+from ..guidance.distillation import Guidance, distill, distill_at
 from ..kernels import select_kernels
 from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
 from ..rendering import RenderOptions, render_chunked
@@ -67,8 +69,8 @@ _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder, number of denoising steps, or
-    "plain" or "fast"."""
+    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder, number of denoising steps,
+    "plain" or "fast", "full" or "tiny". `folder`: of train_latent.py."""
 
     part: str
     name: str
@@ -77,6 +79,7 @@ class Case:
     device: str = "cpu"
     seed: int = 0
     share: float = 1.0
+    folder: Path | None = None
 
 
 Result = tuple[Case, dict[str, Any], Tensor]
@@ -195,16 +198,55 @@ def measure_path(case: Case) -> Result:
     return case, measures, _over_time(moving)
 
 
+def measure_autoencoder(case: Case) -> Result:
+    """A motion through the full or (`option` "tiny") the tiny autoencoder, and how alike their gradients are."""
+    device, video = torch.device(case.device), {"video": case.folder / "video"}
+    tiny = {"video": PriorExtras(tiny_vae=case.folder / "tiny")}
+    recipe = _shortened(TOY_MOTION, case)
+    through = {
+        name: load_guidance(recipe, video, case.caption, device, extras=extras)
+        for name, extras in (("full", None), ("tiny", tiny))
+    }
+    still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
+    given = {"seed": case.seed, "device": device, "control": RunControl()}
+    moving, summary = train_motion(still, recipe, through[case.option], **given)
+    found = evaluate_scene(moving, case.caption)
+    gradients = [_gradient(through[name]["video"], still, case.seed) for name in ("full", case.option)]
+    measures = {
+        "motion_correlation": found.motion_correlation,
+        "motion_amplitude": found.motion_amplitude,
+        "clip_iou": found.clip_iou,
+        "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
+        "gradient_cosine": float(torch.nn.functional.cosine_similarity(*(g.flatten() for g in gradients), dim=0)),
+        "steps_per_second": 1 / summary.seconds_per_step,
+    }
+    return case, measures, _over_time(moving)
+
+
+def _gradient(guidance: Guidance, scene: Scene, seed: int) -> Tensor:
+    """The gradient of a step on the pictures of a take; timesteps and noise depend on the seed alone."""
+    generator, cameras = torch.Generator().manual_seed(seed), fixed_take(TOY_MOTION.n_frames, 32, 32)
+    pictures = _render(scene, cameras, _SHEET_GREY).rgb.movedim(-1, 2).to(scene.device).requires_grad_()
+    total = torch.zeros_like(pictures)
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        loss = distill(guidance, pictures, cameras.to(scene.device), progress, generator).loss
+        total += torch.autograd.grad(loss, pictures)[0]
+    return total
+
+
 PARTS: dict[str, Callable[[Case], Result]] = {
     "pictures": measure_picture,
     "subject": measure_subject,
     "targets": measure_target,
     "steadiness": measure_steadiness,
     "paths": measure_path,
+    "autoencoders": measure_autoencoder,
 }
 
 
-def all_cases(parts: list[str], lora: Path, device: str, seeds: list[int], share: float) -> list[Case]:
+def all_cases(
+    parts: list[str], lora: Path, device: str, seeds: list[int], share: float, latent: Path | None = None
+) -> list[Case]:
     """Every run of the parts."""
     pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
@@ -212,6 +254,10 @@ def all_cases(parts: list[str], lora: Path, device: str, seeds: list[int], share
     steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in STEADINESS_CAPTIONS for n in (1, 4)]
     paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
     known = {"pictures": pictures, "subject": subject, "targets": targets, "steadiness": steady, "paths": paths}
+    ways = ("full", "tiny")
+    known["autoencoders"] = [
+        Case("autoencoders", f"{c}, {w}", c, w, folder=latent) for c in STEADINESS_CAPTIONS for w in ways
+    ]
     cases = [case for part in parts for case in known[part]]
     return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
 
@@ -316,14 +362,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, write, print."""
     parser = argparse.ArgumentParser(prog="python -m dream4d_engine.toyworld.measure", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", help="all but autoencoders unless told")
+    parser.add_argument("--latent", type=Path, help="the folder that train_latent.py wrote, for autoencoders")
     parser.add_argument("--lora", type=Path, default=toy_subject(), help="the subject's LoRA")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     options = parser.parse_args(arguments)
-    cases = all_cases(options.only, options.lora, options.device, options.seeds, options.share)
+    options.only = options.only or [part for part in PARTS if part != "autoencoders"]
+    if "autoencoders" in options.only and options.latent is None:
+        parser.error("the part autoencoders needs --latent: the folder that train_latent.py wrote")
+    cases = all_cases(options.only, options.lora, options.device, options.seeds, options.share, options.latent)
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     began = time.monotonic()

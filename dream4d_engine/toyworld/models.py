@@ -16,6 +16,7 @@ from .captions import vocabulary
 
 KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
 IMAGE_SIZE, N_VIEWS, N_FRAMES, MAX_TOKENS, WIDTH = 32, 4, 8, 16, 64
+LATENT_CHANNELS = 4
 WORDS = (*vocabulary(), ",")
 SUBJECT_WORD = "sks"
 """Of a personal subject. The image prior reads it as three letters that no caption holds: its rare word, which a LoRA
@@ -63,11 +64,14 @@ class ToyPrior(nn.Module):
         self.unet, self.text, self.image, self.projection = unet, text, image, projection
 
 
-def build_prior(kind: PriorKind, size: ToySize | None = None) -> ToyPrior:
-    """Build the freshly initialised networks of one kind (from torch's global generator, as diffusers does)."""
+def build_prior(kind: PriorKind, size: ToySize | None = None, latent: bool = False) -> ToyPrior:
+    """Build the freshly initialised networks of one kind (from torch's global generator, as diffusers does).
+
+    `latent`: for what `build_autoencoder` makes of the pictures.
+    """
     size = size or SIZES[kind]
     grouped = kind in ("multiview", "video")
-    unet = _build_unet(kind, size)
+    unet = _build_unet(kind, size, latent)
     if grouped:
         attend_across_views(unet)
     if kind == "novel_view":
@@ -75,14 +79,41 @@ def build_prior(kind: PriorKind, size: ToySize | None = None) -> ToyPrior:
     return ToyPrior(unet, _build_t5() if kind == "pixel" else _build_clip_text(), None, None)
 
 
-def _build_unet(kind: PriorKind, size: ToySize) -> nn.Module:
+def build_autoencoder() -> nn.Module:
+    """A small AutoencoderKL: pictures [n, 3, H, W] to 4 channels of half the size."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def build_tiny_autoencoder() -> nn.Module:
+    """A smaller AutoencoderTiny for the same latents."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 2),
+        num_decoder_blocks=(2, 1),
+        latent_channels=LATENT_CHANNELS,
+    )
+
+
+def _build_unet(kind: PriorKind, size: ToySize, latent: bool) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     grouped = kind in ("multiview", "video")
     return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE,
-        in_channels=6 if kind == "novel_view" else 3,
-        out_channels=6 if kind == "pixel" else 3,
+        sample_size=IMAGE_SIZE // 2 if latent else IMAGE_SIZE,
+        in_channels=LATENT_CHANNELS if latent else 6 if kind == "novel_view" else 3,
+        out_channels=LATENT_CHANNELS if latent else 6 if kind == "pixel" else 3,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=size.channels,
@@ -253,6 +284,7 @@ def tokenize(kind: PriorKind, texts: list[str]) -> tuple[Tensor, Tensor]:
 _PARTS = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "scheduler": ["diffusers", "DDPMScheduler"],
+    "vae": ["diffusers", "AutoencoderKL"],
     "clip": {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]},
     "t5": {
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -279,7 +311,7 @@ def scheduler_config(kind: PriorKind) -> dict[str, Any]:
     }
 
 
-def model_index(kind: PriorKind) -> dict[str, Any]:
+def model_index(kind: PriorKind, latent: bool = False) -> dict[str, Any]:
     """The folder's model_index.json, with what our loader wants to know."""
     words = [*WORDS, SUBJECT_WORD] if kind == "image" else list(WORDS)
     conditioner = _PARTS["image"] if kind == "novel_view" else _PARTS["t5" if kind == "pixel" else "clip"]
@@ -295,10 +327,14 @@ def model_index(kind: PriorKind) -> dict[str, Any]:
         "license": "Apache-2.0",
     }
     parts = {"unet": _PARTS["unet"], "scheduler": _PARTS["scheduler"], **conditioner}
+    if latent:
+        parts["vae"] = _PARTS["vae"]
     return {"_class_name": "IFPipeline" if kind == "pixel" else "DiffusionPipeline", **parts, "dream4d": ours}
 
 
-def save_prior(prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def save_prior(
+    prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16, vae: nn.Module | None = None
+) -> None:
     """Write an ordinary diffusers folder with weights of `dtype`; the networks themselves are left as they are."""
     import copy
 
@@ -309,7 +345,9 @@ def save_prior(prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtyp
     half.unet.save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
-    write_json(folder / "model_index.json", model_index(kind))
+    write_json(folder / "model_index.json", model_index(kind, latent=vae is not None))
+    if vae is not None:
+        copy.deepcopy(vae).cpu().to(dtype).save_pretrained(folder / "vae")
     if half.text is not None:
         with no_progress_bars():
             half.text.save_pretrained(folder / "text_encoder")
@@ -325,8 +363,8 @@ def save_prior(prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtyp
         save_file(state, str(part / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
 
 
-def load_weights(prior: ToyPrior, folder: Path, leave_out: str | None = None) -> None:
-    """Read the networks' weights back from a folder; those whose name holds `leave_out` stay as they are."""
+def load_weights(prior: ToyPrior, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Read the networks' weights back from a folder; those whose name holds one of `leave_out` stay as they are."""
     from safetensors.torch import load_file
 
     parts = {"unet": "unet/diffusion_pytorch_model", "text": "text_encoder/model", "image": "image_encoder/model"}
@@ -336,7 +374,7 @@ def load_weights(prior: ToyPrior, folder: Path, leave_out: str | None = None) ->
         if not path.is_file():
             raise ValueError(f"cannot start from {folder}: {path} is missing")
         state = load_file(str(path))
-        kept = {key: value for key, value in state.items() if leave_out is None or leave_out not in key}
+        kept = {key: value for key, value in state.items() if not any(part in key for part in leave_out)}
         left_out = [key for key in state if key not in kept]
         found = network.load_state_dict(kept, strict=False)
         if found.unexpected_keys or set(found.missing_keys) - set(left_out):

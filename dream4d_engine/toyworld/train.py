@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..priors.conditioning import clip_pixels
-from ..priors.loading import PriorKind, read_schedule
-from .datasets import Batch, batch_maker, render_bank
+from ..priors.loading import PriorKind, read_schedule, toy_folder
+from .datasets import Batch, BatchMaker, batch_maker, render_bank
 from .models import IMAGE_SIZE, KINDS, ToyPrior, build_prior, load_weights, save_prior, scheduler_config, write_json
 
 ORDER: tuple[PriorKind, ...] = ("multiview", "video", "image", "novel_view", "pixel")
@@ -100,7 +100,7 @@ def training_loss(prior: ToyPrior, batch: Batch, alphas_bar: Tensor, channels_la
         return_dict=False,
     )[0]
     output = output.float().unflatten(0, (n_groups, n_frames))
-    v, extra = output[:, :, :3], output[:, :, 3:]
+    v, extra = output.split([target.shape[2], output.shape[2] - target.shape[2]], 2)
     loss = (v - target).square().mean()
     if extra.shape[2]:
         loss = loss + 0.05 * variance_loss(v.detach(), target, extra, batch.timestep, alphas_bar)
@@ -229,17 +229,20 @@ def progress_of(training: Training, clock: Clock) -> float:
     return clock.step / training.steps
 
 
-def initial_prior(training: Training, out: Path, start_from: Path | None = None) -> ToyPrior:
+def initial_prior(training: Training, out: Path, start_from: Path | None = None, latent: bool = False) -> ToyPrior:
     """Return the networks as training finds them.
 
-    Fresh ones, or those in start_from/KIND. The video prior's come from out/multiview, but for the class embedding.
+    Fresh ones, or those in start_from/KIND. The video prior's come from out/multiview, but for the class embedding;
+    those of one that is to work on latents from the shipped one, but for the first and the last layer.
     """
     torch.manual_seed(training.seed)  # diffusers and transformers initialise from the global generator
-    prior = build_prior(training.kind)
-    if start_from is not None:
+    prior = build_prior(training.kind, latent=latent)
+    if latent:
+        load_weights(prior, toy_folder(training.kind), leave_out=("conv_in", "conv_out"))
+    elif start_from is not None:
         load_weights(prior, start_from / training.kind)
     elif training.kind == "video":
-        load_weights(prior, out / "multiview", leave_out="class_embedding")
+        load_weights(prior, out / "multiview", leave_out=("class_embedding",))
     return prior
 
 
@@ -249,12 +252,16 @@ def train(
     device: torch.device,
     start_from: Path | None = None,
     log: Callable[[str], None] = print,
+    vae: nn.Module | None = None,
 ) -> Path:
-    """Train one prior and write its folder out/KIND; returns it. Goes on from out/KIND/state.pt if there is one."""
+    """Train one prior and write its folder out/KIND; returns it. Goes on from out/KIND/state.pt if there is one.
+
+    `vae`: an autoencoder on the device, in whose latents the prior is to work.
+    """
     folder = out / training.kind
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    prior = initial_prior(training, out, start_from).to(device)
+    prior = initial_prior(training, out, start_from, latent=vae is not None).to(device)
     optimizer = make_optimizer(prior, training, device)
     average = [p.detach().clone() for p in prior.parameters()]
     # the pictures are drawn by the seed alone, so a resumed run renders the same ones again
@@ -267,6 +274,8 @@ def train(
         log(f"{training.kind}: goes on at step {clock.step}")
     offset = clock.seconds
     make_batch = batch_maker(training.kind, bank)
+    if vae is not None:
+        make_batch = in_latents(make_batch, vae)
     write_json_schedule(folder, training.kind)
     alphas_bar = read_schedule(folder)[0].to(device)
     # a generator of its own: what shapes the recording must not use up the run's random numbers
@@ -295,11 +304,25 @@ def train(
         log(_line(training, clock, losses))
     _save_state(state_path, prior, optimizer, average, generator, clock)
     averaged = _with_average(prior, average)
-    save_prior(averaged, training.kind, folder)
+    save_prior(averaged, training.kind, folder, vae=vae)
     record = {**{f.name: getattr(training, f.name) for f in fields(training)}, "steps": clock.step}
     record |= {"seconds": round(clock.seconds, 1), "device": _device_name(device), "torch": torch.__version__}
     write_json(folder / "training.json", record)
     return folder
+
+
+def in_latents(make_batch: BatchMaker, vae: nn.Module) -> BatchMaker:
+    """The same batches with the latents of an autoencoder in the pictures' place."""
+
+    @torch.no_grad()
+    def make(n: int, generator: torch.Generator) -> Batch:
+        batch = make_batch(n, generator)
+        latents = vae.config.scaling_factor * vae.encode(batch.clean.flatten(0, 1)).latent_dist.mode()
+        latents = latents.unflatten(0, batch.clean.shape[:2])
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        return replace(batch, clean=latents, noise=noise)
+
+    return make
 
 
 def write_json_schedule(folder: Path, kind: PriorKind) -> None:
