@@ -31,6 +31,16 @@ def _axis(x_ptr, rows, valid, scale, factor, d: tl.constexpr, D: tl.constexpr, F
 
 
 @triton.jit
+def _axes(x_ptr, rows, valid, scale, f0, f1, f2, f3, D: tl.constexpr, FUSED: tl.constexpr):
+    """`_axis` of all coordinates: the four parts, then the four shares."""
+    p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
+    p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
+    p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
+    p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
+    return p0, p1, p2, p3, s0, s1, s2, s3
+
+
+@triton.jit
 def _upper(part, factor, c: tl.constexpr, d: tl.constexpr):
     return part + factor if (c >> d) & 1 else part
 
@@ -70,6 +80,14 @@ def _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c: tl.constexpr, D: tl.
 
 
 @triton.jit
+def _place(level, scales_ptr, places_ptr):
+    """(scale, offset, size, hashed) of a level; places: [L, 3] int32, the last three."""
+    scale = tl.load(scales_ptr + level)
+    offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
+    return scale, offset, size, tl.load(places_ptr + level * 3 + 2) != 0
+
+
+@triton.jit
 def _factors(level, factors_ptr):
     f0, f1 = tl.load(factors_ptr + level * 4), tl.load(factors_ptr + level * 4 + 1)
     return f0, f1, tl.load(factors_ptr + level * 4 + 2), tl.load(factors_ptr + level * 4 + 3)
@@ -91,19 +109,14 @@ def _level(
     FP: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Interpolate one level [BLOCK, FP]; zeros where it is not active. places: [L, 3] int32, (offset, size, hashed)."""
+    """Interpolate one level [BLOCK, FP]; zeros where it is not active."""
     feature = tl.arange(0, FP)
     valid = rows < tl.where(level < n_active, n_samples, 0)
     inside = valid[:, None] & (feature < F)[None, :]
     level = tl.minimum(level, n_active - 1)
-    scale = tl.load(scales_ptr + level)
-    offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
-    hashed = tl.load(places_ptr + level * 3 + 2) != 0
+    scale, offset, size, hashed = _place(level, scales_ptr, places_ptr)
     f0, f1, f2, f3 = _factors(level, factors_ptr)
-    p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
-    p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
-    p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
-    p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
+    p0, p1, p2, p3, s0, s1, s2, s3 = _axes(x_ptr, rows, valid, scale, f0, f1, f2, f3, D, FUSED)
     total = tl.zeros((rows.shape[0], FP), tl.float32)
     for c in tl.static_range(1 << D):
         entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)
@@ -193,9 +206,7 @@ def hash_backward_table(
     corner, feature = column // FP, column % FP
     b0, b1, b2, b3 = corner & 1, (corner >> 1) & 1, (corner >> 2) & 1, (corner >> 3) & 1
     level = tl.program_id(1)
-    scale = tl.load(scales_ptr + level)
-    offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
-    hashed = tl.load(places_ptr + level * 3 + 2) != 0
+    scale, offset, size, hashed = _place(level, scales_ptr, places_ptr)
     f0, f1, f2, f3 = _factors(level, factors_ptr)
     first = (tl.program_id(0) * RUNS + tl.arange(0, RUNS)) * LENGTH
     held = tl.zeros((RUNS, (1 << D) * FP), tl.float32)
@@ -280,14 +291,9 @@ def hash_backward_points(
     g2, g3 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     level = 0
     while level < n_active:
-        scale = tl.load(scales_ptr + level)
-        offset, size = tl.load(places_ptr + level * 3), tl.load(places_ptr + level * 3 + 1)
-        hashed = tl.load(places_ptr + level * 3 + 2) != 0
+        scale, offset, size, hashed = _place(level, scales_ptr, places_ptr)
         f0, f1, f2, f3 = _factors(level, factors_ptr)
-        p0, s0 = _axis(x_ptr, rows, valid, scale, f0, 0, D, FUSED)
-        p1, s1 = _axis(x_ptr, rows, valid, scale, f1, 1, D, FUSED)
-        p2, s2 = _axis(x_ptr, rows, valid, scale, f2, 2, D, FUSED)
-        p3, s3 = _axis(x_ptr, rows, valid, scale, f3, 3, D, FUSED)
+        p0, p1, p2, p3, s0, s1, s2, s3 = _axes(x_ptr, rows, valid, scale, f0, f1, f2, f3, D, FUSED)
         grad = tl.load(grad_ptr + grad_rows + level * F, mask=inside, other=0.0).to(tl.float32)
         for c in tl.static_range(1 << D):
             entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)

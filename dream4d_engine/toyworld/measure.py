@@ -27,6 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
@@ -201,30 +202,29 @@ def measure_path(case: Case) -> Result:
 def measure_autoencoder(case: Case) -> Result:
     """A motion through the full or (`option` "tiny") the tiny autoencoder, and how alike their gradients are."""
     device, video = torch.device(case.device), {"video": case.folder / "video"}
-    tiny = {"video": PriorExtras(tiny_vae=case.folder / "tiny")}
+    extras = {"full": None, "tiny": {"video": PriorExtras(tiny_vae=case.folder / "tiny")}}
     recipe = _shortened(TOY_MOTION, case)
     through = {
-        name: load_guidance(recipe, video, case.caption, device, extras=extras)
-        for name, extras in (("full", None), ("tiny", tiny))
+        way: load_guidance(recipe, video, case.caption, device, extras=extras[way])
+        for way in dict.fromkeys(("full", case.option))
     }
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
-    given = {"seed": case.seed, "device": device, "control": RunControl()}
-    moving, summary = train_motion(still, recipe, through[case.option], **given)
+    moving, summary = _motion(still, recipe, case, guidance=through[case.option])
     found = evaluate_scene(moving, case.caption)
-    gradients = [_gradient(through[name]["video"], still, case.seed) for name in ("full", case.option)]
+    gradients = {way: _gradient(guidance["video"], still, case.seed).flatten() for way, guidance in through.items()}
     measures = {
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
-        "gradient_cosine": float(torch.nn.functional.cosine_similarity(*(g.flatten() for g in gradients), dim=0)),
+        "gradient_cosine": float(functional.cosine_similarity(gradients["full"], gradients[case.option], dim=0)),
         "steps_per_second": 1 / summary.seconds_per_step,
     }
     return case, measures, _over_time(moving)
 
 
 def _gradient(guidance: Guidance, scene: Scene, seed: int) -> Tensor:
-    """The gradient of a step on the pictures of a take; timesteps and noise depend on the seed alone."""
+    """The gradient of four steps on the pictures of a take; timesteps and noise depend on the seed alone."""
     generator, cameras = torch.Generator().manual_seed(seed), fixed_take(TOY_MOTION.n_frames, 32, 32)
     pictures = _render(scene, cameras, _SHEET_GREY).rgb.movedim(-1, 2).to(scene.device).requires_grad_()
     total = torch.zeros_like(pictures)
@@ -288,9 +288,17 @@ def _static(
     return train_static(recipe, guidance, reference=reference, scene=start, **given)
 
 
-def _motion(still: Scene, recipe: MotionRecipe, case: Case, accelerate: bool = True) -> tuple[Scene, FitSummary]:
+def _motion(
+    still: Scene,
+    recipe: MotionRecipe,
+    case: Case,
+    accelerate: bool = True,
+    guidance: Mapping[PriorKind, Guidance] | None = None,
+) -> tuple[Scene, FitSummary]:
+    """`guidance`: instead of that by the shipped prior."""
     device = torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), case.caption, device, accelerate=accelerate)
+    if guidance is None:
+        guidance = load_guidance(recipe, _folders(recipe), case.caption, device, accelerate=accelerate)
     return train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
 
 

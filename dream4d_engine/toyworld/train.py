@@ -311,14 +311,18 @@ def train(
     return folder
 
 
+def scaled_latents(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """What an autoencoder makes of pictures [n, 3, H, W] in [-1, 1], scaled as diffusion models take it."""
+    return vae.config.scaling_factor * vae.encode(pictures).latent_dist.mode()
+
+
 def in_latents(make_batch: BatchMaker, vae: nn.Module) -> BatchMaker:
     """The same batches with the latents of an autoencoder in the pictures' place."""
 
     @torch.no_grad()
     def make(n: int, generator: torch.Generator) -> Batch:
         batch = make_batch(n, generator)
-        latents = vae.config.scaling_factor * vae.encode(batch.clean.flatten(0, 1)).latent_dist.mode()
-        latents = latents.unflatten(0, batch.clean.shape[:2])
+        latents = scaled_latents(vae, batch.clean.flatten(0, 1)).unflatten(0, batch.clean.shape[:2])
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         return replace(batch, clean=latents, noise=noise)
 

@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .datasets import GREY, Bank, composite, render_bank
 from .models import build_autoencoder, build_tiny_autoencoder
-from .train import TRAININGS, learning_rate, train
+from .train import TRAININGS, learning_rate, scaled_latents, train
 
 KL_WEIGHT = 1e-6
 Log = Callable[[str], None]
@@ -59,7 +60,7 @@ def train_tiny_autoencoder(bank: Bank, vae: nn.Module, steps: int, batch: int, l
 
     def loss(pictures: Tensor) -> Tensor:
         with torch.no_grad():
-            latents = vae.config.scaling_factor * vae.encode(pictures).latent_dist.mode()
+            latents = scaled_latents(vae, pictures)
         shown = tiny.decode(latents).sample
         return functional.mse_loss(tiny.encode(pictures).latents, latents) + functional.mse_loss(shown, pictures)
 
@@ -115,10 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     bank = render_bank("video", min(options.bank, 4096), torch.Generator().manual_seed(0), device)
-
-    def log(line: str) -> None:
-        print(line, flush=True)
-
+    log = partial(print, flush=True)
     vae = train_autoencoder(bank, options.autoencoder_steps, 4 * options.batch, log)
     tiny = train_tiny_autoencoder(bank, vae, options.autoencoder_steps, 4 * options.batch, log)
     tiny.cpu().save_pretrained(options.out / "tiny")

@@ -35,22 +35,17 @@ async def out_of_memory(request):
     return web.json_response({})
 
 
-_at_work: list[str] = []  # UNets in the middle of their forward pass
+_at_work: set[torch.nn.Module] = set()  # UNets in the middle of their forward pass
 _disturbed: list[bool] = []  # for each unloading, whether one was
 
 
-def _is_unet(module) -> bool:
-    return type(module).__name__ == "UNet2DConditionModel"
-
-
 def _begin(module, _):
-    if _is_unet(module):
-        _at_work.append("UNet")
+    if type(module).__name__ == "UNet2DConditionModel":
+        _at_work.add(module)
 
 
 def _end(module, *_):
-    if _is_unet(module):
-        _at_work.pop()
+    _at_work.discard(module)
 
 
 def _detach(self, *arguments, **options):
@@ -59,7 +54,7 @@ def _detach(self, *arguments, **options):
 
 
 torch.nn.modules.module.register_module_forward_pre_hook(_begin)
-torch.nn.modules.module.register_module_forward_hook(_end)
+torch.nn.modules.module.register_module_forward_hook(_end, always_call=True)
 _plain_detach, ModelPatcher.detach = ModelPatcher.detach, _detach
 
 
