@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +27,18 @@ class Profile:
     Args:
         seconds: of the device at work. calls: kernels (operations) launched. work: all of them, the longest first.
         waits: where the CPU waited for the device, by the name of CUDA's function: (calls, seconds).
+        idle: seconds in which the device had nothing to do, between its first work and its last; 0 on a CPU.
     """
 
     seconds: float
     calls: float
     work: tuple[Work, ...]
     waits: dict[str, tuple[float, float]]
+    idle: float = 0.0
 
     def lines(self, n: int = 16) -> list[str]:
         """The profile as text, with the `n` longest."""
-        found = [f"{1e3 * self.seconds:.2f} ms of work in {self.calls:.0f} calls"]
+        found = [f"{1e3 * self.seconds:.2f} ms of work in {self.calls:.0f} calls, {1e3 * self.idle:.2f} ms idle"]
         found += [f"{1e3 * w.seconds:9.3f} ms  x{w.calls:<6.0f} {w.name[:90]}" for w in self.work[:n]]
         return found + [f"waited {c:.1f} times, {1e3 * s:.2f} ms: {name}" for name, (c, s) in self.waits.items()]
 
@@ -58,19 +60,31 @@ class Profiler:
         """End, and return the profile of one of the `n_steps` steps since the start."""
         self._wait()
         self._profiler.stop()
-        events = self._profiler.key_averages()
+        events, idle = self._profiler.key_averages(), 0.0
         if self._on_gpu:
+            spans = [e.time_range for e in self._profiler.events() if e.device_type == DeviceType.CUDA]
+            idle = gaps((span.start, span.end) for span in spans) / 1e6 / n_steps
             of_device = [e for e in events if e.device_type == DeviceType.CUDA]
             work = [Work(e.key, e.self_device_time_total / 1e6 / n_steps, e.count / n_steps) for e in of_device]
         else:
             work = [Work(e.key, e.self_cpu_time_total / 1e6 / n_steps, e.count / n_steps) for e in events]
         waits = {e.key: (e.count / n_steps, e.self_cpu_time_total / 1e6 / n_steps) for e in events if e.key in _WAITS}
         work.sort(key=lambda w: -w.seconds)
-        return Profile(sum(w.seconds for w in work), sum(w.calls for w in work), tuple(work), waits)
+        return Profile(sum(w.seconds for w in work), sum(w.calls for w in work), tuple(work), waits, idle)
 
     def _wait(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
+
+
+def gaps(spans: Iterable[tuple[float, float]]) -> float:
+    """How much of the time between the first begin and the last end no span (begin, end) covers."""
+    uncovered, covered_until = 0.0, None
+    for begin, end in sorted(spans):
+        if covered_until is not None and begin > covered_until:
+            uncovered += begin - covered_until
+        covered_until = end if covered_until is None else max(covered_until, end)
+    return uncovered
 
 
 def profile(run: Callable[[], object], device: torch.device) -> Profile:

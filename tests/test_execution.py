@@ -288,6 +288,36 @@ def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
         close(distilled(video_guidance(fast), device=device)[1], gradient, 1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is recorded as a graph")
+def test_functions_recorded_both_ways_keep_apart():
+    from dream4d_engine.priors import execution
+
+    device, generator = torch.device("cuda"), seeded()
+    weights = [torch.randn(64, 64, generator=generator).to(device) for _ in range(2)]
+
+    def first(x):
+        return torch.tanh(x @ weights[0]).square() @ weights[0]
+
+    def second(x):
+        return torch.sigmoid(x @ weights[1]) * x
+
+    recorder = execution.GraphRecorder(device)
+    for _ in range(3):
+        x = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
+        expected = torch.autograd.grad((first(x) + second(x)).square().sum(), x)[0]
+        together = recorder.with_gradient(first, x) + recorder.with_gradient(second, x)
+        recorder(torch.sin, x.detach())  # recorded between: its memory must not be theirs
+        (found,) = torch.autograd.grad(together.square().sum(), x)
+        close(found, expected, 1e-5)
+    earlier = recorder.with_gradient(first, x)
+    recorder.with_gradient(first, x)
+    with pytest.raises(RuntimeError, match="called again before its backward pass"):
+        earlier.sum().backward()
+    large = torch.zeros(execution.LAUNCH_BOUND + 1, device=device, requires_grad=True)
+    recorder.with_gradient(torch.sin, large), recorder.with_gradient(torch.sin, large)  # not recorded: both count
+    assert not any("sin" in key for key in recorder._graphs if key[0] == "with gradient")
+
+
 # ---- architectures -----------------------------------------------------------------------------------------------
 
 PARAMETERS = {

@@ -72,11 +72,19 @@ class Recorder:
     def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         """Be told that function will be called with such inputs, from somewhere where recording is impossible."""
 
+    def with_gradient(self, function: Network, x: Tensor) -> Tensor:
+        """Return function(x), differentiable in x; what the backward pass needs is kept."""
+        return function(x)
+
     def forget(self) -> None:
         """Be told that weights have moved: what was recorded with them can't be used any more."""
 
 
 PLAIN = Recorder()
+
+
+LAUNCH_BOUND = 3 * 2**20
+"""Numbers in pictures (those of 16 of 256x256) up to which an encoder's kernels take longer to launch than to run."""
 
 
 class GraphRecorder(Recorder):
@@ -90,6 +98,8 @@ class GraphRecorder(Recorder):
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._device = device
+        # one for all: libraries put memory aside for each stream that they work on
+        self._warmup = torch.cuda.Stream(device)
         self._graphs: dict[tuple, tuple] = {}
         self.seconds = 0.0
         """Spent on recording, compiling on the way included."""
@@ -97,6 +107,7 @@ class GraphRecorder(Recorder):
     def forget(self) -> None:
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle()
+        torch._C._cuda_clearCublasWorkspaces()  # some of them lie in the old pool and would keep it alive
         torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -116,6 +127,30 @@ class GraphRecorder(Recorder):
             name = getattr(function, "__name__", "function").strip("_")
             logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], time.monotonic() - began)
 
+    def with_gradient(self, function: Network, x: Tensor) -> Tensor:
+        if x.numel() > LAUNCH_BOUND:
+            return function(x)
+        key = ("with gradient", *self._key(function, (x,)))
+        if key not in self._graphs:
+            began = time.monotonic()
+            self._graphs[key] = self._record_both_ways(function, x)
+            self.seconds += time.monotonic() - began
+        return _BothWays.apply(self._graphs[key], x)
+
+    def _record_both_ways(self, function: Network, x: Tensor) -> _Recorded:
+        """Record the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
+        held = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            self._warm_up(lambda: torch.autograd.grad(function(held).sum(), held))
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self._pool):
+                output = function(held)
+            grad = torch.zeros_like(output)
+            with torch.cuda.graph(backward, pool=self._pool):
+                # retained: other graphs are not to write where those intermediate results are
+                (grad_x,) = torch.autograd.grad(output, held, grad, retain_graph=True)
+        return _Recorded(forward, backward, held, output, grad, grad_x)
+
     @staticmethod
     def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
         of = getattr(function, "__self__", None)
@@ -125,17 +160,57 @@ class GraphRecorder(Recorder):
     @torch.no_grad()
     def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
         held = tuple(t.detach().clone() for t in inputs)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what is compiled or chosen on first use is, and all memory is known
-                function(*held)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        torch.cuda.empty_cache()
+        self._warm_up(lambda: function(*held))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = function(*held)
         return graph, held, output
+
+    def _warm_up(self, run: Callable[[], object]) -> None:
+        self._warmup.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._warmup):
+            for _ in range(2):  # what is compiled or chosen on first use is, and all memory is known
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(self._warmup)
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class _Recorded:
+    """A function recorded forward and backward, and where its inputs and results lie.
+
+    turns: forward passes so far.
+    """
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    x: Tensor
+    output: Tensor
+    grad: Tensor
+    grad_x: Tensor
+    turns: int = 0
+
+
+class _BothWays(torch.autograd.Function):
+    """Replay a recorded function forward now, and backward later."""
+
+    @staticmethod
+    def forward(ctx, recorded: _Recorded, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            recorded.x.copy_(x)
+        recorded.forward.replay()
+        recorded.turns += 1
+        ctx.recorded, ctx.turn = recorded, recorded.turns
+        return recorded.output.detach().clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        recorded = ctx.recorded
+        if recorded.turns != ctx.turn:
+            raise RuntimeError("called again before its backward pass: the intermediate results are gone")
+        recorded.grad.copy_(grad)
+        recorded.backward.replay()
+        return None, recorded.grad_x.clone()
 
 
 class _EncodedTwice(torch.autograd.Function):
@@ -174,7 +249,8 @@ def in_slices(network: Network, pictures: Tensor, execution: Execution, recorder
     if not (torch.is_grad_enabled() and pictures.requires_grad):
         return _joined([recorder(network, part) for part in pictures.split(at_once)])
     if kept is None or kept >= len(pictures):
-        return _joined([network(part) for part in pictures.split(at_once)])
+        parts = pictures.split(at_once)
+        return recorder.with_gradient(network, pictures) if len(parts) == 1 else _joined([network(p) for p in parts])
     n_twice = len(pictures) - kept
     # those to be kept come last: the backward pass begins with them, and their memory is free for the others
     parts = [_EncodedTwice.apply(network, recorder, part) for part in pictures[:n_twice].split(at_once)]
