@@ -13,6 +13,7 @@ from dream4d_engine.cli import bench, main
 from dream4d_engine.cli.arguments import Bench
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.loading import toy_folder
+from dream4d_engine.profiling import gaps
 
 CPU = torch.device("cpu")
 CHANNELS = (32, 32, 64, 64)
@@ -148,3 +149,20 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
 )
 def test_what_cannot_be_measured_is_named(words, said, capsys):
     assert said in fails(capsys, *words)
+
+
+def test_a_profile_says_what_takes_longest(tmp_path, capsys):
+    code, [found] = measured(tmp_path, "--recipes", "static:toy", "--profile")
+    assert code == 0 and "ms of work in" in capsys.readouterr().out
+    profile = found["profile"]
+    seconds = [work["seconds"] for work in profile["work"]]
+    assert seconds == sorted(seconds, reverse=True) and sum(seconds) == pytest.approx(profile["seconds"])
+    assert any("convolution" in work["name"] for work in profile["work"]) and profile["idle"] == 0
+
+
+@pytest.mark.parametrize(
+    ("spans", "uncovered"),
+    [([], 0), ([(3, 5)], 0), ([(7, 9), (0, 2), (1, 4)], 3), ([(0, 10), (2, 3), (4, 5), (11, 12)], 1)],
+)
+def test_gaps_are_what_no_span_covers(spans, uncovered):
+    assert gaps(spans) == uncovered
