@@ -83,8 +83,9 @@ class Recorder:
 PLAIN = Recorder()
 
 
-LAUNCH_BOUND = 3 * 2**20
-"""Numbers in pictures (those of 16 of 256x256) up to which an encoder's kernels take longer to launch than to run."""
+LAUNCH_BOUND = 12 * 3 * 256**2
+"""Numbers in pictures (12 of 256x256) up to which it is an encoder's launching that takes the time: beyond, recording it
+gains nothing, and keeps memory."""
 
 
 class GraphRecorder(Recorder):
@@ -100,7 +101,7 @@ class GraphRecorder(Recorder):
         self._device = device
         # one for all: libraries put memory aside for each stream that they work on
         self._warmup = torch.cuda.Stream(device)
-        self._graphs: dict[tuple, tuple] = {}
+        self._graphs: dict[tuple, tuple | _Recorded] = {}
         self.seconds = 0.0
         """Spent on recording, compiling on the way included."""
 

@@ -36,6 +36,7 @@ from ..kernels import select_kernels
 from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
+from ..schedules import Schedule
 from ..training.config import (
     TOY_DISTANCE,
     TOY_FOV_DEG,
@@ -62,6 +63,18 @@ from .world import render_caption
 PICTURE_CAPTIONS = CAPTIONS[:6]
 STEADINESS_CAPTIONS = CAPTIONS[:5]
 """One of each motion."""
+STEADINESS_RECIPE = replace(
+    TOY_MOTION,
+    guidance=tuple(
+        replace(
+            term,
+            distillation=replace(term.distillation, min_noise=Schedule(0.7, 0.2), max_noise=Schedule(0.7, 0.5)),
+        )
+        for term in TOY_MOTION.guidance
+    ),
+    optimizer=replace(TOY_MOTION.optimizer, milestones=(0.5, 0.7, 0.85, 0.95)),
+)
+"""Targets begin at noise out of which more than one step leads elsewhere than one, and the walk comes to rest."""
 TARGET_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion != "still"]
 TARGET_TIMESTEPS = (970, 700, 400)
 PATH_CAPTIONS = STEADINESS_CAPTIONS[::4]
@@ -161,9 +174,9 @@ def _normal(generator: torch.Generator, shape: torch.Size) -> Tensor:
 
 
 def measure_steadiness(case: Case) -> Result:
-    """A motion by targets of `option` denoising steps."""
+    """A motion by targets of `option` denoising steps, with `STEADINESS_RECIPE`."""
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
-    moving, summary = _motion(still, with_hifa_steps(_shortened(TOY_MOTION, case), int(case.option)), case)
+    moving, summary = _motion(still, with_hifa_steps(_shortened(STEADINESS_RECIPE, case), int(case.option)), case)
     found = evaluate_scene(moving, case.caption)
     measures = {
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
