@@ -84,7 +84,7 @@ PLAIN = Recorder()
 
 
 LAUNCH_BOUND = 12 * 3 * 256**2
-"""Numbers in pictures (12 of 256x256) up to which it is an encoder's launching that takes the time: beyond, recording it
+"""Numbers in pictures (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
 gains nothing, and keeps memory."""
 
 
