@@ -112,34 +112,35 @@ class GraphRecorder(Recorder):
         torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        self.prepare(function, *inputs)
-        graph, held, output = self._graphs[self._key(function, inputs)]
+        graph, held, output = self._once(self._key(function, inputs), self._record, function, inputs)
         for mine, given in zip(held, inputs, strict=True):
             mine.copy_(given)
         graph.replay()
         return output.clone()
 
     def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        key = self._key(function, inputs)
-        if key not in self._graphs:
-            began = time.monotonic()
-            self._graphs[key] = self._record(function, inputs)
-            self.seconds += time.monotonic() - began
-            name = getattr(function, "__name__", "function").strip("_")
-            logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], time.monotonic() - began)
+        self._once(self._key(function, inputs), self._record, function, inputs)
 
     def with_gradient(self, function: Network, x: Tensor) -> Tensor:
         if x.numel() > LAUNCH_BOUND:
             return function(x)
         key = ("with gradient", *self._key(function, (x,)))
+        return _BothWays.apply(self._once(key, self._record_both_ways, function, (x,)), x)
+
+    def _once(self, key: tuple, record: Callable, function: Callable, inputs: tuple[Tensor, ...]):
+        """What record(function, inputs) gave the first time."""
         if key not in self._graphs:
             began = time.monotonic()
-            self._graphs[key] = self._record_both_ways(function, x)
-            self.seconds += time.monotonic() - began
-        return _BothWays.apply(self._graphs[key], x)
+            self._graphs[key] = record(function, inputs)
+            seconds = time.monotonic() - began
+            self.seconds += seconds
+            name = getattr(function, "__name__", "function").strip("_")
+            logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], seconds)
+        return self._graphs[key]
 
-    def _record_both_ways(self, function: Network, x: Tensor) -> _Recorded:
+    def _record_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Recorded:
         """Record the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
+        (x,) = inputs
         held = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             self._warm_up(lambda: torch.autograd.grad(function(held).sum(), held))
