@@ -61,8 +61,8 @@ from .subject import SUBJECT_PROMPT, scene_likeness
 from .world import render_caption
 
 PICTURE_CAPTIONS = CAPTIONS[:6]
-STEADINESS_CAPTIONS = CAPTIONS[:5]
-"""One of each motion."""
+ONE_OF_EACH = CAPTIONS[:5]
+"""Captions, one of each motion."""
 STEADINESS_RECIPE = replace(
     TOY_MOTION,
     guidance=tuple(
@@ -75,9 +75,9 @@ STEADINESS_RECIPE = replace(
     optimizer=replace(TOY_MOTION.optimizer, milestones=(0.5, 0.7, 0.85, 0.95)),
 )
 """Targets begin at noise out of which more than one step leads elsewhere than one, and the walk comes to rest."""
-TARGET_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion != "still"]
+MOVING_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion != "still"]
 TARGET_TIMESTEPS = (970, 700, 400)
-PATH_CAPTIONS = STEADINESS_CAPTIONS[::4]
+PATH_CAPTIONS = ONE_OF_EACH[::4]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 
 
@@ -263,14 +263,12 @@ def all_cases(
     """Every run of the parts."""
     pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
-    targets = [Case("targets", f"{c}, {n} steps", c, n) for c in TARGET_CAPTIONS for n in (1, 4)]
-    steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in STEADINESS_CAPTIONS for n in (1, 4)]
+    targets = [Case("targets", f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
+    steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
     paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
     known = {"pictures": pictures, "subject": subject, "targets": targets, "steadiness": steady, "paths": paths}
     ways = ("full", "tiny")
-    known["autoencoders"] = [
-        Case("autoencoders", f"{c}, {w}", c, w, folder=latent) for c in STEADINESS_CAPTIONS for w in ways
-    ]
+    known["autoencoders"] = [Case("autoencoders", f"{c}, {w}", c, w, folder=latent) for c in ONE_OF_EACH for w in ways]
     cases = [case for part in parts for case in known[part]]
     return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
 
