@@ -198,12 +198,11 @@ class _BothWays(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recorded: _Recorded, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            recorded.x.copy_(x)
+        recorded.x.copy_(x)
         recorded.forward.replay()
         recorded.turns += 1
         ctx.recorded, ctx.turn = recorded, recorded.turns
-        return recorded.output.detach().clone()
+        return recorded.output.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -251,8 +250,9 @@ def in_slices(network: Network, pictures: Tensor, execution: Execution, recorder
     if not (torch.is_grad_enabled() and pictures.requires_grad):
         return _joined([recorder(network, part) for part in pictures.split(at_once)])
     if kept is None or kept >= len(pictures):
-        parts = pictures.split(at_once)
-        return recorder.with_gradient(network, pictures) if len(parts) == 1 else _joined([network(p) for p in parts])
+        if at_once >= len(pictures):
+            return recorder.with_gradient(network, pictures)
+        return _joined([network(part) for part in pictures.split(at_once)])
     n_twice = len(pictures) - kept
     # those to be kept come last: the backward pass begins with them, and their memory is free for the others
     parts = [_EncodedTwice.apply(network, recorder, part) for part in pictures[:n_twice].split(at_once)]
