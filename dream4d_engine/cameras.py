@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .randomness import draw_rows, send
+from .randomness import draw_rows
+from .transfers import send
 
 ElevationLaw = Literal["mixed", "uniform", "sphere"]
 
@@ -50,6 +51,13 @@ class CameraBatch:
     def shape(self) -> tuple[int, int]:
         """(B, F)."""
         return self.azimuth.shape[0], self.azimuth.shape[1]
+
+    def apparent_area(self) -> float:
+        """How much of a picture a thing at the origin takes: mean over the cameras of 1 / (distance tan(fov_y / 2))^2.
+
+        In units of a factor that depends on the thing. Waits for a GPU that the cameras are on.
+        """
+        return float((self.position.norm(dim=-1) * torch.tan(self.fov_y / 2)).clamp_min(1e-3).pow(-2).mean())
 
     @property
     def position(self) -> Tensor:

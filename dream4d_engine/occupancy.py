@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .randomness import send
+from .transfers import send
 
 UPDATE_EVERY = 16
 """Training steps between two updates."""

@@ -1,4 +1,4 @@
-"""Random numbers that don't depend on how many processes share the work, and their way to a device.
+"""Random numbers that don't depend on how many processes share the work.
 
 Everything random is drawn on the CPU from one generator, row by row of a batch (a row: a camera group, or what
 belongs to it). Where several processes each do a part of the batch, all of them draw the whole batch's numbers and
@@ -58,11 +58,3 @@ def same_for_all(generator: torch.Generator) -> Iterator[None]:
         yield
     finally:
         generator.rank, generator.count = rank, count
-
-
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Bring a tensor to a device without waiting for the device to be done with earlier work."""
-    device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

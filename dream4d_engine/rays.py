@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .cameras import CameraBatch
-from .randomness import draw_rows, send
+from .randomness import draw_rows
+from .transfers import send
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,15 @@ class RaySamples:
         """[S] distances of the intervals' middles, where the scene is queried."""
         return 0.5 * (self.t_starts + self.t_ends)
 
-    def select(self, keep: Tensor) -> RaySamples:
-        """The samples where `keep` [S] (bool) holds."""
-        kept = keep.nonzero()[:, 0]  # found once for all three
+    def split(self, size: int) -> list[RaySamples]:
+        """The samples in pieces of so many."""
+        columns = (column.split(size) for column in (self.ray_indices, self.t_starts, self.t_ends))
+        return [RaySamples(*piece, self.n_rays) for piece in zip(*columns, strict=True)]
+
+    def select(self, keep: Tensor, n_kept: int | None = None) -> RaySamples:
+        """The samples where `keep` [S] (bool) holds; where it is known how many, a GPU need not be asked."""
+        found = keep.nonzero() if n_kept is None else keep.nonzero_static(size=n_kept)
+        kept = found[:, 0]  # found once for all three
         columns = (column.index_select(0, kept) for column in (self.ray_indices, self.t_starts, self.t_ends))
         return RaySamples(*columns, self.n_rays)
 

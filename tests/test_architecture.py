@@ -22,6 +22,7 @@ LEVELS = {
     "machine": 0,
     "profiling": 0,
     "randomness": 0,
+    "transfers": 0,
     "rays": 1,
     "fields": 1,
     "occupancy": 1,
@@ -37,7 +38,8 @@ LEVELS = {
     "cli": 6,
     "__main__": 7,
 }
-SAME_LEVEL = {("cameras", "randomness"), ("priors", "guidance"), ("occupancy", "fields"), ("toyworld", "training")}
+SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
+SAME_LEVEL |= {("occupancy", "fields"), ("toyworld", "training")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}

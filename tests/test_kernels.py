@@ -269,9 +269,9 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
     from dream4d_engine.kernels import triton_kernels as t
 
     monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
-    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate, torch_kernels.mlp), torch.device(
-        "cpu"
-    )
+    return Kernels(
+        "triton", t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate, torch_kernels.mlp
+    ), torch.device("cpu")
 
 
 @pytest.fixture
@@ -331,6 +331,17 @@ def test_other_backends_march_to_the_same_places(fast, generator, shifted: bool,
         plain = march_rays(*given[:2], 1.0, 0.01, *given[2:])
         for a, b in zip(ours, plain, strict=True):
             assert torch.equal(a, b)
+        for room in (len(plain[0]) + 5, len(plain[0]), len(plain[0]) // 2):
+            *columns, n_found = kernels.march_into(*given[:2], 1.0, 0.01, *given[2:], room)
+            whole = torch.stack([c.double() for c in plain])
+            fits = room >= len(plain[0])
+            assert all(len(column) == room for column in columns)
+            if distance == 60.0 and int(n_found) == -1:
+                continue  # too far away for the marks that are there: it says so
+            assert int(n_found) == len(plain[0])
+            found = torch.stack([c.double() for c in columns])
+            kept = whole.shape[1] if fits else int((found[2] > found[1]).sum())
+            assert torch.equal(found[:, :kept], whole[:, :kept]) and not found[1:, kept:].any()
     empty = kernels.march_rays(given[0][:0], given[1][:0], 1.0, 0.01)
     assert all(len(column) == 0 for column in empty)
 

@@ -49,7 +49,7 @@ def test_the_first_plan_that_fits_is_taken():
 
     planned, plan = choose_plan(guidance(), fits)
     assert plan.execution == planned["image"].denoiser.execution
-    assert plan == LADDER[5] and tried == list(LADDER[:6]), "from the fastest on"
+    assert plan == LADDER[6] and tried == list(LADDER[:7]), "from the fastest on"
     assert choose_plan(guidance(), lambda planned, plan: False) is None
 
 
@@ -58,7 +58,8 @@ def test_the_ladder_needs_less_at_each_rung():
         execution, large = plan.execution, 10**6
         kept = large if execution.pictures_kept is None else execution.pictures_kept
         at_once = (execution.pictures_at_once, execution.groups_at_once, plan.rays_at_once)
-        return (kept, not execution.offload, *(n or large for n in at_once))
+        ahead = plan.looks_ahead and plan.rays_at_once is None
+        return (kept, not execution.offload, ahead, *(n or large for n in at_once))
 
     for above, below in zip(LADDER, LADDER[1:], strict=False):
         assert all(b <= a for a, b in zip(size(above), size(below), strict=True)) and size(above) != size(below)

@@ -25,7 +25,7 @@ from dream4d_engine.training.config import (
 )
 from dream4d_engine.training.limits import check_recipe
 from dream4d_engine.training.loop import RunControl
-from dream4d_engine.training.objectives import current_phase, reference_loss
+from dream4d_engine.training.objectives import current_phase, prepare_reference_view, reference_loss
 from dream4d_engine.training.reference import (
     PictureError,
     check_reference,
@@ -300,6 +300,10 @@ def test_the_picture_alone_is_reproduced_from_its_own_view():
     assert (front - top).abs().mean() > 0.05, "which says nothing of the others"
 
 
+def loss_of(scene, view, config, seed=0):
+    return reference_loss(scene, prepare_reference_view(scene, view.cameras, config, seeded(seed)), view, config)
+
+
 @pytest.mark.parametrize("term", ["rgb", "mask", "depth", "relative_depth", "normal", "entropy"])
 def test_every_term_pulls_at_the_scene(term):
     config = replace(replace(TOY_IMAGE.reference, rgb=0.0, mask=0.0, ray_jitter=0.0), **{term: 2.0})
@@ -308,9 +312,9 @@ def test_every_term_pulls_at_the_scene(term):
     maps = {"depth": torch.rand(64, 64, generator=seeded()), "normals": torch.rand(64, 64, 3, generator=seeded(1))}
     reference = prepare_reference(toy_picture("a red sphere"), config, **maps)
     view = reference_view(reference, config, size)
-    loss, terms = reference_loss(scene, view, config, seeded())
+    loss, terms = loss_of(scene, view, config)
     assert set(terms) == {f"reference.{term}"} and loss.item() == pytest.approx(terms[f"reference.{term}"].item())
-    halved, _ = reference_loss(scene, view, replace(config, **{term: 1.0}), seeded())
+    halved, _ = loss_of(scene, view, replace(config, **{term: 1.0}))
     assert loss.item() == pytest.approx(2 * halved.item(), rel=1e-5)
     loss.backward()
     gradients = [p.grad.abs().sum() for p in scene.canonical.parameters() if p.grad is not None]
@@ -322,7 +326,7 @@ def test_the_weighted_errors_are_those_of_the_formulas():
     scene = build_scene(TOY_IMAGE.scene, seeded())
     reference = prepare_reference(toy_picture("a red sphere"), config)
     view = reference_view(reference, config, 16)
-    loss, _ = reference_loss(scene, view, config, seeded(5))
+    loss, _ = loss_of(scene, view, config, seed=5)
     output = render(scene, view.cameras, RenderOptions(stratified=True), seeded(5))
     wanted = view.rgb * view.mask + (1 - view.mask)  # the recipe's background is white
     expected = 500 * (output.rgb - wanted).square().mean() + 50 * (output.opacity - view.mask).square().mean()

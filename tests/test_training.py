@@ -38,7 +38,7 @@ from dream4d_engine.training.config import (
     find_recipe,
 )
 from dream4d_engine.training.limits import check_recipe
-from dream4d_engine.training.loop import Interrupted, ResumeMismatch, RunControl, TrainingDiverged, fit
+from dream4d_engine.training.loop import Interrupted, Objective, ResumeMismatch, RunControl, TrainingDiverged, fit
 from dream4d_engine.training.motion import choose_deformation_scale, train_motion
 from dream4d_engine.training.objectives import current_phase, draw_background
 from dream4d_engine.training.static import object_extent, static_groups, static_objective, train_static
@@ -206,7 +206,7 @@ def fit_on(objective, steps=6, **loop):
     config = OptimizerConfig()
     summary = fit(
         scene,
-        objective,
+        Objective(lambda scene, views, progress, generator: objective(scene, progress, generator)),
         static_groups(scene, config),
         stage="test",
         steps=steps,

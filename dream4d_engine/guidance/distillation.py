@@ -20,8 +20,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch
-from ..randomness import draw_rows, own_rows, send, share_of
+from ..randomness import draw_rows, own_rows, share_of
 from ..schedules import Schedule
+from ..transfers import send
 from .combine import cfg, perp_neg, rescale
 from .denoiser import Conditions, Denoiser, denoise_each, sigma_of_alpha_bar
 from .prompts import PerpNegConditions

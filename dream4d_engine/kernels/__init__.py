@@ -32,6 +32,7 @@ class Kernels:
     name: str
     hash_encode: Callable[..., Tensor]
     march_rays: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    march_into: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     composite: Callable[..., tuple[Tensor, Tensor]]
     accumulate: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
@@ -42,7 +43,7 @@ def _triton_kernels(device: torch.device) -> Kernels:
     from .triton_mlp import mlp
 
     t.check(device)
-    return Kernels("triton", t.hash_encode, t.march_rays, t.composite, t.accumulate, mlp)
+    return Kernels("triton", t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate, mlp)
 
 
 def _cuda_kernels(device: torch.device) -> Kernels:
@@ -50,13 +51,13 @@ def _cuda_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
     c.check(device)
-    return Kernels("cuda", c.hash_encode, t.march_rays, c.composite, c.accumulate, t.mlp)
+    return Kernels("cuda", c.hash_encode, t.march_rays, t.march_into, c.composite, c.accumulate, t.mlp)
 
 
 def _torch_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
-    return Kernels("torch", t.hash_encode, t.march_rays, t.composite, t.accumulate, t.mlp)
+    return Kernels("torch", t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate, t.mlp)
 
 
 _BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {

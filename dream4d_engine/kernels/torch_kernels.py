@@ -247,6 +247,28 @@ def march_rays(
         return rays, marks[k] + moved, marks[k + 1] + moved
 
 
+def march_into(
+    origins: Tensor,
+    directions: Tensor,
+    radius: float,
+    step: float,
+    occupied: Tensor | None,
+    shift: Tensor | None,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the intervals of `march_rays` in lists of a length that is known beforehand.
+
+    Returns:
+        ray_indices, t_starts, t_ends [room], and how many intervals there are [] int64, on the device. Where that is
+        less than `room`, what follows them is of length 0; where it is more, the lists hold some of them only. -1
+        where a backend can't say.
+    """
+    columns = march_rays(origins, directions, radius, step, occupied, shift)
+    n_found = len(columns[0])
+    ray, t_starts, t_ends = (F.pad(column[:room], (0, max(0, room - n_found))) for column in columns)
+    return ray, t_starts, t_ends, torch.tensor(n_found, device=origins.device)
+
+
 def _lattice(n: int, step: float) -> Tensor:
     """Return the first n multiples of the step as fp32 has them when a ray is walked step by step.
 

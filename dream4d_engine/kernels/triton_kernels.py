@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import torch_kernels
 from .layout import PRIMES, GridLayout
 from .torch_kernels import _lattice, _lattice_range
 
@@ -195,9 +196,47 @@ def march_rays(
 
     Counted first and written then, in the same order and at the same places. The host waits once, for the count.
     """
-    n_rays, device = len(origins), origins.device
-    if not n_rays:
+    if not len(origins):
         return origins.new_zeros(0, dtype=torch.long), origins.new_zeros(0), origins.new_zeros(0)
+    walk, needed = _walk(origins, directions, radius, step, occupied, shift)
+    marks = _marks(_MARKS, step, origins.device)
+    ends = walk.count(marks).cumsum(0)
+    total, n_needed = torch.stack((ends[-1], needed)).tolist()
+    if n_needed > len(marks):
+        marks = _marks(_power_of_two(n_needed), step, origins.device)
+        ends = walk.count(marks).cumsum(0)
+        total = int(ends[-1])
+    return walk.write(marks, ends, total)
+
+
+@torch.no_grad()
+def march_into(
+    origins: Tensor,
+    directions: Tensor,
+    radius: float,
+    step: float,
+    occupied: Tensor | None,
+    shift: Tensor | None,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the intervals in lists of a length that is known beforehand; see `torch_kernels.march_into`.
+
+    The host never waits. Where a ray is longer than the kernel's list of marks, the number of intervals is given as -1.
+    """
+    if not len(origins):
+        return torch_kernels.march_into(origins, directions, radius, step, occupied, shift, room)
+    walk, needed = _walk(origins, directions, radius, step, occupied, shift)
+    marks = _marks(_MARKS, step, origins.device)
+    ends = walk.count(marks).cumsum(0)
+    walk.leave_out(ends > room)
+    n_found = torch.where(needed > len(marks), -1, ends[-1])
+    return *walk.write(marks, ends, room), n_found
+
+
+def _walk(
+    origins: Tensor, directions: Tensor, radius: float, step: float, occupied: Tensor | None, shift: Tensor | None
+) -> tuple[_Walk, Tensor]:
+    """Set out: (the walk, the number of marks it needs [] int64)."""
     _require_float32(origins=origins, directions=directions)
     first, last = _lattice_range(origins, directions, radius, step, shift)
     met = last >= first
@@ -207,16 +246,7 @@ def march_rays(
     start, slope = ((origins + radius) * cells_per_unit).contiguous(), (directions * cells_per_unit).contiguous()
     moved = None if shift is None else (shift * step).contiguous()
     cells = None if occupied is None else occupied.contiguous().view(torch.uint8)
-    walk = _Walk(first, last, start, slope, moved, cells, step)
-    marks = _marks(_MARKS, step, device)
-    counts = walk.count(marks)
-    ends = counts.cumsum(0)
-    total, needed = torch.stack((ends[-1], last.max().long() + 2)).tolist()
-    if needed > len(marks):
-        marks = _marks(_power_of_two(needed), step, device)
-        ends = walk.count(marks).cumsum(0)
-        total = int(ends[-1])
-    return walk.write(marks, ends, total)
+    return _Walk(first, last, start, slope, moved, cells, step), last.max().long() + 2
 
 
 class _Walk:
@@ -249,11 +279,16 @@ class _Walk:
         self._launch(marks, counts, counts, marks, marks, write=False)
         return counts
 
-    def write(self, marks: Tensor, ends: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The intervals, given where each ray's end in the list."""
-        ray = torch.empty(total, dtype=torch.long, device=marks.device)
-        t_starts, t_ends = marks.new_empty(total), marks.new_empty(total)
-        if total:
+    def leave_out(self, rays: Tensor) -> None:
+        """Don't write the intervals of these rays [N] (bool)."""
+        first, last, *rest = self.rays
+        self.rays = (first, torch.where(rays, -1, last), *rest)
+
+    def write(self, marks: Tensor, ends: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The intervals in lists of this length, given where each ray's end in them; 0 where there are none."""
+        ray = torch.zeros(length, dtype=torch.long, device=marks.device)
+        t_starts, t_ends = marks.new_zeros(length), marks.new_zeros(length)
+        if length:
             begins = torch.nn.functional.pad(ends[:-1], (1, 0))
             self._launch(marks, begins, ray, t_starts, t_ends, write=True)
         return ray, t_starts, t_ends

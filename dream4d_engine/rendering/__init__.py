@@ -1,5 +1,25 @@
 """From cameras and a scene to pictures: march, query, composite, in one go or in chunks."""
 
-from .render import RenderOptions, RenderOutput, render, render_chunked
+from .march import SamplesAhead
+from .render import (
+    RenderOptions,
+    RenderOutput,
+    View,
+    find_samples_ahead,
+    prepare_view,
+    render,
+    render_chunked,
+    render_view,
+)
 
-__all__ = ["RenderOptions", "RenderOutput", "render", "render_chunked"]
+__all__ = [
+    "RenderOptions",
+    "RenderOutput",
+    "SamplesAhead",
+    "View",
+    "find_samples_ahead",
+    "prepare_view",
+    "render",
+    "render_chunked",
+    "render_view",
+]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..rays import RayBundle, RaySamples
 from ..scene import Scene
+from ..transfers import Fetched, fetch
 
 
 def points_of(rays: RayBundle, samples: RaySamples) -> tuple[Tensor, Tensor]:
@@ -37,12 +40,57 @@ def drop_transparent(
     scene: Scene, rays: RayBundle, samples: RaySamples, alpha_threshold: float, samples_at_once: int
 ) -> RaySamples:
     """Keep the samples whose opacity reaches `alpha_threshold`, from a first look at their density without gradient."""
-    points, times = points_of(rays, samples)
-    parts = zip(points.split(samples_at_once), times.split(samples_at_once), strict=True)
-    density = torch.cat([scene.density(p, t) for p, t in parts])
-    return samples.select(is_visible(density, samples, alpha_threshold))
+    return samples.select(_first_look(scene, rays, samples, alpha_threshold, samples_at_once))
+
+
+def _first_look(
+    scene: Scene, rays: RayBundle, samples: RaySamples, alpha_threshold: float, samples_at_once: int
+) -> Tensor:
+    """[S] bool: which samples reach the opacity; so many at once."""
+    pieces = samples.split(samples_at_once)
+    return torch.cat([is_visible(scene.density(*points_of(rays, p)), p, alpha_threshold) for p in pieces])
 
 
 def is_visible(density: Tensor, samples: RaySamples, alpha_threshold: float) -> Tensor:
     """[S] bool: is a sample's opacity 1 - exp(-density dt) at least `alpha_threshold`?"""
     return -torch.expm1(-density * (samples.t_ends - samples.t_starts)) >= alpha_threshold
+
+
+@dataclass(frozen=True)
+class SamplesAhead:
+    """Samples that were looked for before anyone needs them, so that nobody has to wait for their number.
+
+    Args:
+        samples: [room] of them; those after the ones that were found are of length 0. visible: [room], those to keep.
+        counts: how many intervals there are on the rays, and how many of the samples are visible.
+    """
+
+    samples: RaySamples
+    visible: Tensor
+    counts: Fetched
+
+    def take(self) -> tuple[RaySamples | None, int]:
+        """Return the visible samples (None: there was no room for all) and the number of intervals (-1: unknown)."""
+        n_found, n_visible = self.counts.read()
+        fits = 0 <= n_found <= len(self.visible)
+        return self.samples.select(self.visible, n_visible) if fits else None, n_found
+
+
+@torch.no_grad()
+def look_ahead(
+    scene: Scene,
+    rays: RayBundle,
+    n_samples: int | None,
+    shift: Tensor | None,
+    alpha_threshold: float,
+    samples_at_once: int,
+    room: int,
+) -> SamplesAhead:
+    """Do what `sample_rays` and `drop_transparent` do with `room` for the samples, and without waiting for a GPU."""
+    config = scene.config
+    *columns, n_found = scene.kernels.march_into(
+        rays.origins, rays.directions, config.radius, config.step_size(n_samples), scene.occupancy.occupied, shift, room
+    )
+    samples = RaySamples(*columns, len(rays.origins))
+    visible = _first_look(scene, rays, samples, alpha_threshold, samples_at_once)
+    return SamplesAhead(samples, visible, fetch(torch.stack((n_found, visible.sum()))))

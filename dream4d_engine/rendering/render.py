@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
-from ..randomness import draw_rows, send
+from ..randomness import draw_rows
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
-from .march import drop_transparent, is_visible, points_of, sample_rays
+from ..transfers import send
+from .march import SamplesAhead, drop_transparent, is_visible, look_ahead, points_of, sample_rays
 
 SAMPLES_AT_ONCE = 2**18
 """Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
+AHEAD_AT_ONCE = 2**19
+"""Points queried together ahead of a step, while the step before still holds its memory."""
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
 GPU_SHARE = 2**32
@@ -84,21 +87,72 @@ class RenderOutput:
 _PICTURES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples", "weights"))
 
 
+@dataclass(frozen=True)
+class View:
+    """What cameras [B, F] are going to see: all that is random about it has been drawn.
+
+    Args:
+        background: [N, 3], or None for the scene's own. shift: [N], of each ray's lattice, or None.
+        apparent_area: of the cameras, see there, to which the number of samples is about proportional; 1 where the
+            cameras given were on a GPU already, which would have to be asked.
+        samples: what is on the rays, if that is known already.
+    """
+
+    cameras: CameraBatch
+    options: RenderOptions
+    rays: RayBundle
+    background: Tensor | None
+    shift: Tensor | None
+    apparent_area: float = 1.0
+    samples: RaySamples | None = None
+
+
+def prepare_view(
+    scene: Scene, cameras: CameraBatch, options: RenderOptions, generator: torch.Generator | None = None
+) -> View:
+    """Cast the rays and draw what is random."""
+    if generator is None and (options.stratified or options.ray_jitter > 0):
+        raise ValueError("stratified rendering and ray jitter need a generator")
+    apparent_area = cameras.apparent_area() if cameras.c2w.device.type == "cpu" else 1.0
+    cameras = cameras.to(scene.device)
+    rays = rays_from_cameras(cameras, options.ray_jitter, generator)
+    shift = None
+    if options.stratified:
+        shift = send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
+    return View(cameras, options, rays, _given_background(rays, options), shift, apparent_area)
+
+
+def find_samples_ahead(scene: Scene, view: View, room: int | None) -> SamplesAhead:
+    """Begin to find the samples of a view that is rendered later, with the scene as it is now.
+
+    `room`: how many intervals there may be on the rays, None: as many as there are, for which a GPU is waited for.
+    Raises a ValueError where samples aren't chosen by a first look, or are found again for each part of the rays.
+    """
+    options, rays = view.options, view.rays
+    if not (options.prune and options.alpha_threshold > 0) or options.rays_at_once is not None:
+        raise ValueError("samples are found ahead only where rays are pruned by a first look and rendered all at once")
+    if room is None:
+        room = len(sample_rays(scene, rays, options.n_samples, view.shift).t_starts)
+    return look_ahead(scene, rays, options.n_samples, view.shift, options.alpha_threshold, AHEAD_AT_ONCE, room)
+
+
+def render_view(scene: Scene, view: View) -> RenderOutput:
+    """Render all rays of a view, differentiably; at once where its options don't say otherwise."""
+    if view.options.rays_at_once is None or not torch.is_grad_enabled():
+        output = _render_rays(scene, view)
+    else:
+        output = _rendered_twice(scene, view)
+    return _map_pictures(output, lambda picture: picture.view(*view.rays.shape, picture.shape[-1]))
+
+
 def render(
     scene: Scene,
     cameras: CameraBatch,
     options: RenderOptions | None = None,
     generator: torch.Generator | None = None,
 ) -> RenderOutput:
-    """Render all rays, differentiably; at once where the options don't say otherwise."""
-    options = options or RenderOptions()
-    rays, shift = _prepare(scene, cameras, options, generator)
-    background = _given_background(rays, options)
-    if options.rays_at_once is None or not torch.is_grad_enabled():
-        output = _render_rays(scene, rays, background, options, shift)
-    else:
-        output = _rendered_twice(scene, rays, background, options, shift)
-    return _map_pictures(output, lambda picture: picture.view(*rays.shape, picture.shape[-1]))
+    """Prepare a view and render it."""
+    return render_view(scene, prepare_view(scene, cameras, options or RenderOptions(), generator))
 
 
 @torch.no_grad()
@@ -115,62 +169,50 @@ def render_chunked(
     `chunk_rays` None: as many rays at once as suit the device. `on_progress` is called with the share of the rays done.
     """
     options = options or RenderOptions()
-    rays, shift = _prepare(scene, cameras, options, generator)
-    background = _given_background(rays, options)
-    n_rays = len(rays.origins)
+    view = prepare_view(scene, cameras, options, generator)
+    n_rays = len(view.rays.origins)
     more = _gpu_factor(scene.device)
     lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
     parts = []
     for start in range(0, n_rays, size):
-        part, its_background, its_shift = _slice(slice(start, start + size), rays, background, shift)
         with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
-            pictures = _pictures(_render_rays(scene, part, its_background, options, its_shift))
+            pictures = _pictures(_render_rays(scene, _slice(view, slice(start, start + size))))
         parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
     columns = torch.cat(parts).split([picture.shape[-1] for picture in pictures.values()], -1)
-    whole = {name: column.reshape(*rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
+    whole = {name: column.reshape(*view.rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
     return RenderOutput(**whole)
 
 
-def _rendered_twice(
-    scene: Scene, rays: RayBundle, background: Tensor | None, options: RenderOptions, shift: Tensor | None
-) -> RenderOutput:
+def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
     """Render slices of the rays now, and once more when the backward pass comes to them."""
 
-    def draw(part: RayBundle, background: Tensor | None, shift: Tensor | None) -> dict[str, Tensor]:
-        return _pictures(_render_rays(scene, part, background, options, shift))
+    def draw(part: View) -> dict[str, Tensor]:
+        return _pictures(_render_rays(scene, part))
 
-    parts = []
-    for start in range(0, len(rays.origins), options.rays_at_once):
-        given = _slice(slice(start, start + options.rays_at_once), rays, background, shift)
-        parts.append(checkpoint(draw, *given, use_reentrant=False, preserve_rng_state=False))
+    parts, size = [], view.options.rays_at_once
+    for start in range(0, len(view.rays.origins), size):
+        part = _slice(view, slice(start, start + size))
+        parts.append(checkpoint(draw, part, use_reentrant=False, preserve_rng_state=False))
     return RenderOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
-def _slice(
-    rows: slice, rays: RayBundle, background: Tensor | None, shift: Tensor | None
-) -> tuple[RayBundle, Tensor | None, Tensor | None]:
-    part = RayBundle(rays.origins[rows], rays.directions[rows], rays.times[rows], rays.shape)
-    return part, None if background is None else background[rows], None if shift is None else shift[rows]
+def _slice(view: View, rows: slice) -> View:
+    """Some of a view's rays."""
+    rays, background, shift = view.rays, view.background, view.shift
+    return replace(
+        view,
+        rays=replace(rays, origins=rays.origins[rows], directions=rays.directions[rows], times=rays.times[rows]),
+        background=None if background is None else background[rows],
+        shift=None if shift is None else shift[rows],
+    )
 
 
 def _pictures(output: RenderOutput) -> dict[str, Tensor]:
     """The pictures that there are, by name."""
     return {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
-
-
-def _prepare(
-    scene: Scene, cameras: CameraBatch, options: RenderOptions, generator: torch.Generator | None
-) -> tuple[RayBundle, Tensor | None]:
-    """Cast the rays and draw the shift of each ray's lattice."""
-    if generator is None and (options.stratified or options.ray_jitter > 0):
-        raise ValueError("stratified rendering and ray jitter need a generator")
-    rays = rays_from_cameras(cameras.to(scene.device), options.ray_jitter, generator)
-    if not options.stratified:
-        return rays, None
-    return rays, send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
 
 
 def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
@@ -184,19 +226,20 @@ def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
     return color.expand(n_groups, 3).repeat_interleave(per_group, 0)
 
 
-def _render_rays(
-    scene: Scene, rays: RayBundle, background: Tensor | None, options: RenderOptions, shift: Tensor | None
-) -> RenderOutput:
+def _render_rays(scene: Scene, view: View) -> RenderOutput:
     """Render N rays to flat pictures [N, channels]."""
-    samples = sample_rays(scene, rays, options.n_samples, shift, options.prune)
+    options, rays, samples = view.options, view.rays, view.samples
     thin_out = options.prune and options.alpha_threshold > 0
     look_first = thin_out and (torch.is_grad_enabled() or options.normals)
-    if look_first:
-        samples = drop_transparent(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
+    if samples is None:
+        samples = sample_rays(scene, rays, options.n_samples, view.shift, options.prune)
+        if look_first:
+            samples = drop_transparent(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
     found = _query(scene, rays, samples, options)
     density = found.density
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
         density = density * is_visible(density, samples, options.alpha_threshold)
+    background = view.background
     if background is None:
         background = scene.background(rays.directions, scene.kernels)
     return _composite(scene, samples, replace(found, density=density), background, options)

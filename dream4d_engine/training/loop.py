@@ -3,8 +3,8 @@
 A step is: refresh what is known of empty space now and then, ask the objective for the loss, step the optimiser,
 report, save. Everything random comes from one generator, so a run is a function of its settings.
 
-On a GPU nothing of this waits for the GPU: what a step found is read while the next one runs, and whether its
-gradient was finite is decided where it is.
+On a GPU nothing of this waits for the GPU: what a step found is read while the next one runs, whether its gradient was
+finite is decided where it is, and the next step's samples are looked for ahead of the backward pass (see lookahead.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,13 +22,33 @@ from torch import Tensor, nn
 
 from ..scene import Scene
 from ..schedules import milestones
+from ..transfers import Fetched, fetch
 from .checkpoint import Checkpoint, first_difference, load_checkpoint, pack_state, save_checkpoint, unpack_state
 from .config import LoopConfig, OptimizerConfig
 from .distributed import ALONE, Team
+from .lookahead import LookAhead, Views
 
 Terms = dict[str, Tensor]
-Objective = Callable[[Scene, float, torch.Generator], tuple[Tensor, Terms]]
-"""(scene, progress in [0, 1), generator) -> (loss to minimise, its parts for people to read)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises.
+
+    Args:
+        loss: (scene, views, progress in [0, 1), generator) -> (loss to minimise, its parts for people to read).
+        prepare: (scene, progress, generator) -> the views that a step renders; with what it draws a step begins.
+        looks_ahead: whether a GPU may look for the views' samples before their step, see lookahead.py; not where
+            views are rendered in parts, whose samples are found again in the backward pass.
+    """
+
+    loss: Callable[[Scene, Views, float, torch.Generator], tuple[Tensor, Terms]]
+    prepare: Callable[[Scene, float, torch.Generator], Views] = lambda scene, progress, generator: ()
+    looks_ahead: bool = True
+
+    def __call__(self, scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        """Both."""
+        return self.loss(scene, self.prepare(scene, progress, generator), progress, generator)
 
 
 class Interrupted(RuntimeError):
@@ -130,46 +151,38 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a step found, still on the device: [loss, 1 where the parameters were changed, *terms]."""
+    """What a step found, on its way from the device: [loss, 1 where the parameters were changed, *terms]."""
 
-    values: Tensor
+    values: Fetched
     names: tuple[str, ...]
-    ready: torch.cuda.Event | None = None
 
     def read(self) -> tuple[float, bool, dict[str, float]]:
         """(loss, whether the parameters were changed, terms); waits for the step if it has to."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        loss, good, *terms = self.values.tolist()
+        loss, good, *terms = self.values.read()
         return loss, bool(good), dict(zip(self.names, terms, strict=True))
 
 
 def _found(loss: Tensor, good: Tensor, terms: Terms) -> _Found:
     """Gather what a step found; on a GPU its way to the CPU is only begun here."""
     scalars = [loss.detach(), good, *terms.values()]
-    if loss.device.type != "cuda":
-        return _Found(torch.stack([s.detach().double() for s in scalars]), tuple(terms))
-    values = torch.stack([s.detach().float() for s in scalars])
-    held = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return _Found(held, tuple(terms), ready)
+    dtype = torch.float32 if loss.device.type == "cuda" else torch.float64
+    return _Found(fetch(torch.stack([s.detach().to(dtype) for s in scalars])), tuple(terms))
 
 
 def _take_step(
     scene: Scene,
-    objective: Objective,
+    loss_of: Callable[[], tuple[Tensor, Terms]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    progress: float,
-    generator: torch.Generator,
     team: Team,
+    meanwhile: Callable[[], None],
 ) -> _Found:
-    """Take one step; where something is not finite, no parameter changes."""
+    """Take one step; where something is not finite, no parameter changes. `meanwhile` is called before the way back."""
     device_type = scene.device.type
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device_type, dtype=torch.float16, enabled=scaler.is_enabled()):
-        loss, terms = objective(scene, progress, generator)
+        loss, terms = loss_of()
+    meanwhile()
     if loss.requires_grad:
         # a loss that is not finite shall leave no finite gradient behind
         spoilt = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
@@ -229,9 +242,20 @@ def fit(
     clock, durations = control.clock, deque(maxlen=50)
     began = saved_at = clock()
     seen = _Seen(stage, loop.max_bad_steps, lag=1 if device.type == "cuda" else 0)
+    ahead = LookAhead(scene, generator, scaler.is_enabled(), objective.looks_ahead and device.type == "cuda")
+
+    def begin(step: int) -> Views:
+        if step % loop.occupancy_every == 0:
+            scene.update_occupancy(step, generator)
+        return objective.prepare(scene, step / steps, generator)
+
+    def begin_next(step: int) -> None:
+        if step + 1 < steps:
+            ahead.begin(partial(begin, step + 1))
 
     def save(done: int) -> None:
         if control.checkpoint is not None and team.writes:
+            ahead.undo()
             state = pack_state(scene, optimizer, generator, scaler)
             save_checkpoint(control.checkpoint, Checkpoint(done, control.identity, state))
 
@@ -239,9 +263,8 @@ def fit(
         step_began = clock()
         progress = step / steps
         _set_rates(optimizer, optimizer_config, progress)
-        if step % loop.occupancy_every == 0:
-            scene.update_occupancy(step, generator)
-        seen.add(step, _take_step(scene, objective, optimizer, scaler, progress, generator, team))
+        loss_of = partial(objective.loss, scene, ahead.views(partial(begin, step)), progress, generator)
+        seen.add(step, _take_step(scene, loss_of, optimizer, scaler, team, partial(begin_next, step)))
         done, now = step + 1, clock()
         durations.append(now - step_began)
         if control.on_step is not None and team.writes:

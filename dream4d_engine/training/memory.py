@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from ..priors.denoisers import with_execution
 from ..priors.execution import Execution
 from ..priors.loading import PriorKind
 from ..scene import Scene
+from .lookahead import LookAhead
 from .loop import Objective, ParameterGroup
 
 logger = logging.getLogger(__name__)
@@ -30,15 +32,17 @@ GuidanceOf = Mapping[PriorKind, Guidance]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is taken: how the models are run, and how many rays at once are rendered (see RenderOptions)."""
+    """How a step is taken: how the models are run, how many rays at once are rendered (see RenderOptions), and whether
+    the next step's samples are looked for before this one is done (see lookahead.py)."""
 
     execution: Execution = Execution()
     rays_at_once: int | None = None
+    looks_ahead: bool = True
 
     def describe(self) -> str:
         """The plan in words."""
         if self.rays_at_once is None:
-            return self.execution.describe()
+            return self.execution.describe() + ("" if self.looks_ahead else ", samples found when they are needed")
         models = "" if self.execution == Execution() else f"{self.execution.describe()}, "
         return f"{models}{self.rays_at_once} rays at once, rendered twice"
 
@@ -47,6 +51,7 @@ LADDER = (
     Plan(),
     Plan(Execution(pictures_at_once=8)),
     Plan(Execution(pictures_at_once=8, pictures_kept=16)),
+    Plan(Execution(pictures_at_once=8, pictures_kept=16), looks_ahead=False),
     Plan(Execution(pictures_at_once=8, pictures_kept=16), 2**17),
     Plan(Execution(pictures_at_once=8, pictures_kept=8), 2**17),
     Plan(Execution(pictures_at_once=4, pictures_kept=4), 2**17),
@@ -117,6 +122,10 @@ def fit_into(
     allowed = SHARE * budget - coming
     _use_whole_segments()
 
+    def objective_for(planned: GuidanceOf, plan: Plan) -> Objective:
+        objective = objective_of(planned, plan.rays_at_once)
+        return replace(objective, looks_ahead=objective.looks_ahead and plan.looks_ahead)
+
     def fits(planned: GuidanceOf, plan: Plan) -> bool:
         if give_up is not None:
             give_up()
@@ -124,7 +133,7 @@ def fit_into(
         before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)
         try:
-            reason = _why_not(objective_of(planned, plan.rays_at_once), scene, starts)
+            reason = _why_not(objective_for(planned, plan), scene, starts)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)):  # of a graph
                 raise
@@ -147,7 +156,7 @@ def fit_into(
     planned, plan = found
     if on_plan is not None:
         on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
-    return objective_of(planned, plan.rays_at_once)
+    return objective_for(planned, plan)
 
 
 def _give_back(device: torch.device) -> None:
@@ -171,10 +180,14 @@ def _why_not(objective: Objective, scene: Scene, starts: Sequence[float]) -> str
     """Why steps of the phases don't run smoothly: the allocator has to give memory back and ask again. "": they do."""
     generator = torch.Generator().manual_seed(0)
     for start in starts:
+        ahead = LookAhead(scene, generator, half=True, enabled=objective.looks_ahead)
+        begin = partial(objective.prepare, scene, start, generator)
         for attempt in range(2):
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
+            views = ahead.views(begin)
             with torch.autocast("cuda", dtype=torch.float16):
-                loss, _ = objective(scene, start, generator)
+                loss, _ = objective.loss(scene, views, start, generator)
+            ahead.begin(begin)
             loss.backward()
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)

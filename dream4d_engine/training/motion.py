@@ -15,9 +15,10 @@ from ..priors.loading import PriorKind
 from ..scene import Scene
 from ..schedules import stepped
 from .config import MotionRecipe, OptimizerConfig
+from .lookahead import Views
 from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
 from .memory import fit_into
-from .objectives import Terms, current_phase, pick_guidance, picture_loss
+from .objectives import Terms, current_phase, pick_guidance, picture_loss, picture_view
 from .static import object_extent
 
 
@@ -53,17 +54,20 @@ def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
 def motion_objective(
     recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None
 ) -> Objective:
-    """Return the function that films a random take and asks the video prior; rays_at_once: see RenderOptions."""
+    """Return what films a random take and asks the video prior; rays_at_once: see RenderOptions."""
     pairs = pick_guidance(recipe.guidance, guidance)
 
-    def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        scene.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
+    def prepare(scene: Scene, progress: float, generator: torch.Generator) -> Views:
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         takes = sample_takes(recipe.cameras, phase.n_groups, recipe.n_frames, *size, generator, recipe.time_span)
-        return picture_loss(scene, takes.to(scene.device), recipe, pairs, progress, generator, rays_at_once)
+        return (picture_view(scene, takes, recipe, progress, generator, rays_at_once),)
 
-    return objective
+    def loss(scene: Scene, views: Views, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        scene.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
+        return picture_loss(scene, views[0], recipe, pairs, progress, generator)
+
+    return Objective(loss, prepare, looks_ahead=rays_at_once is None)
 
 
 def train_motion(

@@ -13,10 +13,11 @@ from .. import losses
 from ..cameras import CameraBatch
 from ..guidance.distillation import Guidance, distill
 from ..priors.loading import PriorKind
-from ..randomness import same_for_all, send
+from ..randomness import same_for_all
 from ..rays import RayBundle, rays_from_cameras
-from ..rendering import RenderOptions, RenderOutput, render
+from ..rendering import RenderOptions, RenderOutput, View, prepare_view, render_view
 from ..scene import Scene
+from ..transfers import send
 from .config import (
     GuidanceTerm,
     MotionRecipe,
@@ -82,19 +83,16 @@ def guidance_loss(
     return total, terms
 
 
-def picture_loss(
+def picture_view(
     scene: Scene,
     cameras: CameraBatch,
     recipe: StaticRecipe | MotionRecipe,
-    pairs: Sequence[tuple[GuidanceTerm, Guidance]],
     progress: float,
     generator: torch.Generator,
     rays_at_once: int | None = None,
-) -> tuple[Tensor, Terms]:
-    """Render the cameras as training does and sum all terms of the recipe's loss."""
-    weights, phase = recipe.regularizers, current_phase(recipe.phases, progress)
-    if phase.displacement_tv is not None:
-        weights = replace(weights, displacement_tv=phase.displacement_tv)
+) -> View:
+    """What the cameras are going to see in training."""
+    weights = _weights(recipe, progress)
     options = RenderOptions(
         stratified=True,
         background=draw_background(recipe.background, generator, scene.device),
@@ -102,46 +100,70 @@ def picture_loss(
         displacement=bool(weights.displacement_tv),
         rays_at_once=rays_at_once,
     )
-    output = render(scene, cameras, options, generator)
-    loss, terms = guidance_loss(pairs, output, cameras, progress, generator)
-    extra, parts = regularizer_loss(weights, output, scene, cameras, generator)
+    return prepare_view(scene, cameras, options, generator)
+
+
+def picture_loss(
+    scene: Scene,
+    view: View,
+    recipe: StaticRecipe | MotionRecipe,
+    pairs: Sequence[tuple[GuidanceTerm, Guidance]],
+    progress: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Terms]:
+    """Render the view and sum all terms of the recipe's loss."""
+    output = render_view(scene, view)
+    loss, terms = guidance_loss(pairs, output, view.cameras, progress, generator)
+    extra, parts = regularizer_loss(_weights(recipe, progress), output, scene, view.cameras, generator)
     return loss + extra, terms | parts
 
 
-def reference_loss(
+def _weights(recipe: StaticRecipe | MotionRecipe, progress: float) -> RegularizerWeights:
+    phase = current_phase(recipe.phases, progress)
+    if phase.displacement_tv is None:
+        return recipe.regularizers
+    return replace(recipe.regularizers, displacement_tv=phase.displacement_tv)
+
+
+def prepare_reference_view(
     scene: Scene,
-    view: ReferenceView,
+    cameras: CameraBatch,
     config: ReferenceConfig,
     generator: torch.Generator,
     rays_at_once: int | None = None,
-) -> tuple[Tensor, Terms]:
+) -> View:
+    """What the reference camera is going to see."""
+    options = RenderOptions(
+        stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter, rays_at_once=rays_at_once
+    )
+    with same_for_all(generator):  # the picture is no part of the batch
+        return prepare_view(scene, cameras, options, generator)
+
+
+def reference_loss(scene: Scene, view: View, wanted: ReferenceView, config: ReferenceConfig) -> tuple[Tensor, Terms]:
     """Render what the reference camera sees and sum the weighted differences to the picture and its maps.
 
     Magic123 (2306.17843), section 3.2. Depths are compared where picture and scene are both solid: the distance to
     what isn't there yet says nothing.
     """
-    options = RenderOptions(
-        stratified=True, normals=bool(config.normal), ray_jitter=config.ray_jitter, rays_at_once=rays_at_once
-    )
-    with same_for_all(generator):  # the picture is no part of the batch
-        output = render(scene, view.cameras, options, generator)
-    solid = (view.mask > 0.5).float()
+    output = render_view(scene, view)
+    solid = (wanted.mask > 0.5).float()
     parts: Terms = {}
     if config.rgb:
-        parts["rgb"] = config.rgb * losses.reference_rgb(output, view.rgb, view.mask)
+        parts["rgb"] = config.rgb * losses.reference_rgb(output, wanted.rgb, wanted.mask)
     if config.mask:
-        parts["mask"] = config.mask * losses.reference_mask(output.opacity, view.mask)
+        parts["mask"] = config.mask * losses.reference_mask(output.opacity, wanted.mask)
     if config.entropy:
         parts["entropy"] = config.entropy * losses.opacity_entropy(output.opacity)
     if config.normal:
-        parts["normal"] = config.normal * losses.normal(output.normals, view.normals, solid)
+        parts["normal"] = config.normal * losses.normal(output.normals, wanted.normals, solid)
     if config.depth or config.relative_depth:
         seen = solid * (output.opacity.detach() > 0.5)
         distance = output.depth / output.opacity.clamp_min(0.5)
     if config.depth:
-        parts["depth"] = config.depth * losses.depth(distance, view.depth, seen)
+        parts["depth"] = config.depth * losses.depth(distance, wanted.depth, seen)
     if config.relative_depth:
-        parts["relative_depth"] = config.relative_depth * losses.relative_depth(distance, view.depth, seen)
+        parts["relative_depth"] = config.relative_depth * losses.relative_depth(distance, wanted.depth, seen)
     total = sum(parts.values(), start=output.opacity.new_zeros(()))
     return total, {f"reference.{name}": value.detach() for name, value in parts.items()}
 

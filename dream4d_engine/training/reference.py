@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch, make_cameras
+from ..transfers import send
 from .config import ReferenceConfig, StaticRecipe
 
 LEAST_SUBJECT, MOST_PIXELS, LARGEST_SIDE = 8, 2**26, 1024
@@ -302,7 +303,7 @@ def reference_view(
     if "normals" in layers:
         rotation = cameras.c2w[0, 0, :3, :3]
         layers["normals"] = (rotation * layers["normals"][..., None, :]).sum(-1)
-    return ReferenceView(cameras.to(device), **{n: layer[None, None].to(device) for n, layer in layers.items()})
+    return ReferenceView(cameras.to(device), **{n: send(layer[None, None], device) for n, layer in layers.items()})
 
 
 def check_reference(recipe: StaticRecipe, reference: Reference | None) -> None:

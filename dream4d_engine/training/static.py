@@ -14,9 +14,18 @@ from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
 from ..scene import Scene, build_scene
 from .config import OptimizerConfig, StaticRecipe
+from .lookahead import Views
 from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
 from .memory import fit_into
-from .objectives import Terms, current_phase, pick_guidance, picture_loss, reference_loss
+from .objectives import (
+    Terms,
+    current_phase,
+    pick_guidance,
+    picture_loss,
+    picture_view,
+    prepare_reference_view,
+    reference_loss,
+)
 from .reference import Reference, ReferenceView, check_reference, reference_view
 
 
@@ -37,31 +46,38 @@ def static_objective(
     reference: Reference | None = None,
     rays_at_once: int | None = None,
 ) -> Objective:
-    """Return the function that draws cameras, renders them and asks the priors, then compares with the picture.
+    """Return what draws cameras, renders them and asks the priors, then compares with the picture.
 
     `reference` is what a recipe with a reference needs, and only that. `rays_at_once`: see RenderOptions.
     """
     pairs = pick_guidance(recipe.guidance, guidance)
     check_reference(recipe, reference)
-    views: dict[int, ReferenceView] = {}  # the picture at the sizes that were needed so far
+    sizes: dict[int, ReferenceView] = {}  # the picture at the sizes that were needed so far
 
-    def compare(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def picture(scene: Scene, progress: float) -> ReferenceView:
         size = current_phase(recipe.reference.phases, progress).size
-        if size not in views:
-            views[size] = reference_view(reference, recipe.reference, size, scene.device)
-        return reference_loss(scene, views[size], recipe.reference, generator, rays_at_once)
+        if size not in sizes:
+            sizes[size] = reference_view(reference, recipe.reference, size, scene.device)
+        return sizes[size]
 
-    def objective(scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+    def prepare(scene: Scene, progress: float, generator: torch.Generator) -> Views:
         phase = current_phase(recipe.phases, progress)
         size = (phase.height, phase.width)
         cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator)
-        loss, terms = picture_loss(scene, cameras.to(scene.device), recipe, pairs, progress, generator, rays_at_once)
+        view = picture_view(scene, cameras, recipe, progress, generator, rays_at_once)
         if recipe.reference is None:
-            return loss, terms
-        extra, parts = compare(scene, progress, generator)
-        return loss + extra, terms | parts
+            return (view,)
+        cameras = picture(scene, progress).cameras
+        return view, prepare_reference_view(scene, cameras, recipe.reference, generator, rays_at_once)
 
-    return objective
+    def loss(scene: Scene, views: Views, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
+        total, terms = picture_loss(scene, views[0], recipe, pairs, progress, generator)
+        if recipe.reference is None:
+            return total, terms
+        extra, parts = reference_loss(scene, views[1], picture(scene, progress), recipe.reference)
+        return total + extra, terms | parts
+
+    return Objective(loss, prepare, looks_ahead=rays_at_once is None)
 
 
 def train_static(
