@@ -195,7 +195,7 @@ def test_photographs_are_what_the_recipe_expects():
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
     cases = all_cases(list(PARTS), toy_subject(), "cpu", [0], 0.01)
-    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 22, 4, 10]
+    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 22, 22, 4, 10]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)
     lines = table([result])
@@ -209,6 +209,13 @@ def test_targets_of_four_steps_show_steadier_films(monkeypatch):
     assert film.shape == (8, 32, 32, 3)
     for start in ("still, 700", "moving, 700"):
         assert 0 < four[start] < 0.85 * one[start]
+
+
+def test_a_film_can_be_distilled_from_the_video_prior_alone():
+    case = next(c for c in all_cases(["films"], toy_subject(), "cpu", [0], 0.1) if "cone is stretching, 1" in c.name)
+    _, measures, film = measure.measure_film(case)
+    assert film.shape == (8, 32, 32, 3) and 0 <= film.min() and film.max() <= 1
+    assert 0 < measures["frame_error"] < 0.75 * measures["at rest"], "it moves as it should"
 
 
 def test_runs_of_several_seeds_are_one_line_with_their_spread():

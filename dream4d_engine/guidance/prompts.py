@@ -100,8 +100,8 @@ def perp_neg_views(azimuth: Tensor, elevation: Tensor, overhead_deg: float = 60.
     mix_behind = torch.stack((nearness, zero, rest, zero), -1)
     mix_overhead = torch.stack((zero, zero, zero, torch.ones_like(zero)), -1)
     mix = torch.where(overhead[..., None], mix_overhead, torch.where(ahead[..., None], mix_ahead, mix_behind))
-    pairs = torch.tensor([[SIDE, FRONT], [FRONT, SIDE]], device=azimuth.device)
-    return PerpNegViews(mix, pairs[ahead.long()], weights)
+    pairs = torch.stack((torch.where(ahead, FRONT, SIDE), torch.where(ahead, SIDE, FRONT)), -1)
+    return PerpNegViews(mix, pairs, weights)
 
 
 @dataclass(frozen=True)

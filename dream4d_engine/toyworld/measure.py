@@ -4,6 +4,7 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 - pictures: image-to-4d from one picture of the front of each of six objects, against the truth.
 - subject: the personal subject of subject.py with its LoRA and without.
 - targets: how steady the films are that targets of one and of four denoising steps show.
+- films: how steady a film is that is distilled from the video prior by such targets, without a scene.
 - steadiness: the same still object animated by targets of one and of four denoising steps.
 - paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
 - autoencoders: text-to-4d with a video prior on latents (--latent, see train_latent.py), through the full autoencoder
@@ -146,6 +147,51 @@ def measure_target(case: Case) -> Result:
 
     Frame error as of `frame_error`; mean of three targets each.
     """
+    told = _told(case)
+    generator, measures, began = torch.Generator().manual_seed(case.seed), {}, time.monotonic()
+    for start, pictures in (("still", told.still), ("moving", told.moving)):
+        for timestep in TARGET_TIMESTEPS:
+            errors = []
+            for _ in range(3):
+                times, noise = torch.tensor([timestep]), partial(_normal, generator)
+                target = distill_at(told.guidance, pictures, told.cameras, times, noise).x0
+                film = told.guidance.denoiser.decode(target)
+                errors.append(told.error(film))
+            measures[f"{start}, {timestep}"] = mean(errors)
+    return case, measures | {"seconds": time.monotonic() - began}, _frames(film)
+
+
+def measure_film(case: Case) -> Result:
+    """A film distilled from the video prior alone, by targets of `option` denoising steps: what is trained are the
+    pixels of a film, at rest to begin with, by Adam; all else as TOY_MOTION says."""
+    told, generator, began = _told(case), torch.Generator().manual_seed(case.seed), time.monotonic()
+    film = told.still.clone().requires_grad_()
+    optimizer, steps = torch.optim.Adam([film], lr=TOY_MOTION.optimizer.lr_grid), _shortened(TOY_MOTION, case).steps
+    for step in range(steps):
+        optimizer.zero_grad()
+        distill(told.guidance, film, told.cameras, step / steps, generator).loss.backward()
+        optimizer.step()
+    shown = film.detach().clamp(0, 1)
+    measures = {"frame_error": told.error(shown), "at rest": told.error(told.still)}
+    return case, measures | {"seconds": time.monotonic() - began}, _frames(shown)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The video prior, told a caption, and the true films [1, F, 3, H, W] of the take that it is asked about."""
+
+    guidance: Guidance
+    cameras: CameraBatch
+    moving: Tensor
+    still: Tensor
+    seen: Tensor
+
+    def error(self, film: Tensor) -> float:
+        """Frame error, over the pixels that the object ever covers."""
+        return change_error(_frames(film), _frames(self.moving), self.seen)
+
+
+def _told(case: Case) -> _Told:
     recipe, device = with_hifa_steps(TOY_MOTION, int(case.option)), torch.device(case.device)
     guidance = load_guidance(recipe, _folders(recipe), case.caption, device)["video"]
     height, width = guidance.denoiser.image_size
@@ -153,20 +199,13 @@ def measure_target(case: Case) -> Result:
     moving, still = (
         render_caption(true, cameras, 4, (_SHEET_GREY,) * 3) for true in (caption, replace(caption, motion="still"))
     )
-    seen = (moving.mask > 0.5)[0, ..., 0].any(0)
-    generator = torch.Generator().manual_seed(case.seed)
-    measures, began = {}, time.monotonic()
-    for start, picture in (("still", still), ("moving", moving)):
-        pictures = picture.rgb.movedim(-1, 2).to(device)
-        for timestep in TARGET_TIMESTEPS:
-            errors = []
-            for _ in range(3):
-                times = torch.tensor([timestep])
-                target = distill_at(guidance, pictures, cameras.to(device), times, partial(_normal, generator)).x0
-                film = guidance.denoiser.decode(target)[0].movedim(1, -1).cpu()
-                errors.append(change_error(film, moving.rgb[0], seen))
-            measures[f"{start}, {timestep}"] = mean(errors)
-    return case, measures | {"seconds": time.monotonic() - began}, film
+    films = (picture.rgb.movedim(-1, 2).to(device) for picture in (moving, still))
+    return _Told(guidance, cameras.to(device), *films, (moving.mask > 0.5)[0, ..., 0].any(0))
+
+
+def _frames(film: Tensor) -> Tensor:
+    """[1, F, 3, H, W] -> [F, H, W, 3], on the CPU."""
+    return film[0].movedim(1, -1).cpu()
 
 
 def _normal(generator: torch.Generator, shape: torch.Size) -> Tensor:
@@ -251,6 +290,7 @@ PARTS: dict[str, Callable[[Case], Result]] = {
     "pictures": measure_picture,
     "subject": measure_subject,
     "targets": measure_target,
+    "films": measure_film,
     "steadiness": measure_steadiness,
     "paths": measure_path,
     "autoencoders": measure_autoencoder,
@@ -263,10 +303,10 @@ def all_cases(
     """Every run of the parts."""
     pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
-    targets = [Case("targets", f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
-    steady = [Case("steadiness", f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
     paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
-    known = {"pictures": pictures, "subject": subject, "targets": targets, "steadiness": steady, "paths": paths}
+    known = {"pictures": pictures, "subject": subject, "paths": paths}
+    for part in ("targets", "films", "steadiness"):
+        known[part] = [Case(part, f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
     ways = ("full", "tiny")
     known["autoencoders"] = [Case("autoencoders", f"{c}, {w}", c, w, folder=latent) for c in ONE_OF_EACH for w in ways]
     cases = [case for part in parts for case in known[part]]
