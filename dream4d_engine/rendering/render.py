@@ -200,13 +200,14 @@ def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
 
 
 def _slice(view: View, rows: slice) -> View:
-    """Some of a view's rays."""
+    """Some of a view's rays; their samples are to be found."""
     rays, background, shift = view.rays, view.background, view.shift
     return replace(
         view,
         rays=replace(rays, origins=rays.origins[rows], directions=rays.directions[rows], times=rays.times[rows]),
         background=None if background is None else background[rows],
         shift=None if shift is None else shift[rows],
+        samples=None,
     )
 
 
