@@ -269,9 +269,8 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
     from dream4d_engine.kernels import triton_kernels as t
 
     monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
-    return Kernels(
-        "triton", t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate, torch_kernels.mlp
-    ), torch.device("cpu")
+    interpreted = (t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate)
+    return Kernels("triton", *interpreted, torch_kernels.mlp), torch.device("cpu")
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_a_run_that_looks_ahead_draws_the_same_numbers_and_goes_on_as_if_nothing
         assert all(torch.equal(value, state[key]) for key, value in their_state.items())
 
 
-def test_rays_that_are_rendered_twice_see_the_same_both_times():
+def test_where_rays_are_rendered_twice_nothing_is_looked_for_ahead():
     """Looking ahead may bring the occupancy up to date, which changes where samples are, before the backward pass."""
     recipe, guidance, _, _ = static_case()
     assert static_objective(recipe, guidance).looks_ahead

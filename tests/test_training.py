@@ -292,7 +292,8 @@ def test_the_objective_keeps_its_accuracy_under_autocast():
     for enabled in (False, True):
         scene = build_scene(SMALL, seeded())
         with torch.autocast("cpu", torch.bfloat16, enabled):
-            loss, _ = static_objective(recipe, guidance)(scene, 0.5, seeded(1))
+            objective, generator = static_objective(recipe, guidance), seeded(1)
+            loss, _ = objective.loss(scene, objective.prepare(scene, 0.5, generator), 0.5, generator)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in scene.canonical.parameters())
         losses.append(loss.item())

@@ -8,6 +8,7 @@ networks behind it take it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -206,7 +207,7 @@ def march_rays(
         marks = _marks(_power_of_two(n_needed), step, origins.device)
         ends = walk.count(marks).cumsum(0)
         total = int(ends[-1])
-    return walk.write(marks, ends, total)
+    return walk.write(marks, ends, total, torch.empty)
 
 
 @torch.no_grad()
@@ -230,7 +231,7 @@ def march_into(
     ends = walk.count(marks).cumsum(0)
     walk.leave_out(ends > room)
     n_found = torch.where(needed > len(marks), -1, ends[-1])
-    return *walk.write(marks, ends, room), n_found
+    return *walk.write(marks, ends, room, torch.zeros), n_found
 
 
 def _walk(
@@ -284,10 +285,12 @@ class _Walk:
         first, last, *rest = self.rays
         self.rays = (first, torch.where(rays, -1, last), *rest)
 
-    def write(self, marks: Tensor, ends: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The intervals in lists of this length, given where each ray's end in them; 0 where there are none."""
-        ray = torch.zeros(length, dtype=torch.long, device=marks.device)
-        t_starts, t_ends = marks.new_zeros(length), marks.new_zeros(length)
+    def write(
+        self, marks: Tensor, ends: Tensor, length: int, new: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The intervals in lists of this length that `new` makes, given where each ray's end in them."""
+        ray = new(length, dtype=torch.long, device=marks.device)
+        t_starts, t_ends = (new(length, dtype=marks.dtype, device=marks.device) for _ in range(2))
         if length:
             begins = torch.nn.functional.pad(ends[:-1], (1, 0))
             self._launch(marks, begins, ray, t_starts, t_ends, write=True)

@@ -27,12 +27,14 @@ def sample_rays(
     Args:
         n_samples: what fixes the step, None for the scene's own. shift: [N] in [0, 1), moves a ray's lattice.
     """
-    config = scene.config
-    occupied = scene.occupancy.occupied if skip_empty else None
-    ray_indices, t_starts, t_ends = scene.kernels.march_rays(
-        rays.origins, rays.directions, config.radius, config.step_size(n_samples), occupied, shift
-    )
-    return RaySamples(ray_indices, t_starts, t_ends, len(rays.origins))
+    columns = scene.kernels.march_rays(*_where_to_march(scene, rays, n_samples, shift, skip_empty))
+    return RaySamples(*columns, len(rays.origins))
+
+
+def _where_to_march(scene: Scene, rays: RayBundle, n_samples: int | None, shift: Tensor | None, skip_empty: bool):
+    """What the marching kernels are told of a scene and its rays."""
+    config, occupied = scene.config, scene.occupancy.occupied if skip_empty else None
+    return rays.origins, rays.directions, config.radius, config.step_size(n_samples), occupied, shift
 
 
 @torch.no_grad()
@@ -87,10 +89,7 @@ def look_ahead(
     room: int,
 ) -> SamplesAhead:
     """Do what `sample_rays` and `drop_transparent` do with `room` for the samples, and without waiting for a GPU."""
-    config = scene.config
-    *columns, n_found = scene.kernels.march_into(
-        rays.origins, rays.directions, config.radius, config.step_size(n_samples), scene.occupancy.occupied, shift, room
-    )
+    *columns, n_found = scene.kernels.march_into(*_where_to_march(scene, rays, n_samples, shift, True), room)
     samples = RaySamples(*columns, len(rays.origins))
     visible = _first_look(scene, rays, samples, alpha_threshold, samples_at_once)
     return SamplesAhead(samples, visible, fetch(torch.stack((n_found, visible.sum()))))

@@ -46,10 +46,6 @@ class Objective:
     prepare: Callable[[Scene, float, torch.Generator], Views] = lambda scene, progress, generator: ()
     looks_ahead: bool = True
 
-    def __call__(self, scene: Scene, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        """Both."""
-        return self.loss(scene, self.prepare(scene, progress, generator), progress, generator)
-
 
 class Interrupted(RuntimeError):
     """A run that was asked to stop, after `step` steps; its state is in `checkpoint` if it has one."""
