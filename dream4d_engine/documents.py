@@ -1,0 +1,142 @@
+"""Files that others wrote: what they really are, and their JSON or YAML with types, sizes and depths checked.
+
+Everything here raises the error class that the caller names (a ValueError of its room), with the file and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MOST_BYTES = {"JSON": 2**24, "YAML": 2**20}
+"""Of one document; the longest that any model or run comes with has some hundred thousand."""
+MOST_NODES, MOST_DEPTH = 2**20, 64
+_NUMBER = 40
+_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+_NAMES |= {int: "a whole number", float: "a number"}
+
+
+def parse_document(text: str | bytes, where: object, error: type[ValueError], form: str = "JSON") -> Any:
+    """Parse JSON or YAML. What is too large, too deep, or grows by references without end is refused.
+
+    Args:
+        text: UTF-8 with or without a mark at its beginning. where: the file, and the place in it, for the message.
+        error: what is raised. form: "JSON" or "YAML".
+    """
+    if len(text) > MOST_BYTES[form]:
+        raise error(f"{where} holds {len(text):,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
+    try:
+        plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        if form == "YAML":
+            import yaml
+
+            content = yaml.safe_load(plain)
+        else:
+            content = json.loads(plain)
+    except RecursionError as reason:
+        raise error(f"{where} is nested too deep to be read") from reason
+    except Exception as reason:  # whatever the parsers raise
+        raise error(f"{where} is not valid {form}: {first_line(reason)}") from reason
+    _check_size(content, where, error)
+    return content
+
+
+def _check_size(content: Any, where: object, error: type[ValueError]) -> None:
+    """Refuse trees of too many nodes, counted as if every reference were a copy, and too deep ones."""
+    waiting, nodes = [(content, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        nodes += 1
+        if nodes > MOST_NODES or depth > MOST_DEPTH:
+            raise error(f"{where} is nested too deep or grows without end by its references: it can't be meant")
+        if isinstance(node, Mapping):
+            waiting += [(value, depth + 1) for value in node.values()]
+        elif isinstance(node, list | tuple):
+            waiting += [(value, depth + 1) for value in node]
+
+
+def read_document(path: Path | str, error: type[ValueError]) -> Any:
+    """Read a .json, .yaml or .yml file."""
+    path = Path(path)
+    form = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES[form]:
+            raise error(f"{path} holds {size:,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
+        text = path.read_bytes()
+    except OSError as reason:
+        raise error(f"{path} can't be read: {reason.strerror or reason}") from reason
+    strange = disguise(text[:512])
+    if strange is not None:
+        raise error(f"{path} {strange}")
+    return parse_document(text, path, error, form)
+
+
+def as_object(content: object, where: object, error: type[ValueError]) -> dict[str, Any]:
+    """The content, which must be an object with text for names."""
+    if not isinstance(content, Mapping):
+        raise error(f"{where} must hold {_NAMES[dict]}, got {describe(content)}")
+    strange = next((name for name in content if not isinstance(name, str)), None)
+    if strange is not None:
+        raise error(f"{where} has a name that is no text: {describe(strange)}")
+    return dict(content)
+
+
+def field(tree: Mapping[str, Any], name: str, kind: type[T], where: object, error: type[ValueError], default: T) -> T:
+    """A field of an object, of one kind; the default where it is missing or null.
+
+    A number must be finite; a float may be written as a whole number, and true is no number.
+    """
+    value = tree.get(name)
+    if value is None:
+        return default
+    wrong = error(f"{where}: {name} must be {_NAMES[kind]}, got {describe(value)}")
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong
+        if not math.isfinite(value) or (kind is int and value != int(value)):
+            raise wrong
+        return kind(value)  # type: ignore[call-arg]
+    if not isinstance(value, kind):
+        raise wrong
+    return value
+
+
+def describe(value: object) -> str:
+    """A value as a message shows it: short, and on one line."""
+    return shortened(printable(repr(value)), _NUMBER)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of no more than `most` letters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """A text without letters that move the cursor, color or clear a terminal, or can't be encoded."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
+
+
+def disguise(head: bytes) -> str | None:
+    """What a file is that was saved under another name, by its first bytes, as the end of a sentence; None: no idea."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "is a Git LFS pointer, not the file itself: fetch the contents (git lfs pull), or download it from the "
+            "repository's page"
+        )
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "is a web page saved under this name: download the file itself, logged in where its page asks for it"
+    if not head:
+        return "is empty: is the download complete?"
+    return None
