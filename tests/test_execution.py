@@ -8,14 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from dream4d_engine.cameras import make_cameras, sample_takes
 from dream4d_engine.guidance.denoiser import Conditions, split_conditions, stack_conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, distill
+from dream4d_engine.kernels import triton_kernels
 from dream4d_engine.priors import architectures, fused_norm
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.denoisers import UNetDenoiser, accelerated, with_execution
-from dream4d_engine.priors.execution import PLAIN, Execution, Recorder, bring_back, in_slices, offload
+from dream4d_engine.priors.execution import PLAIN, Execution, Recorder, bring_back, can_compile, in_slices, offload
 from dream4d_engine.priors.frozen import speed_up
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
@@ -25,6 +28,18 @@ from dream4d_engine.training.memory import LADDER
 CPU = torch.device("cpu")
 SMALL_UNET = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
 SMALL_VAE = {**architectures._SD_VAE, "block_out_channels": (32, 32, 64, 64)}
+
+SMALL_IF = {
+    **architectures._IF,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 16,
+    "addition_embed_type_num_heads": 4,
+}
 
 
 def seeded(seed=0):
@@ -93,18 +108,7 @@ def test_a_fast_picture_network_predicts_the_same(linear):
 
 
 def test_a_fast_pixel_network_predicts_the_same():
-    config = {
-        **architectures._IF,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 32,
-        "encoder_hid_dim": 16,
-        "addition_embed_type_num_heads": 4,
-    }
-    unet = random_network("UNet2DConditionModel", config, CPU, torch.float64)
+    unet = random_network("UNet2DConditionModel", SMALL_IF, CPU, torch.float64)
     fast = speed_up(copy.deepcopy(unet))
     given = (randn(2, 3, 16, 16), torch.tensor([3, 50]), randn(2, 7, 16))
     close(fast(*given, return_dict=False)[0], unet(*given, return_dict=False)[0])
@@ -144,6 +148,38 @@ def test_the_fused_norm_is_a_norm_and_a_silu():
     close(ours, theirs)
 
 
+@pytest.fixture
+def fresh_answers():
+    """What was found out about this machine is forgotten, before and after."""
+    for asked in (fused_norm.has_triton, can_compile):
+        asked.cache_clear()
+    yield
+    for asked in (fused_norm.has_triton, can_compile):
+        asked.cache_clear()
+
+
+def test_triton_that_finds_no_compiler_is_not_used(fresh_answers, monkeypatch):
+    def fails(device):
+        raise RuntimeError("a first kernel failed: RuntimeError: Failed to find C compiler")
+
+    monkeypatch.setattr(triton_kernels, "check", fails)
+    assert not fused_norm.has_triton(torch.device("cuda"))
+    assert not can_compile(torch.device("cuda"))
+
+
+def test_models_are_not_compiled_where_that_fails(fresh_answers, monkeypatch, caplog):
+    def broken(function, **_):
+        def run(*_):
+            raise RuntimeError("Compiler: cl is not found.\nmore")
+
+        return run
+
+    monkeypatch.setattr(triton_kernels, "check", lambda device: None)
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not can_compile(CPU)
+    assert "run without being compiled: RuntimeError: Compiler: cl is not found." in caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the Triton kernels are not tried")
 @pytest.mark.parametrize(("channels", "n_groups", "silu", "n_offsets"), [(128, 32, True, 3), (48, 8, False, 0)])
 def test_the_norm_kernels_against_double_precision(channels, n_groups, silu, n_offsets):
@@ -179,16 +215,31 @@ class Counted(Recorder):
         return function(*inputs)
 
 
-PLANS = dict.fromkeys(plan.execution for plan in LADDER if not plan.execution.offload)
+PLANS = dict.fromkeys(plan.execution for plan in LADDER)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: no plan is tried on one")
+    ),
+]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("execution", [*PLANS, Execution(3, 1), Execution(3, 2, 1)], ids=Execution.describe)
-def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution):
-    loss, gradient = distilled(video_guidance(video_denoiser(video_unet, vae)))
-    planned = video_denoiser(video_unet, vae, execution=execution)
-    ours, our_gradient = distilled(video_guidance(planned))
-    close(ours, loss, 1e-3)
-    close(our_gradient, gradient, 1e-3)
+def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution, make_fast, device):
+    device = torch.device(device)
+    networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
+    plain = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).to(device))
+    loss, gradient = distilled(video_guidance(plain), device=device)
+    benchmark = torch.backends.cudnn.benchmark
+    ready = accelerated(plain, recorder_for(device), compiled=False) if make_fast else plain
+    torch.backends.cudnn.benchmark = benchmark
+    planned = with_execution(ready, execution, ready.recorder)
+    for _ in range(2):
+        ours, our_gradient = distilled(video_guidance(planned), device=device)
+        close(ours, loss, 1e-3)
+        close(our_gradient, gradient, 1e-3)
 
 
 def test_slices_are_encoded_twice_and_never_more_than_asked_for_at_once(video_unet, vae):
@@ -228,28 +279,55 @@ def test_conditions_are_split_as_they_were_stacked():
         assert piece.concat is None
 
 
-def test_offloaded_weights_come_and_go(video_unet):
-    unet = copy.deepcopy(video_unet)
-    given = (randn(1, 4, 3, 8, 8), torch.tensor([3]), randn(1, 7, 16))
+class AtHome(TorchDispatchMode):
+    """Lets no operation but a copy touch the memory where weights wait: it would be the wrong device's on a GPU."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.homes = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default):
+            flat, _ = tree_flatten((args, kwargs or {}))
+            used = [t for t in flat if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in self.homes]
+            assert not used, f"{func} works on weights of {[list(t.shape) for t in used]} that were not brought"
+        return func(*args, **(kwargs or {}))
+
+
+UNETS = {
+    "video": ("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}),
+    "linear": ("UNet2DConditionModel", {**SMALL_UNET, "attention_head_dim": 8, "use_linear_projection": True}),
+    "convolved": ("UNet2DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}),
+    "pixels": ("UNet2DConditionModel", SMALL_IF),
+}
+
+
+@pytest.mark.parametrize("make_fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("kind", UNETS)
+def test_offloaded_weights_come_and_go(kind, make_fast):
+    class_name, config = UNETS[kind]
+    unet = random_network(class_name, config, CPU, torch.float64)
+    unet = speed_up(unet) if make_fast else unet
+    channels, width = unet.config.in_channels, config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    frames = (3,) if kind == "video" else ()
+    given = (randn(1, channels, *frames, 16, 16), torch.tensor([3]), randn(1, 7, width))
     expected = unet(*given, return_dict=False)[0]
-    homes = {}
-
-    def note(module, _inputs):
-        homes.setdefault(module, next(module.parameters()).data_ptr())
-
     offload(unet, CPU)
     resting = {name: p.data_ptr() for name, p in unet.named_parameters()}
-    blocks = [m for m in unet.modules() if type(m).__name__ in ("ResnetBlock2D", "Transformer2DModel")]
-    for block in blocks:
-        block.register_forward_pre_hook(note)
-    close(unet(*given, return_dict=False)[0], expected)
-    names = {module: name for name, module in unet.named_modules()}
-    for block in blocks:
-        first = next(name for name, _ in block.named_parameters())
-        assert block in homes and resting[f"{names[block]}.{first}"]
-    assert {name: p.data_ptr() for name, p in unet.named_parameters()} == resting, "they are at home again"
+    for _ in range(2):
+        with AtHome(unet):
+            close(unet(*given, return_dict=False)[0], expected)
+        assert {name: p.data_ptr() for name, p in unet.named_parameters()} == resting, "they are at home again"
     bring_back(unet, CPU)
     close(unet(*given, return_dict=False)[0], expected)
+
+
+def test_the_guard_sees_weights_that_are_not_brought(video_unet):
+    unet = copy.deepcopy(video_unet)
+    offload(unet, CPU)
+    unet._offload_hooks[0].remove()
+    with pytest.raises(AssertionError, match="not brought"), AtHome(unet):
+        unet(randn(1, 4, 3, 8, 8), torch.tensor([3]), randn(1, 7, 16), return_dict=False)
 
 
 def test_another_plan_moves_the_weights_only_if_it_has_to(video_unet, vae):

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
-from dream4d_engine.priors.denoisers import UNetDenoiser
+from dream4d_engine.priors.architectures import random_network
+from dream4d_engine.priors.denoisers import UNetDenoiser, accelerated
 from dream4d_engine.schedules import constant
 from dream4d_engine.training import memory
 from dream4d_engine.training.config import TOY_MOTION
 from dream4d_engine.training.distributed import Team
+from dream4d_engine.training.guidance import recorder_for
 from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
-from dream4d_engine.training.motion import train_motion
+from dream4d_engine.training.motion import motion_objective, train_motion
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,45 @@ def test_the_command_line_refuses_budgets_that_mean_nothing(tmp_path, capsys):
     assert main([*words, "lots"]) == 2
     assert "'lots' is no amount of memory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")),
+    ],
+)
+def test_every_rung_of_the_ladder_takes_the_same_step(device):
+    """A whole step with real networks: the gradient on the deformation is that of everything at once."""
+    from test_execution import SMALL_UNET, SMALL_VAE, tokens_for, video_denoiser
+    from test_training import motion_case
+
+    device = torch.device(device)
+    recipe, given, _, still, _ = motion_case(steps=1)
+    networks = [
+        random_network("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}, device, torch.float64),
+        random_network("AutoencoderKL", SMALL_VAE, device, torch.float64),
+    ]
+    denoiser = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).to(device), n_frames=6)
+    ready = accelerated(denoiser, recorder_for(device), compiled=False)
+    guidance = {"video": replace(given["video"], denoiser=ready, conditions=tokens_for)}
+    generator = torch.Generator().manual_seed(0)
+    scene = still.with_deformation(recipe.deformation, generator, background=recipe.fresh_background).to(device)
+    parameters = [p for p in scene.deformation.parameters() if p.requires_grad]
+    found = []
+    for plan in LADDER:
+        # so few rays are rendered here that slices of the ladder's size would be all of them
+        rays = None if plan.rays_at_once is None else plan.rays_at_once // 2**8
+        objective = motion_objective(recipe, plan_of(guidance, plan.execution), rays)
+        draws = torch.Generator().manual_seed(1)
+        loss, _ = objective.loss(scene, objective.prepare(scene, 0.5, draws), 0.5, draws)
+        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())
+    assert found[0].abs().max() > 0
+    for plan, gradient in zip(LADDER, found, strict=True):
+        difference = (gradient - found[0]).norm() / found[0].norm()
+        assert difference < 1e-3, f"{plan.describe()}: the gradient differs by {difference:.2%}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")

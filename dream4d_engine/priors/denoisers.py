@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..guidance.denoiser import Conditions, split_conditions, timestep_of_sigma
-from .execution import PLAIN, Execution, Recorder, bring_back, compile_blocks, in_slices, offload, without_autocast
+from .execution import (
+    PLAIN,
+    Execution,
+    Recorder,
+    bring_back,
+    can_compile,
+    compile_blocks,
+    in_slices,
+    offload,
+    without_autocast,
+)
 from .frozen import speed_up
-from .fused_norm import has_triton
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -173,7 +182,7 @@ def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bo
     if denoiser.vae is not None:
         speed_up(denoiser.vae)
     n_parameters = sum(p.numel() for p in denoiser.unet.parameters())
-    if compiled and n_parameters >= WORTH_COMPILING and has_triton():
+    if compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
         compile_blocks(denoiser.unet)
     torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
     return replace(denoiser, recorder=recorder)

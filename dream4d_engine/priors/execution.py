@@ -5,6 +5,7 @@ None of it changes what is computed, only how much memory it takes and how long.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from .fused_norm import has_triton
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +282,7 @@ def offload(network: nn.Module, device: torch.device) -> None:
 
     def bring(part: nn.Module, _inputs) -> None:
         for tensor in (*part.parameters(), *part.buffers()):
-            tensor.data = home[tensor].to(device, non_blocking=True)
+            tensor.data = home[tensor].to(device, non_blocking=True, copy=True)
 
     def leave(part: nn.Module, _inputs, _output) -> None:
         for tensor in (*part.parameters(), *part.buffers()):
@@ -301,18 +305,39 @@ def bring_back(network: nn.Module, device: torch.device) -> None:
 
 
 def _parts(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules that bring their own weights, each as a whole when it is called.
+
+    A block with lists of layers can be half of a network, so its layers come one by one. Not so where its forward is
+    one of frozen.py's: those use the weights of their layers without calling them.
+    """
     for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for member in child:
-                # a block's own lists (resnets, attentions) where it has them: a block can be half of a network
-                yield from _parts(member) if any(isinstance(c, nn.ModuleList) for c in member.children()) else (member,)
-        elif any(isinstance(c, nn.ModuleList) for c in child.children()) and not list(child.parameters(recurse=False)):
+        has_lists = any(isinstance(c, nn.ModuleList) for c in child.children())
+        divisible = has_lists and "forward" not in vars(child) and not list(child.parameters(recurse=False))
+        if divisible or isinstance(child, nn.ModuleList):
             yield from _parts(child)
         elif next(child.parameters(), None) is not None:
             yield child
 
 
 # --- compiling ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, tried once on one small function; where not, the log says why.
+
+    It needs more than the Triton that it makes kernels with: a C++ compiler on some systems, a place for its files.
+    """
+    if not has_triton(device):
+        return False
+    try:
+        gated = torch.compile(lambda x: functional.silu(x) * x, dynamic=False)
+        gated(torch.ones(64, 64, device=device, dtype=torch.float16))
+    except Exception as error:  # whatever the compilers raise
+        reason = (str(error).strip() or "no message").splitlines()[0][:300]
+        logger.warning("the models run without being compiled: %s: %s", type(error).__name__, reason)
+        return False
+    return True
 
 
 def compile_blocks(network: nn.Module) -> int:

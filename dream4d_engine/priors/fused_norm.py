@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..kernels import triton_kernels
+
 tl = triton = None  # modules, set by _kernels: Triton's compiler looks names up here
 
 # channels of one program at most, and elements of one tile
@@ -49,15 +51,17 @@ def norm_silu(
 
 
 def _runs_on(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and has_triton()
+    return (
+        x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and has_triton(x.device)
+    )
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: it may be there and lack the C compiler that it starts kernels with."""
     try:
-        _kernels()
-    except ImportError:
+        triton_kernels.check(device)
+    except (ImportError, RuntimeError):
         return False
     return True
 
