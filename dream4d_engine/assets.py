@@ -23,7 +23,7 @@ from .fields.deformation import DeformationConfig
 from .fields.encodings import HashGridConfig
 from .fields.radiance import RadianceConfig
 from .kernels import Kernels
-from .machine import write_atomically
+from .machine import WriteError, write_atomically
 from .scene import Scene, SceneConfig
 
 FORMAT = "dream4d"
@@ -132,6 +132,31 @@ def _shown(data: Any) -> str:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
+def check_header(config: SceneConfig, provenance: Provenance) -> None:
+    """Raise an AssetError where a scene of this configuration and origin could be written, but not be read back.
+
+    To be asked before the work that a scene costs.
+    """
+    for one in _ancestry(provenance):
+        for name, text in (("prompt", one.prompt), ("recipe's name", one.recipe)):
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as error:
+                raise AssetError(f"the {name} holds what is no text in UTF-8: {ascii(text)[:60]}") from error
+    try:
+        for cls, value in ((SceneConfig, config), (Provenance, provenance)):
+            name = cls.__name__.removeprefix("Scene").lower()
+            again = config_from_dict(cls, json.loads(json.dumps(asdict(value), allow_nan=False)), name)
+            if again != value:
+                raise ValueError(f"{name} is not the same any more when it is read back")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AssetError(f"the scene could not be read back once it is made: {_line(error)}") from error
+
+
+def _ancestry(provenance: Provenance | None) -> list[Provenance]:
+    return [] if provenance is None else [provenance, *_ancestry(provenance.parent)]
+
+
 def save_scene(
     path: Path | str, scene: Scene, provenance: Provenance | None = None, notes: Mapping[str, str] | None = None
 ) -> Path:
@@ -153,8 +178,8 @@ def save_scene(
     }
     try:
         write_atomically(path, save(tensors, header))
-    except OSError as error:
-        raise AssetError(f"cannot write {path}: {error.strerror or error}") from error
+    except WriteError as error:
+        raise AssetError(str(error)) from error
     return path
 
 

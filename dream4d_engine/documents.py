@@ -107,6 +107,23 @@ def field(tree: Mapping[str, Any], name: str, kind: type[T], where: object, erro
     return value
 
 
+def document_bytes(tree: Any) -> bytes:
+    """A tree as the bytes of a JSON file of ours: null where a number isn't finite, names that are no text escaped."""
+    tree = _without_nan(tree)
+    try:
+        return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # a file's name that isn't UTF-8
+        return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _without_nan(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _without_nan(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def describe(value: object) -> str:
     """A value as a message shows it: short, and on one line."""
     return shortened(printable(repr(value)), _NUMBER)

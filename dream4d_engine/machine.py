@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -98,34 +102,84 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
         raise ValueError(f"{what} needs about {n_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {way_out}")
 
 
-def check_folder(folder: Path, n_bytes: int) -> None:
+def check_folder(folder: Path, n_bytes: int, otherwise: str = "choose another --out") -> None:
     """Make `folder` if needed and make sure that files of `n_bytes` in all can be written there.
 
-    Raises a ValueError that names the folder when it can't be made, can't be written, or the disk is too full.
+    Raises a ValueError that names the folder when it can't be made, can't be written, or the disk is too full, and
+    says what to do `otherwise`.
     """
+    if not is_text(folder):  # safetensors opens no file there
+        raise ValueError(f"the name of {ascii(str(folder))} is no text in UTF-8: rename it, or {otherwise}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"dream4d")
+        free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise ValueError(f"can't write into {folder}: {error.strerror or error}; choose another --out") from error
-    free = shutil.disk_usage(folder).free
+        raise ValueError(f"can't write into {folder}: {error.strerror or error}; {otherwise}") from error
     if free < n_bytes:
         raise ValueError(
             f"{folder} has {free / 2**20:.0f} MiB left, the run needs about {n_bytes / 2**20:.0f} MiB: "
-            "free some room or choose another --out"
+            f"free some room or {otherwise}"
         )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file under a temporary name beside `path`, flush it to the disk, then rename it."""
-    path = Path(path)
+def is_text(name: object) -> bool:
+    """Whether a name or a word can be written in UTF-8; on Linux those of files can be any bytes."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class WriteError(OSError):
+    """A file that could not be written: which one, why, and the way out."""
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "the disk is full, free some room there",
+    errno.EDQUOT: "your share of the disk is used up, free some room there",
+    errno.EFBIG: "files may not grow so large there",
+    errno.EROFS: "nothing can be written there, choose another place",
+    errno.EACCES: "you may not write there, change that or choose another place",
+    errno.EPERM: "you may not write there, change that or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def write_error(path: Path, reason: Exception) -> WriteError:
+    """What to say where `path` could not be written, from an error of the system or one with its number."""
+    if isinstance(reason, WriteError):
+        return reason
+    number = getattr(reason, "errno", None)
+    why = getattr(reason, "strerror", None) or str(reason)
+    kept = "; what it held before is kept" if path.exists() else ""
+    return WriteError(f"{path} can't be written: {why} ({_WAYS_OUT.get(number, 'is the place still there?')}){kept}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write a file to, which then takes the place of `path`, flushed to the disk.
+
+    Where something fails nothing stays of it, and what was at `path` stays; an OSError becomes a WriteError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # first: it may be what fills the disk
+            temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file (see `replacing`); raises WriteError."""
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(data)

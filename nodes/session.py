@@ -12,22 +12,31 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_management as management
 import folder_paths
 import torch
 
-from ..dream4d_engine.assets import AssetError, Provenance, load_scene, save_scene
-from ..dream4d_engine.machine import check_memory, peak_memory, versions
-from ..dream4d_engine.priors.loading import Prior, PriorKind
+from ..dream4d_engine import locks
+from ..dream4d_engine.assets import AssetError, Provenance, check_header, load_scene, save_scene
+from ..dream4d_engine.machine import WriteError, check_folder, check_memory, peak_memory, versions
+from ..dream4d_engine.priors.loading import Prior, PriorExtras, PriorKind
 from ..dream4d_engine.scene import Scene, SceneConfig
-from ..dream4d_engine.training.checkpoint import CheckpointError, load_checkpoint
+from ..dream4d_engine.training.checkpoint import CheckpointError, set_aside
 from ..dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe
-from ..dream4d_engine.training.guidance import active_terms, load_guidance
-from ..dream4d_engine.training.loop import FitSummary, Interrupted, RunControl, StepReport
-from ..dream4d_engine.training.needs import memory_bytes
+from ..dream4d_engine.training.guidance import active_terms, explain_silence, load_guidance
+from ..dream4d_engine.training.limits import check_recipe
+from ..dream4d_engine.training.loop import (
+    FitSummary,
+    Interrupted,
+    PriorSilent,
+    ResumeMismatch,
+    RunControl,
+    StepReport,
+)
+from ..dream4d_engine.training.needs import disk_bytes, memory_bytes
 from ..dream4d_engine.training.reference import Reference
 from .memory import HeldPriors
 from .preview import LivePreview
@@ -44,23 +53,52 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run."""
+    """The files of one run; `lock` is held by the process that works on it."""
 
     checkpoint: Path
     result: Path
+    lock: Path
+
+    def sweep(self) -> None:
+        """Remove what a killed server left half-written."""
+        for path in (self.checkpoint, self.result):
+            for half in path.parent.glob(f".{path.name}.*.tmp"):
+                half.unlink(missing_ok=True)
 
 
 def runs_folder() -> Path:
     """Where unfinished and finished runs are kept."""
     folder = Path(folder_paths.get_output_directory()) / "dream4d" / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"can't write into {folder}: {error.strerror or error}; {_ANOTHER_PLACE}") from error
     return folder
+
+
+_ANOTHER_PLACE = "start ComfyUI with another --output-directory"
+
+
+@contextmanager
+def alone(files: RunFiles, stage: str) -> Iterator[None]:
+    """Keep other servers that have the same output folder from working on the same run."""
+    try:
+        held = locks.take(files.lock, f"this run ({stage}, {files.checkpoint.stem})")
+    except locks.InUse as error:
+        raise RunError(f"{error}, and queue again; or change the seed") from error
+    except OSError as error:
+        raise RunError(f"can't write {files.lock}: {error.strerror or error}; {_ANOTHER_PLACE}") from error
+    try:
+        files.sweep()
+        yield
+    finally:
+        held.release()
 
 
 def run_files(identity: dict) -> RunFiles:
     """Return the files of the run with these settings and inputs."""
-    name = digest(identity)[:24]
-    return RunFiles(runs_folder() / f"{name}.checkpoint", runs_folder() / f"{name}.safetensors")
+    folder, name = runs_folder(), digest(identity)[:24]
+    return RunFiles(folder / f"{name}.checkpoint", folder / f"{name}.safetensors", folder / f"{name}.lock")
 
 
 @contextmanager
@@ -91,11 +129,18 @@ class Reporter:
         self.value = self._most = 0
         self._latest = -1.0
         self._began = time.monotonic()
+        self._note = ""
         self._preview = LivePreview(self._send_picture, preview_seconds if node_id is not None else 0)
 
     def say(self, text: str) -> None:
         """Put a line on the node."""
         say_on_node(text, self._node_id)
+
+    def note(self, text: str) -> None:
+        """Put a line into the log, and on the node for as long as the run lasts."""
+        logging.warning("[Dream4D] %s", text)
+        self._note = f"\n{text}"
+        self.say(text)
 
     def plan(self, text: str) -> None:
         """Tell how the memory budget is kept to."""
@@ -111,7 +156,7 @@ class Reporter:
             return
         self._latest = now
         self._progress(None)
-        self.say(progress_line(report, peak_memory(device)))
+        self.say(progress_line(report, peak_memory(device)) + self._note)
 
     def close(self) -> None:
         """End the preview and note in the log what it took."""
@@ -133,7 +178,7 @@ class Reporter:
 
 
 def progress_line(report: StepReport, memory: int | None) -> str:
-    """One step as text: stage, step, loss, speed, time left, memory."""
+    """One step as text: stage, step, loss, speed, time left, memory, what a prior's answers lack."""
     pace = report.seconds_per_step
     speed = f"{1 / pace:.1f} it/s" if pace < 1 else f"{pace:.1f} s/it"
     minutes, seconds = divmod(round(report.remaining), 60)
@@ -141,6 +186,8 @@ def progress_line(report: StepReport, memory: int | None) -> str:
     parts.append(f"{minutes}:{seconds:02} left")
     if memory is not None:
         parts.append(f"{memory / 2**30:.1f} GiB at most")
+    if report.warning:
+        parts.append(report.warning)
     return " · ".join(parts)
 
 
@@ -195,9 +242,36 @@ class Run:
     reference: Reference | None = None
     memory_budget: int | None = None
 
+    def models(self) -> tuple[dict[PriorKind, Path], dict[PriorKind, PriorExtras]]:
+        """Where the priors are, and what is added to them."""
+        sources = self.sources.items()
+        return {kind: source.path for kind, source in sources}, {kind: source.extras for kind, source in sources}
+
     def needed_bytes(self) -> int:
         """What training takes at the least, beside the models."""
         return memory_bytes(self.recipe, self.start or self.recipe.scene)
+
+    def check(self) -> None:
+        """Refuse what no run can be made with, or whose result could not be read back."""
+        config = self.start or self.recipe.scene
+        if isinstance(self.recipe, MotionRecipe):
+            config = replace(config, deformation=self.recipe.deformation)
+        try:
+            for words in (self.prompt, self.negative):
+                check_header(config, self._provenance(words, self.recipe.steps))
+            check_recipe(self.recipe, self.stage)
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
+            check_folder(runs_folder(), disk_bytes((self.recipe,), config), _ANOTHER_PLACE)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def provenance(self) -> Provenance:
+        """Where the result comes from."""
+        return self._provenance(self.prompt, self.recipe.steps)
+
+    def _provenance(self, words: str, steps: int) -> Provenance:
+        return Provenance(words, self.recipe.name, self.seed, steps, versions(), self.parent)
 
     def identity(self, device: torch.device) -> dict:
         """The tree that a checkpoint is recognised by, as JSON gives it back."""
@@ -227,29 +301,40 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
     When Cancel is pressed, the state is saved after the current step and ComfyUI's own exception is raised.
     """
     device = management.get_torch_device()
+    run.check()
     identity = run.identity(device)
     files = run_files(identity)
-    if resume == START_OVER:
-        files.checkpoint.unlink(missing_ok=True)
-        files.result.unlink(missing_ok=True)
-    reporter = Reporter(node_id, run.stage, preview_seconds)
-    priors = HeldPriors(device, run.needed_bytes(), run.memory_budget)
-    with gradients():
-        try:
-            return _finished(files) or _train(run, train, device, identity, files, reporter, priors)
-        except Interrupted as stop:
-            logging.info("[Dream4D] %s", stop)
-            traceback.clear_frames(stop.__traceback__)  # they hold the models
-            interrupt_if_asked()
-            raise management.InterruptProcessingException() from stop
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, MemoryError) or management.is_oom(error):
+    with alone(files, run.stage):
+        if resume == START_OVER:
+            files.checkpoint.unlink(missing_ok=True)
+            files.result.unlink(missing_ok=True)
+        reporter = Reporter(node_id, run.stage, preview_seconds)
+        priors = HeldPriors(device, run.needed_bytes(), run.memory_budget)
+        with gradients():
+            try:
+                return _finished(files) or _train(run, train, device, identity, files, reporter, priors)
+            except Interrupted as stop:
+                logging.info("[Dream4D] %s", stop)
+                traceback.clear_frames(stop.__traceback__)  # they hold the models
+                interrupt_if_asked()
+                raise management.InterruptProcessingException() from stop
+            except PriorSilent as error:
                 traceback.clear_frames(error.__traceback__)
-                raise RunError(out_of_memory(run, reporter, files.checkpoint.exists())) from error
-            raise
-        finally:
-            reporter.close()
-            priors.release()
+                folders, extras = run.models()
+                way = "another file of this model, or of its autoencoder, may bear it"
+                raise RunError(str(explain_silence(error, run.recipe, folders, extras, device, way))) from error
+            except (WriteError, AssetError) as error:
+                traceback.clear_frames(error.__traceback__)
+                kept = "what was saved before is kept" if files.checkpoint.exists() else "nothing was saved before"
+                raise RunError(f"{error}; {kept}: queue again to go on once that is mended") from error
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, MemoryError) or management.is_oom(error):
+                    traceback.clear_frames(error.__traceback__)
+                    raise RunError(out_of_memory(run, reporter, files.checkpoint.exists())) from error
+                raise
+            finally:
+                reporter.close()
+                priors.release()
 
 
 def out_of_memory(run: Run, reporter: Reporter, kept: bool) -> str:
@@ -277,7 +362,9 @@ def _finished(files: RunFiles) -> SceneValue | None:
     try:
         scene, provenance = load_scene(files.result)
     except AssetError as error:
-        logging.warning("[Dream4D] a finished run can't be used (%s): it is done again", error)
+        kept = set_aside(files.result)
+        name = f"it is kept as {kept.name}, and " if kept else ""
+        logging.warning("[Dream4D] a finished run can't be used (%s): %sthe run is done again", error, name)
         return None
     files.result.touch()
     return SceneValue(scene, provenance)
@@ -292,7 +379,6 @@ def _train(
     reporter: Reporter,
     priors: HeldPriors,
 ) -> SceneValue:
-    _drop_unreadable(files.checkpoint)
     if device.type == "cpu":
         check_memory(run.needed_bytes(), f"training by the recipe {run.recipe.name!r}", "close other programs")
     priors.make_room(sum(source.n_bytes() for source in run.sources.values()))
@@ -308,7 +394,7 @@ def _train(
             for one in guidance.values():
                 one.denoiser.recorder.forget()
 
-    folders = {kind: source.path for kind, source in run.sources.items()}
+    folders, extras = run.models()
     guidance = load_guidance(
         run.recipe,
         folders,
@@ -317,27 +403,24 @@ def _train(
         reference=run.reference,
         negative=run.negative,
         on_prior=on_prior,
-        extras={kind: source.extras for kind, source in run.sources.items()},
+        extras=extras,
     )
     control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
-    scene, summary = train(
-        guidance, device=device, control=control, memory_budget=run.memory_budget, on_plan=reporter.plan
-    )
-    provenance = Provenance(run.prompt, run.recipe.name, run.seed, summary.steps, versions(), run.parent)
-    save_scene(files.result, scene, provenance)
+    given = {"device": device, "control": control, "memory_budget": run.memory_budget, "on_plan": reporter.plan}
+    try:
+        scene, _ = train(guidance, **given)
+    except (CheckpointError, ResumeMismatch) as error:
+        if isinstance(error, CheckpointError) and error.path is None:  # nothing is wrong with the file
+            raise RunError(f"{error}; or choose {START_OVER!r}") from error
+        kept = set_aside(files.checkpoint)
+        if kept is None:
+            raise RunError(f"{error}; it can't be renamed either: remove it, or choose {START_OVER!r}") from error
+        reporter.note(f"{error}: it is kept as {kept.name}, and the run starts over")
+        scene, _ = train(guidance, **given)
+    save_scene(files.result, scene, run.provenance())
     files.checkpoint.unlink(missing_ok=True)
     _keep_latest(files.result.parent)
     return SceneValue(*load_scene(files.result))
-
-
-def _drop_unreadable(checkpoint: Path) -> None:
-    """A damaged checkpoint must not stand in the way of a new run."""
-    if checkpoint.exists():
-        try:
-            load_checkpoint(checkpoint)
-        except CheckpointError as error:
-            logging.warning("[Dream4D] %s", error)
-            checkpoint.unlink()
 
 
 def _keep_latest(folder: Path) -> None:

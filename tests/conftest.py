@@ -29,6 +29,19 @@ def server(tmp_path_factory):
         running.stop()
 
 
+@pytest.fixture(scope="session")
+def priors(tmp_path_factory) -> list[str]:
+    """Flags that name tiny untrained models: the commands do the same with them as with good ones, but quickly."""
+    from dream4d_engine.toyworld.models import ToySize, build_prior, save_prior
+
+    folder = tmp_path_factory.mktemp("priors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for kind in ("multiview", "video"):
+            save_prior(build_prior(kind, ToySize((8, 8, 16), (1, 1, 2))), kind, folder / kind)
+    return ["--multiview-prior", str(folder / "multiview"), "--video-prior", str(folder / "video")]
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Say in one line how many tests were skipped, by reason."""
     reports = terminalreporter.stats.get("skipped", [])

@@ -20,6 +20,7 @@ LEVELS = {
     "cameras": 0,
     "documents": 0,
     "kernels": 0,
+    "locks": 0,
     "machine": 0,
     "profiling": 0,
     "randomness": 0,
@@ -40,7 +41,7 @@ LEVELS = {
     "__main__": 7,
 }
 SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
-SAME_LEVEL |= {("occupancy", "fields"), ("toyworld", "training")}
+SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "training")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}

@@ -35,19 +35,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="session")
-def priors(tmp_path_factory) -> list[str]:
-    """Flags that name tiny untrained models: the commands do the same with them as with good ones, but quickly."""
-    from dream4d_engine.toyworld.models import ToySize, build_prior, save_prior
-
-    folder = tmp_path_factory.mktemp("priors")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for kind in ("multiview", "video"):
-            save_prior(build_prior(kind, ToySize((8, 8, 16), (1, 1, 2))), kind, folder / kind)
-    return ["--multiview-prior", str(folder / "multiview"), "--video-prior", str(folder / "video")]
-
-
 def start(*words: str) -> subprocess.Popen:
     """`dream4d WORDS` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 from comfy_harness import GUARD, REPOSITORY, Server, motion_nodes, node, render_node, static_nodes, why_no_server
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dream4d_engine import locks
 from dream4d_engine.export.video import read_video
 
 PROMPT = "a red cube is jumping"
@@ -199,6 +201,135 @@ def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
     resumed = max(unbroken.parent.glob("resumed_*.safetensors"))
     assert resumed != unbroken
     assert_same_scene(server, resumed, unbroken)
+
+
+def saved_scene(name: str, **settings) -> dict:
+    """Nodes that make a still scene and save it."""
+    return static_nodes(60, **settings) | {
+        "7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=f"dream4d/{name}")
+    }
+
+
+def cancelled(server: Server, graph: dict, after: int = 5) -> Path:
+    """Cancel a run after so many steps and return its checkpoint."""
+    with server.listen() as listener:
+        prompt = server.queue(graph, listener.client)
+        listener.until(lambda kind, content: max(steps_in([(kind, content)], "static"), default=0) >= after)
+        server.interrupt()
+        assert listener.until(ended)[-1][0] == "execution_interrupted"
+        server.wait(prompt)
+    (checkpoint,) = server.runs.glob("*.checkpoint")
+    return checkpoint
+
+
+@pytest.mark.parametrize("damage", ["cut", "NaN", "beyond the end"])
+def test_a_damaged_checkpoint_is_kept_aside_and_the_run_starts_over(server, damage):
+    """By itself, with a line that says so; what comes out is what an unbroken run gives."""
+    (unbroken,) = output_files(server, server.run(saved_scene("whole", seed=17, preview_seconds=0.0))["7"], "scenes")
+    path = cancelled(server, saved_scene("again", seed=17, preview_seconds=600.0, resume="start over"))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:10_000])
+    else:
+        with safe_open(path, "pt") as file:
+            header = dict(file.metadata())
+        tensors = load_file(path)
+        if damage == "NaN":
+            tensors["scene.canonical.grid.table"][3] = float("nan")
+        else:
+            header["step"] = "61"
+        save_file(tensors, path, header)
+    damaged = path.read_bytes()
+    with server.listen() as listener:
+        prompt = server.queue(saved_scene("again", seed=17, preview_seconds=599.0), listener.client)
+        events = listener.until(ended, 200)
+    assert events[-1][0] == "execution_success"
+    lines = [content for kind, content in events if kind == "text"]
+    told = [line for line in lines if "and the run starts over" in line]
+    assert told and f"kept as {path.name}.damaged" in told[-1] and "static 60/60" in told[-1], "to the end"
+    assert min(steps_in(events, "static")) < 5
+    kept = path.with_name(f"{path.name}.damaged")
+    assert kept.read_bytes() == damaged
+    kept.unlink()
+    (again,) = output_files(server, server.wait(prompt)["outputs"]["7"], "scenes")
+    assert_same_scene(server, again, unbroken)
+
+
+def test_a_run_that_another_server_works_on_is_refused(server):
+    graph = saved_scene("locked", seed=18, preview_seconds=600.0)
+    path = cancelled(server, graph)
+    before = path.read_bytes()
+    assert not path.with_suffix(".lock").exists()
+    held = locks.take(path.with_suffix(".lock"), "it")
+    for again in (graph, saved_scene("locked", seed=18, preview_seconds=599.0, resume="start over")):
+        message = server.error(again)
+        assert f"is being worked on by process {os.getpid()} on" in message and "queue again" in message
+    assert path.read_bytes() == before
+    held.release()
+    assert server.run(graph)["7"]["scenes"]
+
+
+def test_a_prior_that_overflows_is_an_error_on_the_node(server):
+    toy = REPOSITORY / "dream4d_engine" / "priors" / "toy" / "multiview"
+    folder = server.base / "models" / "diffusers" / "overflowing"
+    shutil.copytree(toy, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: value.float() for name, value in load_file(weights).items()}
+    tensors["conv_in.weight"].fill_(1e38)
+    save_file(tensors, weights, {"format": "pt"})
+    graph = static_nodes(30, seed=19) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph["1"] = node("Dream4DLoadPrior", folder="overflowing", **AS_IT_IS)
+    message = server.error(graph, 100)
+    assert "100% of what the multiview prior answers is not finite, 6 steps in a row" in message
+    assert str(folder) in message and "fetch it again, or choose another" in message
+    assert not list(server.runs.glob("*.checkpoint"))
+
+
+def test_a_disk_that_fills_up_keeps_the_last_state(server):
+    words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(server.runs)]
+    server.runs.mkdir(parents=True, exist_ok=True)
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    graph = static_nodes(120, seed=20) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    ballast = server.runs / "ballast"
+    try:
+        with server.listen() as listener:
+            server.queue(graph, listener.client)
+            listener.until(lambda kind, content: max(steps_in([(kind, content)], "static"), default=0) >= 52, 200)
+            with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+            events = listener.until(ended, 200)
+        assert events[-1][0] == "execution_error"
+        message = events[-1][1]["exception_message"]
+        (checkpoint,) = server.runs.glob("*.checkpoint")
+        assert f"{checkpoint} can't be written: No space left on device" in message
+        assert "what was saved before is kept: queue again" in message
+        ballast.unlink()
+        with server.listen() as listener:
+            server.queue(graph, listener.client)
+            events = listener.until(ended, 200)
+        assert events[-1][0] == "execution_success" and min(steps_in(events, "static")) == 51
+    finally:
+        subprocess.run(["umount", "-l", str(server.runs)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 2**64 + 1}, "seed"),
+        ({"prompt": "a red \ud800 cube"}, "the prompt holds what is no text in UTF-8"),
+        ({"negative": "\udcff"}, "the prompt holds what is no text in UTF-8"),
+    ],
+)
+def test_what_could_not_be_read_back_is_said_before_training(server, changes, said):
+    graph = static_nodes(5, seed=21) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph["2"]["inputs"] |= changes
+    status, answer = server.post("/prompt", {"prompt": graph})
+    if status == 400:  # refused when it was queued
+        assert said in json.dumps(answer)
+    else:
+        assert said in server.error(graph)
 
 
 def test_out_of_memory_says_what_to_lower_and_resumes(server):

@@ -19,7 +19,8 @@ from dream4d_engine.scene import build_scene
 from dream4d_engine.schedules import Schedule, constant
 from dream4d_engine.toyworld.ideal import IdealDenoiser
 from dream4d_engine.toyworld.world import render_caption
-from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint
+from dream4d_engine.training import loop
+from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint, set_aside
 from dream4d_engine.training.config import (
     MODELSCOPE,
     MOTION_RECIPES,
@@ -37,8 +38,17 @@ from dream4d_engine.training.config import (
     StaticRecipe,
     find_recipe,
 )
+from dream4d_engine.training.guidance import load_guidance
 from dream4d_engine.training.limits import check_recipe
-from dream4d_engine.training.loop import Interrupted, Objective, ResumeMismatch, RunControl, TrainingDiverged, fit
+from dream4d_engine.training.loop import (
+    Interrupted,
+    Objective,
+    PriorSilent,
+    ResumeMismatch,
+    RunControl,
+    TrainingDiverged,
+    fit,
+)
 from dream4d_engine.training.motion import choose_deformation_scale, train_motion
 from dream4d_engine.training.objectives import current_phase, draw_background
 from dream4d_engine.training.static import object_extent, static_groups, static_objective, train_static
@@ -194,6 +204,127 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, damage):
         load_checkpoint(path)
 
 
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory):
+    """A checkpoint of a run of 6 steps, stopped after 4."""
+    path = tmp_path_factory.mktemp("whole") / "run.checkpoint"
+    recipe, guidance, _, _ = static_case(steps=6, size=8)
+    seen = []
+    control = RunControl(path, {"a": 1}, lambda report, _: seen.append(report), lambda: len(seen) == 4)
+    with pytest.raises(Interrupted):
+        train_static(recipe, guidance, seed=0, device=CPU, control=control)
+    return path
+
+
+def rewritten(source, path, change):
+    """Write a checkpoint again after `change` has been made to its tensors and header."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, "pt") as file:
+        header, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, header)
+    save_file(tensors, path, header)
+    return path
+
+
+def put(name, make):
+    def change(tensors, header):
+        tensors[name] = make(tensors[name].clone())
+
+    return change
+
+
+def drop(beginning):
+    def change(tensors, header):
+        for name in [name for name in tensors if name.startswith(beginning)]:
+            del tensors[name]
+
+    return change
+
+
+def say(**values):
+    return lambda tensors, header: header.update(values)
+
+
+def filled(value):
+    return lambda tensor: tensor.flatten().index_fill(0, torch.tensor([1]), value).view_as(tensor)
+
+
+TABLE = "scene.canonical.grid.table"
+BAD_STATES = {
+    "NaN in a parameter": (put(TABLE, filled(math.nan)), f"{TABLE} holds numbers that are not finite"),
+    "infinite occupancy": (put("scene.occupancy.values", filled(math.inf)), "scene.occupancy.values holds numbers"),
+    "NaN in a moment": (put("optimizer.0.exp_avg", filled(math.nan)), "optimizer.0.exp_avg holds numbers that are"),
+    "infinite square": (put("optimizer.1.exp_avg_sq", filled(math.inf)), "optimizer.1.exp_avg_sq holds numbers"),
+    "negative square": (put("optimizer.0.exp_avg_sq", filled(-1.0)), "optimizer.0.exp_avg_sq holds squares below 0"),
+    "moments of the future": (put("optimizer.0.step", lambda t: t + 9), "optimizer.0.step counts 13 steps, the run"),
+    "NaN steps": (put("optimizer.0.step", lambda t: t * math.nan), "optimizer.0.step holds numbers that are not"),
+    "beyond the end": (say(step="7"), "it is at step 7 of a run of 6"),
+    "far beyond": (say(step="1000000000000"), "it is at step 1000000000000 of a run of 6"),
+    "before the beginning": (say(step="-1"), "it is at step -1 of a run of 6"),
+    "no number": (say(step="four"), "step in its header is 'four'"),
+    "endless number": (say(step="9" * 5000), "step in its header is '999"),
+    "no version": (say(format_version=""), "format_version in its header is ''"),
+    "no identity": (say(identity=""), "identity is not valid JSON"),
+    "another identity": (say(identity="[]"), "identity must hold an object, got []"),
+    "deep identity": (say(identity='{"a":' * 5000 + "1" + "}" * 5000), "identity is nested too deep"),
+    "no parameter": (drop(TABLE), f"{TABLE} is missing"),
+    "no generator": (drop("generator"), "generator is missing"),
+    "no moment": (drop("optimizer.0.exp_avg_sq"), "optimizer.0.exp_avg_sq is missing"),
+    "no moments of one": (drop("optimizer.0."), "the optimiser's moments are missing, or some of them"),
+    "no moments at all": (drop("optimizer."), "the optimiser's moments are missing, or some of them"),
+    "another scene": (put(TABLE, lambda t: t[:-8].clone()), f"{TABLE} has the shape"),
+    "other moments": (put("optimizer.0.exp_avg", lambda t: t[:1].clone()), "optimizer.0.exp_avg has the shape"),
+    "halves": (put(TABLE, lambda t: t.half()), f"{TABLE} has the type torch.float16, the run needs torch.float32"),
+    "whole moments": (put("optimizer.0.exp_avg", lambda t: t.long()), "optimizer.0.exp_avg has the type torch.int64"),
+    "short generator": (put("generator", lambda t: t[:100].clone()), "generator has the shape [100]"),
+    "strange generator": (put("generator", lambda t: t.fill_(255)), "generator is no state of one"),
+    "a part too many": (lambda t, h: t.update(extra=torch.zeros(1)), "the run knows no extra"),
+    "a moment too many": (lambda t, h: t.update({"optimizer.99.step": torch.zeros(())}), "knows no optimizer.99.step"),
+    "a name of its own": (
+        lambda t, h: t.update({"optimizer.\x1b.step": torch.zeros(1)}),
+        "the run knows no optimizer.",
+    ),
+    "a bad scale": (lambda t, h: t.update(scaler=torch.tensor([0.0, 1.0])), "scaler holds [0.0, 1.0]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_run_does_not_go_on_from_a_state_that_no_run_has(name, whole_checkpoint, tmp_path):
+    change, said = BAD_STATES[name]
+    path = rewritten(whole_checkpoint, tmp_path / "run.checkpoint", change)
+    recipe, guidance, _, _ = static_case(steps=6, size=8)
+    with pytest.raises(CheckpointError) as caught:
+        train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(path, {"a": 1}))
+    assert said in str(caught.value) and "run.checkpoint" in str(caught.value) and str(caught.value).isprintable()
+    assert caught.value.path == path
+
+
+def test_an_older_checkpoint_that_does_not_count_its_parts_is_gone_on_from(whole_checkpoint, tmp_path):
+    path = rewritten(whole_checkpoint, tmp_path / "run.checkpoint", lambda tensors, header: header.pop("parts"))
+    recipe, guidance, _, _ = static_case(steps=6, size=8)
+    _, summary = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(path, {"a": 1}))
+    assert summary.resumed_from == 4
+
+
+def test_a_newer_checkpoint_stays_where_it_is(whole_checkpoint, tmp_path):
+    path = rewritten(whole_checkpoint, tmp_path / "run.checkpoint", say(format_version="2"))
+    with pytest.raises(CheckpointError, match="newer version of dream4d: update") as caught:
+        load_checkpoint(path)
+    assert caught.value.path is None
+
+
+def test_the_latest_files_that_could_not_be_used_are_kept(tmp_path):
+    names = []
+    for content in "abcde":
+        (tmp_path / "run.checkpoint").write_text(content)
+        names.append(set_aside(tmp_path / "run.checkpoint"))
+    assert names[0].name == "run.checkpoint.damaged"
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["c", "d", "e"]
+    assert set_aside(tmp_path / "none.checkpoint") is None
+
+
 def test_the_same_seed_gives_the_same_result_and_another_one_another():
     recipe, guidance, _, _ = static_case(steps=3)
     runs = [train_static(recipe, guidance, seed=s, device=CPU, control=RunControl())[0] for s in (1, 1, 2)]
@@ -237,6 +368,175 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted():
 def test_a_run_that_only_fails_stops_and_says_what_to_lower():
     with pytest.raises(TrainingDiverged, match="learning rates or the guidance scale"):
         fit_on(lambda s, p, g: (float("nan") * parameters_sum(s), {}), steps=50, max_bad_steps=3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 21])
+def test_a_run_that_changes_nothing_is_no_success(steps):
+    with pytest.raises(TrainingDiverged, match=f"{min(steps, 21)} steps in a row gave no finite gradient"):
+        fit_on(lambda s, p, g: (float("inf") * parameters_sum(s), {}), steps=steps)
+
+
+def test_gradients_too_large_to_be_squared_change_nothing():
+    with pytest.raises(TrainingDiverged):
+        fit_on(lambda s, p, g: (1e25 * parameters_sum(s), {}), steps=2)
+
+
+def test_a_state_that_no_run_could_go_on_from_is_not_saved(tmp_path):
+    recipe, guidance, _, _ = static_case(steps=30, size=8)
+    path, kept = tmp_path / "run.checkpoint", []
+
+    def on_step(report, scene):
+        if report.step == 10:  # after the save of step 7
+            kept.append(path.read_bytes())
+            scene.occupancy.values[0] = math.nan
+
+    with pytest.raises(TrainingDiverged, match=r"scene\.occupancy\.values is not finite after step 14"):
+        train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(path, {}, on_step))
+    assert kept == [path.read_bytes()]
+
+
+# ---- priors without an answer ------------------------------------------------------------------------------------
+
+
+def overflowing_prior(recipe, name="conv_in", prompt="a red cube"):
+    """The toy prior, its weights finite and so large that its activations are not."""
+    kind = recipe.guidance[0].prior
+    from dream4d_engine.priors.loading import toy_folder
+
+    loaded = []
+    guidance = load_guidance(recipe, {kind: toy_folder(kind)}, prompt, CPU, on_prior=loaded.append)
+    layer = loaded[0].denoiser.unet.get_submodule(name)
+
+    def break_it():
+        with torch.no_grad():
+            layer.weight.fill_(1e38)
+        assert all(p.isfinite().all() for p in loaded[0].denoiser.unet.parameters())
+
+    return guidance, break_it
+
+
+def toy_case(steps):
+    phases = (replace(TOY_STATIC.phases[0], n_groups=1, height=16, width=16),)
+    optimizer = replace(TOY_STATIC.optimizer, lr_mlp=0.01)
+    loop_config = LoopConfig(precision="full", checkpoint_steps=2)
+    return replace(TOY_STATIC, steps=steps, scene=SMALL, phases=phases, optimizer=optimizer, loop=loop_config)
+
+
+def test_a_prior_that_overflows_ends_the_run_and_the_last_good_state_is_kept(tmp_path):
+    recipe = toy_case(steps=40)
+    guidance, break_it = overflowing_prior(recipe)
+    states, reports = [], []
+
+    def on_step(report, scene):
+        reports.append(report)
+        states.append(parameters_of(scene).clone())
+        if report.step == 4:
+            break_it()
+
+    path = tmp_path / "run.checkpoint"
+    with pytest.raises(PriorSilent, match="static: 100% of what the multiview prior answers is not finite, 6 steps"):
+        train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(path, {}, on_step))
+    assert len(reports) == 9, "the tenth step, the sixth in a row, was too much"
+    assert reports[3].nonfinite == {} and reports[3].warning == ""
+    assert reports[7].nonfinite == {"multiview": 0.5} and reports[7].warning == "multiview prior: 50 % not finite"
+    assert not torch.equal(states[2], states[3]) and torch.equal(states[3], states[8]), "the bad steps changed nothing"
+    saved = load_checkpoint(path)
+    assert torch.equal(saved.tensors["scene.canonical.grid.table"].flatten()[:9], states[3][:9])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_prior_that_never_answers_is_no_success_however_short_the_run(steps):
+    recipe = toy_case(steps)
+    guidance, break_it = overflowing_prior(recipe)
+    break_it()
+    with pytest.raises(PriorSilent) as caught:
+        train_static(recipe, guidance, seed=0, device=CPU, control=RunControl())
+    assert caught.value.prior == "multiview"
+
+
+class Partly:
+    """A denoiser whose answers are not finite in some steps, or in some places."""
+
+    def __init__(self, denoiser, steps, spoil):
+        self._denoiser, self._steps, self._spoil, self._n = denoiser, steps, spoil, 0
+
+    def __getattr__(self, name):
+        return getattr(self._denoiser, name)
+
+    def denoise(self, x, sigma, conditions):
+        answer, self._n = self._denoiser.denoise(x, sigma, conditions).clone(), self._n + 1
+        if self._n in self._steps:
+            self._spoil(answer)
+        return answer
+
+
+def spoilt(steps, spoil, n_steps=12, stage="static"):
+    """Train on a prior that is spoilt in some steps; return (reports, summary)."""
+    if stage == "static":
+        recipe, guidance, *_ = static_case(steps=n_steps, size=8)
+    else:
+        recipe, guidance, _, still, _ = motion_case(steps=n_steps)
+    (kind,) = guidance
+    guidance[kind] = replace(guidance[kind], denoiser=Partly(guidance[kind].denoiser, steps, spoil))
+    reports = []
+    control = RunControl(on_step=lambda report, scene: reports.append(report))
+    given = {"seed": 0, "device": CPU, "control": control}
+    train = (
+        train_static(recipe, guidance, **given) if stage == "static" else train_motion(still, recipe, guidance, **given)
+    )
+    return reports, train[1]
+
+
+def test_answers_that_lack_now_and_then_are_told_and_the_run_goes_on():
+    reports, summary = spoilt({3, 4, 5, 6, 7, 9}, lambda answer: answer.fill_(math.nan))
+    assert summary.steps == 12 and summary.bad_steps == 6
+    assert summary.nonfinite == {"multiview": pytest.approx(0.5)}
+    assert reports[1].warning == "" and reports[-1].warning == "multiview prior: 50 % not finite"
+    assert math.isfinite(summary.final_loss)
+
+
+def test_a_few_values_that_lack_count_as_0_and_are_told():
+    def one_value(answer):
+        answer[0, 0, 0, 0, 0] = math.inf
+
+    reports, summary = spoilt(range(1, 13), one_value)
+    assert summary.bad_steps == 0 and 0 < summary.nonfinite["multiview"] < 0.01
+    assert "multiview prior: 0." in reports[-1].warning
+
+
+@pytest.mark.parametrize("spoil", [lambda a: a[:, :1].fill_(math.nan), lambda a: a[..., :1].fill_(math.inf)])
+@pytest.mark.parametrize(("stage", "prior"), [("static", "multiview"), ("motion", "video")])
+def test_one_view_or_one_column_that_always_lacks_ends_the_run(spoil, stage, prior):
+    with pytest.raises(PriorSilent, match=f"{stage}: .*% of what the {prior} prior answers is not finite, 6 steps"):
+        spoilt(range(100), spoil, stage=stage)
+
+
+def test_a_silent_prior_leaves_the_loss_scale_alone():
+    """Of half precision, which only a GPU trains with; what counts here works on a CPU, too."""
+    scene, scaler = build_scene(SMALL, seeded()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = loop.make_optimizer(static_groups(scene, OptimizerConfig()), OptimizerConfig())
+
+    def step(share, factor=1.0):
+        before = parameters_of(scene).clone()
+        terms = {"multiview.nonfinite": torch.tensor(share)}
+        found = loop._take_step(
+            scene, lambda: (factor * parameters_sum(scene), terms), optimizer, scaler, RunControl().team, lambda: None
+        )
+        changed = not torch.equal(before, parameters_of(scene))
+        assert found.read()[1] == changed
+        return changed, scaler.get_scale()
+
+    assert step(0.0) == (True, 1024.0)
+    assert step(1.0) == (False, 1024.0), "nothing changes, the scale neither"
+    assert step(0.0, math.inf) == (False, 512.0), "a gradient that is too large halves it"
+    assert step(0.005) == (True, 512.0)
+
+
+def test_silence_is_heard_a_step_late_on_a_gpu(monkeypatch):
+    seen = loop._Seen
+    monkeypatch.setattr(loop, "_Seen", lambda stage, max_bad_steps, lag: seen(stage, max_bad_steps, 1))
+    with pytest.raises(PriorSilent, match="6 steps in a row, up to step 6"):
+        spoilt(range(100), lambda answer: answer.fill_(math.nan))
 
 
 def parameters_sum(scene):
@@ -441,8 +741,6 @@ def test_numbers_that_no_run_can_be_made_with(changes, said):
 
 
 def test_readings_that_come_a_step_late_change_nothing_but_the_reports(monkeypatch):
-    from dream4d_engine.training import loop
-
     recipe, guidance, _, _ = static_case(steps=4)
 
     def run():

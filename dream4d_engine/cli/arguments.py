@@ -385,7 +385,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a scene file or a checkpoint of an unfinished run holds, or which kernels are in use."""
+    """Say what a scene file, a checkpoint or a run's folder holds, or which kernels are in use."""
 
     file: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FILE")] = None
     """The file."""

@@ -17,6 +17,9 @@ ERROR = 2
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (None: the process's own) names and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding doesn't
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(words)
     except SystemExit as end:  # --help
@@ -43,7 +46,15 @@ def _dispatch(words: list[str]) -> int:
         print(f"dream4d {__version__}")
         return 0
     _quieten(may_download="--download" in words)
-    from .parsing import parse
+    from ..machine import is_text
+    from .parsing import UsageError, parse
+
+    strange = next((word for word in words if not is_text(word)), None)
+    if strange is not None:  # tokenizers and safetensors take no such words and paths
+        raise UsageError(
+            f"{ascii(strange)} is no text in UTF-8: rename that file or folder, or set the terminal to UTF-8 (on Linux "
+            "LC_ALL=C.UTF-8)"
+        )
 
     name, options = words[0], parse(words[0], words[1:])
     _set_threads(options)
@@ -97,7 +108,7 @@ def _report(error: Exception, words: list[str]) -> int:
         traceback.print_exc()
     if isinstance(error, Interrupted | Stopped):
         print(error, file=sys.stderr)
-        return INTERRUPTED
+        return getattr(error, "code", INTERRUPTED)
     memory = _out_of_memory(error)
     if memory is not None:
         text = memory

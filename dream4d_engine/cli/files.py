@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .. import locks
 from ..assets import AssetError, import_checkpoint, load_scene, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_picture
@@ -23,8 +24,9 @@ from ..training.needs import film_bytes
 from . import results
 from .arguments import Import, Info, Render, check_samples
 from .interrupts import stop_on_interrupt
-from .parsing import UsageError
+from .parsing import RECORD, UsageError, read_record
 from .progress import make_progress
+from .run_folder import LOCK, state_of
 
 
 def render(options: Render) -> int:
@@ -135,7 +137,9 @@ def _kernel_lines(found: dict) -> list[str]:
 
 
 def describe(path: Path) -> dict:
-    """Return what a scene file or a run's checkpoint holds, without reading its numbers."""
+    """Return what a scene file, a run's checkpoint or a run's folder holds, without reading its numbers."""
+    if (path / RECORD).is_file():
+        return _describe_run(path)
     if not path.is_file():
         raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     header, tensors = _safetensors_header(path)
@@ -152,6 +156,14 @@ def describe(path: Path) -> dict:
         "config": asdict(asset.config),
     }
     return common | what | {"tensors": tensors}
+
+
+def _describe_run(folder: Path) -> dict:
+    """Return what a run's record says, and whether a process works on it."""
+    record = read_record(folder)
+    state = state_of(record, locks.holder(folder / LOCK))
+    known = ("command", "prompt", "seed", "stage", "step", "error", "started", "finished", "seconds", "nonfinite")
+    return {"file": str(folder), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
@@ -176,6 +188,10 @@ def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
 
 def _lines(found: dict) -> list[str]:
     """The description as text."""
+    if "tensors" not in found:
+        return [f"{found['file']}: {found['kind']}"] + [
+            line for name in list(found)[2:] for line in _tree_lines(name, found[name])
+        ]
     tensors = found["tensors"]
     lines = [f"{found['file']}: {found['kind']}, {found['bytes'] / 2**20:.2f} MiB"]
     for name in ("format_version", "step", "provenance", "config", "identity"):

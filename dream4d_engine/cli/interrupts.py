@@ -1,36 +1,65 @@
-"""Ctrl-C: the first one asks the run to save and stop, the second one kills."""
+"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, a second Ctrl-C kills.
+
+SIGTERM is how containers and batch systems end a process; some send it more than once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""The exit code of a run that Ctrl-C stopped."""
+"""The exit code of a run that Ctrl-C stopped; of one that another signal did: 128 and its number."""
 
 
 class Stopped(RuntimeError):
-    """A run that Ctrl-C stopped; the message says how to go on."""
+    """A run that was stopped; the message says how to go on, `code` is the exit code."""
+
+    def __init__(self, text: str, code: int = INTERRUPTED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class StopRequest:
+    """To be called: whether the process was asked to stop. `code`: the exit code that says so."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self.code = INTERRUPTED
+
+    def __call__(self) -> bool:
+        return self._asked.is_set()
+
+    def ask(self, number: int) -> None:
+        """A signal came."""
+        if not self():
+            self.code = 128 + number
+            self._asked.set()
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed since; the old handling comes back afterwards."""
-    pressed = threading.Event()
+def stop_on_interrupt() -> Iterator[StopRequest]:
+    """Give a function that says whether a signal asked to stop since; the old handling comes back afterwards."""
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
-        yield pressed.is_set
+        yield request
         return
 
-    def handle(_signal: int, _frame: object) -> None:
-        pressed.set()
+    def handle(number: int, _frame: object) -> None:
+        request.ask(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("stopping after this step; Ctrl-C again kills", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            print("stopping after this step; Ctrl-C again kills", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGINT, handle)
+    names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is Windows' way to end a console's processes
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield pressed.is_set
+        yield request
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..assets import config_from_dict
+from ..documents import as_object, describe, field, read_document
 from ..training.checkpoint import first_difference
 from ..training.config import (
     IMAGE_RECIPES,
@@ -162,11 +163,12 @@ def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Pa
     saved = read_record(folder)
     if saved.get("command") != name:
         raise UsageError(
-            f"{folder} holds a run of {saved.get('command')!r}: resume it with dream4d {saved.get('command')} --resume"
+            f"{folder} holds a run of {describe(saved.get('command'))}: resume it with that command, not {name}, or "
+            "start over with another --out"
         )
     try:
         default = config_from_dict(command.call, saved.get("settings"), "settings")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
         ) from error
@@ -196,16 +198,30 @@ def comparable(call: Any) -> dict:
 
 
 def read_record(folder: Path) -> dict:
-    """Read a run folder's run.json."""
+    """Read a run folder's run.json; what this program reads of it has the right types, or is missing."""
+    path = folder / RECORD
+    if not path.exists():
+        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{folder / RECORD} can't be read ({error}): start over with another --out") from error
-    if not isinstance(record, dict):
-        raise UsageError(f"{folder / RECORD} is no record of a run: start over with another --out")
+        record = as_object(read_document(path, UsageError), path, UsageError)
+        for name, kind in _FIELDS.items():
+            if record.get(name) is None:
+                record.pop(name, None)
+            else:
+                record[name] = field(record, name, kind, path, UsageError, kind())
+        for name in _TABLES:
+            table = as_object(record.get(name, {}), f"{path}: {name}", UsageError)
+            for key, kind in ((key, _TABLES[name]) for key in table):
+                table[key] = field(table, key, kind, f"{path}: {name}", UsageError, kind())
+    except UsageError as error:
+        raise UsageError(f"{error}; start over with another --out") from error
     return record
+
+
+_FIELDS = {"status": str, "command": str, "source": str, "reference": str, "error": str, "stage": str}
+_FIELDS |= {"settings": dict, "seconds": dict, "fits": dict, "nonfinite": dict, "resumed": list}
+_FIELDS |= {"peak_memory_bytes": int, "step": int}
+_TABLES = {"seconds": float, "fits": dict, "nonfinite": dict}
 
 
 def _with_shorthands(call: Any) -> Any:

@@ -21,8 +21,10 @@ class Progress(AbstractContextManager, Protocol):
         """A stage of so many steps begins."""
         ...
 
-    def update(self, stage: str, step: int, loss: float | None = None, remaining: float | None = None) -> None:
-        """A stage has `step` steps behind it; `remaining` seconds are an estimate."""
+    def update(
+        self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
+    ) -> None:
+        """A stage has `step` steps behind it; `remaining` seconds are an estimate; a `warning` goes with them."""
         ...
 
     def say(self, text: str) -> None:
@@ -59,7 +61,9 @@ class Lines:
     def begin(self, stage: str, steps: int) -> None:
         self._steps[stage] = steps
 
-    def update(self, stage: str, step: int, loss: float | None = None, remaining: float | None = None) -> None:
+    def update(
+        self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
+    ) -> None:
         steps, now = self._steps[stage], self._clock()
         if stage in self._done:
             return
@@ -73,6 +77,8 @@ class Lines:
             parts.append(f"loss {loss:.4g}")
         if remaining is not None and step < steps:
             parts.append(f"{clock_text(remaining)} left")
+        if warning:
+            parts.append(warning)
         self._write(", ".join(parts))
 
     def say(self, text: str) -> None:
@@ -97,8 +103,11 @@ class Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=steps, loss="", left="")
 
-    def update(self, stage: str, step: int, loss: float | None = None, remaining: float | None = None) -> None:
+    def update(
+        self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
+    ) -> None:
         left = f"{clock_text(remaining)} left" if remaining is not None and step < self._total(stage) else ""
+        left = " ".join(part for part in (left, warning) if part)
         self._bars.update(
             self._tasks[stage], completed=step, loss="" if loss is None else f"loss {loss:.4g}", left=left
         )
@@ -122,7 +131,9 @@ class Quiet:
     def begin(self, stage: str, steps: int) -> None:
         pass
 
-    def update(self, stage: str, step: int, loss: float | None = None, remaining: float | None = None) -> None:
+    def update(
+        self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
+    ) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,23 +14,26 @@ from pathlib import Path
 
 import torch
 
+from .. import locks
+from ..documents import document_bytes
 from ..machine import check_folder, peak_memory, versions, write_atomically
 from .parsing import RECORD, UsageError, read_record
 
-UNFINISHED = "unfinished"
+UNFINISHED, LOCK, REFERENCE = "unfinished", "run.lock", "reference.png"
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run writes. `record` is what run.json holds; it is saved at the beginning and after every stage.
 
-    `writes` is false in the processes beside the one that writes.
+    `writes` is false in the processes beside the one that writes; that one holds the `lock`.
     """
 
     path: Path
     record: dict
     device: torch.device
     writes: bool = True
+    lock: locks.Lock | None = None
 
     @property
     def unfinished(self) -> Path:
@@ -37,14 +41,14 @@ class RunFolder:
         return self.path / UNFINISHED
 
     def save(self, status: str | None = None, **news: object) -> None:
-        """Write run.json with the news."""
+        """Write run.json with the news. Raises WriteError."""
         if not self.writes:
             return
         self.record.update(news)
         if status is not None:
             self.record["status"] = status
         self.record["peak_memory_bytes"] = max(self.record.get("peak_memory_bytes") or 0, peak_memory(self.device) or 0)
-        write_atomically(self.path / RECORD, (json.dumps(self.record, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(self.path / RECORD, document_bytes(self.record))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -52,16 +56,44 @@ class RunFolder:
         began = time.monotonic()
         try:
             yield
-        finally:
-            seconds = self.record["seconds"]
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - began, 3)
-            self.save()
+        except BaseException:
+            self._count(stage, began)  # what comes of the error saves it
+            raise
+        self._count(stage, began)
+        self.save()
 
-    def fail(self, why: str) -> None:
-        """Mark the run as failed; if nothing was saved yet, a new one may begin in its place."""
-        if self.writes and not any(self.unfinished.iterdir()):
-            self.unfinished.rmdir()
-        self.save("failed", error=why.splitlines()[0])
+    def _count(self, stage: str, began: float) -> None:
+        seconds = self.record["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - began, 3)
+
+    def end(self, status: str, **news: object) -> None:
+        """Say how the run ended before its time, as far as anything can be written; raises nothing.
+
+        If nothing was saved yet, a new run may begin in its place.
+        """
+        if not self.writes:
+            return
+        with contextlib.suppress(OSError):
+            if not any(self.unfinished.iterdir()):
+                self.unfinished.rmdir()
+        try:
+            self.save(status, **news)
+        except OSError:
+            self._mark_failed()
+
+    def _mark_failed(self) -> None:
+        """Change the status where run.json lies: on a full disk that takes no room."""
+        running, failed = b'"status": "running"', b'"status": "failed" '
+        with contextlib.suppress(OSError), open(self.path / RECORD, "r+b") as file:
+            place = file.read().find(running)
+            if place >= 0:
+                file.seek(place)
+                file.write(failed)
+
+    def release(self) -> None:
+        """Let other processes work here."""
+        if self.lock is not None:
+            self.lock.release()
 
     def finish(self) -> None:
         """Remove what only resuming needs and mark the run as finished."""
@@ -80,29 +112,93 @@ def check_out(folder: Path | None, names: Sequence[str], overwrite: bool) -> Non
         raise UsageError("say where the results go: --out FOLDER (or --resume FOLDER)")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: choose another --out")
+    check_alone(folder)
+    _check_free(folder, names, overwrite)
+
+
+def check_alone(folder: Path) -> None:
+    """Raise InUse where another process works in the folder of a run."""
+    who = locks.holder(folder / LOCK)
+    if who is not None:
+        raise locks.InUse(locks.in_use(folder, who))
+
+
+def _check_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    _check_kinds(folder, names)
     if overwrite or not folder.is_dir():
         return
-    if (folder / UNFINISHED).is_dir():
-        raise UsageError(f"{folder} holds an unfinished run: go on with --resume {folder}, or --overwrite it")
     present = [name for name in names if (folder / name).exists()]
-    if (folder / RECORD).exists() and read_record(folder).get("status") == "failed" and present == [RECORD]:
+    record, unfinished = read_record(folder) if RECORD in present else {}, folder / UNFINISHED
+    status = record.get("status")
+    if record and status != "finished" and (unfinished.exists() or status in ("running", "interrupted")):
+        raise UsageError(f"{folder} holds an unfinished run: go on with {resuming(record, folder)}, or --overwrite it")
+    if not record and unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):
+        raise UsageError(
+            f"{folder} holds an unfinished run that can't be gone on with --resume, as its {RECORD} is gone: choose "
+            "another --out, or --overwrite it"
+        )
+    if status == "failed" and set(present) <= {RECORD, REFERENCE}:
         return
     if present:
         raise UsageError(f"{folder} already holds {', '.join(present)}: choose another --out, or --overwrite")
 
 
-def start_run(folder: Path, names: Sequence[str], record: dict, device: torch.device, n_bytes: int) -> RunFolder:
-    """Prepare the folder of a new run (see `check_out`): old results go, run.json says what is coming."""
+def _check_kinds(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder where a file belongs, and a file where a folder belongs."""
+    for name in (*names, LOCK):
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder / name} is a folder where a file belongs: move it away, or choose another --out")
+    if (folder / UNFINISHED).exists() and not (folder / UNFINISHED).is_dir():
+        raise UsageError(
+            f"{folder / UNFINISHED} is a file where a folder belongs: move it away, or choose another --out"
+        )
+
+
+def resuming(record: dict, folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"dream4d {record.get('command', '...')} --resume {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[locks.Lock]:
+    """Keep other processes out of the folder of a run; where what is done inside fails they may come in again."""
+    try:
+        held = locks.take(folder / LOCK, folder)
+    except OSError as error:
+        raise UsageError(
+            f"can't write into {folder} ({LOCK}: {error.strerror or error}); choose another --out"
+        ) from error
+    try:
+        yield held
+    except BaseException:
+        held.release()
+        raise
+
+
+def start_run(
+    folder: Path, names: Sequence[str], record: dict, device: torch.device, n_bytes: int, overwrite: bool = False
+) -> RunFolder:
+    """Prepare the folder of a new run: old results go, run.json says what is coming. The folder is locked from now on.
+
+    What fails here leaves nothing behind that a later run would stumble over.
+    """
     check_folder(folder, n_bytes)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    sweep(folder, names)
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
     now = {"started": _now(), "finished": None, "versions": versions(), "device": str(device), "seconds": {}}
-    run = RunFolder(folder, {"status": "running", **record, **now}, device)
-    run.unfinished.mkdir(exist_ok=True)
-    run.save()
-    return run
+    with _locked(folder) as held:
+        _check_free(folder, names, overwrite)  # another run may have been quicker
+        run = RunFolder(folder, {"status": "running", **record, **now}, device, lock=held)
+        document_bytes(run.record)  # before anything is lost
+        shutil.rmtree(run.unfinished, ignore_errors=True)
+        sweep(folder, names)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        run.unfinished.mkdir(exist_ok=True)
+        try:
+            run.save()
+        except BaseException:
+            run.unfinished.rmdir()
+            raise
+        return run
 
 
 def follow_run(folder: Path, device: torch.device) -> RunFolder:
@@ -120,14 +216,27 @@ def sweep(folder: Path, names: Sequence[str]) -> None:
 
 
 def resume_run(folder: Path, names: Sequence[str], device: torch.device, n_bytes: int) -> RunFolder:
-    """Take up the run in `folder` again."""
+    """Take up the run in `folder` again. The folder is locked from now on."""
     check_folder(folder, n_bytes)
-    sweep(folder, names)
-    sweep(folder / UNFINISHED, ["*"])
-    record = read_record(folder)
-    record.setdefault("seconds", {})
-    run = RunFolder(folder, record, device)
-    run.unfinished.mkdir(exist_ok=True)
-    again = [*record.get("resumed", []), {"at": _now(), "versions": versions(), "device": str(device)}]
-    run.save("running", resumed=again)
-    return run
+    _check_kinds(folder, names)
+    with _locked(folder) as held:
+        record = read_record(folder)
+        if record.get("status") == "finished":
+            raise UsageError(f"the run in {folder} was finished by another process just now")
+        sweep(folder, names)
+        sweep(folder / UNFINISHED, ["*"])
+        record.setdefault("seconds", {})
+        record.pop("error", None)
+        run = RunFolder(folder, record, device, lock=held)
+        run.unfinished.mkdir(exist_ok=True)
+        now = {"at": _now(), "after": state_of(record, None), "versions": versions(), "device": str(device)}
+        run.save("running", resumed=[*record.get("resumed", []), now])
+        return run
+
+
+def state_of(record: dict, who: str | None) -> str:
+    """The state of a run in words, by its record and who holds its lock."""
+    status = record.get("status", "unknown")
+    if who is not None:
+        return f"running ({who})"
+    return "killed" if status == "running" else status

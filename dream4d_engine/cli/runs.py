@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import shlex
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..assets import Provenance, load_scene, save_scene
+from ..assets import AssetError, Provenance, check_header, load_scene, save_scene
 from ..cameras import CameraBatch
+from ..documents import document_bytes, first_line
 from ..export import save_picture
-from ..machine import check_memory, pick_device, versions, write_atomically
+from ..machine import WriteError, check_memory, pick_device, versions, write_atomically
 from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
+from ..training.checkpoint import CheckpointError, set_aside
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.distributed import ALONE, Team, join_team, leave_team
-from ..training.guidance import Folders, active_terms, load_guidance
+from ..training.guidance import Folders, active_terms, explain_silence, load_guidance
 from ..training.limits import check_recipe
-from ..training.loop import FitSummary, Interrupted, ResumeMismatch, RunControl, StepReport
+from ..training.loop import FitSummary, Interrupted, PriorSilent, ResumeMismatch, RunControl, StepReport
 from ..training.memory import parse_bytes
 from ..training.motion import check_scale, train_motion
 from ..training.needs import disk_bytes, film_bytes, memory_bytes
@@ -41,14 +41,22 @@ from .arguments import (
     TextTo4D,
     TextTo4DCall,
 )
-from .interrupts import INTERRUPTED, Stopped, stop_on_interrupt
+from .interrupts import Stopped, stop_on_interrupt
 from .models import check_words, prior_extras, prior_folders
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, Quiet, clock_text, make_progress
-from .run_folder import RunFolder, check_out, follow_run, resume_run, start_run
+from .run_folder import (
+    REFERENCE,
+    RunFolder,
+    check_alone,
+    check_out,
+    follow_run,
+    resume_run,
+    resuming,
+    start_run,
+)
 
 SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
-REFERENCE = "reference.png"
 RESULTS = (RECORD, SCENE, REFERENCE, ORBIT, VIDEO, CONTACT, METRICS)
 
 Call = TextTo3DCall | ImageTo3DCall | AnimateCall | TextTo4DCall | ImageTo4DCall
@@ -79,7 +87,9 @@ class Session:
         """How the training of a stage reports, saves and stops."""
 
         def on_step(report: StepReport, _scene: Scene) -> None:
-            self.progress.update(stage, report.step, report.loss, report.remaining)
+            self.progress.update(stage, report.step, report.loss, report.remaining, report.warning)
+            if report.nonfinite:
+                self.run.record.setdefault("nonfinite", {})[stage] = report.nonfinite
 
         sources = {name: self.run.record.get(name) for name in ("source", "reference")}
         identity = {"stage": stage, **comparable(self.call), **sources}
@@ -261,29 +271,45 @@ def _carry_out_in(
     device: torch.device,
     work: Callable[[Session], None],
 ) -> int:
-    run = _open_together(team, call, recipes, scene, device)
-    if run is None:
-        return 0
-    began = time.monotonic()
     with stop_on_interrupt() as should_stop:
+        run = _open_together(team, call, recipes, scene, device)
+        if run is None:
+            return 0
+        began = time.monotonic()
         try:
             with make_progress() if team.writes else Quiet() as progress:
                 work(Session(call, run, progress, should_stop, team))
             run.finish()
         except Interrupted as stop:
             if not team.writes:  # the first process says it
-                return INTERRUPTED
-            run.save("interrupted", stage=stop.stage, step=stop.step or None)
+                return should_stop.code
+            run.end("interrupted", stage=stop.stage, step=stop.step or None)
             where = f"{stop.stage}, step {stop.step}" if stop.step else stop.stage
-            hint = f"dream4d {command_of(call)} --resume {shlex.quote(str(run.path))}"
-            raise Stopped(f"stopped in {where}; what is done is saved; resume with: {hint}") from stop
+            hint = resuming(run.record, run.path)
+            text = f"stopped in {where}; what is done is saved; resume with: {hint}"
+            raise Stopped(text, should_stop.code) from stop
         except BaseException as error:
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                run.fail(str(error) or type(error).__name__)
+            run.end("failed", error=first_line(error))
+            if team.writes and isinstance(error, WriteError | AssetError | CheckpointError):
+                raise type(error)(f"{error}; {_way_on(run, error)}") from error
             raise
+        finally:
+            run.release()
     if team.writes:
         _say_finished(run, time.monotonic() - began)
     return 0
+
+
+def _way_on(run: RunFolder, error: Exception) -> str:
+    """How to go on after a file couldn't be written or used."""
+    hint = resuming(run.record, run.path)
+    if isinstance(error, CheckpointError) and error.path is not None:
+        kept = set_aside(error.path)
+        name = f"it is kept as {kept.name}, and " if kept else ""
+        return f"{name}{hint} starts this stage over, with what the stages before it made"
+    if run.unfinished.exists() or (run.path / SCENE).exists():
+        return f"what was saved before is kept: {hint} goes on from there"
+    return "nothing was saved before: start again once that is mended"
 
 
 def _check_budget(gpu: GpuOptions, device: torch.device) -> None:
@@ -315,8 +341,8 @@ def _open_together(
     return follow_run(Path(folders.resume or folders.out), device)
 
 
-def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...]) -> None:
-    """Refuse numbers that no run can be made with, before anything is touched."""
+def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig) -> None:
+    """Refuse numbers that no run can be made with, or whose result could not be read, before anything is touched."""
     for recipe in recipes:
         check_recipe(recipe, "static" if isinstance(recipe, StaticRecipe) else "motion")
     if not 0 <= call.options.seed < 2**63:
@@ -324,6 +350,10 @@ def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...])
     scale = getattr(call.options, "deformation_scale", None)
     if scale is not None:
         check_scale(scale)
+    for recipe in recipes:
+        config = replace(scene, deformation=recipe.deformation) if isinstance(recipe, MotionRecipe) else scene
+        for prompt in (call.options.prompt, getattr(call.options, "object_prompt", None)):
+            check_header(config, Provenance(prompt or "", recipe.name, call.options.seed, recipe.steps, versions()))
 
 
 def _open_run(
@@ -331,12 +361,14 @@ def _open_run(
 ) -> RunFolder | None:
     """Start or resume the run's folder; None where the run is finished already."""
     folders = call.options.folders
-    _check_numbers(call, recipes)
+    _check_numbers(call, recipes, scene)
     if folders.resume is None:
         check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
     elif read_record(Path(folders.resume)).get("status") == "finished":
         print(f"the run in {folders.resume} is finished: there is nothing to resume")
         return None
+    else:
+        check_alone(Path(folders.resume))
     if device.type == "cpu":
         for recipe in recipes:
             flags = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}"
@@ -346,14 +378,17 @@ def _open_run(
     check_memory(film_bytes(size, size), f"filming at --size {size}", "lower --size")
     room = disk_bytes(recipes, scene)
     if folders.resume is not None:
-        return resume_run(Path(folders.resume), RESULTS, device, room)
+        run = resume_run(Path(folders.resume), RESULTS, device, room)
+        if run.record["resumed"][-1]["after"] == "killed":
+            print(f"the run in {run.path} was killed: going on from what it had saved", flush=True)
+        return run
     record = {
         "command": command_of(call),
         "prompt": call.options.prompt,
         "seed": call.options.seed,
         "settings": settings_tree(call),
     }
-    return start_run(Path(folders.out), RESULTS, record, device, room)
+    return start_run(Path(folders.out), RESULTS, record, device, room, folders.overwrite)
 
 
 def _say_finished(run: RunFolder, seconds: float) -> None:
@@ -388,8 +423,9 @@ def static_stage(
 ) -> Made:
     """Stage 1, unless its result is there already."""
     session.progress.begin("static", recipe.steps)
+    seed = session.call.options.seed
 
-    def train() -> tuple[Scene, FitSummary, Provenance]:
+    def train() -> tuple[Scene, FitSummary]:
         with session.run.timed("load models"):
             guidance = load_guidance(
                 recipe,
@@ -401,9 +437,8 @@ def static_stage(
                 compiled=session.call.options.gpu.compile,
             )
         session.pause("static")
-        seed = session.call.options.seed
-        with session.run.timed("static"):
-            scene, summary = train_static(
+        with session.run.timed("static"), _explained(session, recipe, folders):
+            return train_static(
                 recipe,
                 guidance,
                 seed=seed,
@@ -413,9 +448,8 @@ def static_stage(
                 memory_budget=session.memory_budget,
                 on_plan=session.progress.say,
             )
-        return scene, summary, Provenance(prompt, recipe.name, seed, recipe.steps, versions())
 
-    return _stage(session, "static", recipe.steps, path, train)
+    return _stage(session, "static", Provenance(prompt, recipe.name, seed, recipe.steps, versions()), path, train)
 
 
 def motion_stage(
@@ -423,8 +457,9 @@ def motion_stage(
 ) -> Made:
     """Stage 2, unless its result is there already."""
     session.progress.begin("motion", recipe.steps)
+    options: Animate | TextTo4D | ImageTo4D = session.call.options
 
-    def train() -> tuple[Scene, FitSummary, Provenance]:
+    def train() -> tuple[Scene, FitSummary]:
         with session.run.timed("load models"):
             guidance = load_guidance(
                 recipe,
@@ -435,9 +470,8 @@ def motion_stage(
                 compiled=session.call.options.gpu.compile,
             )
         session.pause("motion")
-        options: Animate | TextTo4D | ImageTo4D = session.call.options
-        with session.run.timed("motion"):
-            scene, summary = train_motion(
+        with session.run.timed("motion"), _explained(session, recipe, folders):
+            return train_motion(
                 still,
                 recipe,
                 guidance,
@@ -448,31 +482,63 @@ def motion_stage(
                 memory_budget=session.memory_budget,
                 on_plan=session.progress.say,
             )
-        return scene, summary, Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
 
-    return _stage(session, "motion", recipe.steps, session.run.path / SCENE, train)
+    provenance = Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
+    return _stage(session, "motion", provenance, session.run.path / SCENE, train)
 
 
 def _stage(
     session: Session,
     stage: str,
-    steps: int,
+    provenance: Provenance,
     path: Path,
-    train: Callable[[], tuple[Scene, FitSummary, Provenance]],
+    train: Callable[[], tuple[Scene, FitSummary]],
 ) -> Made:
     """Train and save a scene. It is read back, so that a resumed run goes on from the very same one."""
-    if not path.exists():
-        scene, summary, provenance = train()
+    made = _made_before(session, stage, provenance, path)
+    if session.team.any(made is None):
+        scene, summary = train()
         if session.team.writes:
             save_scene(path, scene, provenance)
         fits = session.run.record.setdefault("fits", {})
         fits[stage] = asdict(summary)
         session.run.save()
-    session.progress.update(stage, steps)
-    session.team.wait()  # until it is written
-    loaded = load_scene(path, session.device)
+        session.team.wait()  # until it is written
+        made = load_scene(path, session.device)
+    session.progress.update(stage, provenance.steps)
     session.team.wait()  # until all have it: what is unfinished is removed at the end
-    return loaded
+    return made
+
+
+def _made_before(session: Session, stage: str, provenance: Provenance, path: Path) -> Made | None:
+    """The result of a stage from before a resume; one that can't be used is set aside, and the stage done again."""
+    if not path.exists():
+        return None
+    try:
+        scene, found = load_scene(path, session.device)
+        if replace(found, versions={}, parent=None) == replace(provenance, versions={}, parent=None):
+            return scene, found
+        why = f"{path} is the result of other settings"
+    except AssetError as error:
+        why = str(error)
+    session.team.wait()  # until all have seen it
+    if session.team.writes:
+        kept = set_aside(path)
+        name = f" (it is kept as {kept.name})" if kept else ""
+        session.progress.say(f"{why}{name}: the stage {stage} is done again")
+    session.team.wait()
+    return None
+
+
+@contextmanager
+def _explained(session: Session, recipe: StaticRecipe | MotionRecipe, folders: Folders) -> Iterator[None]:
+    """Say which file a prior is that gives no finite answer, and which flag may help."""
+    try:
+        yield
+    except PriorSilent as error:
+        flag = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}.loop.precision full"
+        way = f"{flag} runs it in full precision, in a new run"
+        raise explain_silence(error, recipe, folders, session.extras, session.device, way) from error
 
 
 def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:
@@ -509,8 +575,7 @@ def show(
             found = results.measure_reference(still, reference, session.call.static.reference)
             measures["reference"] = found
             line += f", reference view {found['psnr']:.1f} dB"
-        content = json.dumps(measures, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(session.run.path / METRICS, content.encode())
+        write_atomically(session.run.path / METRICS, document_bytes(measures))
     session.progress.say(line)
 
 

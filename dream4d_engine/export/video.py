@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..machine import write_error
 from .pictures import to_bytes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class VideoWriter:
 
     Frames are [H, W, 3] float in [0, 1] or uint8, all of one size. The file has H.264 in yuv420p where PyAV can write
     it, and its side lengths are rounded up to even numbers. It is written under a temporary name and renamed when the
-    context ends: an error inside leaves no file, and an old one as it was.
+    context ends: an error inside leaves no file, and an old one as it was. Raises WriteError.
     """
 
     def __init__(self, path: Path | str, fps: float = 24.0, title: str = "") -> None:
@@ -71,7 +72,8 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         import av
 
-        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
+        with _named(self.path):
+            self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
         self._container.metadata["title"] = self.title
         return self
 
@@ -88,7 +90,8 @@ class VideoWriter:
         image = av.VideoFrame.from_ndarray(_pad_to_even(picture), format="rgb24")
         image = image.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         image.pts, image.time_base = self.count, 1 / self._stream.codec_context.framerate
-        self._container.mux(self._stream.encode(image))
+        with _named(self.path):
+            self._container.mux(self._stream.encode(image))
         self.count += 1
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -97,15 +100,26 @@ class VideoWriter:
                 return
             if self._stream is None:
                 raise ValueError(f"no frames to write into {self.path}")
-            self._container.mux(self._stream.encode())
-            self._container.close()
-            with open(self._temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self.path)
+            with _named(self.path):
+                self._container.mux(self._stream.encode())
+                self._container.close()
+                with open(self._temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(self._temporary, self.path)
         finally:
             with contextlib.suppress(Exception):  # a container without frames can't be closed properly
                 self._container.close()
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make an error of the system one that names the video, not the file that it is written to first."""
+    try:
+        yield
+    except OSError as error:  # PyAV's errors of the system are such
+        raise write_error(path, error) from error
 
 
 def write_video(path: Path | str, frames: Iterable[Tensor | np.ndarray], fps: float = 24.0, title: str = "") -> int:

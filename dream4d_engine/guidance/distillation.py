@@ -29,6 +29,8 @@ from .prompts import PerpNegConditions
 
 LossForm = Literal["sds", "x0", "multistep"]
 BatchUnit = Literal["pictures", "groups"]
+NONFINITE = "nonfinite"
+"""The name of a term: the share of a prior's answer that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class DistillationOutput:
     Args:
         loss: scalar, with gradient to the pictures.
         terms: detached scalars to log: "distillation" and "color" (the parts of the loss, weighted),
-            "gradient_norm" (of the loss with respect to z), "nonfinite" (how many values of the gradient were not
-            finite and counted as 0), "timestep" (mean).
+            "gradient_norm" (of the loss with respect to z), NONFINITE (the share of the gradient's values that were
+            not finite and counted as 0), "timestep" (mean).
         timestep: [B'] int64. x0: [B', F', c, h, w], the guided prediction of z, or the end of the walk for
             multistep. Both in the grouping that the denoiser saw.
     """
@@ -129,11 +131,11 @@ def sds_gradient(z: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
 
 
 def half_squared_distance(z: Tensor, target: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return (0.5 * |z - stop(target)|^2 / n, how many values were not finite and counted as 0)."""
+    """Return (0.5 * |z - stop(target)|^2 / n, the share of values that were not finite and counted as 0)."""
     difference = z - target.detach()
     finite = difference.detach().isfinite()
     difference = torch.where(finite, difference, torch.zeros_like(difference))
-    return 0.5 * difference.square().sum() / n, (~finite).sum()
+    return 0.5 * difference.square().sum() / n, (~finite).float().mean()
 
 
 def distillation_loss(z: Tensor, target: Tensor, n: int | None = None) -> Tensor:
@@ -304,7 +306,7 @@ def distill_at(
     terms = {
         "distillation": loss.detach(),
         "gradient_norm": (2 * loss.detach() / n).sqrt(),
-        "nonfinite": nonfinite,
+        NONFINITE: nonfinite,
         "timestep": timestep.float().mean(),
     }
     if config.color_weight > 0:
@@ -364,6 +366,6 @@ def distill(
 def _nothing_seen(pictures: Tensor) -> DistillationOutput:
     """The output where every picture was left out: a loss of 0 that still has a gradient, of 0."""
     zero = pictures.new_zeros(())
-    terms = {name: zero for name in ("distillation", "gradient_norm", "nonfinite", "timestep")}
+    terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "timestep")}
     empty = pictures.new_zeros((0, 1, 1, 1, 1))
     return DistillationOutput(0.0 * pictures.sum(), terms, torch.zeros(0, dtype=torch.int64), empty)

@@ -48,6 +48,8 @@ def convert(
         kind: what it must be; None: whatever it is. config: see single_file.py.
         dtype: of the weights; None: as they are.
     """
+    from safetensors import SafetensorError
+
     source = open_source(path, config)
     if not isinstance(source, LdmSource):
         raise PriorError(
@@ -66,8 +68,9 @@ def convert(
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-    except OSError as error:
-        raise PriorError(f"can't write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PriorError(f"can't write {folder}: {why}; free some room, or choose another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Converted(folder, facts.kind, parts, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))

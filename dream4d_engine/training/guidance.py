@@ -16,6 +16,7 @@ from ..priors.denoisers import accelerated
 from ..priors.execution import PLAIN, GraphRecorder, Recorder
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
 from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
+from .loop import PriorSilent
 from .reference import Reference, reference_cameras
 
 logger = logging.getLogger(__name__)
@@ -99,3 +100,24 @@ def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: st
 def working_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype:
     """The number format of the diffusion models: half precision on CUDA where the recipe asks for it."""
     return torch.float16 if loop.precision == "half" and device.type == "cuda" else torch.float32
+
+
+def explain_silence(
+    error: PriorSilent,
+    recipe: StaticRecipe | MotionRecipe,
+    folders: Folders,
+    extras: Mapping[PriorKind, PriorExtras],
+    device: torch.device,
+    full_precision: str,
+) -> PriorSilent:
+    """The same error with the model's file and what can be done; `full_precision`: how to ask for it, in words."""
+    added = extras.get(error.prior, PriorExtras())
+    lora = added.image_lora if error.prior == "image" else None
+    parts = [
+        f" with the LoRA {lora}" if lora else "",
+        f" with the autoencoder {added.tiny_vae}" if added.tiny_vae else "",
+    ]
+    what = "its weights are damaged, or it isn't a model of this kind: fetch it again, or choose another"
+    if working_dtype(recipe.loop, device) == torch.float16:
+        what = f"its numbers grow too large for half precision ({full_precision}), or {what}"
+    return PriorSilent(f"{error}. The model is {folders[error.prior]}{''.join(parts)}: {what}", error.prior)

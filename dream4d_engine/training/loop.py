@@ -20,15 +20,30 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ..guidance.distillation import NONFINITE
 from ..scene import Scene
 from ..schedules import milestones
 from ..transfers import Fetched, fetch
-from .checkpoint import Checkpoint, first_difference, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from .checkpoint import (
+    Checkpoint,
+    check_state,
+    first_difference,
+    load_checkpoint,
+    not_finite,
+    pack_state,
+    save_checkpoint,
+    unpack_state,
+)
 from .config import LoopConfig, OptimizerConfig
 from .distributed import ALONE, Team
 from .lookahead import LookAhead, Views
 
 Terms = dict[str, Tensor]
+
+MOST_NONFINITE = 0.01
+"""A step changes nothing where more of a prior's answer is not finite."""
+MOST_SILENT_STEPS = 5
+"""So many such steps in a row a run bears."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,8 @@ class Objective:
     """What a run minimises.
 
     Args:
-        loss: (scene, views, progress in [0, 1), generator) -> (loss to minimise, its parts for people to read).
+        loss: (scene, views, progress in [0, 1), generator) -> (loss to minimise, its parts for people to read). A part
+            named "PRIOR.nonfinite" is the share of a prior's answer that is not finite.
         prepare: (scene, progress, generator) -> the views that a step renders; with what it draws a step begins.
         looks_ahead: whether a GPU may look for the views' samples before their step, see lookahead.py; not where
             views are rendered in parts, whose samples are found again in the backward pass.
@@ -60,6 +76,14 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row gave no finite gradient."""
 
 
+class PriorSilent(TrainingDiverged):
+    """A prior has given no finite answer for too many steps in a row; `prior`: its kind."""
+
+    def __init__(self, text: str, prior: str) -> None:
+        super().__init__(text)
+        self.prior = prior
+
+
 class ResumeMismatch(ValueError):
     """An unfinished run was started with other settings than the present ones."""
 
@@ -69,6 +93,7 @@ class StepReport:
     """What is known after a step. Seconds are wall-clock; `remaining` is an estimate from the latest steps.
 
     On a GPU `loss`, `terms` and `bad_steps` are those of the step before, NaN and nothing after the first.
+    `nonfinite`: the share of each prior's answers that was not finite in the steps taken so far, where it isn't 0.
     """
 
     stage: str
@@ -79,6 +104,12 @@ class StepReport:
     seconds_per_step: float
     remaining: float
     bad_steps: int
+    nonfinite: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str:
+        """The shares that were not finite, for people; "" where there are none."""
+        return ", ".join(f"{prior} prior: {share:.3g} % not finite" for prior, share in _percent(self.nonfinite))
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,10 @@ class RunControl:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """`seconds_per_step` is the median of the steps taken now (not those before a resume)."""
+    """`seconds_per_step` is the median of the steps taken now (not those before a resume); `nonfinite`: see StepReport.
+
+    `final_loss` is NaN where no step was taken.
+    """
 
     steps: int
     seconds: float
@@ -117,6 +151,11 @@ class FitSummary:
     bad_steps: int
     resumed_from: int
     final_loss: float
+    nonfinite: dict[str, float] = field(default_factory=dict)
+
+
+def _percent(shares: dict[str, float]) -> list[tuple[str, float]]:
+    return [(prior, 100 * share) for prior, share in sorted(shares.items())]
 
 
 ParameterGroup = tuple[str, list[nn.Parameter], float]
@@ -179,18 +218,23 @@ def _take_step(
     with torch.autocast(device_type, dtype=torch.float16, enabled=scaler.is_enabled()):
         loss, terms = loss_of()
     meanwhile()
+    answered = _answered(terms, loss.device)
     if loss.requires_grad:
-        # a loss that is not finite shall leave no finite gradient behind
-        spoilt = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+        # a loss that is not finite, or lacks a prior's part, shall leave no finite gradient behind
+        spoilt = torch.where(loss.detach().isfinite() & answered, 1.0, float("nan"))
         scaler.scale(loss * spoilt).backward()
     gradients = _gradients(optimizer)
     team.average(gradients)
     if not gradients:
         return _found(loss, torch.zeros((), device=loss.device), terms)
-    finite = torch.isfinite(torch.stack([g.sum() for g in gradients])).all()
+    # norms, not sums: Adam squares what it is given
+    finite = torch.isfinite(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).all()
     if scaler.is_enabled():  # the scaler looks for infinities itself and skips the step
+        one = torch.ones((), device=loss.device)
+        scale = scaler.scale(one)
         scaler.step(optimizer)
         scaler.update()
+        scaler.update(torch.where(answered, scaler.scale(one), scale))  # no prior's silence is about the scale
     elif device_type == "cuda":
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
         optimizer.step()
@@ -200,7 +244,21 @@ def _take_step(
     return _found(loss, finite.float(), terms)
 
 
-def _resume(control: RunControl, scene: Scene, optimizer, generator, scaler) -> int:
+def _answered(terms: Terms, device: torch.device) -> Tensor:
+    """Whether all priors gave an answer, on the device."""
+    shares = [value for name, value in terms.items() if _silent_prior(name)]
+    if not shares:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack([share.detach().float() for share in shares]).max() <= MOST_NONFINITE
+
+
+def _silent_prior(term: str) -> str | None:
+    """The prior whose share of values that are not finite a term is, or None."""
+    prior, _, name = term.rpartition(".")
+    return prior if name == NONFINITE else None
+
+
+def _resume(control: RunControl, steps: int, scene: Scene, optimizer, generator, scaler) -> int:
     """Load the unfinished state if there is one; return the number of steps it has behind it."""
     if control.checkpoint is None or not control.checkpoint.exists():
         return 0
@@ -208,6 +266,7 @@ def _resume(control: RunControl, scene: Scene, optimizer, generator, scaler) -> 
     difference = first_difference(control.identity, saved.identity)
     if difference:
         raise ResumeMismatch(f"{difference}: resume with the same settings, or start over in another folder")
+    check_state(saved, control.checkpoint, steps, scene, optimizer, generator)
     unpack_state(saved.tensors, scene, optimizer, generator, scaler)
     return saved.step
 
@@ -227,14 +286,16 @@ def fit(
     """Minimise the objective over the parameters of `groups`, in place.
 
     Raises Interrupted when asked to stop (after saving), TrainingDiverged after `loop.max_bad_steps` steps in a
-    row without a finite gradient, ResumeMismatch when the checkpoint belongs to other settings.
+    row without a finite gradient, or PriorSilent after a few without an answer of a prior (what was saved before is
+    kept), ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError
+    when it can't be written.
     """
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
     device, team = scene.device, control.team
     optimizer = make_optimizer(groups, optimizer_config)
     scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "half" and device.type == "cuda")
-    start = _resume(control, scene, optimizer, generator, scaler)
+    start = _resume(control, steps, scene, optimizer, generator, scaler)
     clock, durations = control.clock, deque(maxlen=50)
     began = saved_at = clock()
     seen = _Seen(stage, loop.max_bad_steps, lag=1 if device.type == "cuda" else 0)
@@ -253,6 +314,11 @@ def fit(
         if control.checkpoint is not None and team.writes:
             ahead.undo()
             state = pack_state(scene, optimizer, generator, scaler)
+            broken = not_finite(state)
+            if broken is not None:  # no run could go on from it
+                raise TrainingDiverged(
+                    f"{stage}: {broken} is not finite after step {done}: lower the learning rates or the guidance scale"
+                )
             save_checkpoint(control.checkpoint, Checkpoint(done, control.identity, state))
 
     for step in range(start, steps):
@@ -266,7 +332,17 @@ def fit(
         if control.on_step is not None and team.writes:
             pace = sum(durations) / len(durations)
             control.on_step(
-                StepReport(stage, done, steps, seen.loss, seen.terms, pace, pace * (steps - done), seen.bad_steps),
+                StepReport(
+                    stage,
+                    done,
+                    steps,
+                    seen.loss,
+                    seen.terms,
+                    pace,
+                    pace * (steps - done),
+                    seen.bad_steps,
+                    seen.nonfinite,
+                ),
                 scene,
             )
         stop = done < steps and control.should_stop is not None and control.should_stop()
@@ -277,10 +353,12 @@ def fit(
         if stop:
             raise Interrupted(stage, done, control.checkpoint)
     seen.finish()
+    if start == 0 and not scaler.is_enabled():  # a short run may end before its loss scale fits
+        seen.check_all()
     if start < steps:
         save(steps)
     pace = median(durations) if durations else 0.0
-    return FitSummary(steps, clock() - began, pace, seen.bad_steps, start, seen.loss)
+    return FitSummary(steps, clock() - began, pace, seen.bad_steps, start, seen.loss, seen.nonfinite)
 
 
 class _Seen:
@@ -290,7 +368,13 @@ class _Seen:
         self.stage, self.max_bad_steps, self.lag = stage, max_bad_steps, lag
         self.loss, self.terms, self.bad_steps = float("nan"), {}, 0
         self._waiting: deque[tuple[int, _Found]] = deque()
-        self._bad_run = 0
+        self._n_steps = self._bad_run = self._silent_run = 0
+        self._nonfinite: dict[str, float] = {}  # sums over the steps
+
+    @property
+    def nonfinite(self) -> dict[str, float]:
+        """By prior: the share of all its answers that was not finite, where it isn't 0."""
+        return {prior: total / self._n_steps for prior, total in self._nonfinite.items() if total}
 
     def add(self, step: int, found: _Found) -> None:
         """A step was taken: read those that are old enough."""
@@ -303,11 +387,38 @@ class _Seen:
         while self._waiting:
             self._read(*self._waiting.popleft())
 
+    def check_all(self) -> None:
+        """Raise where no step at all has changed anything."""
+        if self._silent_run == self._n_steps:
+            raise self._silent(self._n_steps - 1)
+        if self.bad_steps == self._n_steps:
+            raise self._diverged(self._n_steps - 1)
+
     def _read(self, step: int, found: _Found) -> None:
         self.loss, good, self.terms = found.read()
+        self._n_steps += 1
+        shares = {prior: share for name, share in self.terms.items() if (prior := _silent_prior(name)) is not None}
+        for prior, share in shares.items():
+            self._nonfinite[prior] = self._nonfinite.get(prior, 0.0) + share
+        silent = any(share > MOST_NONFINITE for share in shares.values())
+        self._silent_run = self._silent_run + 1 if silent else 0
         self.bad_steps, self._bad_run = self.bad_steps + (not good), 0 if good else self._bad_run + 1
+        if self._silent_run > MOST_SILENT_STEPS:
+            raise self._silent(step)
         if self._bad_run > self.max_bad_steps:
-            raise TrainingDiverged(
-                f"{self.stage}: {self._bad_run} steps in a row gave no finite gradient (step {step}, "
-                f"loss {self.loss}): lower the learning rates or the guidance scale"
-            )
+            raise self._diverged(step)
+
+    def _silent(self, step: int) -> PriorSilent:
+        shares = {prior: share for name, share in self.terms.items() if (prior := _silent_prior(name)) is not None}
+        prior = max(shares, key=lambda name: shares[name])
+        return PriorSilent(
+            f"{self.stage}: {shares[prior]:.0%} of what the {prior} prior answers is not finite, {self._silent_run} "
+            f"steps in a row, up to step {step + 1}",
+            prior,
+        )
+
+    def _diverged(self, step: int) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{self.stage}: {self._bad_run} steps in a row gave no finite gradient (step {step}, "
+            f"loss {self.loss}): lower the learning rates or the guidance scale"
+        )
