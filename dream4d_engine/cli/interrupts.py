@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from .terminal import say
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C stopped."""
@@ -27,7 +28,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     def handle(_signal: int, _frame: object) -> None:
         pressed.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("stopping after this step; Ctrl-C again kills", file=sys.stderr, flush=True)
+        say("stopping after this step; Ctrl-C again kills", error=True)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
