@@ -131,7 +131,7 @@ def text_fault(text: str) -> str | None:
     if "\0" in text:
         return "holds a NUL, which no text has: type it again"
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "holds bytes that are no UTF-8, or halves of letters: type it again, in the terminal's own encoding"
+        return "holds bytes that are no UTF-8, or halves of letters: type it again"
     if len(text) > MOST_LETTERS:
         return f"has {len(text):,} letters, more than {MOST_LETTERS:,}: shorten it"
     return None
