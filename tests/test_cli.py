@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import random
 import shutil
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from dream4d_engine.cli.parsing import COMMANDS, parse
 from dream4d_engine.cli.progress import Lines, clock_text
 from dream4d_engine.cli.run_folder import sweep
 from dream4d_engine.export import read_video
-from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
+from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES
 
 PROMPT = "a red cube is jumping"
 RESULTS = {"run.json", "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"}
@@ -376,7 +378,6 @@ def test_every_number_is_checked_where_it_is_typed(command, doors):
 
 def test_no_flag_of_a_number_is_left_out():
     """The walk above names the flags: a new one must be added there."""
-    from dataclasses import is_dataclass
     from typing import get_args, get_type_hints
 
     from dream4d_engine.cli import arguments
@@ -393,6 +394,44 @@ def test_no_flag_of_a_number_is_left_out():
     walked = {flag.lstrip("-").replace("-", "_") for flags in NUMBERS.values() for flag in flags}
     for command in COMMANDS.values():
         assert numbers(command.options) <= walked, command.options.__name__
+
+
+def leaves(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The places of all floats in a tree of dataclasses and tuples."""
+    if isinstance(value, float):
+        yield path
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from leaves(getattr(value, f.name), (*path, f.name))
+    elif isinstance(value, tuple):
+        for index, part in enumerate(value):
+            yield from leaves(part, (*path, index))
+
+
+def changed(value: object, path: tuple, new: float) -> object:
+    """The tree with another number at one place."""
+    if not path:
+        return new
+    first, *rest = path
+    if isinstance(value, tuple):
+        return tuple(changed(part, rest, new) if index == first else part for index, part in enumerate(value))
+    return replace(value, **{first: changed(getattr(value, first), rest, new)})
+
+
+@pytest.mark.parametrize("recipe", [STATIC_RECIPES["toy"], MOTION_RECIPES["toy"], IMAGE_RECIPES["toy-image"]])
+def test_no_number_of_a_recipe_may_be_none_at_all(recipe):
+    """All of them are flags too."""
+    from dream4d_engine.training.limits import check_recipe
+
+    places = list(leaves(recipe))
+    assert len(places) > 40
+    for path in places:
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError) as caught:
+                check_recipe(changed(recipe, path, value), "static")
+            names = [name for name in path if isinstance(name, str)]
+            assert any(name in str(caught.value) for name in names), f"{path} {value}: {caught.value}"
+            assert "literal" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def say(*lines: str, error: bool = False) -> None:
 
 
 def say_json(content: object) -> None:
-    """Write JSON to standard output. Every text in it is the true one: what isn't printable is written as \\uXXXX."""
+    """Write JSON to standard output. Every text in it stays true: what isn't printable is written as its number."""
     everything = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     text = json.dumps(content, indent=2, ensure_ascii=not everything)
     print("".join(c if c.isprintable() or c == "\n" else _escape(c) for c in text), flush=True)
