@@ -16,7 +16,11 @@ T = TypeVar("T")
 MOST_BYTES = {"JSON": 2**24, "YAML": 2**20}
 """Of one document; the longest that any model or run comes with has some hundred thousand."""
 MOST_NODES, MOST_DEPTH = 2**20, 64
+MOST_LETTERS = 2**16
+"""Of a text that is kept with a result; a model reads some hundreds of a prompt's."""
 _NUMBER = 40
+_JOINERS = "\u200c\u200d"
+"""Invisible, but part of Persian words and of many emoji."""
 _NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 _NAMES |= {int: "a whole number", float: "a number"}
 
@@ -135,8 +139,19 @@ def shortened(text: str, most: int) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without letters that move the cursor, color or clear a terminal, or can't be encoded."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    """A text without letters that move the cursor, color or clear a terminal, turn the line, or can't be encoded."""
+    return "".join(c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def text_fault(text: str) -> str | None:
+    """Why a text that is to be kept with a result can't be, as the end of a sentence; None where it can."""
+    if "\0" in text:
+        return "holds a NUL, which no text has: type it again"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "holds bytes that are no UTF-8, or halves of letters: type it again"
+    if len(text) > MOST_LETTERS:
+        return f"has {len(text):,} letters, more than {MOST_LETTERS:,}: shorten it"
+    return None
 
 
 def first_line(error: object) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -17,23 +18,31 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .documents import describe
 
 
 def pick_device(wish: str = "auto") -> torch.device:
-    """Return the device to work on: "auto" takes cuda, then mps, then cpu; a wish that can't be met is an error."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """Return the device to work on: "auto" takes cuda, then mps, then cpu; a wish that can't be met is an error.
+
+    A number behind a colon chooses one of several: "cuda:1".
+    """
+    counts = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    counts |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if wish == "auto":
-        return torch.device(next(name for name, present in available.items() if present))
-    kind = wish.split(":")[0]
-    if kind not in available:
-        raise ValueError(f"unknown device {wish!r}: choose auto, cuda, mps or cpu")
-    if not available[kind]:
-        raise ValueError(f"device {wish!r} is not available here: choose auto or cpu")
-    return torch.device(wish)
+        return torch.device(next(kind for kind, count in counts.items() if count))
+    kind, colon, number = wish.partition(":")
+    if kind not in counts:
+        raise ValueError(f"unknown device {describe(wish)}: choose auto, cuda, mps or cpu")
+    if not counts[kind]:
+        raise ValueError(f"device {describe(wish)} is not available here: choose auto or cpu")
+    if not colon:
+        return torch.device(kind)
+    there = f"{kind}:0" if counts[kind] == 1 else f"{kind}:0 to {kind}:{counts[kind] - 1}"
+    if not re.fullmatch("[0-9]{1,9}", number):
+        raise ValueError(f"unknown device {describe(wish)}: a number stands behind the colon, here {there}")
+    if int(number) >= counts[kind]:
+        raise ValueError(f"device {describe(wish)} is not there: this machine has {there}")
+    return torch.device(kind, int(number))
 
 
 def versions() -> dict[str, str]:

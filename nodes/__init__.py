@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .checks import at_the_door
 from .full_priors import LOADERS, ApplyLora
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
@@ -15,7 +16,7 @@ from .render import Render
 from .scene_io import LoadScene, SaveScene, SceneInfo
 from .train import AnimateScene, OptimizeStaticScene
 
-NODES: list[type[io.ComfyNode]] = [
+_ALL: list[type[io.ComfyNode]] = [
     LoadToyPrior,
     LoadPrior,
     *LOADERS,
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadScene,
     SceneInfo,
 ]
+NODES = [at_the_door(node) for node in _ALL]
 
 
 class Dream4DExtension(ComfyExtension):

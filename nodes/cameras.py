@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dream4d_engine.cameras import CameraBatch, final_path, fixed_take, orbit
+from ..dream4d_engine.documents import describe
 
 FINAL_PATH, ORBIT, FIXED, CONNECTED = "final path", "orbit", "fixed view", "connected camera"
 CAMERAS = (FINAL_PATH, ORBIT, FIXED, CONNECTED)
@@ -28,16 +29,15 @@ def viewer_cameras(camera: Mapping, n_frames: int, height: int, width: int) -> C
     if camera.get("cameraType", "perspective") != "perspective":
         raise ValueError("the connected camera is orthographic: switch the 3D viewer to perspective")
     position, target = _vector(camera, "position"), _vector(camera, "target")
-    if "quaternion" in camera:
-        rotation = _rotation(camera["quaternion"])
-    else:
-        rotation = _looking(position, target)
-    zoom, fov = float(camera.get("zoom") or 1.0), math.radians(float(camera.get("fov") or 50.0))
+    zoom = _number(camera, "zoom", 1.0, 1e-3, 1e3)
+    fov = math.radians(_number(camera, "fov", 50.0, 0.1, 179.0))
     fov = 2 * math.atan(math.tan(fov / 2) / zoom)
     place = _FROM_VIEWER @ position * (2 / VIEWER_SIZE)
     distance = float(place.norm())
-    if not math.isfinite(distance + fov) or distance < 1e-3:
-        raise ValueError("the connected camera stands inside the object's middle or has no finite place")
+    if not 1e-3 <= distance <= 1e4:
+        raise ValueError("the connected camera stands in the object's middle, too far away or at no finite place")
+    turned = camera.get("quaternion")
+    rotation = _looking(position, target) if turned is None else _rotation(turned)
     c2w = torch.eye(4)
     c2w[:3, :3], c2w[:3, 3] = _FROM_VIEWER @ rotation, place
 
@@ -81,17 +81,32 @@ def path_cameras(
 def _vector(camera: Mapping, name: str) -> Tensor:
     try:
         return torch.tensor([float(camera[name][axis]) for axis in "xyz"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the connected camera has no {name} with x, y and z") from error
+
+
+def _number(camera: Mapping, name: str, default: float, low: float, high: float) -> float:
+    """A number of the camera in its range; the default where it is missing or 0."""
+    try:
+        value = float(camera.get(name) or default)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not low <= value <= high:
+        raise ValueError(
+            f"the connected camera's {name} is {describe(camera[name])}: it must lie between {low} and {high}"
+        )
+    return value
 
 
 def _rotation(quaternion: Mapping) -> Tensor:
     """Rotation matrix of a quaternion; its columns are right, up and backward, as ours are."""
     try:
         q = torch.tensor([float(quaternion[axis]) for axis in "wxyz"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError("the connected camera has no quaternion with x, y, z and w") from error
-    w, x, y, z = (q / q.norm().clamp_min(1e-9)).tolist()
+    if not 1e-6 < float(q.norm()) < math.inf:
+        raise ValueError("the connected camera's quaternion is no rotation: its numbers are 0 or not finite")
+    w, x, y, z = (q / q.norm()).tolist()
     return torch.tensor(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
@@ -103,6 +118,8 @@ def _rotation(quaternion: Mapping) -> Tensor:
 
 def _looking(position: Tensor, target: Tensor) -> Tensor:
     """Rotation of a camera that looks from one place to another, y up; straight down, z is "up" instead."""
+    if not 1e-6 < float((position - target).norm()) < math.inf:
+        raise ValueError("the connected camera looks at the place where it stands: move it, or its target")
     backward = torch.nn.functional.normalize(position - target, dim=0)
     up = torch.tensor([0.0, 1.0, 0.0]) if abs(float(backward[1])) < 0.9999 else torch.tensor([0.0, 0.0, -1.0])
     right = torch.nn.functional.normalize(torch.linalg.cross(up, backward), dim=0)

@@ -7,16 +7,42 @@ number has to check its range.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 
 import comfy.model_management as management
 from comfy_api.latest import io
 
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
-from .session import missing_prior, needed_priors
+from .doors import DoorError, check_values
+from .session import RunError, missing_prior, needed_priors
+from .sockets import PriorPort, PriorSource, ScenePort, SceneValue
 
 Verdict = bool | str
 """True, or what is wrong."""
+_LEAST_BUDGET = 0.001
+_CLASSES = {ScenePort.io_type: SceneValue, PriorPort.io_type: PriorSource, io.Load3DCamera.io_type: Mapping}
+
+
+def at_the_door(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """Let a node look at everything that comes in before it does anything; RunError names the input and the value.
+
+    The choices that `validate_inputs` asks for are the node's own to look through, as they are for ComfyUI.
+    """
+    inner = node.execute.__func__
+    own = frozenset(inspect.signature(node.validate_inputs).parameters)
+
+    @functools.wraps(inner)
+    def execute(cls, **values):
+        try:
+            checked = check_values(cls.INPUT_TYPES(), values, _CLASSES, own)
+        except DoorError as error:
+            raise RunError(str(error)) from None
+        return inner(cls, **checked)
+
+    node.execute = classmethod(execute)
+    return node
 
 
 def first_complaint(*verdicts: Verdict) -> Verdict:
@@ -58,6 +84,8 @@ def check_budget(node: type[io.ComfyNode], gibibytes: float | None) -> Verdict:
     kind = management.get_torch_device().type
     if kind != "cuda":
         return f"memory_budget is for NVIDIA GPUs, and ComfyUI works on {kind} here: set it to 0"
+    if 0 < gibibytes < _LEAST_BUDGET:
+        return f"memory_budget must be 0 (no limit) or at least {_LEAST_BUDGET}, got {gibibytes}"
     return check_ranges(node, memory_budget=gibibytes)
 
 

@@ -19,6 +19,8 @@ from ..dream4d_engine.priors.identify import open_source
 from ..dream4d_engine.priors.loading import PriorKind, toy_subject
 from ..dream4d_engine.priors.lora import read_lora
 from ..dream4d_engine.priors.weights import WEIGHTS, find_weights, human_size
+from .checks import check_ranges
+from .doors import DoorError, check_choice
 from .priors import model_roots, models, not_there, tiny_autoencoders
 from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
@@ -112,10 +114,10 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             if None in (model, hub_id, download):  # comes from another node
                 return True
             try:
-                asked = wanted(of, model, hub_id)
+                asked = wanted(of, check_choice("model", model, None), hub_id)
                 if not download:
                     find_model(asked)
-            except PriorError as error:
+            except (PriorError, DoorError) as error:
                 return str(error)
             return True
 
@@ -240,9 +242,12 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora: str | None = None) -> bool | str:
-        """Refuse what is not in the folder."""
-        return True if lora is None or lora in loras() else f"{lora!r} is not among the files in models/loras"
+    def validate_inputs(cls, lora: str | None = None, strength: float | None = None) -> bool | str:
+        """Refuse what is not in the folder, and strengths out of the range."""
+        in_range = check_ranges(cls, strength=strength)
+        if in_range is not True:
+            return in_range
+        return True if lora is None or lora in list(loras()) else f"{lora!r} is not among the files in models/loras"
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None = None, **_) -> str:

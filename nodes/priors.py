@@ -86,9 +86,9 @@ class LoadPrior(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str) -> bool | str:
-        """Refuse what is not in the models folders."""
-        return True if folder in models() else not_there(folder)
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        """Refuse what is not in the models folders; None comes from another node."""
+        return True if folder is None or folder in list(models()) else not_there(folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:

@@ -60,8 +60,8 @@ class Render(io.ComfyNode):
                     max=2000,
                     tooltip=f"Frames for once through the animation; the final path has {FINAL_PARTS} times as many.",
                 ),
-                io.Int.Input("width", default=128, min=2, max=4096, tooltip="Width of the pictures, pixels."),
-                io.Int.Input("height", default=128, min=2, max=4096, tooltip="Height of the pictures, pixels."),
+                io.Int.Input("width", default=128, min=1, max=4096, tooltip="Width of the pictures, pixels."),
+                io.Int.Input("height", default=128, min=1, max=4096, tooltip="Height of the pictures, pixels."),
                 io.Float.Input(
                     "frame_rate", default=24.0, min=0.1, max=1000.0, step=0.1, tooltip="Frames per second of the video."
                 ),
@@ -118,7 +118,12 @@ class Render(io.ComfyNode):
                     tooltip="How far each point has moved, as colours around mid grey; a still scene is grey.",
                 ),
                 io.Float.Output("fps", display_name="frame_rate", tooltip="Frames per second."),
-                io.Video.Output("video", display_name="video", tooltip="The frames as a video."),
+                io.Video.Output(
+                    "video",
+                    display_name="video",
+                    tooltip="The frames as a video. Videos have even sides: the last column or row of an odd one is "
+                    "repeated.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -131,6 +136,11 @@ class Render(io.ComfyNode):
         frames: int | None = None,
         width: int | None = None,
         height: int | None = None,
+        frame_rate: float | None = None,
+        azimuth: float | None = None,
+        elevation: float | None = None,
+        distance: float | None = None,
+        field_of_view: float | None = None,
     ) -> bool | str:
         """Refuse sockets of another kind, and films that no camera is there for or that don't fit into the memory."""
         known = cameras is None or cameras in CAMERAS
@@ -139,7 +149,8 @@ class Render(io.ComfyNode):
             check_types(cls, input_types),
             True if known else f"cameras: {cameras!r} not in list: choose one of {', '.join(CAMERAS)}",
             _NO_CAMERA if unseen else True,
-            check_ranges(cls, frames=frames, width=width, height=height),
+            check_ranges(cls, frames=frames, width=width, height=height, frame_rate=frame_rate),
+            check_ranges(cls, azimuth=azimuth, elevation=elevation, distance=distance, field_of_view=field_of_view),
             check_film(cameras, frames, width, height),
         )
 
@@ -181,7 +192,7 @@ class Render(io.ComfyNode):
         output = render_passes(scene, batch, normals, cls.hidden.unique_id)
         images = picture(output, "rgb")[0]
         rate = Fraction(frame_rate).limit_denominator(1000)
-        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=None, frame_rate=rate))
+        film = Types.VideoComponents(images=even_sides(images), audio=None, frame_rate=rate)
         return io.NodeOutput(
             images,
             output.opacity[0, ..., 0].clamp(0, 1),
@@ -189,7 +200,7 @@ class Render(io.ComfyNode):
             picture(output, "normals")[0] if normals else _nothing("normals are switched off in Render Scene"),
             torch.full_like(images, 0.5) if output.displacement is None else picture(output, "displacement")[0],
             frame_rate,
-            video,
+            InputImpl.VideoFromComponents(film),
         )
 
 
@@ -207,6 +218,16 @@ def check_film(cameras: str | None, frames: int | None, width: int | None, heigh
     except ValueError as error:
         return str(error)
     return True
+
+
+def even_sides(images: torch.Tensor) -> torch.Tensor:
+    """Repeat the last row or column of images [F, H, W, 3] where a side is odd: encoders of videos take even ones."""
+    height, width = images.shape[1:3]
+    if height % 2:
+        images = torch.cat((images, images[:, -1:]), 1)
+    if width % 2:
+        images = torch.cat((images, images[:, :, -1:]), 2)
+    return images
 
 
 def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_id: str | None) -> RenderOutput:

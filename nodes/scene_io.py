@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, read_info, save_scene
+from .doors import DoorError, check_choice
+from .prefixes import fill_in, prefix_fault
 from .session import gradients, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -39,7 +42,8 @@ class SaveScene(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="dream4d/scene",
-                    tooltip="Folder and beginning of the name below the output folder; a number is added.",
+                    tooltip="Folder and beginning of the name below the output folder; a number is added. "
+                    "%date:yyyy-MM-dd% and a node's %title.widget% are filled in.",
                 ),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="The file, for Load Scene.")],
@@ -49,17 +53,21 @@ class SaveScene(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
-        """Refuse names that lead out of the output folder."""
+        """Refuse names that lead out of the output folder, or that no file can have."""
         return True if filename_prefix is None else check_prefix(filename_prefix)
 
     @classmethod
     def execute(cls, scene: SceneValue, filename_prefix: str) -> io.NodeOutput:
         """Write the file."""
-        checked = check_prefix(filename_prefix)
+        prefix = fill_in(filename_prefix, cls.hidden.prompt, datetime.now())
+        checked = check_prefix(prefix)
         if checked is not True:
             raise AssetError(checked)
         root = folder_paths.get_output_directory()
-        folder, name, counter, below, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        try:
+            folder, name, counter, below, _ = folder_paths.get_save_image_path(prefix.replace("\\", "/"), root)
+        except OSError as error:
+            raise AssetError(f"can't write into the folder of {prefix!r}: {error.strerror or error}") from error
         file = f"{name}_{counter:05}_{_SCENE}"
         save_scene(Path(folder) / file, scene.scene, scene.provenance, cls._notes())
         saved = {"filename": file, "subfolder": below, "type": "output"}
@@ -105,10 +113,10 @@ class LoadScene(io.ComfyNode):
         """Refuse files that are not there, lie elsewhere or hold no scene."""
         try:
             if file is not None:
-                path = scene_path(file)
+                path = scene_path(check_choice("file", file, None))
                 if path.suffix == _SCENE:
                     read_info(path)  # the header alone
-        except AssetError as error:
+        except (AssetError, DoorError) as error:
             return str(error)
         return True
 
@@ -235,11 +243,6 @@ def scene_path(file: str) -> Path:
 
 
 def check_prefix(prefix: str) -> bool | str:
-    """Return True, or why files can't be saved under this prefix."""
-    root = _roots()["output"]
-    wrong = f"{prefix!r} leads out of the output folder: take a plain name such as 'dream4d/scene'"
-    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or "\0" in prefix:
-        return f"{prefix!r} is no name for a file: take one such as 'dream4d/scene'"
-    if ".." in Path(prefix.replace("\\", "/")).parts or Path(prefix).is_absolute() or ":" in prefix:
-        return wrong
-    return True if (root / prefix).parent.resolve().is_relative_to(root) else wrong
+    """Return True, or why files can't be saved under this prefix, filled in as far as it can be."""
+    fault = prefix_fault(fill_in(prefix, None, datetime.now()), _roots()["output"], os.name == "nt")
+    return True if fault is None else fault

@@ -180,6 +180,7 @@ class OptimizeStaticScene(io.ComfyNode):
         input_types: Mapping[str, str],
         prompt: str | None = None,
         recipe: Mapping | str | None = None,
+        preview_seconds: float | None = None,
         memory_budget: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, and sockets that don't fit the recipe."""
@@ -191,6 +192,7 @@ class OptimizeStaticScene(io.ComfyNode):
         return first_complaint(
             check_prompt(prompt),
             check_budget(cls, memory_budget),
+            check_ranges(cls, preview_seconds=preview_seconds),
             check_picture(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
             check_priors(STILL_RECIPES[name], input_types),
         )
@@ -215,7 +217,8 @@ class OptimizeStaticScene(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train, on a copy of `scene` if there is one."""
-        prompt = _said(prompt)
+        _require(check_prompt(prompt), check_budget(cls, memory_budget))
+        prompt = prompt.strip()
         settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
         given = {"multiview": multiview_prior, "image": image_prior}
         given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
@@ -291,17 +294,17 @@ class AnimateScene(io.ComfyNode):
         prompt: str | None = None,
         recipe: Mapping | str | None = None,
         deformation_scale: float | None = None,
+        preview_seconds: float | None = None,
         memory_budget: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
-        too_small = deformation_scale is not None and 0 < deformation_scale < 0.05
         return first_complaint(
             check_types(cls, input_types),
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(cls, deformation_scale=deformation_scale),
-            "deformation_scale must be 0 (automatic) or at least 0.05" if too_small else True,
+            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds),
+            check_zoom(deformation_scale),
         )
 
     @classmethod
@@ -319,7 +322,8 @@ class AnimateScene(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
-        prompt = _said(prompt)
+        _require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
+        prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         sources = pick_sources(settings, {"video": video_prior})
         scale = deformation_scale or None
@@ -341,6 +345,12 @@ class AnimateScene(io.ComfyNode):
 
         node_id = cls.hidden.unique_id
         return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
+
+
+def check_zoom(scale: float | None) -> bool | str:
+    """Refuse zooms that no field has; None isn't known yet."""
+    too_small = scale is not None and 0 < scale < 0.05
+    return "deformation_scale must be 0 (automatic) or at least 0.05" if too_small else True
 
 
 def _bytes(gibibytes: float) -> int | None:
@@ -372,9 +382,7 @@ def _reference(
     recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str
 ) -> Reference | None:
     """The prepared picture that the recipe needs, or None where it needs none; RunError for what doesn't fit it."""
-    complaint = check_picture(recipe, image is not None, mask is not None, IMAGE_RECIPES)
-    if complaint is not True:
-        raise RunError(complaint)
+    _require(check_picture(recipe, image is not None, mask is not None, IMAGE_RECIPES))
     if image is None:
         return None
     with gradients():
@@ -383,8 +391,8 @@ def _reference(
     return reference
 
 
-def _said(prompt: str) -> str:
-    checked = check_prompt(prompt)
-    if checked is not True:
-        raise RunError(checked)
-    return prompt.strip()
+def _require(*verdicts: bool | str) -> None:
+    """RunError with the first thing that is wrong."""
+    complaint = first_complaint(*verdicts)
+    if complaint is not True:
+        raise RunError(complaint)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import os
 import random
 import shutil
@@ -10,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from dream4d_engine.cli.parsing import COMMANDS, parse
 from dream4d_engine.cli.progress import Lines, clock_text
 from dream4d_engine.cli.run_folder import sweep
 from dream4d_engine.export import read_video
-from dream4d_engine.training.config import MOTION_RECIPES, STATIC_RECIPES
+from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES
 
 PROMPT = "a red cube is jumping"
 RESULTS = {"run.json", "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"}
@@ -199,13 +203,24 @@ def fails(capsys, *words: str) -> str:
         (["text-to-4d", "--resume", "OUT"], "no run to resume"),
         (["animate", "--out", "OUT"], "which scene"),
         (["animate", "OUT/none.safetensors", PROMPT, "--out", "OUT"], "does not exist"),
-        (["text-to-3d", PROMPT, "--out", "OUT", "--size", "100000"], "lower --size"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--size", "100000"], "--size must lie in [1, 8192], got 100000"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--static.steps", "0"], "static.steps = 0"),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--threads", "1000000"], "--threads must lie in [1, "),
+        (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "9223372036854775808"], "--seed must lie in [0, 92233720"),
+        (["text-to-3d", "a red \udcff cube", "--out", "OUT"], "the prompt holds bytes that are no UTF-8"),
+        (["text-to-3d", "cube " * 20000, "--out", "OUT"], "the prompt has 100,000 letters, more than 65,536"),
+        (["text-to-4d", PROMPT, "--object-prompt", "\udcff", "--out", "OUT"], "--object-prompt holds bytes"),
+        (["bench", "--variants"], "nothing to measure"),
+        (["import", "OUT/none.ckpt", "--out", "OUT/s.safetensors", "--device", "quantum"], "unknown device 'quantum'"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--samples", "0"], "--samples must lie in"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "-1"], "--seed must lie in"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--static.optimizer.lr-grid", "nan"], "lr_grid must be a finite"),
-        (["text-to-4d", PROMPT, "--out", "OUT", "--motion-steps", "0"], "motion.steps = 0"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--motion-steps", "0"], "--motion-steps must lie in [1, "),
         (["text-to-4d", PROMPT, "--out", "OUT", "--deformation-scale", "nan"], "deformation_scale must lie in"),
-        (["text-to-4d", PROMPT, "--out", "OUT", "--motion_recipe", "zeroscope-72x40", "--steps", "0"], "static.steps"),
+        (
+            ["text-to-4d", PROMPT, "--out", "OUT", "--motion_recipe", "zeroscope-72x40", "--steps", "0"],
+            "--steps must lie in",
+        ),
         (["render", "OUT/none.safetensors"], "does not exist"),
         (["render"], "SCENE"),
         (["info", "OUT/none"], "does not exist"),
@@ -281,6 +296,254 @@ def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path,
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def doors(monkeypatch, run, tmp_path):
+    """Commands end where the work would begin; the fixture is a function that says how: what was refused, or None."""
+    from dream4d_engine.cli import bench, entry, files, runs
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_args, **_given):
+        raise Begun
+
+    monkeypatch.setattr(runs, "start_run", begin)
+    monkeypatch.setattr(runs, "prior_folders", lambda *_: {})
+    monkeypatch.setattr(runs, "check_words", lambda *_: None)
+    monkeypatch.setattr(bench, "_measure", begin)
+    monkeypatch.setattr(files.results, "measure_range", begin)
+    monkeypatch.setattr(files, "check_folder", lambda *_: None)
+    said: list[str] = []
+    monkeypatch.setattr(entry, "_report", lambda error, _: said.append(f"{type(error).__name__}: {error}") or 2)
+    places = {"SCENE": str(run[0] / "scene.safetensors"), "OUT": str(tmp_path / "out")}
+
+    def refused(*words: str) -> str | None:
+        said.clear()
+        assert main([places.get(word, word) for word in words]) == 2
+        (line,) = said
+        return None if line.startswith("Begun: ") else line
+
+    return refused
+
+
+NUMBERS = {
+    ("text-to-3d", PROMPT, "--out", "OUT"): {
+        **{"--seed": "0", "--steps": "", "--size": "", "--orbit-frames": "", "--part-frames": "", "--fps": ""},
+        **{"--samples": "", "--threads": "", "--image-lora-strength": "0 -1"},
+    },
+    ("text-to-3d", PROMPT, "--recipe", "toy-personalised", "--out", "OUT"): {"--sd-view": ""},
+    ("text-to-4d", PROMPT, "--out", "OUT"): {"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": ""},
+    ("animate", "SCENE", PROMPT, "--out", "OUT"): {"--seed": "0", "--steps": "", "--hifa-steps": ""},
+    ("bench",): {"--steps": "", "--warmup": "0"},
+    ("render", "SCENE", "--out", "OUT"): {
+        **{"--frames": "", "--fps": "", "--distance": "", "--fov-y-deg": "", "--samples": "", "--size": ""},
+        **{"--azimuth-deg": "0 -1", "--elevation-deg": "0 -1", "--time": "0"},
+    },
+}
+"""The flags that take a number, and which of 0 and -1 they take."""
+ANY_BILLION = {"--seed", "--steps", "--motion-steps", "--warmup"}
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=[words[0] + str(len(words)) for words in NUMBERS])
+def test_every_number_is_checked_where_it_is_typed(command, doors):
+    assert doors(*command) is None, "without the flags the work begins"
+    for flag, allowed in NUMBERS[command].items():
+        twice = command[0] == "render" and flag == "--size"
+        others = ("inf", "-inf", "99999999999999999999", "", "1e400") if flag in ("--fps", "--hifa-steps") else ()
+        for value in ("nan", "-1", "0", "1000000000", "x", *others):
+            line = doors(*command, flag, value, *([value] if twice else []))
+            if value and value in allowed.split() or (value == "1000000000" and flag in ANY_BILLION):
+                assert line is None, f"{flag} {value}: {line}"
+                continue
+            assert line is not None, f"{flag} {value!r} went through"
+            assert flag.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
+            assert "must lie in [" in line or "must be a " in line or "takes whole numbers" in line, line
+            assert not any(raw in line for raw in ("literal", "convert", "instantiated", "Tuple", "Error parsing")), (
+                line
+            )
+
+
+def test_no_flag_of_a_number_is_left_out():
+    """The walk above names the flags: a new one must be added there."""
+    from typing import get_args, get_type_hints
+
+    from dream4d_engine.cli import arguments
+
+    def numbers(kind: type) -> set[str]:
+        found = set()
+        for name, hint in get_type_hints(kind).items():
+            if is_dataclass(hint):
+                found |= numbers(hint) if hint.__module__ == arguments.__name__ else set()
+            elif {int, float} & {hint, *get_args(hint)}:
+                found.add(name)
+        return found
+
+    walked = {flag.lstrip("-").replace("-", "_") for flags in NUMBERS.values() for flag in flags}
+    for command in COMMANDS.values():
+        assert numbers(command.options) <= walked, command.options.__name__
+
+
+def leaves(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The places of all floats in a tree of dataclasses and tuples."""
+    if isinstance(value, float):
+        yield path
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from leaves(getattr(value, f.name), (*path, f.name))
+    elif isinstance(value, tuple):
+        for index, part in enumerate(value):
+            yield from leaves(part, (*path, index))
+
+
+def changed(value: object, path: tuple, new: float) -> object:
+    """The tree with another number at one place."""
+    if not path:
+        return new
+    first, *rest = path
+    if isinstance(value, tuple):
+        return tuple(changed(part, rest, new) if index == first else part for index, part in enumerate(value))
+    return replace(value, **{first: changed(getattr(value, first), rest, new)})
+
+
+@pytest.mark.parametrize("recipe", [STATIC_RECIPES["toy"], MOTION_RECIPES["toy"], IMAGE_RECIPES["toy-image"]])
+def test_no_number_of_a_recipe_may_be_none_at_all(recipe):
+    """All of them are flags too."""
+    from dream4d_engine.training.limits import check_recipe
+
+    places = list(leaves(recipe))
+    assert len(places) > 40
+    for path in places:
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError) as caught:
+                check_recipe(changed(recipe, path, value), "static")
+            names = [name for name in path if isinstance(name, str)]
+            assert any(name in str(caught.value) for name in names), f"{path} {value}: {caught.value}"
+            assert "literal" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu:x", "unknown device 'cpu:x': a number stands behind the colon, here cpu:0"),
+        ("cpu:", "a number stands behind the colon"),
+        ("cpu:-1", "a number stands behind the colon"),
+        ("cpu:\u0663", "a number stands behind the colon"),
+        ("cpu:0:0", "a number stands behind the colon"),
+        ("cpu:1", "device 'cpu:1' is not there: this machine has cpu:0"),
+        ("cpu:99999999999", "a number stands behind the colon"),
+        ("", "unknown device ''"),
+        ("auto:0", "unknown device 'auto:0': choose auto, cuda, mps or cpu"),
+        ("CPU", "unknown device 'CPU'"),
+        ("cu\x1b[2Jda", "unknown device"),
+        ("x" * 15000, "unknown device 'xxx"),
+        ("xla:0", "unknown device 'xla:0'"),
+    ],
+)
+def test_devices_that_are_not_there(device, expected, tmp_path, capsys):
+    line = fails(capsys, "text-to-3d", PROMPT, "--out", str(tmp_path / "out"), "--device", device)
+    assert expected in line and len(line) < 200 and "\x1b" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_by_number(monkeypatch):
+    from dream4d_engine.machine import pick_device
+
+    assert pick_device("cpu:0") == torch.device("cpu:0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device() == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("mps:0") == torch.device("mps:0")
+    for wish, there in (("cuda:99", "cuda:0 to cuda:1"), ("cuda:2", "cuda:0 to cuda:1"), ("mps:3", "mps:0")):
+        with pytest.raises(ValueError, match=f"device '{wish}' is not there: this machine has {there}$"):
+            pick_device(wish)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda:0' is not available here"):
+        pick_device("cuda:0")
+
+
+# ---- what reaches the terminal ---------------------------------------------------------------------------------------
+
+STRANGE = "a red\ttruck \x1b[31mcube\x07\nis \u202ejumping\u2066 \x9b2J 立方体 \udcff"
+SEEN = "a red truck \ufffd[31mcube\ufffd is \ufffdjumping\ufffd \ufffd2J 立方体 \ufffd"
+
+
+def test_only_one_place_writes_to_the_terminal():
+    """So that nothing gets there raw."""
+    folder = Path(assets.__file__).parent / "cli"
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            raw = called == "print" or called.endswith((".stdout.write", ".stderr.write", "print_exc"))
+            assert not raw or path.name == "terminal.py", f"{path.name}:{node.lineno}"
+
+
+def test_what_is_said_is_printable(capsys):
+    from rich.progress import Progress
+
+    from dream4d_engine.cli.progress import Bars, make_progress
+    from dream4d_engine.cli.terminal import say, say_json
+
+    say(STRANGE, "second")
+    say(STRANGE, error=True)
+    make_progress().say(STRANGE)
+    captured = capsys.readouterr()
+    assert captured.out == f"{SEEN}\nsecond\n{SEEN}\n" and captured.err == f"{SEEN}\n"
+    bars = Bars(Progress())
+    bars._bars.console.width = 200
+    bars.say(STRANGE)
+    assert SEEN in capsys.readouterr().out
+    tree = {"prompt": STRANGE + "\x7f\U000e0001\U0001f680", "at": [1, 2.5, None]}
+    say_json(tree)
+    text = capsys.readouterr().out
+    assert json.loads(text) == tree, "JSON keeps the true text"
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_the_terminals_encoding_stops_nothing(run, encoding):
+    """As on Windows, and where LANG is C: letters that aren't there are written as their numbers."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    code = (
+        f"import sys; from dream4d_engine.cli.terminal import *; prepare(); say({STRANGE!r}); say_json([{STRANGE!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    first, _, rest = done.stdout.decode(encoding).partition("\n")
+    assert first.startswith("a red truck ") and b"\x1b" not in done.stdout
+    assert json.loads(rest) == [STRANGE]
+
+
+def test_prompts_that_would_color_a_terminal(run, tmp_path, capsys):
+    """In a scene that came from elsewhere, an error, a file's name: nothing reaches the terminal raw."""
+    scene, provenance = assets.load_scene(run[0] / "scene.safetensors")
+    prompt = STRANGE.replace("\udcff", "")
+    path = tmp_path / "evil\x1b[2J.safetensors"
+    assets.save_scene(path, scene, replace(provenance, prompt=prompt))
+    assert main(["info", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text and SEEN.rstrip("\ufffd ") in text
+    assert main(["info", str(path), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and json.loads(text)["provenance"]["prompt"] == prompt
+    assert main(["render", str(path), "--out", str(tmp_path / "r\x1b[2J"), "--frames", "1", "--size", "8", "8"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert "\x1b" not in fails(capsys, "render", str(tmp_path / "none\x1b[2J.safetensors"))
+    assert "\x1b" not in fails(capsys, "text-to-3d", "a red \x1b[31mdragon\n", "--out", str(tmp_path / "out"))
+    assert read_video(next(tmp_path.glob("r*")) / "orbit_rgb.mp4").title == SEEN.rstrip("\ufffd ")
+
+
+def test_warnings_are_lines_of_the_terminal_too():
+    code = "import logging; from dream4d_engine.cli.terminal import prepare; prepare(); "
+    code += "logging.getLogger('dream4d_engine.x').warning('a \x1b[2J line'); logging.getLogger('x').info('not this')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+    )
+    assert done.stderr.decode("utf-8").splitlines() == ["a \ufffd[2J line"]
+
+
 def test_flags_may_have_underscores():
     call = parse("text-to-4d", [PROMPT, "--motion_recipe=zeroscope-72x40", "--out", "x"])
     assert call.motion == MOTION_RECIPES["zeroscope-72x40"]
@@ -302,7 +565,7 @@ def test_render_refuses_numbers_before_it_makes_a_folder(run, tmp_path, capsys):
         (["--fps", "nan"], "--fps"),
         (["--azimuth-deg", "inf"], "--azimuth-deg"),
         (["--samples", "100000000"], "--samples"),
-        (["--size", "100000", "100000"], "lower --size"),
+        (["--size", "100000", "100000"], "--size must lie in [1, 8192], got 100000"),
     ]:
         assert name in fails(capsys, *words, *flags)
     assert not out.exists()

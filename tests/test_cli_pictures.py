@@ -127,7 +127,7 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-3d", "cube.png", "--prompt", "x", "--recipe", "image-to-3d"], "--novel-view-prior MODEL"),
         (["text-to-3d", "x", "--recipe", "toy-image"], "starts from a picture: use dream4d image-to-3d"),
         (["text-to-3d", "a cube", "--sd-view", "145"], "'toy' has no image prior"),
-        (["text-to-3d", "a cube", "--recipe", "text-to-3d", "--sd-view", "0"], "--multiview-prior"),
+        (["text-to-3d", "a cube", "--recipe", "text-to-3d", "--sd-view", "0"], "--sd-view must lie in [0.1, 180]"),
         (["image-to-3d", "cube.png", "--prompt", PROMPT], "say where the results go: --out FOLDER"),
     ],
 )
@@ -162,5 +162,5 @@ def test_recipes_and_shorthands_arrive():
         assert parse("image-to-3d", ["x.png", "--recipe", name]).static == recipe
     for name, recipe in STATIC_RECIPES.items():
         assert parse("text-to-3d", ["x", "--recipe", name]).static == recipe
-    with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"--hifa-steps must lie in \[1, 1000\], got 0"):
         parse("animate", ["s", "x", "--hifa-steps", "0"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +31,58 @@ def test_video_holds_the_frames_again(tmp_path, height, width):
     error = (video.frames.float() / 255 - flat_frames(*video.frames.shape[1:3])).abs()
     assert error.max() < 0.03
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (3, 3), (1, 33), (34, 1)])
+def test_the_smallest_and_odd_frames(tmp_path, height, width):
+    write_video(tmp_path / "v.mp4", flat_frames(height, width))
+    frames = read_video(tmp_path / "v.mp4").frames
+    assert frames.shape == (5, height + height % 2, width + width % 2, 3)
+    assert (frames.float() / 255 - COLORS[:, None, None]).abs().max() < 0.03, "the last row and column are repeated"
+
+
+NAMES = [
+    "run-12:30",
+    "http:x",
+    "pipe:1",
+    "concat:a|b",
+    "a%03d",
+    'it\'s "q"',
+    "-dash",
+    "мир 立方体",
+    "new\nline",
+    "\x1b[31m",
+]
+NAMES += [os.fsdecode(b"bad\xff")] if sys.platform == "linux" else []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_and_files_of_any_name(tmp_path, monkeypatch, name):
+    """As people type them: from where they stand. FFmpeg takes what stands before a colon for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for path in (Path(name) / "v.mp4", Path(f"{name}.mp4")):
+        assert write_video(path, flat_frames(16, 16)) == 5
+        assert read_video(path).frames.shape == (5, 16, 16, 3)
+    assert {p.name for p in tmp_path.iterdir()} == {name, f"{name}.mp4"}
+    assert [p.name for p in Path(name).iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("title", "stored"),
+    [
+        ("a\nred\tcube", "a red cube"),
+        ("\ud800 cube", "\ufffd cube"),
+        ("nul\0cube", "nul\ufffdcube"),
+        ("\x1b[2Jcube", "\ufffd[2Jcube"),
+        ("x" * 15000, "x" * 499 + "…"),
+        ('e "quotes" \\ 立方体', 'e "quotes" \\ 立方体'),
+    ],
+)
+def test_titles_of_any_text(tmp_path, title, stored):
+    write_video(tmp_path / "v.mp4", flat_frames(16, 16), title=title)
+    assert read_video(tmp_path / "v.mp4").title == stored
 
 
 def test_frame_order_and_detail_survive(tmp_path):
@@ -102,5 +158,21 @@ def test_contact_sheet_places_every_picture():
             found.append(tuple(np.argwhere(match)[0]))
     assert found == sorted(found)  # rows from top to bottom, columns from left to right
     assert (sheet.min(axis=2) < 128)[:20].any()  # the title is there
+    plain = contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"])
+    for title in (
+        "a\nred\tcube",
+        "x" * 15000,
+        "word " * 3000,
+        "\ud800 \u202e\x1b[2J",
+        "🚀👩\u200d🚀 立方体",
+        "i" * 300,
+    ):
+        titled = contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=title)
+        assert titled.shape[1] == plain.shape[1], "as wide as the pictures are"
+        assert plain.shape[0] < titled.shape[0] <= plain.shape[0] + 4 * 16 + 4, "of one to four lines"
+        assert np.array_equal(titled[-len(plain) + 6 :], plain[6:]), "below the title nothing changes"
+        assert (titled[: len(titled) - len(plain) + 6].min(axis=2) < 128).any(), "it is there"
+        assert (titled[:, -2:] == 255).all(), "it ends before the edge"
+    assert np.array_equal(contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=" \n "), plain)
     with pytest.raises(ValueError, match="labels"):
         contact_sheet(pictures, ["0°"], ["a", "b", "c"])

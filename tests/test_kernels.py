@@ -229,6 +229,15 @@ def test_composite_of_nothing() -> None:
     assert torch.equal(sums, torch.zeros(3, 4))
 
 
+@pytest.fixture
+def a_new_process() -> None:
+    """What is logged once a process is logged again."""
+    from dream4d_engine import kernels
+
+    kernels._note.cache_clear()
+
+
+@pytest.mark.usefixtures("a_new_process")
 def test_selection_is_loud_when_asked_for_what_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert select_kernels("cpu").name == "torch"
@@ -238,6 +247,84 @@ def test_selection_is_loud_when_asked_for_what_is_not_there(caplog: pytest.LogCa
         select_kernels("cpu", "warp")
 
 
+@pytest.mark.usefixtures("a_new_process")
+def test_every_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Every scene chooses its kernels, and every node has scenes."""
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            select_kernels("cpu")
+            select_kernels(torch.device("cpu"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(set(lines)) == 3, lines
+    assert [line.split(" kernels ")[0] for line in lines] == ["triton", "cuda", "torch"]
+    assert {record.levelno for record in caplog.records} == {logging.INFO}, "nobody expects them on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "platform", "command"),
+    [
+        ("2.6.0+cu124", "win32", 'pip install "triton-windows<3.3"'),
+        ("2.7.1+cu128", "win32", 'pip install "triton-windows<3.4"'),
+        ("2.8.0", "win32", 'pip install "triton-windows<3.5"'),
+        ("2.9.1+cu130", "win32", 'pip install "triton-windows<3.6"'),
+        ("2.10.0", "win32", 'pip install "triton-windows<3.7"'),
+        ("2.11.0a0+git123", "win32", 'pip install "triton-windows<3.7"'),
+        ("2.12.1", "win32", 'pip install "triton-windows<3.8"'),
+        ("2.13.0", "win32", 'pip install "triton-windows<3.8"'),
+        ("2.14.1+cu130", "win32", 'pip install "triton-windows<3.9"'),
+        ("2.10.0", "linux", 'pip install "triton<3.7"'),
+        ("3.4.0", "win32", 'pip install "triton-windows<4.3"'),
+    ],
+)
+def test_the_command_that_brings_triton(monkeypatch, torch_version, platform, command) -> None:
+    """The pairs are those of torch's own Linux wheels; a torch newer than all we know says it itself."""
+    from dream4d_engine import kernels
+
+    told = ["filelock", 'triton~=4.2.1; platform_system == "Linux"', "triton-other==9.9"]
+    monkeypatch.setattr(kernels.metadata, "requires", lambda name: told)
+    assert kernels.triton_command(torch_version, platform) == command
+
+
+def test_a_torch_that_says_nothing_of_triton(monkeypatch) -> None:
+    from dream4d_engine import kernels
+
+    monkeypatch.setattr(kernels.metadata, "requires", lambda name: None)
+    assert kernels.triton_command("9.1.0", "win32") == "pip install triton-windows"
+    assert kernels.triton_command("no version", "linux") == "pip install triton"
+
+
+@pytest.mark.usefixtures("a_new_process")
+def test_a_gpu_without_triton_is_told_what_to_type(monkeypatch, caplog) -> None:
+    from dream4d_engine import kernels
+
+    def missing(device):
+        raise ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
+
+    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "triton": missing})
+    monkeypatch.setattr(kernels, "triton_command", lambda: 'pip install "triton-windows<3.7"')
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert select_kernels("cuda:0").name in ("cuda", "torch")
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert line.startswith("triton kernels passed over on cuda:0: triton is not installed")
+    assert line.endswith('pip install "triton-windows<3.7"')
+    (status,) = [status for status in kernel_status("cuda:0") if status.name == "triton"]
+    assert not status.usable and 'pip install "triton-windows<3.7"' in status.reason
+    with pytest.raises(ValueError, match='cannot run on cuda: triton is not installed.*"triton-windows<3.7"'):
+        select_kernels("cuda", "triton")
+
+
+def test_other_missing_libraries_are_named_as_they_are(monkeypatch) -> None:
+    from dream4d_engine import kernels
+
+    def missing(device):
+        raise ModuleNotFoundError("No module named 'tinycudann'", name="tinycudann")
+
+    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "cuda": missing})
+    assert kernel_status("cpu")[1].reason == "No module named 'tinycudann'"
+
+
+@pytest.mark.usefixtures("a_new_process")
 def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     from dream4d_engine import kernels
 

@@ -12,6 +12,7 @@ import threading
 import time
 import types
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,233 @@ def test_a_quaternion_turns_the_viewers_camera():
         ({"position": {"x": 0, "y": 0}}, "no position"),
         ({"position": {"x": 0, "y": 0, "z": 0}}, "middle"),
         ({"position": {"x": math.inf, "y": 0, "z": 0}}, "finite"),
+        ({"position": {"x": 1e9, "y": 0, "z": 0}}, "too far away"),
+        ({"position": {"x": "far", "y": 0, "z": 0}}, "no position"),
+        ({"position": None}, "no position"),
+        ({"zoom": "x"}, "zoom is 'x': it must lie between"),
+        ({"zoom": -2}, "zoom is -2: it must lie between"),
+        ({"fov": math.nan}, "fov is nan: it must lie between 0.1 and 179"),
+        ({"fov": 180}, "fov is 180"),
+        ({"fov": [50]}, r"fov is \[50\]"),
+        ({"quaternion": {"x": 0, "y": 0, "z": 0, "w": 0}}, "is no rotation"),
+        ({"quaternion": {"x": 0, "y": 0, "z": math.nan, "w": 1}}, "is no rotation"),
+        ({"quaternion": "turned"}, "no quaternion"),
+        ({"target": {"x": 0, "y": 0, "z": 9}}, "looks at the place where it stands"),
     ],
 )
 def test_cameras_that_cannot_be_used(change, message):
     camera = {"position": {"x": 0, "y": 0, "z": 9}, "target": {"x": 0, "y": 0, "z": 0}, **change}
     with pytest.raises(ValueError, match=message):
         part_of_the_pack("cameras").viewer_cameras(camera, 2, 8, 8)
+
+
+# ---- doors -------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "required": {
+        "seed": ("INT", {"min": 0, "max": 2**63 - 1}),
+        "share": ("FLOAT", {"min": 0.0, "max": 1.0}),
+        "prompt": ("STRING", {}),
+        "way": ("COMBO", {"options": ["slow", "fast"]}),
+        "file": ("COMBO", {"options": []}),
+        "old": (["a", "b"],),
+        "on": ("BOOLEAN", {}),
+        "recipe": (
+            "COMFY_DYNAMICCOMBO_V3",
+            {"options": [{"key": "toy", "inputs": {"required": {"steps": ("INT", {"min": 1, "max": 9})}}}]},
+        ),
+        "thing": ("THING", {}),
+    },
+    "optional": {"image": ("IMAGE", {}), "mask": ("MASK",), "budget": ("FLOAT", {"min": 0.0, "max": 9.0})},
+}
+GOOD = {"seed": 5, "share": 0.5, "prompt": "a red cube", "way": "fast", "file": "any", "old": "b", "on": True}
+GOOD |= {"recipe": {"recipe": "toy", "steps": 3}, "thing": {1, 2}}
+
+
+def at_the_door(**changes) -> dict:
+    return part_of_the_pack("doors").check_values(SCHEMA, GOOD | changes, {"THING": set}, frozenset({"file"}))
+
+
+def test_what_a_door_lets_in():
+    import numpy as np
+
+    assert at_the_door() == GOOD
+    assert at_the_door(seed=2**63 - 1)["seed"] == 2**63 - 1
+    plain = at_the_door(seed=np.int64(7), share=np.float32(0.5), on=np.bool_(False))
+    assert (plain["seed"], plain["share"], plain["on"]) == (7, 0.5, False)
+    assert [type(plain[name]) for name in ("seed", "share", "on")] == [int, float, bool], "JSON can hold them"
+    whole = at_the_door(seed=7.0, share=1, on=0, recipe={"recipe": "toy", "steps": 4.0})
+    assert (whole["seed"], whole["share"], whole["on"], whole["recipe"]["steps"]) == (7, 1.0, False, 4)
+    assert [type(whole[name]) for name in ("seed", "share", "on")] == [int, float, bool]
+    assert "budget" not in at_the_door(budget=None, image=None), "the node's own default"
+    assert at_the_door(image=torch.rand(8, 9, 3))["image"].shape == (1, 8, 9, 3)
+    assert at_the_door(mask=torch.ones(8, 9, dtype=torch.bool))["mask"].tolist() == [[[1.0] * 9] * 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2**63}, "seed is 9223372036854775808: it must lie between 0 and 9223372036854775807"),
+        ({"seed": 2**64}, "seed is 18446744073709551616: it must lie between"),
+        ({"seed": -1}, "seed is -1: it must lie between"),
+        ({"seed": 1.5}, "seed is 1.5: it must be a whole number"),
+        ({"seed": math.nan}, "seed is nan: it must lie between"),
+        ({"seed": True}, "seed is True: it must be a whole number"),
+        ({"seed": "7"}, "seed is '7': it must be a whole number"),
+        ({"seed": None}, "seed is None: it must be a whole number"),
+        ({"seed": torch.tensor(3)}, "seed is tensor"),
+        ({"share": math.inf}, "share is inf: it must lie between 0.0 and 1.0"),
+        ({"share": math.nan}, "share is nan: it must lie between"),
+        ({"share": 1.01}, "share is 1.01: it must lie between"),
+        ({"share": [0.5]}, "share is [0.5]: it must be a number"),
+        ({"prompt": None}, "prompt is None: it must be text"),
+        ({"prompt": 5}, "prompt is 5: it must be text"),
+        ({"prompt": "a\0b"}, "prompt holds a NUL"),
+        ({"prompt": "\udcff"}, "prompt holds bytes that are no UTF-8"),
+        ({"prompt": "x" * 65537}, "prompt has 65,537 letters, more than 65,536"),
+        ({"way": "sideways"}, "way is 'sideways': choose one of slow, fast"),
+        ({"way": None}, "way is None: it must be text"),
+        ({"way": ["slow"]}, "way is ['slow']"),
+        ({"old": "c"}, "old is 'c': choose one of a, b"),
+        ({"file": {"a": 1}}, "file is {'a': 1}: it must be text"),
+        ({"on": 2}, "on is 2: it must be true or false"),
+        ({"on": "yes"}, "on is 'yes'"),
+        ({"recipe": "toy"}, "recipe is 'toy': it can't come through a link, choose it on the node"),
+        ({"recipe": {"recipe": "grand"}}, "recipe is 'grand': choose one of toy"),
+        ({"recipe": {"recipe": "toy", "steps": 0}}, "recipe.steps is 0: it must lie between 1 and 9"),
+        ({"recipe": {"recipe": "toy"}}, "recipe.steps is None: it must be a whole number"),
+        ({"thing": [1]}, "the socket thing takes THING, but [1] came"),
+        ({"thing": None}, "the socket thing takes THING, but None came"),
+        ({"image": torch.zeros(0, 8, 8, 3)}, "image holds no pixels: its shape is [0, 8, 8, 3]"),
+        ({"image": torch.zeros(8, 8)}, "image has the shape [8, 8]: it must be [B, H, W, C]"),
+        ({"image": torch.full((1, 8, 8, 3), math.nan)}, "image has pixels that are no finite numbers"),
+        ({"image": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}, "image has numbers of the type torch.uint8"),
+        ({"image": "a.png"}, "image is 'a.png': it must be a tensor"),
+        ({"mask": torch.full((1, 8, 8), math.inf)}, "mask has pixels that are no finite numbers"),
+        ({"mask": torch.zeros(1, 1, 8, 8)}, "mask has the shape [1, 1, 8, 8]"),
+        ({"budget": "much"}, "budget is 'much': it must be a number"),
+    ],
+)
+def test_what_a_door_keeps_out(changes, message):
+    with pytest.raises(ValueError) as caught:
+        at_the_door(**changes)
+    assert message in str(caught.value) and len(str(caught.value)) < 200
+
+
+# ---- names to save under -----------------------------------------------------------------------------------------
+
+NOW = datetime(2026, 3, 7, 9, 5, 2)
+GRAPH = {
+    "1": {
+        "class_type": "Dream4DAnimateScene",
+        "inputs": {"seed": 7, "prompt": "a/b:c*"},
+        "_meta": {"title": "Animate"},
+    },
+    "2": {"class_type": "Dream4DRender", "inputs": {"scene": ["1", 0], "normals": True}, "_meta": None},
+    "3": {"class_type": "Dream4DRender", "inputs": None, "_meta": {"title": "Dream4DAnimateScene"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "filled"),
+    [
+        ("dream4d/scene", "dream4d/scene"),
+        ("%date:yyyy-MM-dd%/s", "2026-03-07/s"),
+        ("%date:yy.M.d_h-m-s%", "%date:yy.M.d_h-m-s%"),  # the front end leaves dots alone too
+        ("%date:yyMd_hms%", "2637_952"),
+        ("%date:hhmmss%x%date:yyy%", "090502xyyy"),
+        ("%date:%", ""),
+        ("%Animate.seed%_%Dream4DAnimateScene.seed%", "7_7"),
+        ("%Animate.prompt%", "a_b_c_"),
+        ("%Dream4DRender.normals%", "true"),
+        ("%Dream4DRender.scene%%nobody.seed%%Animate.nothing%", "%Dream4DRender.scene%%nobody.seed%%Animate.nothing%"),
+        ("%year%-%width%", "%year%-%width%"),  # ComfyUI's own part
+        ("100% %%", "100% %%"),
+    ],
+)
+def test_placeholders_in_names(prefix, filled):
+    assert part_of_the_pack("prefixes").fill_in(prefix, GRAPH, NOW) == filled
+
+
+def prefix_fault(prefix: str, root: Path, windows: bool = False) -> str | None:
+    return part_of_the_pack("prefixes").prefix_fault(prefix, root.resolve(), windows)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "scene",
+        "dream4d/scene",
+        "a\\b\\scene",
+        "каталог/立方体\u3000x",
+        "it's.v1.2/s",
+        ".hidden",
+        "con1/nula",
+        "a b",
+        "x%",
+    ],
+)
+def test_names_that_files_can_have(prefix, tmp_path):
+    assert prefix_fault(prefix, tmp_path, True) is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("", "is no name for a file"),
+        (" ", "is no name for a file"),
+        (".", "is no name for a file"),
+        ("folder/", "is no name for a file"),
+        ("folder\\", "is no name for a file"),
+        ("../out", "leads out of the output folder"),
+        ("a/../../out", "leads out of the output folder"),
+        ("a\\..\\..\\out", "leads out of the output folder"),
+        ("/tmp/out", "leads out of the output folder"),
+        ("\\\\server\\share\\x", "leads out of the output folder"),
+        ("C:out", "leads out of the output folder"),
+        ("link/out", "leads out of the output folder"),
+        ("round/out", "can't be used"),
+        ("file/out", "'file' in filename_prefix is a file, not a folder"),
+        ("file/deep/out", "'file' in filename_prefix is a file, not a folder"),
+        ("x" * 3000, "filename_prefix is 3,000 bytes long, more than 1,000"),
+        ("a/" * 1500 + "b", "more than 1,000"),
+        ("x" * 201, "is longer than 200 bytes"),
+        ("立" * 67, "is longer than 200 bytes"),
+        ("\ud800", "holds bytes that are no UTF-8"),
+        ("a\0b", "holds a NUL"),
+        ("a\nb", "holds '\\n', which no file's name can have"),
+        ("a\x1b[2J", "holds '\\x1b'"),
+        ("a\u202egpj", "holds '\\u202e'"),
+        ("12:30", "holds ':'"),
+        ("what?", "holds '?'"),
+        ('say "cube"', "holds '\"'"),
+        ("a*b", "holds '*'"),
+        ("<a>", "holds '<'"),
+        ("a|b", "holds '|'"),
+        ("CON/scene", "is the name of a device on Windows"),
+        ("a/nul", "is the name of a device on Windows"),
+        ("com1.x/scene", "is the name of a device on Windows"),
+        ("LPT9 /scene", "is the name of a device on Windows"),
+        ("folder./scene", "ends in '.', which Windows drops"),
+        ("folder /scene", "ends in ' ', which Windows drops"),
+    ],
+)
+def test_names_that_no_file_can_have(prefix, message, tmp_path):
+    root = tmp_path / "output"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path, target_is_directory=True)
+    (root / "round").symlink_to(root / "round")
+    (root / "file").write_text("x")
+    fault = prefix_fault(prefix, root)
+    assert fault is not None and message in fault and len(fault) < 220
+    assert fault.isprintable()
+    assert {path.name for path in root.iterdir()} == {"link", "round", "file"}, "nothing was made"
+
+
+def test_paths_that_are_too_long_for_windows(tmp_path):
+    prefix = "/".join(["x" * 60] * 4)
+    assert prefix_fault(prefix, tmp_path) is None
+    assert "more than Windows takes" in prefix_fault(prefix, tmp_path, True)
 
 
 # ---- live preview ------------------------------------------------------------------------------------------------

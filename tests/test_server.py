@@ -605,6 +605,71 @@ def test_a_moving_scene_is_no_start_for_a_still_one(server):
     assert "connect a still one" in server.error(graph)
 
 
+def test_every_input_of_every_node_is_checked_before_anything_is_done(server):
+    """The schemas tell what there is: a new input is walked too."""
+    rows = server.get("/dream4d_test/doors")
+    walked = {(row["node"], row["input"]) for row in rows}
+    for name, schema in server.get("/object_info").items():
+        for socket, (kind, *_) in (schema["input"]["required"] | schema["input"].get("optional", {})).items():
+            assert not name.startswith("Dream4D") or (name, socket) in walked, f"{name}.{socket} of {kind}"
+    assert ("Dream4DAnimateScene", "recipe.hifa_steps") in walked, "below the choices too"
+    for row in rows:
+        own = row["value"] == "'no choice at all'" and row["raised"] in ("AssetError", "PriorError", "ValueError")
+        assert row["raised"] == "RunError" or own, row
+        assert row["input"] in row["text"] or own, row
+        assert len(row["text"]) < 700 and "\n" not in row["text"], row
+
+
+def linked(value: str) -> dict:
+    """A node whose output is any value, given as JSON or by a name."""
+    return node("GuardValue", value=value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("2.seed", "9223372036854775808", "seed is 9223372036854775808: it must lie between 0 and 9223372036854775807"),
+        ("2.seed", "18446744073709551616", "seed is 18446744073709551616: it must lie between"),
+        ("2.seed", "1.5", "seed is 1.5: it must be a whole number"),
+        ("2.recipe.steps", "0", "recipe.steps is 0: it must lie between 1 and"),
+        ("2.prompt", "null", "prompt is None: it must be text"),
+        ("2.prompt", "surrogate", "prompt holds bytes that are no UTF-8"),
+        ("2.resume", '"perhaps"', "resume is 'perhaps': choose one of resume automatically, start over"),
+        ("2.preview_seconds", "NaN", "preview_seconds is nan: it must lie between"),
+        ("2.memory_budget", "4", "memory_budget is for NVIDIA GPUs"),
+        ("2.multiview_prior", "5", "the socket multiview_prior takes DREAM4D_PRIOR, but 5 came through its link"),
+        ("4.deformation_scale", "0.01", "must be 0 (automatic) or at least 0.05"),
+        ("5.frame_rate", '"nan"', "frame_rate is 'nan': it must be a number"),
+        ("5.width", "1000000000", "width is 1000000000: it must lie between 1 and 4096"),
+        ("5.normals", '"yes"', "normals is 'yes': it must be true or false"),
+        ("5.cameras", '"from nowhere"', "unknown cameras 'from nowhere'"),
+        ("7.filename_prefix", '"' + "x" * 3000 + '"', "filename_prefix is 3,000 bytes long"),
+        ("7.filename_prefix", "surrogate", "filename_prefix holds bytes that are no UTF-8"),
+    ],
+)
+def test_values_that_come_through_links_are_checked_too(server, place, value, message):
+    """ComfyUI compares widgets with their ranges, not what arrives through a link."""
+    graph = static_nodes(2, PROMPT, seed=81) | motion_nodes(2, PROMPT, seed=81)
+    graph |= {
+        "5": render_node(["4", 0]),
+        "6": _preview("5"),
+        "7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/linked"),
+        "30": linked(value),
+    }
+    name, _, socket = place.partition(".")
+    graph[name]["inputs"][socket] = ["30", 0]
+    if server.on_gpu and "memory_budget" in place:
+        pytest.skip("GPUs have budgets")
+    assert message in server.error(graph)
+
+
+def test_a_good_value_through_a_link_is_taken(server):
+    graph = static_nodes(["31", 0], PROMPT, ["30", 0])
+    graph |= {"30": linked(str(2**63 - 1)), "31": linked("2.0"), "8": node("Dream4DSceneInfo", scene=["2", 0])}
+    text = server.run(graph)["8"]["text"][0]
+    assert f"seed {2**63 - 1}" in text and "2 steps" in text, "and it can be read back"
+
+
 @pytest.mark.parametrize("prefix", ["../out", "a/../../out", "/tmp/out", "link/out", "", "folder/", "C:out"])
 def test_nothing_is_saved_outside_the_output_folder(server, prefix, tmp_path_factory):
     link = server.base / "output" / "link"
@@ -613,6 +678,56 @@ def test_nothing_is_saved_outside_the_output_folder(server, prefix, tmp_path_fac
     graph = static_nodes(2) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=prefix)}
     answer = server.refused(graph)
     assert "leads out of the output folder" in answer or "is no name for a file" in answer
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [("x" * 3000, "3,000 bytes long"), ("\ud800", "no UTF-8"), ("CON/x", "a device"), ("a?", "holds '?'"), (5, None)],
+)
+def test_names_that_no_file_can_have_are_refused_before_anything_runs(server, prefix, message):
+    graph = static_nodes(2) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=prefix)}
+    if message is None:  # ComfyUI makes text of it
+        assert server.run(graph)["7"]["scenes"][0]["filename"].startswith("5_")
+    else:
+        assert message in server.refused(graph)
+
+
+def test_placeholders_in_a_prefix_are_filled_in(server):
+    """Those of core's Save Image: some the front end replaces there, which nobody does for a graph that is queued."""
+    prefix = "%date:yyyy-MM-dd%/%year%_%Optimize.seed%_%Dream4DOptimizeStaticScene.recipe%"
+    graph = static_nodes(2, seed=91) | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=prefix)}
+    graph["2"]["_meta"] = {"title": "Optimize"}
+    before, saved, after = time.localtime(), server.run(graph)["7"]["scenes"][0], time.localtime()
+    days = {time.strftime("%Y-%m-%d", day) for day in (before, after)}
+    assert saved["subfolder"] in days
+    assert re.fullmatch(r"\d{4}_91_toy_00001_\.safetensors", saved["filename"])
+    assert (server.base / "output" / saved["subfolder"] / saved["filename"]).is_file()
+
+
+def test_films_of_every_size_are_saved(server):
+    """Encoders of videos take even sides: the video is rounded up, the images keep their size."""
+    sizes = [(1, 1), (2, 1), (1, 2), (3, 3), (33, 24), (32, 25), (33, 25)]
+    graph = static_nodes(3, seed=41)
+    for index, (width, height) in enumerate(sizes):
+        film = f"{index}film"
+        graph[film] = render_node(["2", 0], width=width, height=height, frames=2)
+        prefix = f"sizes/{width}x{height}"
+        graph[f"{index}video"] = node("SaveVideo", video=[film, 6], filename_prefix=prefix, format="auto", codec="auto")
+        graph[f"{index}image"] = node("SaveImage", images=[film, 0], filename_prefix=prefix)
+    outputs = server.run(graph)
+    for index, (width, height) in enumerate(sizes):
+        from PIL import Image
+
+        (film,), pictures = (output_files(server, outputs[f"{index}{kind}"]) for kind in ("video", "image"))
+        assert [Image.open(path).size for path in pictures] == [(width, height)] * 2
+        frames = read_video(film).frames
+        assert frames.shape == (2, height + height % 2, width + width % 2, 3)
+
+
+def test_the_choice_of_kernels_is_logged_once(server):
+    server.run(static_nodes(2, seed=42) | {"8": node("Dream4DSceneInfo", scene=["2", 0])})
+    lines = re.findall(r"\w+ kernels (?:passed over|chosen) on .*", server.text())
+    assert lines and len(lines) == len(set(lines))
 
 
 def test_only_files_of_the_input_and_output_folders_are_loaded(server, tmp_path_factory):
@@ -646,7 +761,12 @@ def test_only_files_of_the_input_and_output_folders_are_loaded(server, tmp_path_
     [
         ({"cameras": "connected camera"}, "connect the camera output of a 3D viewer"),
         ({"cameras": "from nowhere"}, "not in list"),
-        ({"width": 0}, "width is 0: it must lie between 2 and 4096"),
+        ({"width": 0}, "width is 0: it must lie between 1 and 4096"),
+        ({"frame_rate": "nan"}, "frame_rate is nan: it must lie between 0.1 and 1000.0"),
+        ({"frame_rate": float("inf")}, "frame_rate is inf: it must lie between"),
+        ({"azimuth": float("nan")}, "azimuth is nan: it must lie between"),
+        ({"field_of_view": "nan"}, "field_of_view is nan"),
+        ({"cameras": 5}, "not in list"),
         ({"camera": ["1", 0]}, "type mismatch: the socket camera takes LOAD3D_CAMERA"),
         ({"frames": 2000, "width": 4096, "height": 4096}, "rendering 2000 frames of 4096x4096 needs about"),
     ],

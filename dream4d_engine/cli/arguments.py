@@ -25,10 +25,38 @@ Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROM
 SceneFile = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SCENE", help_behavior_hint="")]
 
 
-def check_samples(samples: int | None) -> None:
-    """Refuse a number of samples along a ray that no scene can have."""
-    if samples is not None and not 1 <= samples <= MAX_SAMPLES:
-        raise ValueError(f"--samples must lie in [1, {MAX_SAMPLES}], got {samples}")
+MOST_FRAMES, MOST_SIDE = 100_000, 8192
+"""Of a video: more is a slip of the finger, found out after the training; H.264 has no much larger pictures."""
+_RANGES = {
+    "seed": (0, 2**63 - 1),
+    "steps": (1, 10**9),
+    "motion_steps": (1, 10**9),
+    "warmup": (0, 10**9),
+    "sd_view": (0.1, 180),
+    "hifa_steps": (1, 1000),
+    "image_lora_strength": (-10, 10),
+    "size": (1, MOST_SIDE),
+    "frames": (1, MOST_FRAMES),
+    "orbit_frames": (1, MOST_FRAMES),
+    "part_frames": (1, MOST_FRAMES // 8),
+    "fps": (0.1, 1000),
+    "samples": (1, MAX_SAMPLES),
+    "azimuth_deg": (-36000, 36000),
+    "elevation_deg": (-90, 90),
+    "distance": (0.001, 10_000),
+    "fov_y_deg": (0.1, 179.9),
+    "time": (0, 1),
+}
+"""What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
+
+
+def _check_numbers(options: object) -> None:
+    """Refuse a number out of its range, as soon as it is typed."""
+    for name, (low, high) in _RANGES.items():
+        given = getattr(options, name, None)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {value}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,8 @@ class LoraOptions:
     image_lora_strength: float = 1.0
     """How much of it."""
 
+    __post_init__ = _check_numbers
+
 
 @dataclass(frozen=True)
 class MapOptions:
@@ -115,12 +145,7 @@ class PictureOptions:
     samples: Annotated[int | None, _INT] = None
     """Samples along a ray (default: the scene's own)."""
 
-    def __post_init__(self) -> None:
-        if self.size < 2 or self.orbit_frames < 1 or self.part_frames < 1:
-            raise ValueError("--size must be at least 2, --orbit-frames and --part-frames at least 1")
-        if not 0.1 <= self.fps <= 1000:
-            raise ValueError(f"--fps must lie in [0.1, 1000], got {self.fps}")
-        check_samples(self.samples)
+    __post_init__ = _check_numbers
 
 
 @dataclass(frozen=True)
@@ -150,6 +175,8 @@ class TextTo3D:
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
+    __post_init__ = _check_numbers
+
 
 @dataclass(frozen=True)
 class Animate:
@@ -176,6 +203,8 @@ class Animate:
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+    __post_init__ = _check_numbers
 
 
 @dataclass(frozen=True)
@@ -218,6 +247,8 @@ class TextTo4D:
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
+    __post_init__ = _check_numbers
+
 
 @dataclass(frozen=True)
 class ImageTo3D:
@@ -243,6 +274,8 @@ class ImageTo3D:
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+    __post_init__ = _check_numbers
 
 
 @dataclass(frozen=True)
@@ -282,6 +315,8 @@ class ImageTo4D:
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+    __post_init__ = _check_numbers
 
 
 @dataclass(frozen=True)
@@ -369,6 +404,8 @@ class Render:
     """Replace files of the same names."""
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
 
+    __post_init__ = _check_numbers
+
 
 @dataclass(frozen=True)
 class Import:
@@ -428,6 +465,8 @@ class Bench:
     """Write the results as JSON into this file too."""
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
+
+    __post_init__ = _check_numbers
 
 
 @dataclass(frozen=True)

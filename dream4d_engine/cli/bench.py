@@ -40,6 +40,7 @@ from .interrupts import stop_on_interrupt
 from .models import prior_extras, prior_folders
 from .parsing import UsageError
 from .progress import Progress, make_progress
+from .terminal import say
 
 _STAGES = {"static": STATIC_RECIPES, "image": IMAGE_RECIPES, "motion": MOTION_RECIPES}
 _PROMPT = "a red cube is jumping"
@@ -95,8 +96,8 @@ class Measured:
 
 def bench(options: Bench) -> int:
     """Measure the recipes and print a table; the exit code is 1 where a recipe failed."""
-    if options.steps < 1 or options.warmup < 0:
-        raise UsageError(f"--steps must be at least 1 and --warmup 0, got {options.steps} and {options.warmup}")
+    if not options.recipes or not options.variants:
+        raise UsageError("nothing to measure: name at least one of --recipes and of --variants")
     if options.out is not None:
         if options.out.is_dir():
             raise UsageError(f"{options.out} is a folder: --out names the file for the results")
@@ -113,7 +114,7 @@ def bench(options: Bench) -> int:
                 _save(options.out, measured, device)
                 if any(m.error for m in found):
                     progress.say(f"{name} {variant.name}: {next(m.error for m in found if m.error)}")
-    print("\n".join(table(measured, device)))
+    say(*table(measured, device))
     return 1 if any(m.error for m in measured) else 0
 
 

@@ -8,8 +8,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .interrupts import INTERRUPTED
+from .terminal import prepare, say
+
+if TYPE_CHECKING:
+    from .arguments import MachineOptions
 
 ERROR = 2
 
@@ -17,15 +22,13 @@ ERROR = 2
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (None: the process's own) names and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding doesn't
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
     try:
         return _dispatch(words)
     except SystemExit as end:  # --help
         return int(end.code or 0)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,12 +41,12 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         from .parsing import help_text
 
-        print(help_text())
+        say(*help_text().splitlines())
         return 0
     if words[0] in ("--version", "version"):
         from .. import __version__
 
-        print(f"dream4d {__version__}")
+        say(f"dream4d {__version__}")
         return 0
     _quieten(may_download="--download" in words)
     from ..machine import is_text
@@ -57,7 +60,7 @@ def _dispatch(words: list[str]) -> int:
         )
 
     name, options = words[0], parse(words[0], words[1:])
-    _set_threads(options)
+    _set_machine(getattr(options, "options", options).machine)
     if name in ("text-to-3d", "image-to-3d", "animate", "text-to-4d", "image-to-4d"):
         from . import runs
 
@@ -75,14 +78,18 @@ def _dispatch(words: list[str]) -> int:
     return {"render": files.render, "import": files.import_file, "info": files.info}[name](options)
 
 
-def _set_threads(options: object) -> None:
+def _set_machine(machine: MachineOptions) -> None:
+    """Refuse a device that is not there, whatever the command; set the number of threads."""
     import torch
 
-    machine = getattr(options, "options", options).machine
+    from ..machine import pick_device
+
+    pick_device(machine.device)
+    most = max(64, os.cpu_count() or 1)
     if machine.threads is None:
         return
-    if machine.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {machine.threads}")
+    if not 1 <= machine.threads <= most:
+        raise ValueError(f"--threads must lie in [1, {most}], got {machine.threads}: one for each core is best")
     torch.set_num_threads(machine.threads)
 
 
@@ -105,9 +112,9 @@ def _report(error: Exception, words: list[str]) -> int:
     from .interrupts import Stopped
 
     if "--debug" in words:
-        traceback.print_exc()
+        say(*traceback.format_exception(error), error=True)
     if isinstance(error, Interrupted | Stopped):
-        print(error, file=sys.stderr)
+        say(str(error), error=True)
         return getattr(error, "code", INTERRUPTED)
     memory = _out_of_memory(error)
     if memory is not None:
@@ -120,7 +127,7 @@ def _report(error: Exception, words: list[str]) -> int:
         text = f"{error}: install dream4d with its dependencies (pip install -e .)"
     else:
         text = f"unexpected {type(error).__name__}: {error} (this is a defect; --debug shows where)"
-    print(f"dream4d: error: {' '.join(text.split())}", file=sys.stderr)
+    say(f"dream4d: error: {' '.join(text.split())}", error=True)
     return ERROR
 
 

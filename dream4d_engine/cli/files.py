@@ -22,11 +22,12 @@ from ..training.checkpoint import load_checkpoint
 from ..training.loop import Interrupted
 from ..training.needs import film_bytes
 from . import results
-from .arguments import Import, Info, Render, check_samples
+from .arguments import Import, Info, Render
 from .interrupts import stop_on_interrupt
 from .parsing import RECORD, UsageError, read_record
 from .progress import make_progress
 from .run_folder import LOCK, state_of
+from .terminal import say, say_json
 
 
 def render(options: Render) -> int:
@@ -35,13 +36,10 @@ def render(options: Render) -> int:
     passes = tuple(dict.fromkeys(options.passes))
     if not passes or not (options.video or options.png):
         raise UsageError("nothing to render: give --passes, and leave --no-video away or add --png")
-    check_samples(options.samples)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     render_options = results.options_for(passes, options.samples, scene.deformation is not None)
     cameras = _cameras(options, height, width)
     n_frames = cameras.shape[1]
-    if not 0.1 <= options.fps <= 1000:
-        raise UsageError(f"--fps must lie in [0.1, 1000], got {options.fps}")
     check_memory(film_bytes(height, width), f"a frame of {width}x{height}", "lower --size")
     out = options.out or options.scene.parent / "renders"
     videos = {name: out / f"{options.path}_{name}.mp4" for name in passes if options.video}
@@ -66,19 +64,11 @@ def render(options: Render) -> int:
                 if name in folders:
                     folders[name].mkdir(exist_ok=True)
                     save_picture(folders[name] / f"{index:04}.png", picture)
-    print(f"{out}: {', '.join(path.name for path in [*videos.values(), *folders.values()])}")
+    say(f"{out}: {', '.join(path.name for path in [*videos.values(), *folders.values()])}")
     return 0
 
 
 def _cameras(options: Render, height: int, width: int) -> CameraBatch:
-    if options.frames < 1:
-        raise UsageError(f"--frames must be at least 1, got {options.frames}")
-    if not (0 <= options.time <= 1):
-        raise UsageError(f"--time must lie in [0, 1], got {options.time}")
-    if not (-90 <= options.elevation_deg <= 90 and 0 < options.fov_y_deg < 180 and options.distance > 0):
-        raise UsageError("--elevation-deg must lie in [-90, 90], --fov-y-deg in (0, 180), --distance above 0")
-    if not (math.isfinite(options.azimuth_deg) and math.isfinite(options.distance)):
-        raise UsageError(f"--azimuth-deg and --distance must be finite: {options.azimuth_deg}, {options.distance}")
     place = (options.elevation_deg, options.distance, options.fov_y_deg)
     if options.path == "fixed":
         return fixed_take(options.frames, height, width, options.azimuth_deg, *place)
@@ -101,7 +91,7 @@ def import_file(options: Import) -> int:
     check_folder(options.out.parent, options.checkpoint.stat().st_size)
     save_scene(options.out, scene, replace(provenance, versions=versions()))
     kind = "still" if scene.deformation is None else "moving"
-    print(f"{options.out}: a {kind} scene of {_count(sum(p.numel() for p in scene.parameters()))} parameters")
+    say(f"{options.out}: a {kind} scene of {_count(sum(p.numel() for p in scene.parameters()))} parameters")
     return 0
 
 
@@ -117,7 +107,10 @@ def info(options: Info) -> int:
     if options.kernels:
         found["kernels"] = describe_kernels(pick_device(options.machine.device))
         lines += _kernel_lines(found["kernels"])
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(lines))
+    if options.json:
+        say_json(found)
+    else:
+        say(*lines)
     return 0
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .terminal import say
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C stopped; of one that another signal did: 128 and its number."""
@@ -53,7 +54,7 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         request.ask(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # nobody may be left to read it
-            print("stopping after this step; Ctrl-C again kills", file=sys.stderr, flush=True)
+            say("stopping after this step; Ctrl-C again kills", error=True)
 
     names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is Windows' way to end a console's processes
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]

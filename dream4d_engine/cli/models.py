@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +13,7 @@ from ..priors.lora import read_lora
 from ..priors.weights import find_weights
 from ..training.config import MotionRecipe, PriorKind, StaticRecipe, is_toy
 from ..training.guidance import Folders, active_terms
+from .terminal import say
 
 
 def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bool = False) -> dict[PriorKind, Path]:
@@ -37,7 +37,7 @@ def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bo
 
 def _find(given: str, kind: PriorKind, options: object) -> Path:
     """Return where a model is, after a look at what it is."""
-    path = find_weights(given, download=options.priors.download, say=lambda text: print(text, file=sys.stderr))
+    path = find_weights(given, download=options.priors.download, say=lambda text: say(text, error=True))
     source = open_source(path)
     if isinstance(source, FolderSource):
         source.check()

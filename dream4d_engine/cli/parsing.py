@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..assets import config_from_dict
-from ..documents import as_object, describe, field, read_document
+from ..documents import as_object, describe, field, read_document, text_fault
 from ..training.checkpoint import first_difference
 from ..training.config import (
     IMAGE_RECIPES,
@@ -45,6 +46,7 @@ from .arguments import (
     TextTo4D,
     TextTo4DCall,
 )
+from .terminal import say
 
 T = TypeVar("T")
 RECORD = "run.json"
@@ -143,6 +145,11 @@ def parse(name: str, words: Sequence[str]) -> Any:
     command, prog = COMMANDS[name], f"dream4d {name}"
     if command.default is None:
         return _tyro(command.call, words, prog)
+    return _check_texts(_parse_call(name, command, words, prog))
+
+
+def _parse_call(name: str, command: Command, words: Sequence[str], prog: str) -> Any:
+    """Parse the words of a command that has recipes."""
     if "--help-all" in words:
         words = ["--help", *(w for w in words if w != "--help-all")]
     elif "--help" in words or "-h" in words:
@@ -156,6 +163,16 @@ def parse(name: str, words: Sequence[str]) -> Any:
     known = {key: value for key, value in peeked.items() if value is not None and hasattr(command.options, key)}
     default = command.default(command.options(**known))
     return _with_shorthands(_tyro(command.call, words, prog, default))
+
+
+def _check_texts(call: Any) -> Any:
+    """Refuse prompts that couldn't be written down with the result."""
+    for name in ("prompt", "object_prompt"):
+        text = getattr(call.options, name, None)
+        fault = None if text is None else text_fault(text)
+        if fault is not None:
+            raise UsageError(f"{'the prompt' if name == 'prompt' else '--object-prompt'} {fault}")
+    return call
 
 
 def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Path) -> Any:
@@ -259,7 +276,7 @@ def _after(text: str):
     try:
         yield
     finally:
-        print(text)
+        say(text)
 
 
 def _tyro(kind: type[T], words: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -287,8 +304,27 @@ def one_line(box: str, prog: str) -> str:
                 parts[-1].append(text)
     if "╭" not in box:  # drawn without corners, the title is a part of its own
         parts = parts[1:] or parts
-    message = " ".join(parts[0]).rstrip(".") or "the command line can't be understood"
+    message = _in_words(" ".join(parts[0]).rstrip(".")) or "the command line can't be understood"
     for part in parts[1:]:
         if part and part[0].startswith("Perhaps you meant"):
             message += f"; perhaps you meant {part[1].split()[0]}" if len(part) > 1 else ""
     return f"{message} (see {prog} --help)"
+
+
+_KINDS = {"int": "whole number", "float": "number"}
+
+
+def _in_words(message: str) -> str:
+    """What tyro says of a value that is no number, in the words of people."""
+    message = re.sub(r"^Error parsing [A-Z]\w*: (?=--)", "", message)  # a command's own check: it names the flag
+    several = re.match(
+        r"Error parsing (\S+): Could not parse arguments \[(.*)\] into tuple type .*?(int|float)", message
+    )
+    if several:
+        return f"{several[1]} takes {_KINDS[several[3]]}s, got {several[2]}"
+    flag = re.match(r"Error parsing (\S+): ", message)
+    kind = re.search(r"invalid literal for (int)\(\)|could not convert string to (float)", message)
+    value = re.search(r"instantiated from \[(.*?)\]\.|: ('[^']*'|\"[^\"]*\")$", message)
+    if not (flag and kind and value):
+        return message
+    return f"{flag[1]} must be a {_KINDS[kind[1] or kind[2]]}, got {value[1] or value[2]}"

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from ..documents import printable
+from .terminal import say
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -116,7 +119,7 @@ class Bars:
         return next(task.total or 0 for task in self._bars.tasks if task.id == self._tasks[stage])
 
     def say(self, text: str) -> None:
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)
 
 
 class Quiet:
@@ -143,7 +146,7 @@ class Quiet:
 def make_progress() -> Progress:
     """Bars where standard output is a terminal, else lines."""
     if not sys.stdout.isatty():
-        return Lines(lambda line: print(line, flush=True))
+        return Lines(say)
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
 

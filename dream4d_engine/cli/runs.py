@@ -55,6 +55,7 @@ from .run_folder import (
     resuming,
     start_run,
 )
+from .terminal import say
 
 SCENE, ORBIT, VIDEO, CONTACT, METRICS = "scene.safetensors", "orbit.mp4", "video.mp4", "contact.png", "metrics.json"
 RESULTS = (RECORD, SCENE, REFERENCE, ORBIT, VIDEO, CONTACT, METRICS)
@@ -345,8 +346,6 @@ def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...],
     """Refuse numbers that no run can be made with, or whose result could not be read, before anything is touched."""
     for recipe in recipes:
         check_recipe(recipe, "static" if isinstance(recipe, StaticRecipe) else "motion")
-    if not 0 <= call.options.seed < 2**63:
-        raise UsageError(f"--seed must lie in [0, 2^63), got {call.options.seed}")
     scale = getattr(call.options, "deformation_scale", None)
     if scale is not None:
         check_scale(scale)
@@ -365,7 +364,7 @@ def _open_run(
     if folders.resume is None:
         check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
     elif read_record(Path(folders.resume)).get("status") == "finished":
-        print(f"the run in {folders.resume} is finished: there is nothing to resume")
+        say(f"the run in {folders.resume} is finished: there is nothing to resume")
         return None
     else:
         check_alone(Path(folders.resume))
@@ -394,7 +393,7 @@ def _open_run(
 def _say_finished(run: RunFolder, seconds: float) -> None:
     files = ", ".join(name for name in RESULTS if (run.path / name).exists())
     peak = run.record["peak_memory_bytes"] / 2**30
-    print(f"{run.path}: {files} ({clock_text(seconds)}, peak memory {peak:.1f} GiB)")
+    say(f"{run.path}: {files} ({clock_text(seconds)}, peak memory {peak:.1f} GiB)")
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------

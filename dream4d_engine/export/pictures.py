@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..documents import printable, shortened
 from ..machine import write_atomically
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
 _MARGIN, _PAPER, _INK = 6, (255, 255, 255), (40, 40, 40)
+_LINE, _MOST_LINES = 16, 4
+"""Height of a line of the title, pixels, and how many there are at most."""
 
 
 def to_bytes(picture: Tensor | np.ndarray) -> np.ndarray:
@@ -49,6 +52,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """Lay pictures [rows, columns, H, W, 3] out on white, with a label beside each row and above each column.
 
+    The title is broken into lines as wide as the sheet, and shortened where it needs more than four.
+
     Returns uint8 [height, width, 3].
     """
     import numpy as np
@@ -60,14 +65,14 @@ def contact_sheet(
         )
     rows, columns, height, width = pictures.shape[:4]
     font = ImageFont.load_default(12)
-    head = 20 if title else 0
     left = _MARGIN + max(int(font.getlength(label)) for label in row_labels) + _MARGIN
-    top = _MARGIN + head + 16
-    size = (left + columns * (width + _MARGIN), top + rows * (height + _MARGIN))
-    sheet = Image.new("RGB", (max(size[0], left + int(font.getlength(title)) + _MARGIN), size[1]), _PAPER)
+    right = left + columns * (width + _MARGIN)
+    lines = _broken(title, font, right - 2 * _MARGIN)
+    top = _MARGIN + (_LINE * len(lines) + 4 if lines else 0) + 16
+    sheet = Image.new("RGB", (right, top + rows * (height + _MARGIN)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((left, _MARGIN), title, fill=_INK, font=font)
+    for index, line in enumerate(lines):
+        draw.text((_MARGIN, _MARGIN + _LINE * index), line, fill=_INK, font=font)
     for column, label in enumerate(column_labels):
         _centre(draw, font, label, left + column * (width + _MARGIN) + width / 2, top - 10)
     for row, label in enumerate(row_labels):
@@ -81,3 +86,36 @@ def contact_sheet(
 
 def _centre(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, x: float, y: float) -> None:
     draw.text((x, y), text, fill=_INK, font=font, anchor="mm")
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a text into lines no wider than `width` pixels, at spaces where there are any."""
+    words = printable(shortened(text, width * _MOST_LINES)).split()  # no letter that is seen is narrower than a pixel
+    lines: list[str] = []
+    while words and len(lines) < _MOST_LINES:
+        line = words.pop(0)
+        if font.getlength(line) > width:
+            n_letters = max(1, _fitting(line, font, width))
+            words.insert(0, line[n_letters:])
+            line = line[:n_letters]
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line += f" {words.pop(0)}"
+        lines.append(line)
+    if words:
+        last = lines[-1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        lines[-1] = f"{last}…"
+    return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+    """How many letters of a text fit into `width` pixels."""
+    fitting, too_many = 0, len(text) + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if font.getlength(text[:middle]) <= width:
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..documents import printable, shortened
 from ..machine import write_error
 from .pictures import to_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
+_MOST_TITLE = 500
+"""Letters of a video's title: players show them on one line."""
 _CODECS = ("libx264", "h264", "mpeg4")
 _BT709 = 1  # the code of BT.709 in the stream's colour tags; 1 is also "limited range"
 
@@ -58,22 +61,26 @@ class VideoWriter:
     """A video file in the making, to be used as a context: `add` frames, one after another.
 
     Frames are [H, W, 3] float in [0, 1] or uint8, all of one size. The file has H.264 in yuv420p where PyAV can write
-    it, and its side lengths are rounded up to even numbers. It is written under a temporary name and renamed when the
-    context ends: an error inside leaves no file, and an old one as it was. Raises WriteError.
+    it, and its side lengths are rounded up to even numbers. The title is brought to one short line. The file is
+    written under a temporary name and renamed when the context ends: an error inside leaves no file, and an old one as
+    it was. Raises WriteError.
     """
 
     def __init__(self, path: Path | str, fps: float = 24.0, title: str = "") -> None:
         if not 0.1 <= fps <= 1000:
             raise ValueError(f"fps must lie in [0.1, 1000], got {fps}")
-        self.path, self.fps, self.title, self.count = Path(path), fps, title, 0
+        self.path, self.fps, self.count = Path(path), fps, 0
+        self.title = shortened(" ".join(printable(title).split()), _MOST_TITLE)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._container = self._stream = self._shape = None
 
     def __enter__(self) -> VideoWriter:
         import av
 
+        # FFmpeg takes what stands before a colon for a protocol, but not in an absolute path
+        place = str(self._temporary.absolute())
         with _named(self.path):
-            self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
+            self._container = av.open(place, "w", format="mp4", options={"movflags": "faststart"})
         self._container.metadata["title"] = self.title
         return self
 
@@ -148,7 +155,7 @@ def read_video(path: Path) -> Video:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(Path(path).absolute())) as container:
             stream = container.streams.video[0]
             pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
             title = container.metadata.get("title", "")

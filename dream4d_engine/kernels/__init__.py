@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ __all__ = [
     "grid_layout",
     "kernel_status",
     "select_kernels",
+    "triton_command",
 ]
 
 logger = logging.getLogger(__name__)
@@ -77,6 +82,51 @@ class KernelStatus:
     reason: str
 
 
+_TRITON_OF_TORCH = {
+    (2, 4): (3, 0),
+    (2, 5): (3, 1),
+    (2, 6): (3, 2),
+    (2, 7): (3, 3),
+    (2, 8): (3, 4),
+    (2, 9): (3, 5),
+    (2, 10): (3, 6),
+    (2, 11): (3, 6),
+    (2, 12): (3, 7),
+    (2, 13): (3, 7),
+    (2, 14): (3, 8),
+}
+"""The triton that each torch was made with, as its Linux wheels require; another one may not fit it."""
+
+
+def triton_command(torch_version: str = torch.__version__, platform: str = sys.platform) -> str:
+    """Return what to type to have triton beside a torch of this version.
+
+    On Windows the package is triton-windows, whose newest version fits the newest torch alone: it gets a bound.
+    """
+    found = re.match(r"(\d+)\.(\d+)", torch_version)
+    made_with = (_TRITON_OF_TORCH.get((int(found[1]), int(found[2]))) if found else None) or _required_triton()
+    name = "triton-windows" if platform == "win32" else "triton"
+    return f'pip install "{name}<{made_with[0]}.{made_with[1] + 1}"' if made_with else f"pip install {name}"
+
+
+def _required_triton() -> tuple[int, int] | None:
+    """The triton that the installed torch's own description asks for: of a torch newer than all we know."""
+    try:
+        lines = metadata.requires("torch") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    found = next(filter(None, (re.match(r"triton\s*[=~]=\s*(\d+)\.(\d+)", line) for line in lines)), None)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _why(reason: ImportError | RuntimeError) -> str:
+    """Why a backend can't run, with the command that helps."""
+    missing = (reason.name or "").partition(".")[0] if isinstance(reason, ImportError) else ""
+    if missing == "triton":
+        return f"triton is not installed; with it a step takes a fraction of the time: {triton_command()}"
+    return str(reason)
+
+
 def kernel_status(device: torch.device | str) -> list[KernelStatus]:
     """Try every backend on a device, the preferred one first."""
     found = []
@@ -85,12 +135,15 @@ def kernel_status(device: torch.device | str) -> list[KernelStatus]:
             backend(torch.device(device))
             found.append(KernelStatus(name, True, ""))
         except (ImportError, RuntimeError) as reason:
-            found.append(KernelStatus(name, False, str(reason)))
+            found.append(KernelStatus(name, False, _why(reason)))
     return found
 
 
 def select_kernels(device: torch.device | str = "cpu", prefer: str = "auto") -> Kernels:
-    """Choose the kernels for a device: the fastest that works ("auto"), or the named one, which fails loudly."""
+    """Choose the kernels for a device: the fastest that works ("auto"), or the named one, which fails loudly.
+
+    The log says once a process what was chosen and what was passed over; a GPU without triton is a warning.
+    """
     device = torch.device(device)
     if prefer != "auto" and prefer not in _BACKENDS:
         raise ValueError(f"unknown kernels {prefer!r}: choose one of {', '.join(('auto', *_BACKENDS))}")
@@ -99,9 +152,16 @@ def select_kernels(device: torch.device | str = "cpu", prefer: str = "auto") -> 
             kernels = _BACKENDS[name](device)
         except (ImportError, RuntimeError) as reason:
             if prefer != "auto":
-                raise ValueError(f"the {name} kernels cannot run on {device}: {reason}") from reason
-            logger.info("%s kernels passed over on %s: %s", name, device, reason)
+                raise ValueError(f"the {name} kernels cannot run on {device}: {_why(reason)}") from reason
+            slow = name == "triton" and device.type == "cuda"
+            _note(logging.WARNING if slow else logging.INFO, f"{name} kernels passed over on {device}: {_why(reason)}")
             continue
-        logger.info("%s kernels chosen on %s", name, device)
+        _note(logging.INFO, f"{name} kernels chosen on {device}")
         return kernels
     raise ValueError(f"no kernels can run on {device}")
+
+
+@lru_cache(maxsize=256)
+def _note(level: int, line: str) -> None:
+    """Log a line, once a process: every scene chooses its kernels, and every node has scenes."""
+    logger.log(level, "%s", line)

@@ -1,6 +1,7 @@
 """A pack for the test server alone: looks into the process, and makes things go wrong on demand."""
 
 import gc
+import json
 import sys
 import threading
 
@@ -10,7 +11,27 @@ from aiohttp import web
 from comfy.model_patcher import ModelPatcher
 from server import PromptServer
 
-NODE_CLASS_MAPPINGS = {}
+
+class Value:
+    """Sends any value through a link, as nodes of other packs may: JSON, or one that JSON doesn't have."""
+
+    RETURN_TYPES = ("*",)
+    FUNCTION = "send"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """What it sends."""
+        return {"required": {"value": ("STRING", {})}}
+
+    def send(self, value):
+        """Send it."""
+        made = {"surrogate": "\ud800", "no pixels": torch.zeros(0, 8, 8, 3), "nan pixels": torch.zeros(1, 8, 8, 3)}
+        made["nan pixels"][0, 3, 3] = float("nan")
+        return (made[value] if value in made else json.loads(value),)
+
+
+NODE_CLASS_MAPPINGS = {"GuardValue": Value}
 routes = PromptServer.instance.routes
 _steps_to_go: list[int] = []
 _step = torch.optim.AdamW.step
@@ -33,6 +54,77 @@ async def out_of_memory(request):
     """Raise torch's error in an optimiser's step after so many good ones."""
     _steps_to_go[:] = [(await request.json())["after"]]
     return web.json_response({})
+
+
+NUMBERS = [float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), 2**63, 2**64, True, "7", None, [1], 1j]
+TEXTS = [None, 5, 1.5, ["a"], "a\0b", "\ud800", "x" * 100_000]
+CHOICES = [None, 5, {"a": 1}, ["a"], "no choice at all"]
+BOOLEANS = [None, 2, "yes", float("nan")]
+PIXELS = [None, 5, torch.zeros(0, 8, 8, 3), torch.zeros(8), torch.full((1, 8, 8, 3), float("nan"))]
+PIXELS += [torch.zeros(1, 8, 8, 3, dtype=torch.long)]
+
+
+@routes.get("/dream4d_test/doors")
+async def doors(request):
+    """Call every node of the pack with one bad input after the other; tell what each call raised."""
+    import nodes
+
+    return web.json_response(
+        [row for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("Dream4D") for row in _walk(node)]
+    )
+
+
+def _walk(node):
+    sockets = sys.modules[node.__module__.rpartition(".")[0] + ".sockets"]
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    good, bad = {}, []
+    for group, inputs in node.INPUT_TYPES().items():
+        for name, (kind, *rest) in inputs.items() if group != "hidden" else ():
+            good[name], found = _values(kind, rest[0] if rest else {}, name, sockets)
+            bad += [
+                (place, value, change) for place, value, change in found if value is not None or group == "required"
+            ]
+    for place, value, change in bad:
+        try:
+            clone.EXECUTE_NORMALIZED(**(good | change))
+            raised, text = "", ""
+        except BaseException as error:
+            raised, text = type(error).__name__, str(error)
+        yield {
+            "node": node.GET_SCHEMA().node_id,
+            "input": place,
+            "value": repr(value)[:80],
+            "raised": raised,
+            "text": text,
+        }
+
+
+def _values(kind, options, name, sockets):
+    """A good value for an input, and (place, bad value, change of the inputs) of bad ones."""
+    if kind == "COMFY_DYNAMICCOMBO_V3":
+        choice = options["options"][0]
+        below = {n: (k, r[0] if r else {}) for n, (k, *r) in choice["inputs"]["required"].items()}
+        inner = {n: _values(k, o, n, sockets) for n, (k, o) in below.items()}
+        good = {name: choice["key"], **{n: value for n, (value, _) in inner.items()}}
+        bad = [(f"{name}.{p}", v, {name: good | c}) for _, found in inner.values() for p, v, c in found]
+        return good, bad + [(name, v, {name: v}) for v in (None, "toy", 5)] + [(name, 5, {name: good | {name: 5}})]
+    if isinstance(kind, list) or kind == "COMBO":
+        choices = kind if isinstance(kind, list) else options.get("options")
+        return (options.get("default") or (choices or ["none"])[0]), [(name, v, {name: v}) for v in CHOICES]
+    known = {
+        "INT": (options.get("default", 1), [*NUMBERS, 1.5]),
+        "FLOAT": (options.get("default", 1.0), NUMBERS),
+        "STRING": ("a red cube", TEXTS),
+        "BOOLEAN": (False, BOOLEANS),
+        "IMAGE": (torch.zeros(1, 8, 8, 3), PIXELS),
+        "MASK": (torch.zeros(1, 8, 8), PIXELS),
+        "DREAM4D_SCENE": (sockets.SceneValue(None, None), [None, 5, "scene"]),
+        "DREAM4D_PRIOR": (sockets.PriorSource("none", "image", None), [None, 5, "prior"]),
+        "LOAD3D_CAMERA": ({}, [5, "camera", [1]]),
+    }
+    good, bad = known[kind]
+    edges = [options[e] + d for e, d in (("min", -1), ("max", 1)) if e in options]
+    return good, [(name, v, {name: v}) for v in [*bad, *edges]]
 
 
 _at_work: set[torch.nn.Module] = set()  # UNets in the middle of their forward pass
