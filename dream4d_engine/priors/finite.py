@@ -12,6 +12,8 @@ from torch import Tensor
 from .checkpoints import SUFFIXES, open_checkpoint
 from .errors import PriorError
 
+FULL_PRECISION = "in full precision (--static.loop.precision full, --motion.loop.precision full)"
+
 
 def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
     """Raise PriorError, which names the file and the tensor, where one holds NaN or an infinite value.
@@ -36,8 +38,8 @@ def _sentence(name: str, tensor: Tensor, n_bad: int, where: Path | str) -> str:
     if tensor.dtype == torch.float16 and not tensor.isnan().any():
         return (
             f"{place} is infinite in half precision ({share}), which ends at {torch.finfo(torch.float16).max:,.0f}: "
-            "use the model in full precision (--loop.precision full), or get weights that were made to fit; if it is "
-            "infinite there too, the file is damaged"
+            f"use the model {FULL_PRECISION}, or get weights that were made to fit; if it is infinite there too, the "
+            "file is damaged"
         )
     return (
         f"{place} holds NaN or infinite numbers ({share}): the file is damaged, or its training went wrong; download "

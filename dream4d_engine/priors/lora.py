@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import ldm_keys
 from .errors import PriorError
+from .finite import FULL_PRECISION
 from .lora_files import Layers, LoraLayer, read_lora
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def add_layers(network: nn.Module, layers: Layers, strength: float, complaint: s
         kind = str(next(network.parameters()).dtype).removeprefix("torch.")
         raise PriorError(
             f"{complaint}: with strength {strength:g}, the weights of {too_large} are more than {kind} can hold; take "
-            "a smaller strength, or full precision (--loop.precision full)"
+            f"a smaller strength, or use the model {FULL_PRECISION}"
         )
     for module, _, layer in found:
         # not in place: the memory may be the file's, which is read again for the text encoder
@@ -98,9 +99,11 @@ def _find(network: nn.Module, layers: Layers, complaint: str) -> _Found:
     found: dict[str, tuple[nn.Module, str, LoraLayer]] = {}
     problems = []
     for name, layer in layers.items():
-        known = _known(name, modules, flat, n_resnets if isinstance(n_resnets, int) else None)
+        translated = ldm_keys.unet_layer(name, n_resnets) if isinstance(n_resnets, int) else None
+        known = _known(name, modules, flat, translated)
         if known is None:
-            problems.append(f"{name} is not in it")
+            also = "" if translated is None else f" ({translated} in diffusers' words)"
+            problems.append(f"{name}{also} is not in it")
             continue
         module = modules[known]
         wants = (layer.up.shape[0], layer.down[0].numel())
@@ -131,15 +134,14 @@ def _made_for(layers: Layers) -> str:
     return f" (its text is {width} wide, as in {_TOKEN_WIDTHS[width]})" if width in _TOKEN_WIDTHS else ""
 
 
-def _known(name: str, modules: Mapping[str, object], flat: Mapping[str, str], n_resnets: int | None) -> str | None:
+def _known(name: str, modules: Mapping[str, object], flat: Mapping[str, str], translated: str | None) -> str | None:
     """The module's name that is meant: the same, or in other words, or None.
 
-    Newer versions of transformers leave `text_model` out of CLIP's names; latent diffusion's UNet numbers its blocks.
+    Newer versions of transformers leave `text_model` out of CLIP's names. `translated`: from latent diffusion's names.
     """
     plain = name.removeprefix("text_model.").removeprefix("text_model_")
     for candidate in (name, plain, f"text_model.{plain}"):
         if candidate in modules:
             return candidate
-    translated = None if n_resnets is None else ldm_keys.unet_layer(name, n_resnets)
     spellings = (name, plain, f"text_model_{plain}", translated or name)
     return next((flat[found] for word in spellings if (found := word.replace(".", "_")) in flat), None)

@@ -23,7 +23,7 @@ from .lora_names import Part, is_peft, is_wrapped
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 _DEFAULT_ALPHA = 8.0  # peft's
-_PATTERN_SECONDS, _LONGEST_PATTERN = 2.0, 1000
+_PATTERN_SECONDS, _LONGEST_PATTERN = 1.0, 1000
 
 _READ = {"r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "peft_type", "bias", "init_lora_weights"}
 _HARMLESS = {
