@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..documents import printable, shortened
 from .checkpoints import SUFFIXES, open_checkpoint
 from .errors import PriorError
 from .folders import FolderSource, read_json
@@ -91,5 +92,5 @@ def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None 
         raise PriorError(_LORA_ALONE.format(path))
     if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
         return NetworksSource(path, settings)
-    first = ", ".join(sorted(file.shapes)[:3])
+    first = ", ".join(shortened(printable(name), 120) for name in sorted(file.shapes)[:3])
     raise PriorError(f"{path} is no model of a known kind: it holds {first}, ...")

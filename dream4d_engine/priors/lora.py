@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..documents import printable, shortened
 from . import ldm_keys
 from .errors import PriorError
 from .finite import FULL_PRECISION
@@ -98,9 +99,10 @@ def _find(network: nn.Module, layers: Layers, complaint: str) -> _Found:
     n_resnets = getattr(getattr(network, "config", None), "layers_per_block", None)
     found: dict[str, tuple[nn.Module, str, LoraLayer]] = {}
     problems = []
-    for name, layer in layers.items():
-        translated = ldm_keys.unet_layer(name, n_resnets) if isinstance(n_resnets, int) else None
-        known = _known(name, modules, flat, translated)
+    for key, layer in layers.items():
+        name = shortened(printable(key), 120)
+        translated = ldm_keys.unet_layer(key, n_resnets) if isinstance(n_resnets, int) else None
+        known = _known(key, modules, flat, translated)
         if known is None:
             also = "" if translated is None else f" ({translated} in diffusers' words)"
             problems.append(f"{name}{also} is not in it")

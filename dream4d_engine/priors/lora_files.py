@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..documents import shortened
+from ..documents import first_line, printable, shortened
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import PriorError
 from .finite import check_finite
@@ -213,7 +213,7 @@ def _tensor(file: Checkpoint, key: str, whole: bool = False) -> Tensor:
     try:
         tensor = file.tensor(key)
     except Exception as error:  # whatever safetensors raises for types that torch has not
-        raise PriorError(f"{file.path}: {_short(key)} can't be read ({error})") from error
+        raise PriorError(f"{file.path}: {_short(key)} can't be read ({first_line(error)})") from error
     right = tensor.is_floating_point() or whole and not tensor.is_complex() and tensor.dtype != torch.bool
     if not right or tensor.layout != torch.strided or tensor.is_quantized:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -222,4 +222,4 @@ def _tensor(file: Checkpoint, key: str, whole: bool = False) -> Tensor:
 
 
 def _short(name: str) -> str:
-    return shortened(name, _LONGEST)
+    return shortened(printable(name), _LONGEST)

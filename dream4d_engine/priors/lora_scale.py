@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..documents import as_object, describe, field, parse_document, read_document
+from ..documents import as_object, describe, field, parse_document, printable, read_document, shortened
 from .checkpoints import SUFFIXES, Checkpoint
 from .errors import PriorError
 from .lora_names import Part, is_peft, is_wrapped
@@ -83,8 +83,8 @@ class Scaling:
             said = self.ranks.get(_matching(self.ranks, layer, self.where, end), self.rank)
             if said is not None and said != rank:
                 raise PriorError(
-                    f"{self.where} says rank {said:g} for {layer}, its matrices have {rank}: do the settings belong "
-                    "to another file?"
+                    f"{self.where} says rank {said:g} for {shortened(printable(layer), 120)}, its matrices have "
+                    f"{rank}: do the settings belong to another file?"
                 )
             alpha = self.alphas.get(_matching(self.alphas, layer, self.where, end), self.alpha)
             found[layer] = alpha / (math.sqrt(rank) if self.root else rank)
