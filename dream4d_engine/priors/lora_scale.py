@@ -108,8 +108,11 @@ def _is_of(file: Checkpoint) -> bool:
     """Whether an adapter_config.json beside a file is this file's: peft's names, or no other file it could be for."""
     if file.path.stem == "adapter_model" or is_wrapped(file.shapes):
         return True
-    others = [path for path in file.path.parent.iterdir() if path.suffix in SUFFIXES and path.stem != file.path.stem]
-    return is_peft(file.shapes) and not others
+    try:
+        names = [path for path in file.path.parent.iterdir() if path.suffix in SUFFIXES]
+    except OSError:  # a folder whose files may be read, not listed
+        return False
+    return is_peft(file.shapes) and all(path.stem == file.path.stem for path in names)
 
 
 def _by_part(tree: Mapping[str, Any], where: str) -> dict[Part, Scaling]:
