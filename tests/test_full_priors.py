@@ -14,7 +14,7 @@ LOADERS = {
     "Pixel": "if-xl",
     "Video": "zeroscope",
 }
-CASES = Path(__file__).parent / "data" / "cases"
+CASES = REPOSITORY / "tests" / "data" / "cases"
 TOY = REPOSITORY / "dream4d_engine" / "priors" / "toy"
 
 
