@@ -6,10 +6,11 @@ files in ComfyUI's models folders. Nothing is fetched unless the switch on the n
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 from comfy_api.latest import io
@@ -17,7 +18,8 @@ from comfy_api.latest import io
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.identify import open_source
 from ..dream4d_engine.priors.loading import PriorKind, toy_subject
-from ..dream4d_engine.priors.lora import read_lora
+from ..dream4d_engine.priors.lora import check_strength
+from ..dream4d_engine.priors.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.weights import WEIGHTS, find_weights, human_size
 from .checks import check_ranges
 from .doors import DoorError, check_choice
@@ -227,7 +229,8 @@ class ApplyLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=list(loras()),
-                    tooltip="A file of models/loras, in any of diffusers' formats or kohya's; or the toy subject.",
+                    tooltip="A file of models/loras, in any of diffusers' formats, peft's (a folder too) or kohya's; "
+                    "or the toy subject.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -253,7 +256,7 @@ class ApplyLora(io.ComfyNode):
     def fingerprint_inputs(cls, lora: str | None = None, **_) -> str:
         """Run again when the file has changed."""
         found = loras().get(lora or "")
-        return "" if found is None else digest(list_files(found))
+        return "" if found is None else digest([list_files(file) for file in lora_files(found)])
 
     @classmethod
     def execute(cls, prior: PriorSource, lora: str, strength: float) -> io.NodeOutput:
@@ -265,18 +268,30 @@ class ApplyLora(io.ComfyNode):
         path = loras().get(lora)
         if path is None:
             raise PriorError(f"{lora!r} is not among the files in models/loras")
+        check_strength(strength)
         read_lora(path)
         return io.NodeOutput(replace(prior, lora=path, lora_strength=strength))
 
 
 def loras() -> dict[str, Path]:
-    """Names and places of the LoRA files: those of ComfyUI's folder, then the toy subject's."""
+    """Names and places of the LoRAs: files of ComfyUI's folder and folders that peft wrote, then the toy subject's."""
     found: dict[str, Path] = {}
     for name in folder_paths.get_filename_list("loras"):
         path = folder_paths.get_full_path("loras", name)
         if path is not None:
             found[name] = Path(path)
-    return found | {TOY_SUBJECT: toy_subject()}
+    return found | _peft_folders(found) | {TOY_SUBJECT: toy_subject()}
+
+
+def _peft_folders(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders of such files, or those with a folder for each network: two files that belong together."""
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        parents = zip(PurePosixPath(name.replace(os.sep, "/")).parents, path.parents, strict=False)
+        for folder, place in list(parents)[:2] if path.stem == "adapter_model" else []:
+            if folder.name and holds_lora(place):
+                found[str(folder)] = place
+    return found
 
 
 LOADERS = [kind_loader(kind) for kind in KINDS]

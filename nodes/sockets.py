@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
 from ..dream4d_engine.priors.loading import PriorExtras, PriorKind
+from ..dream4d_engine.priors.lora_files import lora_files
 from ..dream4d_engine.scene import Scene
 
 CATEGORY = "Dream4D"
@@ -41,7 +42,8 @@ class PriorSource:
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
-        parts = [list_files(path) for path in (self.path, self.lora, self.tiny_vae) if path is not None]
+        added = [] if self.lora is None else lora_files(self.lora)
+        parts = [list_files(path) for path in (self.path, *added, self.tiny_vae) if path is not None]
         return digest([self.kind, self.lora_strength, *parts])
 
     def n_bytes(self) -> int:

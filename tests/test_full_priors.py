@@ -14,6 +14,7 @@ LOADERS = {
     "Pixel": "if-xl",
     "Video": "zeroscope",
 }
+CASES = REPOSITORY / "tests" / "data" / "cases"
 TOY = REPOSITORY / "dream4d_engine" / "priors" / "toy"
 
 
@@ -94,6 +95,29 @@ def test_a_file_that_is_no_lora_is_refused_by_name(server):
     graph = lora_graph(1.0)
     graph["5"]["inputs"]["lora"] = "broken.safetensors"
     assert "broken.safetensors" in server.error(graph)
+
+
+def test_loras_of_peft_are_offered_as_files_and_folders(server):
+    """Its width is the toy model's; a change of the settings beside it is a change of the prior."""
+    folder = server.base / "models" / "loras" / "pack" / "mine"
+    shutil.copytree(CASES / "peft_adapter", folder, dirs_exist_ok=True)
+    name = "Dream4DApplyLora"
+    options = server.get(f"/object_info/{name}")[name]["input"]["required"]["lora"][1]["options"]
+    assert {"pack/mine", "pack/mine/adapter_model.safetensors"} <= {option.replace("\\", "/") for option in options}
+    graph = lora_graph(1.0, seed=73)
+    graph["5"]["inputs"]["lora"] = "pack/mine"
+    assert server.run(graph)["7"]["scenes"]
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": null}', encoding="utf-8")
+    assert "adapter_config.json: lora_alpha must be a finite number, got null" in server.error(graph)
+
+
+def test_a_damaged_lora_is_refused_by_its_node(server):
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(CASES / "lora_rank_mismatch.safetensors", folder / "unequal.safetensors")
+    graph = lora_graph(1.0)
+    graph["5"]["inputs"]["lora"] = "unequal.safetensors"
+    assert "unequal.safetensors: unet.down_blocks" in server.error(graph)
 
 
 def test_a_lora_that_is_not_there_is_refused(server):

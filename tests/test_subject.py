@@ -9,7 +9,8 @@ from torch import nn
 from dream4d_engine.cameras import fixed_take, orbit
 from dream4d_engine.priors.conditioning import text_conditions, words_for
 from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
-from dream4d_engine.priors.lora import apply_lora, read_lora
+from dream4d_engine.priors.lora import apply_lora
+from dream4d_engine.priors.lora_files import read_lora
 from dream4d_engine.toyworld import measure, train_latent
 from dream4d_engine.toyworld.datasets import render_bank
 from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer

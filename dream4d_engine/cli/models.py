@@ -9,7 +9,8 @@ from ..priors.conditioning import words_for
 from ..priors.folders import FolderSource
 from ..priors.identify import identify, open_source
 from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder, toy_subject
-from ..priors.lora import read_lora
+from ..priors.lora import check_strength
+from ..priors.lora_files import read_lora
 from ..priors.weights import find_weights
 from ..training.config import MotionRecipe, PriorKind, StaticRecipe, is_toy
 from ..training.guidance import Folders, active_terms
@@ -53,6 +54,7 @@ def prior_extras(options: object) -> dict[PriorKind, PriorExtras]:
     extras = dict.fromkeys(get_args(PriorKind), PriorExtras(tiny_vae=tiny_vae))
     if lora is not None and lora.image_lora is not None:
         path = toy_subject() if lora.image_lora == "toy" else Path(lora.image_lora)
+        check_strength(lora.image_lora_strength)
         read_lora(path)
         extras["image"] = PriorExtras(path, lora.image_lora_strength, tiny_vae)
     return extras

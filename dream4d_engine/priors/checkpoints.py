@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import first_line, shortened
 from .errors import PriorError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,7 +66,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     try:
         file = safe_open(str(path), "pt")  # stays open as long as it is used
     except (SafetensorError, OSError) as error:
-        raise PriorError(f"{path} is not a readable .safetensors file ({error})") from error
+        raise PriorError(f"{path} is not a readable .safetensors file ({shortened(first_line(error), 200)})") from error
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return Checkpoint(path, shapes, file.get_tensor, file.metadata() or {})
 

@@ -20,6 +20,7 @@ from ..guidance.prompts import (
     view_prompts,
     without_word,
 )
+from .finite import check_finite
 from .loading import Prior, PriorError, PriorKind, check_prompt
 from .sources import PictureResize
 
@@ -139,6 +140,7 @@ def image_conditions(prior: Prior, picture: Tensor, reference: CameraBatch) -> C
     denoiser = prior.denoiser
     picture = picture.to(denoiser.device)
     projection = prior.source.projection(denoiser.device)
+    check_finite(dict(zip(("weight", "bias"), projection, strict=True)), f"{prior.source.path}: its pose projection")
     resized = functional.interpolate(picture[None], denoiser.image_size, mode="bilinear", antialias=True)
     # what was trained with antialiased pictures took them as they came, Zero123 at its own size
     embedding = embed_picture(prior, picture[None] if prior.picture_resize == "antialiased" else resized)

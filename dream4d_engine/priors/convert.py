@@ -14,6 +14,7 @@ import torch
 
 from . import clip_keys, ldm_keys
 from .errors import PriorError
+from .finite import check_finite
 from .folders import ENCODER, NETWORK
 from .identify import open_source
 from .single_file import LdmSource
@@ -156,6 +157,7 @@ def _write_encoder(
         name: piece.take(lambda key: read(ldm_keys.CONDITION + key)).to(dtype, copy=True).contiguous()
         for name, piece in pieces.items()
     }
+    check_finite(state, f"{source.path}: its encoder")
     save_file(state, str(folder / f"{ENCODER}.safetensors"), {"format": "pt"})
     _write_json(folder / "config.json", config)
 
@@ -166,6 +168,7 @@ def _write_projection(source: LdmSource, folder: Path) -> None:
     place = folder / "clip_camera_projection"
     place.mkdir()
     weight, bias = source.projection("cpu")
+    check_finite({"weight": weight, "bias": bias}, f"{source.path}: its pose projection")
     state = {"proj.weight": weight.contiguous().clone(), "proj.bias": bias.contiguous().clone()}
     save_file(state, str(place / f"{NETWORK}.safetensors"), {"format": "pt"})
     width = weight.shape[1] - 4

@@ -158,7 +158,7 @@ class FolderSource:
                 )
         except Exception as error:  # whatever transformers and safetensors raise for damaged files
             raise PriorError(f"cannot load {self.path / part}: {error}") from error
-        return frozen(encoder, device)
+        return frozen(encoder, device, self.path / part)
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         """Return (weight, bias), float32, of Zero123's pose projection."""
@@ -261,4 +261,4 @@ def _load_network(folder: Path, part: str, class_name: str, dtype: torch.dtype, 
         )
     except Exception as error:  # whatever diffusers and safetensors raise for damaged files
         raise PriorError(f"cannot load {folder / part}: {error}") from error
-    return frozen(network, device)
+    return frozen(network, device, folder / part)

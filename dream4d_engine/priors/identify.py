@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..documents import printable, shortened
 from .checkpoints import SUFFIXES, open_checkpoint
 from .errors import PriorError
 from .folders import FolderSource, read_json
-from .lora import is_lora
+from .lora_files import holds_lora
+from .lora_names import is_lora
 from .single_file import LdmSource, NetworksSource, find_config, ldm_kind
 from .sources import PriorKind, Source
 
 Layout = Literal["diffusers folder", "checkpoint", "networks", "LoRA", "tiny autoencoder"]
-
-_LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_LORA_ALONE = "{} is a LoRA: it is added to a model, it is none by itself"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def identify(path: Path | str, config: Mapping[str, Any] | Path | str | None = N
 def _identify_folder(path: Path) -> Identity:
     if (path / "model_index.json").is_file():
         return Identity(path, "diffusers folder", FolderSource(path).facts().kind)
-    if any((path / name).is_file() for name in _LORA_FILES):
+    if holds_lora(path):
         return Identity(path, "LoRA", None)
     if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
         return Identity(path, "tiny autoencoder", None)
@@ -80,14 +81,16 @@ def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None 
     """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
     path = Path(path).expanduser()
     if path.is_dir() or not path.suffix or not path.exists() and path.suffix not in SUFFIXES:
+        if not (path / "model_index.json").is_file() and holds_lora(path):
+            raise PriorError(_LORA_ALONE.format(path))
         return FolderSource(path)
     file = open_checkpoint(path)
     settings = find_config(path, config)
     if ldm_kind(file) is not None:
         return LdmSource(path, settings)
     if is_lora(file.shapes):
-        raise PriorError(f"{path} is a LoRA: it is added to a model, it is none by itself")
+        raise PriorError(_LORA_ALONE.format(path))
     if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
         return NetworksSource(path, settings)
-    first = ", ".join(sorted(file.shapes)[:3])
+    first = ", ".join(shortened(printable(name), 120) for name in sorted(file.shapes)[:3])
     raise PriorError(f"{path} is no model of a known kind: it holds {first}, ...")

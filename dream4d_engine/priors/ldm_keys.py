@@ -74,6 +74,28 @@ def _unet_name(key: str, n_resnets: int, upsampler: bool) -> str:
     return f"{block}.{'attentions' if part == 1 else 'resnets'}.{index}.{_in_resnet(rest)}"
 
 
+_HEAD = re.compile(r"(input|output)_blocks_(\d+)_(\d+)|(middle_block|time_embed|camera_embed|out)_(\d+)")
+
+
+def unet_layer(name: str, n_resnets: int) -> str | None:
+    """Translate the name of a UNet's layer (`_` may stand for dots) to UNet2DConditionModel's, with `_` for all dots.
+
+    None where it is no name of latent diffusion's. `n_resnets`: L, the model's layers_per_block.
+    """
+    plain = name.replace(".", "_")
+    head = _HEAD.match(plain)
+    if head is None or plain[head.end() :][:1] not in ("", "_"):
+        return None
+    block = f"{head[1]}_blocks.{head[2]}.{head[3]}" if head[1] else f"{head[4]}.{head[5]}"
+    rest = plain[head.end() + 1 :]
+    layers = {layer.replace(".", "_"): layer for layer in _RESNET}
+    key = ".".join(word for word in (block, layers.get(rest, rest), "weight") if word)
+    try:
+        return _unet_name(key, n_resnets, _is_upsampler(key, [])).removesuffix(".weight").replace(".", "_")
+    except PriorError:  # a block that no UNet has
+        return None
+
+
 def _in_resnet(rest: str) -> str:
     """Translate a name within a resnet; within an attention the names are the same."""
     layer, _, parameter = rest.rpartition(".")

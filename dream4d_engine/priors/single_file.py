@@ -211,7 +211,8 @@ class LdmSource:
             name: piece.take(lambda key: self._tensor(ldm_keys.CONDITION + key, dtype, "cpu"))
             for name, piece in pieces.items()
         }
-        return frozen(filled_encoder(model_class, config, state, f"{self.path}: its encoder").to(dtype), device)
+        what = f"{self.path}: its encoder"
+        return frozen(filled_encoder(model_class, config, state, what).to(dtype), device, what)
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         """Return (weight, bias), float32, of Zero123's pose projection."""

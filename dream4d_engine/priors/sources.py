@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PriorError
+from .finite import check_finite
 from .text import Tokenizer
 
 PriorKind = Literal["image", "multiview", "novel_view", "pixel", "video"]
@@ -84,9 +85,16 @@ class Source(Protocol):
         ...
 
 
-def frozen(network: nn.Module, device: Device) -> nn.Module:
-    """Put a network on its device, to be used and not trained."""
-    return network.to(device).eval().requires_grad_(False)
+def frozen(network: nn.Module, device: Device, what: Path | str) -> nn.Module:
+    """Put a network on its device, to be used and not trained, after a look at all of its weights.
+
+    Args:
+        what: where they are from (a file, a folder of files, or words that name it), for the error about one that is
+            no number.
+    """
+    network = network.to(device).eval().requires_grad_(False)
+    check_finite(network.state_dict(), what)
+    return network
 
 
 def filled_network(
@@ -104,7 +112,7 @@ def filled_network(
     wanted = network.state_dict()
     check_names({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, what)
     network.load_state_dict(state, assign=True)
-    return frozen(network, device)
+    return frozen(network, device, what)
 
 
 def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str) -> None:
