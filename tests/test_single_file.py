@@ -427,7 +427,7 @@ def test_bad_files(files, states, tmp_path):
     with pytest.raises(PriorError, match="of kind 'image' and can't be used as 'multiview'"):
         load_prior(files["sd21"], "multiview")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(PriorError, match="bad.json can't be read"):
+    with pytest.raises(PriorError, match="bad.json is not valid JSON: Expecting property name"):
         load_prior(files["sd21"], config=tmp_path / "bad.json")
 
 

@@ -53,6 +53,8 @@ def convert_checkpoint(options: Convert) -> int:
         dtype=torch.float16 if options.half else None,
         overwrite=options.overwrite,
     )
+    for note in done.notes:
+        print(f"note: {note}")
     print(f"{done.folder}: a model of kind {done.kind} ({', '.join(done.parts)}), {human_size(done.n_bytes)}")
     if not {"text_encoder", "image_encoder"} & set(done.parts):
         print("(the checkpoint has no encoder of prompts or pictures: the folder can't be told anything)")
