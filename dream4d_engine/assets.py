@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -354,15 +354,20 @@ class _Settings:
     """A run's settings, and the file that they are from."""
 
     content: Mapping[str, Any] = field(default_factory=dict)
-    where: str = ""
+    file: str = ""
+    path: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The place in the file, for messages."""
+        return f"{self.file}: {'.'.join(self.path)}" if self.path else self.file
 
     def section(self, *names: str) -> _Settings:
         """The settings below some names; none where one is missing or null."""
         found = self
         for name in names:
-            inner = found.content.get(name)
-            place = f"{found.where}{'.' if found is not self else ': '}{name}"
-            found = _Settings({} if inner is None else as_object(inner, place, _SettingsError), place)
+            inner, below = found.content.get(name), _Settings({}, self.file, (*found.path, name))
+            found = below if inner is None else replace(below, content=as_object(inner, below.where, _SettingsError))
         return found
 
     def get(self, name: str, default: T) -> T:

@@ -14,6 +14,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only get in each other's way
 
 
+def pytest_addoption(parser) -> None:
+    """Take `--fuzz N`: N times as many rounds of every fuzzer."""
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds of every fuzzer")
+
+
+@pytest.fixture(scope="session")
+def fuzz(request) -> int:
+    """How many times as many rounds a fuzzer runs."""
+    return request.config.getoption("--fuzz")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A ComfyUI server with this pack; what needs it is skipped where there is no ComfyUI."""

@@ -174,13 +174,13 @@ def _open_zip(path: Path) -> Checkpoint:
     """Open what torch writes since 1.6: an archive of one pickle and, not compressed, every storage."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            if any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.namelist()):
+                raise PriorError(f"{path} is a program (TorchScript), not a file of weights")
             members = _members(path, archive, file)
             pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
             if not pickles:
                 raise PriorError(f"{path} is a zip archive without weights of torch's: if it holds a model, unpack it")
             root = pickles[0].removesuffix("data.pkl")
-            if f"{root}constants.pkl" in members:
-                raise PriorError(f"{path} is a program (TorchScript), not a file of weights")
             offset, length = members[pickles[0]]
             if length > _MOST_HEADER:
                 raise PriorError(f"{path} describes its weights in {length:,} bytes: it can't be meant")

@@ -198,13 +198,13 @@ class LdmSource:
         return self._naming_file(lambda: ldm_keys.vae_config(shapes, self.vae_scaling()))
 
     def _naming_file(self, make: Callable[[], T]) -> T:
-        """Put the file's name before what is wrong with its tensors."""
+        """Name the file in what is wrong with its tensors or its configuration."""
         try:
             return make()
         except PriorError as error:
             if str(error).startswith("the checkpoint"):
                 raise PriorError(f"{self.path}: {error}") from error
-            raise
+            raise PriorError(str(error).replace("the model's configuration", self.config.where, 1)) from error
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -309,6 +309,8 @@ class LdmSource:
             raise PriorError(f"{self.path} is a model of kind {own!r} and can't be used as {kind!r}")
         size = self._latents(kind) * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         _ = self.unet_config, self.scheduler_config  # PriorError where they make no sense
+        if self.encoder_layout() in ("open_clip", "transformers"):
+            self.text_parts()
         grouped = kind == "multiview"
         return Facts(
             name=self.path.stem,
@@ -361,12 +363,11 @@ class LdmSource:
             what = f"{ldm_keys.CONDITION}* is {', '.join(map(shown, held))}" if held else f"no {ldm_keys.CONDITION}*"
             raise PriorError(f"{self.path} has no text encoder ({what}): prompts can't be encoded with it")
         condition = self.config.section("cond_stage_config", "params")
-        return self._naming_file(
-            lambda: (
-                clip_keys.text_config(shapes, layout, condition),
-                clip_keys.text_pieces(shapes, layout, condition),
-            )
-        )
+        config = self._naming_file(lambda: clip_keys.text_config(shapes, layout, condition))
+        width, read = config["hidden_size"], self.unet_config["cross_attention_dim"]
+        if width != read:
+            raise PriorError(f"{self.path}: its text encoder gives {width} numbers a token, its UNet reads {read}")
+        return config, self._naming_file(lambda: clip_keys.text_pieces(shapes, layout, condition))
 
     def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
         """Build CLIP's text encoder; its tokenizer comes with this package."""
