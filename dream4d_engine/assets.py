@@ -173,7 +173,7 @@ def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def read_info(path: Path | str) -> AssetInfo:
     """Read an asset's header without its tensors."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         return _info(path, file)
 
 
@@ -182,7 +182,7 @@ def load_scene(
 ) -> tuple[Scene, Provenance]:
     """Read an asset. Everything the header says is checked before memory is taken for it."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         info = _info(path, file)
         _check_shapes(path, info)
         tensors = {}
@@ -196,8 +196,8 @@ def load_scene(
     return scene.to(device), info.provenance
 
 
-def _opened(path: Path):
-    """Open a safetensors file; its library raises its own kinds of errors, all turned into one."""
+def opened(path: Path):
+    """Open a .safetensors file. AssetError where it is none, with what it is."""
     from safetensors import safe_open
 
     head = _head(path)

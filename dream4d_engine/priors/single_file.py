@@ -96,7 +96,7 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
             raise PriorError(f"{error}. It lies beside {path.name}: mend it, or move it away") from error
         inner = _settings_in(content)
         if inner is not None:
-            return Configuration(inner, f"{place} (beside {path.name})", notes)
+            return Configuration(inner, f"{place} (beside {path.name}: mend it, or move it away)", notes)
         notes = (*notes, f"{place} was passed over: it has none of a model's settings")
     return Configuration({}, "the model's configuration", notes)
 
@@ -271,10 +271,10 @@ class LdmSource:
         yield from self.config.notes
         predicted, mark = self._prediction
         kind, name = self._kind(), self.path.name
-        says = f'a {self.path.stem}.yaml or .json beside it says otherwise ("parameterization": "eps" or "v")'
+        says = f'if that is wrong, say "parameterization": "eps" or "v" in a {self.path.stem}.json or .yaml beside it'
         if mark is not None:
             sort = "a v-model" if predicted == "v_prediction" else "a model that predicts noise (eps)"
-            yield f"{name} does not say what its UNet predicts; by its weights ({mark}) it was taken for {sort}: {says}"
+            yield f"{name} does not say what its UNet predicts; by its weights ({mark}) it was taken for {sort}; {says}"
         if self._mark() is not None and self._declared_latents() is None:
             size = self._latents(kind)
             yield f"{name} does not say its image size: {8 * size} pixels were assumed (image_size: {size} in latents)"
