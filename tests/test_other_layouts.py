@@ -329,6 +329,7 @@ FOREIGN = {
     "json_model_null": (CASES / "json_model_null.json").read_text(),
     "json_model_str": (CASES / "json_model_str.json").read_text(),
     "gallery": json.dumps({"description": "nice", "sd version": "SD1", "model": {"name": "x", "type": "Checkpoint"}}),
+    "web interface": json.dumps({"vae": "some.safetensors", "notes": "", "preferred weight": 0}),
     "null": "null",
     "text": '"512x512"',
     "list": "[1, 2]",

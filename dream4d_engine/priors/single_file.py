@@ -53,7 +53,7 @@ _INPUTS = {"image": 4, "multiview": 4, "novel_view": 8}
 
 _LDM_FIELDS = ("linear_start", "linear_end", "timesteps", "scale_factor", "parameterization", "image_size")
 _LDM_FIELDS += ("unet_config", "cond_stage_config", "first_stage_config")
-_FIELDS = {*_LDM_FIELDS, "unet", "vae", "scheduler", "dream4d"}
+_FIELDS = {*_LDM_FIELDS, "unet", "scheduler", "dream4d"}  # not "vae" alone: galleries note a file's name under it
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +103,12 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
 
 def _settings_in(content: object) -> dict[str, Any] | None:
     """What a document says of a model, wherever it stands in it; None where it speaks of other things."""
-    for name in ("model", "params"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    return dict(content) if isinstance(content, Mapping) and _FIELDS & content.keys() else None
+    found = None
+    for name in ("model", "params", None):
+        if isinstance(content, Mapping):
+            found = dict(content) if _FIELDS & content.keys() else found
+            content = content[name] if isinstance(content.get(name), Mapping) else content
+    return found
 
 
 @dataclass(frozen=True)
