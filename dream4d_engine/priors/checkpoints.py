@@ -48,6 +48,7 @@ _PASSED_OVER = re.compile(
     r"|numpy\.(\w+|dtypes\.\w+|_?core\.(multiarray|numeric)\.\w+|random\.[\w.]+)"
     r"|typing\.\w+|argparse\.Namespace|pathlib\.\w*Path|datetime\.\w+|enum\.\w+"
 )
+_READ = re.compile(r"numpy\.(dtype|_?core\.multiarray\.scalar)")  # see plain_of
 _OTHER_FORMATS = {
     b"GGUF": "holds quantized weights (GGUF), which can't be used",
     b"\x89HDF": "is an HDF5 file, not one of torch or safetensors",
@@ -278,7 +279,7 @@ def _checkpoint(path: Path, said: Said, places: Places) -> Checkpoint:
     if not tensors:
         raise PriorError(f"{path} holds no weights")
     extra = {key: plain for key, value in table.items() if (plain := plain_of(value)) is not None}
-    left = [name for name in said.names if not _OWN_NAMES.fullmatch(name)]
+    left = [name for name in said.names if not (_OWN_NAMES.fullmatch(name) or _READ.fullmatch(name))]
     left += [f"{shown(name)} ({kind})" for name, kind in found.items() if isinstance(kind, str)]
     shapes = {name: stored.shape for name, stored in tensors.items()}
     return Checkpoint(path, shapes, _reader(path, tensors, places), extra, tuple(dict.fromkeys(left)))
