@@ -7,27 +7,35 @@ An asset is a .safetensors file: its tensors are the scene's state_dict, its hea
 from __future__ import annotations
 
 import json
+import logging
 import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from .documents import as_object, describe, disguise, first_line, parse_document, printable, read_document, shortened
+from .documents import field as read_field
 from .fields.background import BackgroundConfig
 from .fields.deformation import DeformationConfig
 from .fields.encodings import HashGridConfig
 from .fields.radiance import RadianceConfig
 from .kernels import Kernels
 from .machine import WriteError, write_atomically
+from .priors.checkpoints import Checkpoint, open_tensors, shown
+from .priors.errors import PriorError
 from .scene import Scene, SceneConfig
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "dream4d"
 FORMAT_VERSION = 1
+_MOST_HEADER = 2**25
 
 T = TypeVar("T")
 
@@ -68,11 +76,11 @@ def config_from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     ValueError naming the place of an unknown key, a missing one or a wrong type.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be an object, got {_shown(data)}")
+        raise ValueError(f"{where} must be an object, got {describe(data)}")
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"{where} has an unknown key {unknown[0]!r} (known: {', '.join(known)})")
+        raise ValueError(f"{where} has an unknown key {describe(unknown[0])} (known: {', '.join(known)})")
     for name, f in known.items():
         if name not in data and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{where} lacks {name!r}")
@@ -95,19 +103,19 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return config_from_dict(kind, data, where)
     if origin is Literal:
         if data not in arguments or not isinstance(data, str):
-            raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, got {_shown(data)}")
+            raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, got {describe(data)}")
         return data
     if origin is tuple:
         if not isinstance(data, list | tuple):
-            raise ValueError(f"{where} must be a list, got {_shown(data)}")
+            raise ValueError(f"{where} must be a list, got {describe(data)}")
         inner = [arguments[0]] * len(data) if arguments[-1] is Ellipsis else arguments
         if len(inner) != len(data):
             raise ValueError(f"{where} must have {len(inner)} entries, got {len(data)}")
         return tuple(_value(k, d, f"{where}[{i}]") for i, (k, d) in enumerate(zip(inner, data, strict=True)))
     if origin is dict:
         if not isinstance(data, Mapping):
-            raise ValueError(f"{where} must be an object, got {_shown(data)}")
-        return {_value(str, k, where): _value(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
+            raise ValueError(f"{where} must be an object, got {describe(data)}")
+        return {_value(str, k, where): _value(arguments[1], v, f"{where}.{shown(k)}") for k, v in data.items()}
     return _plain(kind, data, where)
 
 
@@ -120,13 +128,8 @@ def _plain(kind: type, data: Any, where: str) -> int | float | bool | str:
     if kind is float and is_number:
         return float(data)
     if type(data) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {_shown(data)}")
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {describe(data)}")
     return data
-
-
-def _shown(data: Any) -> str:
-    text = repr(data)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def read_info(path: Path | str) -> AssetInfo:
     """Read an asset's header without its tensors."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         return _info(path, file)
 
 
@@ -204,7 +207,7 @@ def load_scene(
 ) -> tuple[Scene, Provenance]:
     """Read an asset. Everything the header says is checked before memory is taken for it."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         info = _info(path, file)
         _check_shapes(path, info)
         tensors = {}
@@ -218,18 +221,36 @@ def load_scene(
     return scene.to(device), info.provenance
 
 
-def _opened(path: Path):
-    """Open a safetensors file; its library raises its own kinds of errors, all turned into one."""
+def opened(path: Path):
+    """Open a .safetensors file. AssetError where it is none, with what it is."""
     from safetensors import safe_open
 
-    if not path.exists():
-        raise AssetError(f"{path} does not exist")
-    if not path.is_file():
-        raise AssetError(f"{path} is not a file")
+    head = _head(path)
+    strange = disguise(head)
+    if strange is None and head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
+        strange = (
+            "is not a readable .safetensors file but one of torch's, or an archive (dream4d import makes a scene of a "
+            "checkpoint of Dream-in-4D)"
+        )
+    if strange is None and _MOST_HEADER < int.from_bytes(head[:8], "little") < path.stat().st_size:
+        strange = "has a header too large to be meant"
+    if strange is not None:
+        raise AssetError(f"{path} {strange}")
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except Exception as error:
         raise AssetError(f"{path} is not a readable .safetensors file ({_line(error)})") from error
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file that must be there."""
+    if not path.is_file():
+        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise AssetError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def _info(path: Path, file) -> AssetInfo:
@@ -241,13 +262,14 @@ def _info(path: Path, file) -> AssetInfo:
     except ValueError as error:
         raise AssetError(f"{path} does not say the version of its format") from error
     if version > FORMAT_VERSION:
-        raise AssetError(f"{path} has format version {version}, newer than {FORMAT_VERSION}: update dream4d")
+        raise AssetError(f"{path} has format version {describe(version)}, newer than {FORMAT_VERSION}: update dream4d")
     if version < 1:
-        raise AssetError(f"{path} has the unknown format version {version}")
+        raise AssetError(f"{path} has the unknown format version {describe(version)}")
     try:
-        config = config_from_dict(SceneConfig, json.loads(header.get("config", "")))
-        provenance = config_from_dict(Provenance, json.loads(header.get("provenance", "{}")), "provenance")
-    except (ValueError, RecursionError) as error:
+        config = config_from_dict(SceneConfig, parse_document(header.get("config", ""), "config", ValueError))
+        said = parse_document(header.get("provenance", "{}"), "provenance", ValueError)
+        provenance = config_from_dict(Provenance, said, "provenance")
+    except ValueError as error:
         raise AssetError(f"{path} has a header that cannot be understood: {_line(error)}") from error
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return AssetInfo(version, config, provenance, shapes)
@@ -259,7 +281,7 @@ def _check_shapes(path: Path, info: AssetInfo) -> None:
     if missing := sorted(set(expected) - set(info.shapes)):
         raise AssetError(f"{path} lacks the tensor {missing[0]}")
     if extra := sorted(set(info.shapes) - set(expected)):
-        raise AssetError(f"{path} has the tensor {extra[0]}, which its configuration does not know")
+        raise AssetError(f"{path} has the tensor {shown(extra[0])}, which its configuration does not know")
     for name, shape in expected.items():
         if info.shapes[name] != shape:
             raise AssetError(f"{path}: {name} has shape {info.shapes[name]}, its configuration needs {shape}")
@@ -282,7 +304,7 @@ def _fill(scene: Scene, tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _line(error: BaseException) -> str:
     """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return shortened(first_line(error), 300)
 
 
 # ---- Dream-in-4D's checkpoints -----------------------------------------------------------------------------------
@@ -306,7 +328,8 @@ def import_checkpoint(
     """Turn a checkpoint of Dream-in-4D (either stage) into a scene.
 
     Sizes come from the tensors' shapes; the rest from the run's settings, a .json or .yaml file of the same name or
-    `parsed.yaml` beside the checkpoint or in the neighbouring folder `configs`.
+    `parsed.yaml` beside the checkpoint or in the neighbouring folder `configs`. What the checkpoint holds beside
+    tensors is not read, and named in the log.
     """
     path, options = Path(path), options or ImportOptions()
     state, step = _read_checkpoint(path)
@@ -314,57 +337,101 @@ def import_checkpoint(
     try:
         config = _imported_config(state, settings, options)
         scene = Scene(config, kernels)
-        _fill(scene, _imported_tensors(scene, state, settings, step), str(path))
-    except AssetError:
-        raise
+        tensors = _imported_tensors(scene, state, settings, step)
+    except _SettingsError as error:
+        raise AssetError(f"the settings {error}") from error
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # whatever its tensors are
         raise AssetError(f"{path} cannot be imported: {_line(error)}") from error
-    prompt = settings.get("prompt_processor", {}).get("prompt", "")
-    return scene, Provenance(prompt=str(prompt), recipe="imported from Dream-in-4D", steps=step)
+    _fill(scene, tensors, str(path))
+    return scene, Provenance(prompt=settings.prompt, recipe="imported from Dream-in-4D", steps=step)
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
-    if not path.is_file():
-        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    """Return the tensors that a scene is made of, and the step."""
+    _head(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = _line(error)
-        if type(error).__name__ == "UnpicklingError":  # its own message tells how to let the file run code
-            why = "it is damaged, or holds more than tensors and plain values, and nothing in it is ever executed"
-        raise AssetError(f"{path} is not a readable checkpoint ({why})") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or _GRID not in state:
-        raise AssetError(f"{path} is a torch file, but not a checkpoint of Dream-in-4D ({_GRID} is missing)")
-    step = content.get("global_step", 0)
-    if not isinstance(step, int):
-        raise AssetError(f"{path} is damaged: global_step is {_shown(step)}, not a whole number")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, step
+        file = open_tensors(path)
+        if _GRID not in file.shapes:
+            raise AssetError(f"{path} holds weights, but is not a checkpoint of Dream-in-4D ({_GRID} is missing)")
+        state = {name: file.tensor(name) for name in file.shapes if name.startswith(_PARTS)}
+    except PriorError as error:
+        raise AssetError(f"not a readable checkpoint: {error}") from error
+    _say_unread(file)
+    step = file.extra.get("global_step", 0)
+    if not isinstance(step, int) or not 0 <= step < 2**62:
+        raise AssetError(f"{path} is damaged: global_step is {describe(step)}, not a step's number")
+    return state, int(step)
 
 
-def _read_settings(path: Path, options: ImportOptions) -> dict[str, Any]:
-    """Return the run's settings as plain data, {} where there are none."""
-    beside = [path.with_suffix(".json"), path.with_suffix(".yaml"), path.parent / "parsed.yaml"]
-    places = [options.settings] if options.settings else [*beside, path.parent.parent / "configs" / "parsed.yaml"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        if options.settings:
-            raise AssetError(f"{options.settings} does not exist")
-        return {}
-    try:
-        if found.suffix == ".json":
-            data = json.loads(found.read_text(encoding="utf-8"))
-        else:
-            import yaml
-
-            data = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except Exception as error:
-        raise AssetError(f"the settings {found} cannot be read ({_line(error)})") from error
-    if not isinstance(data, dict):
-        raise AssetError(f"the settings {found} are not a table of names and values")
-    return data.get("system", data)
+def _say_unread(file: Checkpoint) -> None:
+    if file.passed_over:
+        some, rest = ", ".join(shown(name) for name in file.passed_over[:4]), len(file.passed_over) - 4
+        more = f" and {rest} more" if rest > 0 else ""
+        logger.warning("%s: not read, as no scene needs it: %s%s", file.path, some, more)
 
 
+class _SettingsError(AssetError):
+    """Settings with a field that can't be meant; the message begins with the file."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """A run's settings, and the file that they are from."""
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    path: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The place in the file, for messages."""
+        return f"{self.file}: {'.'.join(self.path)}" if self.path else self.file
+
+    def section(self, *names: str) -> _Settings:
+        """The settings below some names; none where one is missing or null."""
+        found = self
+        for name in names:
+            inner, below = found.content.get(name), _Settings({}, self.file, (*found.path, name))
+            found = below if inner is None else replace(below, content=as_object(inner, below.where, _SettingsError))
+        return found
+
+    def get(self, name: str, default: T) -> T:
+        """A value of the default's kind; the default where it is missing or null."""
+        return read_field(self.content, name, type(default), self.where, _SettingsError, default)
+
+    @property
+    def prompt(self) -> str:
+        """What the run was told."""
+        return printable(self.section("prompt_processor").get("prompt", ""))
+
+
+def _read_settings(path: Path, options: ImportOptions) -> _Settings:
+    """Return the run's settings, none where there are none. Files beside that speak of other things are passed over."""
+    beside = [path.with_suffix(".json"), path.with_suffix(".yaml")]
+    named = [path.parent / "parsed.yaml", path.parent.parent / "configs" / "parsed.yaml"]
+    if options.settings and not options.settings.is_file():
+        raise AssetError(f"{options.settings} does not exist")
+    for place in [options.settings] if options.settings else [*beside, *named]:
+        if not place.is_file():
+            continue
+        content = read_document(place, AssetError)
+        if place in beside and not _is_settings(content):
+            logger.warning("%s was passed over: it has none of a run's settings", place)
+            continue
+        found = _Settings(as_object(content, f"the settings {place}", AssetError), str(place))
+        try:
+            return found.section("system") if "system" in found.content else found
+        except _SettingsError as error:
+            raise AssetError(f"the settings {error}") from error
+    return _Settings()
+
+
+def _is_settings(content: object) -> bool:
+    return isinstance(content, Mapping) and any(name in content for name in _SETTINGS)
+
+
+_SETTINGS = ("system", "geometry", "renderer", "background", "background_type", "prompt_processor")
+_PARTS = ("geometry.", "background.", "renderer.")
 _GRID = "geometry.encoding.encoding.encoding.params"
 _DEFORMATION_GRID = "geometry.deformation_encoding.encoding.encoding.params"
 _NETWORKS = {
@@ -379,6 +446,8 @@ def _network(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The weights of a network, in order; every second of its layers is an activation."""
     weights = []
     while (key := f"{name}.layers.{2 * len(weights)}.weight") in state:
+        if state[key].ndim != 2 or 0 in state[key].shape:
+            raise AssetError(f"{key} has shape {tuple(state[key].shape)}, a layer has two dimensions")
         weights.append(state[key])
     if not weights:
         raise AssetError(f"the checkpoint lacks the network {name}")
@@ -390,13 +459,15 @@ def _hidden(weights: list[Tensor]) -> dict[str, int]:
 
 
 def _imported_grid(
-    n_parameters: int, n_inputs: int, n_dims: int, said: Mapping[str, Any], base: int | None, growth: float | None
+    n_parameters: int, n_inputs: int, n_dims: int, said: _Settings, base: int | None, growth: float | None
 ) -> HashGridConfig:
     """Find the grid that has this number of parameters and of network inputs; `said` are its settings."""
     published = HashGridConfig() if n_dims == 3 else DeformationConfig().grid
-    n_features = int(said.get("n_features_per_level", published.n_features))
-    base = int(base or said.get("base_resolution", published.base_resolution))
-    growth = float(growth or said.get("per_level_scale", published.growth))
+    n_features = said.get("n_features_per_level", published.n_features)
+    if n_features < 1:
+        raise _SettingsError(f"{said.where}: n_features_per_level must be 1 or more, got {describe(n_features)}")
+    base = base or said.get("base_resolution", published.base_resolution)
+    growth = growth or said.get("per_level_scale", published.growth)
     for log2_entries in range(3, 25):
         grid = HashGridConfig(n_inputs // n_features, n_features, log2_entries, base, growth)
         if grid.layout(n_dims).n_parameters == n_parameters:
@@ -407,24 +478,24 @@ def _imported_grid(
     )
 
 
-def _imported_config(state: Mapping[str, Tensor], settings: Mapping[str, Any], options: ImportOptions) -> SceneConfig:
-    geometry = settings.get("geometry", {})
+def _imported_config(state: Mapping[str, Tensor], settings: _Settings, options: ImportOptions) -> SceneConfig:
+    geometry = settings.section("geometry")
     density = _network(state, _NETWORKS["canonical.density_mlp"])
     grid = _imported_grid(
         state[_GRID].numel(),
         density[0].shape[1],
         3,
-        geometry.get("pos_encoding_config", {}),
+        geometry.section("pos_encoding_config"),
         options.base_resolution,
         options.growth,
     )
-    bias = str(geometry.get("density_bias", "blob_magic3d"))
+    bias = geometry.get("density_bias", "blob_magic3d")
     radiance = RadianceConfig(
         grid,
         **_hidden(density),
         blob=bias.removeprefix("blob_"),
-        blob_scale=float(geometry.get("density_blob_scale", 10.0)),
-        blob_std=float(geometry.get("density_blob_std", 0.5)),
+        blob_scale=geometry.get("density_blob_scale", 10.0),
+        blob_std=geometry.get("density_blob_std", 0.5),
     )
     occupancy = state.get("renderer.estimator.binaries")
     return SceneConfig(
@@ -432,13 +503,21 @@ def _imported_config(state: Mapping[str, Tensor], settings: Mapping[str, Any], o
         radiance=radiance,
         deformation=_imported_deformation(state, geometry, options),
         background=_imported_background(state, settings),
-        occupancy_resolution=32 if occupancy is None else occupancy.shape[-1],
-        n_samples=int(settings.get("renderer", {}).get("num_samples_per_ray", 512)),
+        occupancy_resolution=32 if occupancy is None else _occupancy_resolution(occupancy),
+        n_samples=settings.section("renderer").get("num_samples_per_ray", 512),
     )
 
 
+def _occupancy_resolution(binaries: Tensor) -> int:
+    """R of the occupied cells, [..., R, R, R]."""
+    resolution = round(binaries.numel() ** (1 / 3))
+    if resolution < 1 or resolution**3 != binaries.numel():
+        raise AssetError(f"renderer.estimator.binaries has shape {tuple(binaries.shape)}, which is no cube")
+    return resolution
+
+
 def _imported_deformation(
-    state: Mapping[str, Tensor], geometry: Mapping[str, Any], options: ImportOptions
+    state: Mapping[str, Tensor], geometry: _Settings, options: ImportOptions
 ) -> DeformationConfig | None:
     if _DEFORMATION_GRID not in state:
         return None
@@ -447,7 +526,7 @@ def _imported_deformation(
         state[_DEFORMATION_GRID].numel(),
         network[0].shape[1],
         4,
-        geometry.get("time_encoding_config", {}),
+        geometry.section("time_encoding_config"),
         options.deformation_base_resolution,
         options.deformation_growth,
     )
@@ -455,26 +534,28 @@ def _imported_deformation(
     return DeformationConfig(grid, **_hidden(network), scale=scale)
 
 
-def _imported_background(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> BackgroundConfig:
+def _imported_background(state: Mapping[str, Tensor], settings: _Settings) -> BackgroundConfig:
     if f"{_NETWORKS['background.mlp']}.layers.0.weight" in state:
         return BackgroundConfig(**_hidden(_network(state, _NETWORKS["background.mlp"])))
-    if "neural" in str(settings.get("background_type", "")):
+    if "neural" in settings.get("background_type", ""):
         raise AssetError(f"the checkpoint lacks the network {_NETWORKS['background.mlp']}, which its settings ask for")
-    color = settings.get("background", {}).get("color", (1.0, 1.0, 1.0))
-    red, green, blue = (float(c) for c in color)
+    said = settings.section("background")
+    color = said.get("color", [1.0, 1.0, 1.0])
+    numbers = [c for c in color if isinstance(c, int | float) and not isinstance(c, bool)]
+    if len(color) != 3 or len(numbers) != 3:
+        raise _SettingsError(f"{said.where}: color must be three numbers, got {describe(color)}")
+    red, green, blue = map(float, numbers)
     return BackgroundConfig(color=(red, green, blue))
 
 
-def _imported_tensors(
-    scene: Scene, state: Mapping[str, Tensor], settings: Mapping[str, Any], step: int
-) -> dict[str, Tensor]:
+def _imported_tensors(scene: Scene, state: Mapping[str, Tensor], settings: _Settings, step: int) -> dict[str, Tensor]:
     """Return the state_dict of `scene` with the checkpoint's numbers."""
     tensors = {"canonical.grid.table": state[_GRID]}
     if scene.deformation is not None:
-        said = settings.get("geometry", {}).get("time_encoding_config", {})
-        first, every = int(said.get("start_level", 4)), max(1, int(said.get("update_steps", 500)))
-        woken = first + max(0, step - int(said.get("start_step", 0))) // every
-        active = min(woken, scene.deformation.config.grid.n_levels)
+        said = settings.section("geometry", "time_encoding_config")
+        first, every = said.get("start_level", 4), max(1, said.get("update_steps", 500))
+        woken = first + max(0, step - said.get("start_step", 0)) // every
+        active = max(0, min(woken, scene.deformation.config.grid.n_levels))
         tensors["deformation.grid.table"] = state[_DEFORMATION_GRID]
         tensors["deformation.active_levels"] = torch.tensor(active)
     for ours, theirs in _NETWORKS.items():

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MOST_BYTES = {"JSON": 2**24, "YAML": 2**20}
-"""Of one document; the longest that any model or run comes with has some hundred thousand."""
+MOST_BYTES = {"JSON": 2**24, "YAML": 2**17}
+"""Of one document; the longest that any model or run comes with has some hundred thousand, of YAML some thousand. Half
+a minute goes by over a million of YAML's."""
 MOST_NODES, MOST_DEPTH = 2**20, 64
 MOST_LETTERS = 2**16
 """Of a text that is kept with a result; a model reads some hundreds of a prompt's."""
@@ -34,6 +35,8 @@ def parse_document(text: str | bytes, where: object, error: type[ValueError], fo
     """
     if len(text) > MOST_BYTES[form]:
         raise error(f"{where} holds {len(text):,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
+    if form == "JSON" and sum(map(text.count, (b",", b"[") if isinstance(text, bytes) else (",", "["))) > MOST_NODES:
+        raise error(f"{where} holds more than {MOST_NODES:,} values: it can't be meant")
     try:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         if form == "YAML":

@@ -23,7 +23,7 @@ from ..dream4d_engine.priors.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.weights import WEIGHTS, find_weights, human_size
 from .checks import check_ranges
 from .doors import DoorError, check_choice
-from .priors import model_roots, models, not_there, tiny_autoencoders
+from .priors import model_roots, models, not_there, say_notes, tiny_autoencoders
 from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
@@ -141,6 +141,8 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
                 raise RunError(
                     f"{path.name} is a model of the kind {facts.kind!r}, {of.display_name} takes {of.kind!r}"
                 )
+            if facts.notes:
+                say_on_node(say_notes(facts), node_id)
             source = PriorSource(facts.name, facts.kind, path)
             return io.NodeOutput(source if tiny_vae == NO_TINY else replace(source, tiny_vae=_tiny(tiny_vae)))
 

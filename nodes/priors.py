@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ from comfy_api.latest import io
 from ..dream4d_engine.priors.checkpoints import SUFFIXES
 from ..dream4d_engine.priors.identify import identify, open_source
 from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
+from ..dream4d_engine.priors.sources import Facts
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
+
+logger = logging.getLogger(__name__)
 
 _FROM_FOLDER = "as the folder says"
 _NOTHING = "(no models found)"
@@ -103,6 +107,7 @@ class LoadPrior(io.ComfyNode):
         if found is None:
             raise PriorError(not_there(folder))
         facts = open_source(found).facts(None if kind == _FROM_FOLDER else kind)
+        say_notes(facts)
         return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
 
 
@@ -129,7 +134,7 @@ def models() -> dict[str, Path]:
         found.setdefault(name, place)
     for name in folder_paths.get_filename_list("checkpoints"):
         path = folder_paths.get_full_path("checkpoints", name)
-        if path is not None and name.endswith(SUFFIXES):
+        if path is not None and name.lower().endswith(SUFFIXES):
             found.setdefault(name.replace(os.sep, "/"), Path(path))
     return found
 
@@ -138,10 +143,17 @@ def tiny_autoencoders() -> dict[str, Path]:
     """Names and places of the folders with an AutoencoderTiny."""
     found: dict[str, Path] = {}
     for name, place in _folders_with("config.json"):
-        with contextlib.suppress(PriorError):
+        with contextlib.suppress(Exception):  # one bad folder is no reason not to show the others
             if identify(place).layout == "tiny autoencoder":
                 found.setdefault(name, place)
     return found
+
+
+def say_notes(facts: Facts) -> str:
+    """Log what was assumed of a model; return it as the text of a node."""
+    for note in facts.notes:
+        logger.warning("%s", note)
+    return "\n".join(facts.notes)
 
 
 def not_there(name: str) -> str:

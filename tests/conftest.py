@@ -19,7 +19,7 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds of the fuzzing tests")
 
 
-@pytest.fixture()
+@pytest.fixture(scope="session")
 def fuzz(request) -> int:
     """How many times as many rounds as usual."""
     return request.config.getoption("--fuzz")

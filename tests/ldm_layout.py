@@ -219,6 +219,27 @@ def checkpoint(unet_shapes: Shapes, vae_shapes: Shapes, condition: Shapes, proje
     return found | (layer("cc_projection", 768, 772) if projection else {})
 
 
+WIDTH = 64  # of the small checkpoints' encoders
+
+
+def small(**changes) -> UNetSize:
+    """Two levels of 32 and 64 channels."""
+    return UNetSize(**{"channels": 32, "multiples": (1, 2), "n_resnets": 1, "attends": (0, 1)} | changes)
+
+
+def small_checkpoint(name: str) -> Shapes:
+    """One of each kind of checkpoint, of a few hundred thousand numbers (and the vocabulary's)."""
+    small_vae = vae(32, (1, 2), 1)
+    if name == "sd15":
+        return checkpoint(unet(small(context=WIDTH, linear=False)), small_vae, hf_clip_text(WIDTH, 2))
+    if name == "sd21":
+        return checkpoint(unet(small(context=WIDTH)), small_vae, open_clip_text(WIDTH, 3))
+    if name == "mvdream":
+        return checkpoint(unet(small(context=WIDTH, camera=16)), small_vae, open_clip_text(WIDTH, 3))
+    image = clip_image(WIDTH, 2, patch=8, n_patches=16)
+    return checkpoint(unet(small(context=768, linear=False, in_channels=8)), small_vae, image, True)
+
+
 def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     """Small random numbers; norms around 1."""
     generator = torch.Generator().manual_seed(seed)

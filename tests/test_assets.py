@@ -158,7 +158,10 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(asset: Path, tmp_path: 
 
 def test_foreign_and_damaged_files_are_refused(asset: Path, tmp_path: Path) -> None:
     target, content = tmp_path / "s.safetensors", asset.read_bytes()
-    for damaged in (b"", b"PK\x03\x04 no tensors", content[:100], content[:-1], content + b"more"):
+    target.write_bytes(b"")
+    with pytest.raises(AssetError, match="is empty: is the download complete"):
+        load_scene(target)
+    for damaged in (b"PK\x03\x04 no tensors", content[:100], content[:-1], content + b"more"):
         target.write_bytes(damaged)
         with pytest.raises(AssetError, match="not a readable .safetensors file"):
             load_scene(target)
@@ -298,7 +301,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="not a readable checkpoint"):
         import_checkpoint(target)
     torch.save({"weights": torch.zeros(2)}, target)
-    with pytest.raises(AssetError, match="not a checkpoint of Dream-in-4D"):
+    with pytest.raises(AssetError, match="is not a checkpoint of Dream-in-4D"):
         import_checkpoint(target)
     torch.save(Path, target)  # anything that would run code
     with pytest.raises(AssetError, match="not a readable checkpoint"):

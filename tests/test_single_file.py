@@ -12,6 +12,7 @@ import ldm_layout as layout
 import pytest
 import torch
 import torch.nn.functional as functional
+from ldm_layout import WIDTH, small_checkpoint
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.cameras import make_cameras, orbit
@@ -24,24 +25,6 @@ from dream4d_engine.priors.loading import PriorError, load_prior
 
 KINDS = {"sd15": "image", "sd21": "image", "mvdream": "multiview", "zero123": "novel_view"}
 FILES = {"sd15": "sd15.safetensors", "sd21": "sd21.ckpt", "mvdream": "mvdream.pt", "zero123": "zero123.ckpt"}
-WIDTH = 64
-
-
-def small(**changes) -> layout.UNetSize:
-    """Two levels of 32 and 64 channels."""
-    return layout.UNetSize(**{"channels": 32, "multiples": (1, 2), "n_resnets": 1, "attends": (0, 1)} | changes)
-
-
-def small_checkpoint(name: str) -> layout.Shapes:
-    vae = layout.vae(32, (1, 2), 1)
-    if name == "sd15":
-        return layout.checkpoint(layout.unet(small(context=WIDTH, linear=False)), vae, layout.hf_clip_text(WIDTH, 2))
-    if name == "sd21":
-        return layout.checkpoint(layout.unet(small(context=WIDTH)), vae, layout.open_clip_text(WIDTH, 3))
-    if name == "mvdream":
-        return layout.checkpoint(layout.unet(small(context=WIDTH, camera=16)), vae, layout.open_clip_text(WIDTH, 3))
-    image = layout.clip_image(WIDTH, 2, patch=8, n_patches=16)
-    return layout.checkpoint(layout.unet(small(context=768, linear=False, in_channels=8)), vae, image, True)
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +410,7 @@ def test_bad_files(files, states, tmp_path):
     with pytest.raises(PriorError, match="of kind 'image' and can't be used as 'multiview'"):
         load_prior(files["sd21"], "multiview")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(PriorError, match="bad.json can't be read"):
+    with pytest.raises(PriorError, match="bad.json is not valid JSON: Expecting property name"):
         load_prior(files["sd21"], config=tmp_path / "bad.json")
 
 

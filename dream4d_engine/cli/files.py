@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import locks
-from ..assets import AssetError, import_checkpoint, load_scene, read_info, save_scene
+from ..assets import AssetError, import_checkpoint, load_scene, opened, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_picture
 from ..kernels import kernel_status
@@ -161,15 +161,13 @@ def _describe_run(folder: Path) -> dict:
 
 def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
     """Return a safetensors file's metadata and its tensors' types, shapes and bytes."""
-    from safetensors import SafetensorError, safe_open
-
+    with opened(path) as file:  # checks that the file is whole
+        metadata = file.metadata() or {}
     try:
-        with safe_open(str(path), "pt") as file:  # checks that the file is whole
-            metadata = file.metadata() or {}
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             entries = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise AssetError(f"{path} is not a readable .safetensors file ({error})") from error
     tensors = {
         name: {"dtype": e["dtype"], "shape": e["shape"], "bytes": e["data_offsets"][1] - e["data_offsets"][0]}

@@ -42,7 +42,8 @@ def _find(given: str, kind: PriorKind, options: object) -> Path:
     source = open_source(path)
     if isinstance(source, FolderSource):
         source.check()
-    source.facts(kind)
+    for note in source.facts(kind).notes:
+        say(f"note: {note}", error=True)
     return path
 
 

@@ -54,6 +54,8 @@ def convert_checkpoint(options: Convert) -> int:
         dtype=torch.float16 if options.half else None,
         overwrite=options.overwrite,
     )
+    for note in done.notes:
+        say(f"note: {note}")
     say(f"{done.folder}: a model of kind {done.kind} ({', '.join(done.parts)}), {human_size(done.n_bytes)}")
     if not {"text_encoder", "image_encoder"} & set(done.parts):
         say("(the checkpoint has no encoder of prompts or pictures: the folder can't be told anything)")

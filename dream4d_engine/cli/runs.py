@@ -379,7 +379,7 @@ def _open_run(
     if folders.resume is not None:
         run = resume_run(Path(folders.resume), RESULTS, device, room)
         if run.record["resumed"][-1]["after"] == "killed":
-            print(f"the run in {run.path} was killed: going on from what it had saved", flush=True)
+            say(f"the run in {run.path} was killed: going on from what it had saved")
         return run
     record = {
         "command": command_of(call),

@@ -12,26 +12,28 @@ from typing import Any
 
 import torch
 
+from ..documents import first_line
 from . import clip_keys, ldm_keys
 from .errors import PriorError
 from .finite import check_finite
 from .folders import ENCODER, NETWORK
 from .identify import open_source
-from .single_file import LdmSource
+from .single_file import LdmSource, usable
 from .sources import Facts, PriorKind
-from .text import write_clip_tokenizer
+from .text import CLIP_TOKENS, write_clip_tokenizer
 
 _ROOM = 2**20  # for what is no weights
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the folder's parts, and how many bytes in all."""
+    """What was written: the folder's parts, how many bytes in all, and what was assumed of the model."""
 
     folder: Path
     kind: PriorKind
     parts: tuple[str, ...]
     n_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -49,18 +51,17 @@ def convert(
         kind: what it must be; None: whatever it is. config: see single_file.py.
         dtype: of the weights; None: as they are.
     """
-    from safetensors import SafetensorError
-
+    folder = Path(folder)
+    if folder.exists() and (not overwrite or not folder.is_dir()):
+        raise PriorError(f"{folder} is there already: choose another folder, or overwrite it")
     source = open_source(path, config)
     if not isinstance(source, LdmSource):
         raise PriorError(
             f"{path} is no checkpoint of Stable Diffusion, MVDream or Zero123: there is nothing to convert"
         )
     facts = source.facts(kind)
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise PriorError(f"{folder} is there already: choose another folder, or overwrite it")
-    dtype = dtype or source.file.tensor(f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
+    stored = usable(source.file, f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
+    dtype = dtype or (stored if stored.itemsize > 1 else torch.float16)  # eight bits are not enough for all layers
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
@@ -69,12 +70,15 @@ def convert(
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
+    except PriorError:
+        raise
+    except Exception as error:  # OSError, and what the writers of weights make of one
+        why = getattr(error, "strerror", None) or first_line(error)
         raise PriorError(f"can't write {folder}: {why}; free some room, or choose another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Converted(folder, facts.kind, parts, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    return Converted(folder, facts.kind, parts, n_bytes, facts.notes)
 
 
 def _check_room(folder: Path, source: LdmSource, dtype: torch.dtype) -> None:
@@ -97,7 +101,7 @@ def _write(source: LdmSource, facts: Facts, folder: Path, dtype: torch.dtype) ->
     index["scheduler"] = ["diffusers", "DDPMScheduler"]
     layout = source.encoder_layout()
     if layout in ("open_clip", "transformers"):
-        _write_text_encoder(source, folder, dtype, layout)
+        _write_text_encoder(source, folder, dtype)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     if layout == "clip_image":
@@ -122,22 +126,23 @@ def _write(source: LdmSource, facts: Facts, folder: Path, dtype: torch.dtype) ->
     return parts
 
 
-def _write_text_encoder(source: LdmSource, folder: Path, dtype: torch.dtype, layout: clip_keys.EncoderLayout) -> None:
-    shapes = source.file.under(ldm_keys.CONDITION)
-    config = clip_keys.text_config(shapes, layout)
+def _write_text_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
+    config, pieces = source.text_parts()
+    source.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
     described = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
-    _write_encoder(source, folder / "text_encoder", clip_keys.text_pieces(shapes, layout), described, dtype)
-    write_clip_tokenizer(folder / "tokenizer", source.pad_token(), config["max_position_embeddings"])
+    _write_encoder(source, folder / "text_encoder", pieces, described, dtype)
+    write_clip_tokenizer(folder / "tokenizer", source.pad_token(), min(config["max_position_embeddings"], CLIP_TOKENS))
 
 
 def _write_image_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
-    shapes = source.file.under(ldm_keys.CONDITION)
+    config, pieces = source.image_parts()
+    source.image_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
     described = {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
-        **clip_keys.vision_config(shapes),
+        **config,
     }
-    _write_encoder(source, folder / "image_encoder", clip_keys.vision_pieces(shapes), described, dtype)
+    _write_encoder(source, folder / "image_encoder", pieces, described, dtype)
 
 
 def _write_encoder(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..documents import printable, shortened
-from .checkpoints import SUFFIXES, open_checkpoint
+from .checkpoints import SUFFIXES, open_checkpoint, shown
 from .errors import PriorError
 from .folders import FolderSource, read_json
 from .lora_files import holds_lora
@@ -18,6 +17,7 @@ from .sources import PriorKind, Source
 
 Layout = Literal["diffusers folder", "checkpoint", "networks", "LoRA", "tiny autoencoder"]
 _LORA_ALONE = "{} is a LoRA: it is added to a model, it is none by itself"
+_DEEPEST = 16  # folders below folders, so that links in a circle come to an end
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _identify_folder(path: Path) -> Identity:
 
 
 def identify_all(folder: Path | str) -> list[Identity]:
-    """Find what can be used below a folder, in the order of names; files that can't be read are passed over.
+    """Find what can be used below a folder, in the order of names; what can't be read is passed over, whatever it is.
 
     A model's own folders are not looked into.
     """
@@ -66,21 +66,24 @@ def identify_all(folder: Path | str) -> list[Identity]:
     return found
 
 
-def _collect(place: Path, found: list[Identity]) -> None:
-    for path in sorted(place.iterdir()) if place.is_dir() else []:
-        if path.is_file() and path.suffix not in SUFFIXES:
-            continue
+def _collect(place: Path, found: list[Identity], depth: int = 0) -> None:
+    try:
+        inside = sorted(place.iterdir()) if place.is_dir() and depth <= _DEEPEST else []
+    except OSError:  # not ours to read
+        return
+    for path in inside:
         try:
-            found.append(identify(path))
-        except (PriorError, OSError):
+            if path.is_dir() or path.suffix.lower() in SUFFIXES:
+                found.append(identify(path))
+        except Exception:  # one bad file is no reason not to show the others
             if path.is_dir():
-                _collect(path, found)
+                _collect(path, found, depth + 1)
 
 
 def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Source:
     """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
     path = Path(path).expanduser()
-    if path.is_dir() or not path.suffix or not path.exists() and path.suffix not in SUFFIXES:
+    if path.is_dir() or not path.is_file() and path.suffix.lower() not in SUFFIXES:
         if not (path / "model_index.json").is_file() and holds_lora(path):
             raise PriorError(_LORA_ALONE.format(path))
         return FolderSource(path)
@@ -92,5 +95,5 @@ def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None 
         raise PriorError(_LORA_ALONE.format(path))
     if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
         return NetworksSource(path, settings)
-    first = ", ".join(shortened(printable(name), 120) for name in sorted(file.shapes)[:3])
-    raise PriorError(f"{path} is no model of a known kind: it holds {first}, ...")
+    first = ", ".join(shown(name) for name in sorted(file.shapes)[:3]) or "nothing"
+    raise PriorError(f"{path} is no model of a known kind: it holds {first}{', ...' if len(file.shapes) > 3 else ''}")

@@ -14,7 +14,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .checkpoints import Shapes
+from ..documents import field
+from .checkpoints import Shapes, shown
+from .clip_keys import count_numbered, sizes
 from .errors import PriorError
 
 UNET, VAE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -44,7 +46,17 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_VAE_ATTENTION = {
+    "group_norm": ("norm", "group_norm"),
+    "to_q": ("q", "to_q", "query"),
+    "to_k": ("k", "to_k", "key"),
+    "to_v": ("v", "to_v", "value"),
+    "to_out.0": ("proj_out", "to_out.0", "to_out", "proj_attn"),
+}
+"""The parts of an autoencoder's attention: latent diffusion's own names first, then those that conversions left."""
+_VAE_ATTENTION_NAMES = {there: here for here, all_names in _VAE_ATTENTION.items() for there in all_names}
+MOST_LEVELS = MOST_RESNETS = 16
+MOST_TRANSFORMERS = 64  # in one block
 
 
 # ---- UNet --------------------------------------------------------------------------------------------------------
@@ -63,7 +75,7 @@ def _unet_name(key: str, n_resnets: int, upsampler: bool) -> str:
             return f"{name}.{_in_resnet(key.removeprefix(f'{edge}.'))}"
     found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", key)
     if found is None:
-        raise PriorError(f"the checkpoint's UNet has a part that no known model has: {key}")
+        raise PriorError(f"the checkpoint's UNet has a part that no known model has: {shown(key)}")
     side, place, part, rest = found[1], int(found[2]), int(found[3]), found[4]
     level, index = divmod(place - 1 if side == "input" else place, n_resnets + 1)
     block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
@@ -109,11 +121,13 @@ def _is_upsampler(key: str, keys: list[str]) -> bool:
 def _resnets_per_level(keys: Iterable[str]) -> int:
     """L, from where the first downsampling is (or, in a network of one level, from the number of blocks)."""
     keys = set(keys)
-    places = sorted({int(key.split(".")[1]) for key in keys if key.startswith("input_blocks.")})
-    if not places:
-        raise PriorError("the checkpoint's UNet has no input blocks")
-    steps = [place for place in places if f"input_blocks.{place}.0.op.weight" in keys]
-    return steps[0] - 1 if steps else places[-1]
+    most = (MOST_RESNETS + 1) * MOST_LEVELS
+    n_blocks = count_numbered(dict.fromkeys(keys, ()), r"input_blocks\.(\d+)\.", "the checkpoint's UNet", most)
+    steps = [place for place in range(n_blocks) if f"input_blocks.{place}.0.op.weight" in keys]
+    n_resnets = steps[0] - 1 if steps else n_blocks - 1
+    if not 1 <= n_resnets <= MOST_RESNETS:
+        raise PriorError(f"the checkpoint's UNet has {n_resnets} blocks in a level: no known model is made so")
+    return n_resnets
 
 
 def unet_config(shapes: Shapes, params: Mapping[str, Any] | None = None, sample_size: int = 64) -> dict[str, Any]:
@@ -127,20 +141,23 @@ def unet_config(shapes: Shapes, params: Mapping[str, Any] | None = None, sample_
     """
     n_resnets = _resnets_per_level(shapes)
     widths, attends, depths = _levels(shapes, n_resnets)
-    linear = len(_first(shapes, r".*\.1\.proj_in\.weight")) == 2
-    camera = shapes.get("camera_embed.0.weight")
+    n_transformers = (2 * n_resnets + 1) * sum(d for d, yes in zip(depths, attends, strict=True) if yes) + depths[-1]
+    _require_most(shapes, ".in_layers.2.weight", (2 * n_resnets + 1) * len(widths) + 2, "the checkpoint's UNet")
+    _require_most(shapes, ".attn1.to_q.weight", n_transformers, "the checkpoint's UNet")
+    linear = len(_first(shapes, ".1.proj_in.weight")) == 2
+    camera = sizes(shapes, "camera_embed.0.weight", 2) if "camera_embed.0.weight" in shapes else None
     down = tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends)
     up = tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends))
     return {
         "sample_size": sample_size,
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-        "out_channels": shapes["out.2.weight"][0],
+        "in_channels": sizes(shapes, "input_blocks.0.0.weight", 4)[1],
+        "out_channels": sizes(shapes, "out.2.weight", 4)[0],
         "down_block_types": down,
         "up_block_types": up,
         "block_out_channels": widths,
         "layers_per_block": n_resnets,
         "transformer_layers_per_block": depths,
-        "cross_attention_dim": _first(shapes, r".*\.attn2\.to_k\.weight")[1],
+        "cross_attention_dim": _context(shapes),
         # despite its name this is the number of heads (a slip that diffusers keeps for its old models' sake)
         "attention_head_dim": _heads(widths, linear, params or {}),
         "use_linear_projection": linear,
@@ -153,28 +170,61 @@ def _levels(shapes: Shapes, n_resnets: int) -> tuple[tuple[int, ...], tuple[bool
     """Return channels, whether there is attention, and the transformers' depth of each level, finest first."""
     widths, attends, depths = [], [], []
     place = 1
-    while (conv := shapes.get(f"input_blocks.{place}.0.out_layers.3.weight")) is not None:
-        blocks = {re.match(rf"input_blocks\.{place}\.1\.transformer_blocks\.(\d+)\.", key) for key in shapes} - {None}
-        widths.append(conv[0])
+    while (name := f"input_blocks.{place}.0.out_layers.3.weight") in shapes:
+        widths.append(sizes(shapes, name, 4)[0])
+        blocks = [key for key in shapes if key.startswith(f"input_blocks.{place}.1.transformer_blocks.")]
         attends.append(bool(blocks))
-        depths.append(len({found[1] for found in blocks}) or 1)
+        what, pattern = f"the checkpoint's UNet (input_blocks.{place}.1)", r".+?\.transformer_blocks\.(\d+)\."
+        found = dict.fromkeys(blocks, ())
+        depths.append(count_numbered(found, pattern, what, MOST_TRANSFORMERS) if blocks else 1)
         place += n_resnets + 1
+    if not widths:
+        raise PriorError("the checkpoint is not complete: input_blocks.1.0.out_layers.3.weight of its UNet is missing")
     return tuple(widths), tuple(attends), tuple(depths)
 
 
 def _heads(widths: tuple[int, ...], linear: bool, params: Mapping[str, Any]) -> tuple[int, ...]:
-    if params.get("num_head_channels", -1) > 0:
-        return tuple(width // params["num_head_channels"] for width in widths)
-    if params.get("num_heads", -1) > 0:
-        return (params["num_heads"],) * len(widths)
-    return tuple(max(width // HEAD_WIDTH, 1) for width in widths) if linear else (SD1_HEADS,) * len(widths)
+    where = "the model's configuration: unet_config.params"
+    head_width = field(params, "num_head_channels", int, where, PriorError, -1)
+    n_heads = field(params, "num_heads", int, where, PriorError, -1)
+    if head_width <= 0 and n_heads <= 0:
+        return tuple(max(width // HEAD_WIDTH, 1) for width in widths) if linear else (SD1_HEADS,) * len(widths)
+    heads = tuple(width // head_width if head_width > 0 else n_heads for width in widths)
+    for width, count in zip(widths, heads, strict=True):
+        if not 1 <= count <= width or width % count:
+            name = "num_head_channels" if head_width > 0 else "num_heads"
+            raise PriorError(f"{where}.{name} is {params[name]}, which doesn't fit the file's {width} channels")
+    return heads
 
 
-def _first(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    for key, shape in shapes.items():
-        if re.fullmatch(pattern, key):
-            return shape
-    raise PriorError(f"the checkpoint's UNet has no cross-attention ({pattern})")
+def _first(shapes: Shapes, end: str) -> tuple[int, ...]:
+    found = next((shape for key, shape in shapes.items() if key.endswith(end)), None)
+    if found is None:
+        raise PriorError(f"the checkpoint's UNet has no cross-attention (no tensor *{end})")
+    return found
+
+
+def _require_most(shapes: Shapes, end: str, n_expected: int, what: str) -> None:
+    """Refuse what lacks most of the layers that a few of its names speak of, before they are built."""
+    n_there = sum(key.endswith(end) for key in shapes)
+    if n_expected > 2 * n_there + 8:
+        raise PriorError(f"{what} is not complete: it has {n_there} tensors *{end}, its blocks need {n_expected}")
+
+
+def _context(shapes: Shapes) -> int:
+    """The width of the condition's tokens."""
+    end = ".attn2.to_k.weight"
+    _first(shapes, end)
+    return sizes(shapes, next(key for key in shapes if key.endswith(end)), 2)[1]
+
+
+def prediction_mark(shapes: Shapes) -> str | None:
+    """Name the tensor whose spread tells Stable Diffusion 2's v-models from the others (see single_file.py): the first
+    norm of the last transformer's block. None in other models."""
+    places = [int(f[1]) for key in shapes if (f := re.fullmatch(r"output_blocks\.(\d{1,4})\.1\.proj_in\.weight", key))]
+    name = f"output_blocks.{max(places, default=0)}.1.transformer_blocks.0.norm1.bias"
+    linear = len(_first(shapes, ".1.proj_in.weight")) == 2
+    return name if linear and "camera_embed.0.weight" not in shapes and name in shapes else None
 
 
 def ema_name(key: str) -> str:
@@ -191,8 +241,14 @@ def vae_names(keys: Iterable[str]) -> dict[str, str]:
     What only its training needed (`loss.`) is left out.
     """
     keys = [key for key in keys if not key.startswith(("loss.", "model_ema."))]
-    n_levels = 1 + max((int(key.split(".")[2]) for key in keys if key.startswith("decoder.up.")), default=0)
-    return {key: _vae_name(key, n_levels) for key in keys}
+    what = "the checkpoint's autoencoder (decoder.up.*)"
+    n_levels = count_numbered(dict.fromkeys(keys, ()), r"decoder\.up\.(\d+)\.", what, MOST_LEVELS)
+    names = {key: _vae_name(key, n_levels) for key in keys}
+    taken: dict[str, str] = {}
+    for key, name in names.items():
+        if taken.setdefault(name, key) != key:
+            raise PriorError(f"the checkpoint's autoencoder has one part twice: {shown(taken[name])} and {shown(key)}")
+    return names
 
 
 def _vae_name(key: str, n_levels: int) -> str:
@@ -201,21 +257,22 @@ def _vae_name(key: str, n_levels: int) -> str:
     side, _, rest = key.partition(".")
     layer, _, parameter = rest.rpartition(".")
     if side not in ("encoder", "decoder"):
-        raise PriorError(f"the checkpoint's autoencoder has a part that no known model has: {key}")
+        raise PriorError(f"the checkpoint's autoencoder has a part that no known model has: {shown(key)}")
     if layer in ("conv_in", "conv_out"):
         return key
     if layer == "norm_out":
         return f"{side}.conv_norm_out.{parameter}"
     if found := re.fullmatch(r"mid\.block_([12])\.(.+)", rest):
         return f"{side}.mid_block.resnets.{int(found[1]) - 1}.{_shortcut(found[2])}"
-    if found := re.fullmatch(r"mid\.attn_1\.(\w+)", layer):
-        return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[found[1]]}.{parameter}"
+    attention = layer.removeprefix("mid.attn_1.")
+    if attention != layer and attention in _VAE_ATTENTION_NAMES:
+        return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION_NAMES[attention]}.{parameter}"
     if found := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
         return f"{side}.{_vae_level(found[1], int(found[2]), n_levels)}.resnets.{found[3]}.{_shortcut(found[4])}"
     if found := re.fullmatch(r"(down|up)\.(\d+)\.(down|up)sample\.conv", layer):
         block = _vae_level(found[1], int(found[2]), n_levels)
         return f"{side}.{block}.{found[1]}samplers.0.conv.{parameter}"
-    raise PriorError(f"the checkpoint's autoencoder has a part that no known model has: {key}")
+    raise PriorError(f"the checkpoint's autoencoder has a part that no known model has: {shown(key)}")
 
 
 def _vae_level(side: str, level: int, n_levels: int) -> str:
@@ -229,15 +286,15 @@ def _shortcut(rest: str) -> str:
 
 def vae_config(shapes: Shapes, scaling_factor: float = 0.18215) -> dict[str, Any]:
     """Return the arguments of AutoencoderKL from its tensors' shapes (without `first_stage_model.`)."""
-    widths, n_resnets = [], 0
-    while (conv := shapes.get(f"encoder.down.{len(widths)}.block.0.conv2.weight")) is not None:
-        widths.append(conv[0])
-    while f"encoder.down.0.block.{n_resnets}.conv2.weight" in shapes:
-        n_resnets += 1
+    what = "the checkpoint's autoencoder (encoder.down.*)"
+    n_levels = count_numbered(shapes, r"encoder\.down\.(\d+)\.", what, MOST_LEVELS)
+    n_resnets = count_numbered(shapes, r"encoder\.down\.0\.block\.(\d+)\.", what, MOST_RESNETS)
+    _require_most(shapes, ".conv1.weight", (2 * n_resnets + 1) * n_levels + 4, "the checkpoint's autoencoder")
+    widths = [sizes(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(n_levels)]
     return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "in_channels": sizes(shapes, "encoder.conv_in.weight", 4)[1],
+        "out_channels": sizes(shapes, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": sizes(shapes, "post_quant_conv.weight", 4)[0],
         "block_out_channels": tuple(widths),
         "down_block_types": ("DownEncoderBlock2D",) * len(widths),
         "up_block_types": ("UpDecoderBlock2D",) * len(widths),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..documents import first_line, printable, shortened
 from .errors import PriorError
 from .finite import check_finite
 from .text import Tokenizer
@@ -33,6 +34,7 @@ class Facts:
         known_words: the whole vocabulary of a toy model, None where any prompt will do.
         negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
         picture_resize: how a novel-view model's image encoder got its pictures in training (see clip_pixels).
+        notes: sentences on what was assumed of it, to be said once before a run.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Facts:
     negative_prompt: str | None = None
     license: str = "unknown"
     picture_resize: PictureResize = "corners"
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -107,8 +110,11 @@ def filled_network(
     """
     import diffusers
 
-    with torch.device("meta"):
-        network = getattr(diffusers, class_name)(**config)
+    try:
+        with torch.device("meta"):
+            network = getattr(diffusers, class_name)(**config)
+    except Exception as error:  # whatever diffusers and torch raise for sizes that don't fit one another
+        raise PriorError(f"{what} can't be built as its configuration says ({first_line(error)})") from error
     wanted = network.state_dict()
     check_names({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, what)
     network.load_state_dict(state, assign=True)
@@ -130,7 +136,9 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple
 def _some(names: list[str], most: int = 3) -> str:
     """A few names, and how many more."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(shortened(printable(name), 120) for name in names[:most]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import refuse_disguise
 from .errors import PriorError
 from .folders import NETWORK, _load_network, read_json, weights_variant
 from .sources import Device
@@ -49,6 +50,8 @@ def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype,
     if config.get("_class_name") != "AutoencoderTiny":
         raise PriorError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderTiny")
     weights_variant(folder, ".", NETWORK)
+    for path in folder.glob(f"{NETWORK}*"):
+        refuse_disguise(path)
     tiny = _load_network(folder, ".", "AutoencoderTiny", dtype, device)
     channels = tuple(config.get("encoder_block_out_channels", (64,) * 4))
     return TinyVAE(tiny, scaling_factor, channels)
