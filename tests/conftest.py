@@ -14,6 +14,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only get in each other's way
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fuzz", type=int, default=1, help="how many times as many rounds the fuzzers take")
+
+
+@pytest.fixture(scope="session")
+def fuzz(request) -> int:
+    """How many times as many rounds the fuzzers take."""
+    return request.config.getoption("--fuzz")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A ComfyUI server with this pack; what needs it is skipped where there is no ComfyUI."""

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, open_checkpoint, read_config
+from .configurations import schedule_of
 from .errors import PriorError
-from .folders import check_kind, schedule_of
-from .sources import Device, Facts, PriorKind, check_names, filled_network, frozen, no_progress_bars
+from .folders import check_kind
+from .sources import Device, Facts, PriorKind, filled_encoder, filled_network, frozen
 from .text import CLIP_TOKENS, END, Tokenizer, clip_tokenizer
 
 # the settings of every model of this family
@@ -222,15 +223,6 @@ class LdmSource:
         if name not in self.file.shapes:
             raise PriorError(f"{self.path} is not complete: {name} is missing")
         return self.file.tensor(name).to(device, dtype)
-
-
-def filled_encoder(model_class: Any, config: Any, state: dict[str, Tensor], what: str) -> nn.Module:
-    """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
-    with no_progress_bars():
-        encoder, report = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
-    missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    check_names(dict.fromkeys(missing, ()), dict.fromkeys(report["unexpected_keys"], ()), what)
-    return encoder
 
 
 # ---- Networks under diffusers' names -----------------------------------------------------------------------------
