@@ -340,7 +340,7 @@ def test_names_of_an_older_autoencoder(tmp_path):
     from test_folders import image_folder
 
     folder = image_folder(tmp_path / "sd")
-    modern = load_prior(folder).denoiser.vae
+    modern = [p.clone() for p in load_prior(folder).denoiser.vae.parameters()]  # the file is written again below
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     old, names = {}, {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for name, tensor in load_file(path).items():
@@ -352,7 +352,7 @@ def test_names_of_an_older_autoencoder(tmp_path):
     assert any("query" in name for name in old)
     save_file(old, path)
     loaded = load_prior(folder).denoiser.vae
-    assert all(torch.equal(a, b) for a, b in zip(modern.parameters(), loaded.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(modern, loaded.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["image", "pixel", "novel_view"])
@@ -362,8 +362,8 @@ def test_encoders_are_filled_as_transformers_fills_them(kind, dtype):
 
     source, part = FolderSource(toy_folder(kind)), "image_encoder" if kind == "novel_view" else "text_encoder"
     ours = source.image_encoder(dtype, "cpu") if kind == "novel_view" else source.text_encoder(dtype, "cpu")[1]
-    if "dtype" not in transformers.PreTrainedModel.from_pretrained.__doc__ and transformers.__version__ < "4.56":
-        pytest.skip("this transformers does not know the names that newer ones store")
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers before 5 knows the stored names of encoders by another name")
     theirs = type(ours).from_pretrained(toy_folder(kind) / part, dtype=dtype, local_files_only=True).eval()
     for (name, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b), name

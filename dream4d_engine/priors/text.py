@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..documents import as_object, describe, disguise, field, first_line, read_document
+from ..documents import as_object, describe, disguise, field, read_document
 from .errors import PriorError
 
 logger = logging.getLogger(__name__)
@@ -279,12 +279,21 @@ def _load_words(class_name: str, place: Path, folder: Path, plain: dict[str, str
     words_class = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     try:
         return words_class.from_pretrained(place, local_files_only=True, trust_remote_code=False, **plain)
-    except ImportError as error:  # sentencepiece, for some of T5's
-        raise PriorError(f"the tokenizer in {folder} needs another package: {first_line(error)}") from error
+    except ImportError as error:
+        if (place / "tokenizer.json").is_file():  # which was tried first
+            raise _damaged(folder, error) from error
+        raise PriorError(
+            f"the tokenizer in {folder} is there as spiece.model alone, which takes two more packages to read: "
+            "pip install sentencepiece protobuf"
+        ) from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # damaged files: whatever transformers raises, and the panics of tokenizers
-        raise PriorError(
-            f"the tokenizer in {folder} can't be read: its files are damaged or don't belong together "
-            f"({type(error).__name__})"
-        ) from error
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: BaseException) -> PriorError:
+    return PriorError(
+        f"the tokenizer in {folder} can't be read: its files are damaged or don't belong together "
+        f"({type(error).__name__})"
+    )
