@@ -157,6 +157,12 @@ WRONG = {
     "nan": (UNET, {"norm_eps": float("nan")}, "norm_eps is nan"),
     "layers in text": (UNET, {"layers_per_block": "1"}, "layers_per_block must be a whole number or a list, got '1'"),
     "block": (UNET, {"mid_block_type": "Other"}, "no UNet2DConditionModel can be built by it"),
+    "long": (UNET, {"mid_block_type": "a" * 10_000}, "no UNet2DConditionModel can be built by it"),
+    "advice": (
+        UNET,
+        {"mid_block_type": "trust_remote_code=True"},
+        "no UNet2DConditionModel can be built by it (ValueE",
+    ),
     "no heads": (UNET, {"attention_head_dim": 0}, "no UNet2DConditionModel can be built by it"),
     "inpainting": (UNET, {"in_channels": 9}, "does not fit: conv_in.weight is of another shape"),
     "other inputs": (UNET, {"class_embed_type": "timestep"}, "class_embedding.linear_1.bias"),
@@ -253,6 +259,27 @@ def test_sizes_of_a_tokenizer_json(tmp_path):
     assert "its files are damaged or don't belong together" in refusal(folder)
     path.unlink()
     assert "tokenizer.json is missing" in refusal(folder)
+
+
+def test_tokenizers_as_they_are_published(tmp_path):
+    """With marks as objects; without settings; T5's as spiece.model alone."""
+    folder = copy_of("image", tmp_path / "model")
+    kept = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False, "__type": "AddedToken"}
+    marks = json.loads((folder / MARKS).read_text())
+    change(folder, TOKENIZER, {name: kept | {"content": mark} for name, mark in marks.items()})
+    change(folder, TOKENIZER, {"errors": "replace", "name_or_path": "someone/something", "add_prefix_space": False})
+    expected = load_prior(toy_folder("image")).encode_text(["a red cube"])
+    assert torch.equal(load_prior(folder).encode_text(["a red cube"]), expected)
+    (folder / TOKENIZER).unlink()
+    assert torch.equal(load_prior(folder).encode_text(["a red cube"])[:, :5], expected[:, :5])
+    with pytest.raises(PriorError, match="the prompt can't be split into tokens"):
+        load_prior(folder).encode_text(["a \ud800 cube"])
+    other = copy_of("pixel", tmp_path / "t5")
+    (other / "tokenizer/tokenizer.json").unlink()
+    (other / "tokenizer/spiece.model").write_bytes(b"garbage")
+    (other / TOKENIZER).write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    message = refusal(other)
+    assert "pip install sentencepiece protobuf" in message or "its files are damaged" in message
 
 
 def test_a_tokenizer_and_an_encoder_of_two_models(tmp_path):

@@ -52,7 +52,9 @@ def damage_document(path: Path, draw: random.Random) -> None:
         elif action < 0.85:
             del node[place[-1]]
         elif isinstance(node, dict):
-            node[draw.choice(("auto_map", "_class_name", "quantization_config", "x"))] = copy.deepcopy(draw.choice(VALUES))
+            node[draw.choice(("auto_map", "_class_name", "quantization_config", "x"))] = copy.deepcopy(
+                draw.choice(VALUES)
+            )
         elif isinstance(node[place[-1]], int | float):
             node[place[-1]] = node[place[-1]] * draw.choice((-1, 2, 1000))
     path.write_text(json.dumps(document), encoding="utf-8")

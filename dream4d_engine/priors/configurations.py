@@ -18,8 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 from torch import Tensor
 
-from ..documents import as_object, describe, field, first_line
-from .errors import PriorError
+from ..documents import as_object, describe, field
+from .errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin in (tuple, list) or hint in (tuple, list):
-        return isinstance(value, list) and all(any(_fits(v, one) for one in entries) for v in value)
+        return isinstance(value, list | tuple) and all(any(_fits(v, one) for one in entries) for v in value)
     if hint in (int, float):
-        return isinstance(value, int | float) or isinstance(value, list) and all(_fits(v, hint) for v in value)
+        return isinstance(value, int | float) or isinstance(value, list | tuple) and all(_fits(v, hint) for v in value)
     return isinstance(value, str) if hint is str else True
 
 
@@ -85,7 +85,7 @@ def _check_sizes(config: Mapping[str, Any], n_tensors: int, where: object) -> No
     if n_tensors > MOST_TENSORS:
         raise PriorError(f"{where}: the weights beside it hold {n_tensors:,} tensors, more than any known network")
     for name, value in config.items():
-        if isinstance(value, list) and len(value) > MOST_ENTRIES:
+        if isinstance(value, list | tuple) and len(value) > MOST_ENTRIES:
             raise PriorError(f"{where}: {name} has {len(value):,} entries; no known network has over {MOST_ENTRIES}")
         for number in _numbers(value):
             if not math.isfinite(number) or abs(number) > MOST_NUMBER:
@@ -97,7 +97,7 @@ def _check_sizes(config: Mapping[str, Any], n_tensors: int, where: object) -> No
             raise _too_deep(config, name, n_tensors, where)
     deepest = [max(_numbers(config.get(name)), default=1) for name in _NESTED[1:]]
     channels = config.get(_NESTED[0])
-    blocks = len(channels) if isinstance(channels, list) else 1
+    blocks = len(channels) if isinstance(channels, list | tuple) else 1
     if blocks * math.prod(max(depth, 1) for depth in deepest) > n_tensors:
         raise _too_deep(config, _NESTED[1 + deepest.index(max(deepest))], n_tensors, where)
 
@@ -111,7 +111,7 @@ def _too_deep(config: Mapping[str, Any], name: str, n_tensors: int, where: objec
 
 def _numbers(value: Any) -> Iterator[int | float]:
     """All numbers of a value, be it one or a list, nested or not."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         for inner in value:
             yield from _numbers(inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -124,7 +124,7 @@ def built(make: Callable[[], Any], what: str, where: object) -> Any:
         with torch.device("meta"):
             return make()
     except Exception as error:  # whatever the classes and torch raise
-        raise PriorError(f"{where}: no {what} can be built by it ({first_line(error)})") from error
+        raise PriorError(f"{where}: no {what} can be built by it ({reason(error)})") from error
 
 
 # ---- Encoders of transformers ------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
     try:
         return getattr(transformers, class_name)(**given)
     except Exception as error:  # whatever the class finds wrong
-        raise PriorError(f"{where}: {first_line(error)}") from error
+        raise PriorError(f"{where}: {reason(error)}") from error
 
 
 # ---- Schedules of noise ------------------------------------------------------------------------------------------

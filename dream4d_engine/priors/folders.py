@@ -19,16 +19,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..documents import as_object, describe, disguise, field, first_line, printable, read_document, shortened
+from ..documents import as_object, describe, disguise, field, printable, read_document, shortened
 from .checkpoints import SUFFIXES, Checkpoint, open_checkpoint
-from .configurations import built, encoder_config, network_arguments, schedule_of
-from .errors import PriorError
+from .configurations import built, encoder_config, schedule_of
+from .errors import PriorError, reason
 from .sources import (
     Device,
     Facts,
     PictureResize,
     PriorKind,
     VectorKind,
+    empty_network,
     encoder_state,
     filled,
     frozen,
@@ -190,7 +191,7 @@ class FolderSource:
         except Exception as error:  # whatever the network misses
             raise PriorError(
                 f"{where}: a network of this configuration can't be run as a model of kind {facts.kind!r} "
-                f"({first_line(error)})"
+                f"({reason(error)})"
             ) from error
         if answer.shape[2:] != noisy.shape[2:] or answer.shape[1] < n_latents:
             raise PriorError(
@@ -396,13 +397,10 @@ def _refuse_disguise(path: Path) -> None:
 
 def load_network(folder: Path, part: str, class_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
     """Load a frozen diffusers network from one of the folder's parts."""
-    import diffusers
-
-    network_class, where = getattr(diffusers, class_name), folder / part / "config.json"
+    where = folder / part / "config.json"
     config = read_json(folder, f"{part}/config.json")
     weights = part_weights(folder, part, NETWORK)
-    arguments = network_arguments(network_class, config, len(weights.shapes), where)
-    network = built(lambda: network_class(**arguments), class_name, where)
+    network = empty_network(class_name, config, len(weights.shapes), where)
     wanted = shapes_of(network.state_dict())
     state = {}
     for old in weights.shapes:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..documents import printable, shortened
+from .configurations import built, network_arguments
 from .errors import PriorError
 from .text import Tokenizer
 
@@ -98,17 +99,25 @@ def filled_network(
     Args:
         what: names the network in the error that lists tensors which are missing, left over or of another shape.
     """
+    return frozen(filled(empty_network(class_name, config, len(state), what), state, what), device)
+
+
+def empty_network(class_name: str, config: Mapping[str, Any], n_tensors: int, where: object) -> nn.Module:
+    """Build a diffusers network without memory for its weights.
+
+    Args:
+        n_tensors: how many the weights have. where: the configuration's file, for the message.
+    """
     import diffusers
 
-    with torch.device("meta"):
-        network = getattr(diffusers, class_name)(**config)
-    return frozen(filled(network, state, what), device)
+    network_class = getattr(diffusers, class_name)
+    arguments = network_arguments(network_class, config, n_tensors, where)
+    return built(lambda: network_class(**arguments), class_name, where)
 
 
 def filled_encoder(model_class: Any, config: Any, state: Mapping[str, Tensor], what: str) -> nn.Module:
     """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
-    with torch.device("meta"):
-        encoder = model_class(config)
+    encoder = built(lambda: model_class(config), model_class.__name__, what)
     return filled(encoder, encoder_state(encoder, state), what)
 
 

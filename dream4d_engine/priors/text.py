@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import logging
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..documents import as_object, describe, disguise, field, read_document
-from .errors import PriorError
+from .errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Tokenizer:
 
     def tokens(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Return ids and mask (1: no padding), both [n, length] int64; what does not fit is cut."""
-        rows = self.words(list(prompts), max_length=length, truncation=True).input_ids
+        rows = self._ids(list(prompts), max_length=length, truncation=True)
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -50,9 +51,17 @@ class Tokenizer:
             mask[i, : len(row)] = 1
         return ids, mask
 
+    def _ids(self, text: Any, **options: Any) -> Any:
+        try:
+            return self.words(text, **options).input_ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # letters that can't be encoded, damaged files, the panics of tokenizers
+            raise PriorError(f"the prompt can't be split into tokens ({reason(error)})") from error
+
     def cut(self, prompt: str, length: int) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all of it fits."""
-        ids = self.words(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        ids = self._ids(prompt, add_special_tokens=False, truncation=False, verbose=False)
         room = length - self.words.num_special_tokens_to_add()
         return self.words.decode(ids[room:], skip_special_tokens=True).strip() if len(ids) > room else ""
 
@@ -150,7 +159,7 @@ _CLASSES = {
 }
 """By the name in the folder, without "Fast": those of transformers, of which a version has the first or the second."""
 _MOST_BYTES, _MOST_GROWTH = 2**24, 64
-MOST_LENGTH = 10**30  # what transformers writes where there is no limit is a little more than that
+LEAST_LENGTH, MOST_LENGTH = 4, 10**30  # what transformers writes where there is no limit is a little more than that
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -219,8 +228,10 @@ def _kept_settings(settings: dict[str, Any], where: Path) -> dict[str, Any]:
     for name, kind in _KEPT.items():
         if settings.get(name) is not None:
             kept[name] = field(settings, name, kind, where, PriorError, None)
-    if not 1 <= kept.get("model_max_length", 1) <= 2 * MOST_LENGTH:
-        raise PriorError(f"{where}: model_max_length is {describe(kept['model_max_length'])}, it must be 1 or more")
+    if not LEAST_LENGTH <= kept.get("model_max_length", LEAST_LENGTH) <= 2 * MOST_LENGTH:
+        raise PriorError(
+            f"{where}: model_max_length is {describe(kept['model_max_length'])}, it must be {LEAST_LENGTH} or more"
+        )
     if not 0 <= kept.get("extra_ids", 0) <= 1000:
         raise PriorError(f"{where}: extra_ids is {describe(kept['extra_ids'])}; 0 to 1000 can be meant")
     return kept
@@ -244,7 +255,7 @@ def _copy_data(folder: Path, place: Path) -> None:
             if path.name == "tokenizer.json":
                 _check_pieces(content, path)
                 content |= {"truncation": None, "padding": None}  # chosen at each call
-            (place / path.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            (place / path.name).write_text(json.dumps(content), encoding="utf-8")
             continue
         try:
             size, text = path.stat().st_size, path.read_bytes()[: _MOST_BYTES + 1]
@@ -275,17 +286,17 @@ def _load_words(class_name: str, place: Path, folder: Path, plain: dict[str, str
     """Load one of transformers' tokenizers from a folder that was looked through."""
     import transformers
 
+    # which class reads it without them, and what is then said, differs from version to version
+    alone = class_name == "T5Tokenizer" and not (place / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise PriorError(
+            f"the tokenizer in {folder} is there as spiece.model alone, which takes two more packages to read: "
+            "pip install sentencepiece protobuf"
+        )
     names = _CLASSES[class_name]
     words_class = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     try:
         return words_class.from_pretrained(place, local_files_only=True, trust_remote_code=False, **plain)
-    except ImportError as error:
-        if (place / "tokenizer.json").is_file():  # which was tried first
-            raise _damaged(folder, error) from error
-        raise PriorError(
-            f"the tokenizer in {folder} is there as spiece.model alone, which takes two more packages to read: "
-            "pip install sentencepiece protobuf"
-        ) from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # damaged files: whatever transformers raises, and the panics of tokenizers
