@@ -15,12 +15,13 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only get 
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--fuzz", type=int, default=1, help="how many times as many rounds the fuzzers take")
+    """Take `--fuzz N`: N times as many rounds of every fuzzer."""
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds of every fuzzer")
 
 
 @pytest.fixture(scope="session")
 def fuzz(request) -> int:
-    """How many times as many rounds the fuzzers take."""
+    """How many times as many rounds a fuzzer runs."""
     return request.config.getoption("--fuzz")
 
 
