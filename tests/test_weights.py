@@ -112,6 +112,42 @@ def test_paths_and_names_below_folders(tmp_path):
             find_weights(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "it is empty"),
+        ("  ", "it is empty"),
+        ("a\nb", "it holds the letter"),
+        ("some/model\n", "it holds the letter"),
+        ("\ud800", "it holds the letter '.ud800'"),
+        ("models/\udcff", "it holds the letter '.udcff'"),
+        ("a\x00b", "it holds the letter '.x00'"),
+        ("\x1b[2Jx", "it holds the letter '.x1b'"),
+        ("a" * 10_000, "it has 10,000 letters"),
+        ("some/" + "m" * 10_000, "it has 10,000 letters|it has 10,005 letters"),
+        ("a" * 300, "there is no model folder or file a+…"),
+        ("~nobody-of-this-name/x/y", "there is no model folder or file ~nobody"),
+        ("some/" + "m" * 300, "no name that a repository can have"),
+        ("some/a--b", "no name that a repository can have"),
+        ("some/a..b", "no name that a repository can have"),
+        ("some/model:../../../etc/passwd", "a file of a repository is named without .."),
+    ],
+)
+@pytest.mark.parametrize("download", [False, True])
+def test_names_that_are_none(tmp_path, name, said, download):
+    with pytest.raises(PriorError, match=said) as caught:
+        find(name, tmp_path, folders=[tmp_path], download=download)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500
+    message.encode("utf-8")
+
+
+def test_a_folder_whose_name_is_no_text_is_found(tmp_path):
+    folder = tmp_path / "mod\udcffel\u202fx"
+    folder.mkdir()
+    assert find_weights(str(folder)) == folder and find_weights(folder.name, folders=[tmp_path]) == folder
+
+
 def test_without_the_switch_nothing_is_fetched(hub, tmp_path):
     hub.repositories["some/model"] = folder_files()
     with pytest.raises(PriorError, match="some/model.*has not been downloaded: nothing is fetched unless"):
@@ -187,13 +223,14 @@ def test_a_gate_at_the_files_only(hub, tmp_path, monkeypatch):
 
 
 def test_no_network(tmp_path, monkeypatch):
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PriorError, match="can't download some/model: the hub could not be reached.*Is there a network"):
         find("some/model", tmp_path, download=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    getattr(utils, "reset_sessions", lambda: None)()  # which older versions ask once
     with pytest.raises(PriorError, match="HF_HUB_OFFLINE"):
         find("some/model", tmp_path, download=True)
 

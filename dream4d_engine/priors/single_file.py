@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from ..documents import as_object, describe, field, first_line, read_document
 from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, open_checkpoint, read_config, shown
+from .configurations import schedule_of
 from .errors import PriorError
-from .folders import check_kind, schedule_of
-from .sources import Device, Facts, PriorKind, VectorKind, check_names, filled_network, frozen, no_progress_bars
+from .folders import check_kind
+from .sources import Device, Facts, PriorKind, VectorKind, filled_encoder, filled_network, frozen
 from .text import CLIP_TOKENS, END, Tokenizer, clip_tokenizer
 
 T = TypeVar("T")
@@ -425,20 +426,6 @@ def usable(file: Checkpoint, name: str) -> Tensor:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise PriorError(f"{file.path}: {shown(name)} is stored as {kind}: quantized weights can't be used")
     return tensor
-
-
-def filled_encoder(model_class: Any, config: Any, state: dict[str, Tensor], what: str) -> nn.Module:
-    """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
-    try:
-        with no_progress_bars():
-            encoder, report = model_class.from_pretrained(
-                None, config=config, state_dict=state, output_loading_info=True
-            )
-    except Exception as error:  # whatever transformers raises for tensors of other shapes
-        raise PriorError(f"{what} does not fit ({first_line(error)})") from error
-    missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    check_names(dict.fromkeys(missing, ()), dict.fromkeys(report["unexpected_keys"], ()), what)
-    return encoder
 
 
 # ---- Networks under diffusers' names -----------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..documents import first_line, printable, shortened
+from ..documents import printable, shortened
+from .configurations import built, network_arguments
 from .errors import PriorError
 from .finite import check_finite
 from .text import Tokenizer
@@ -108,17 +109,69 @@ def filled_network(
     Args:
         what: names the network in the error that lists tensors which are missing, left over or of another shape.
     """
+    return frozen(filled(empty_network(class_name, config, len(state), what), state, what), device, what)
+
+
+def empty_network(class_name: str, config: Mapping[str, Any], n_tensors: int, where: object) -> nn.Module:
+    """Build a diffusers network without memory for its weights.
+
+    Args:
+        n_tensors: how many the weights have. where: the configuration's file, for the message.
+    """
     import diffusers
 
-    try:
-        with torch.device("meta"):
-            network = getattr(diffusers, class_name)(**config)
-    except Exception as error:  # whatever diffusers and torch raise for sizes that don't fit one another
-        raise PriorError(f"{what} can't be built as its configuration says ({first_line(error)})") from error
-    wanted = network.state_dict()
-    check_names({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in state.items()}, what)
+    network_class = getattr(diffusers, class_name)
+    arguments = network_arguments(network_class, config, n_tensors, where)
+    return built(lambda: network_class(**arguments), class_name, where)
+
+
+def filled_encoder(model_class: Any, config: Any, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
+    encoder = built(lambda: model_class(config), model_class.__name__, what)
+    return filled(encoder, encoder_state(encoder, state), what)
+
+
+def filled(network: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Give a network that was built without memory exactly these tensors, as they are."""
+    check_names(shapes_of(network.state_dict()), shapes_of(state), what)
     network.load_state_dict(state, assign=True)
-    return frozen(network, device, what)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == _COUNTING and buffer.is_meta:  # not stored, as it is the same in every model
+                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise PriorError(f"{what} can't be built of its tensors alone: nothing says what {_some(empty)} should hold")
+    return network
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+_COUNTING = "position_ids"
+_TOWERS = ("text_model.", "vision_model.")
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # of T5: one tensor, stored under either name or both
+
+
+def encoder_state(encoder: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was stored of an encoder (tensors, or anything that stands for them) under its module's own names.
+
+    Versions of transformers differ in whether a tower's name comes first, both in files and in modules.
+    """
+    own = {_bare(name): name for name in encoder.state_dict()}
+    named = {own.get(_bare(name), name): value for name, value in state.items() if not name.endswith(_COUNTING)}
+    for name, other in (_SHARED, _SHARED[::-1]):
+        if name in own and name not in named and other in named:
+            named[name] = named[other]
+    return named
+
+
+def _bare(name: str) -> str:
+    for tower in _TOWERS:
+        name = name.removeprefix(tower)
+    return name
 
 
 def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -136,9 +189,8 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple
 def _some(names: list[str], most: int = 3) -> str:
     """A few names, and how many more."""
     rest = len(names) - most
-    return ", ".join(shortened(printable(name), 120) for name in names[:most]) + (
-        f" and {rest} more" if rest > 0 else ""
-    )
+    shown = [shortened(printable(name), 100) for name in names[:most]]
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextlib.contextmanager

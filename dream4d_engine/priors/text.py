@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import logging
 import tempfile
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PriorError
+from ..documents import as_object, describe, disguise, field, read_document
+from .errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Tokenizer:
 
     def tokens(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Return ids and mask (1: no padding), both [n, length] int64; what does not fit is cut."""
-        rows = self.words(list(prompts), max_length=length, truncation=True).input_ids
+        rows = self._ids(list(prompts), max_length=length, truncation=True)
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -49,9 +51,17 @@ class Tokenizer:
             mask[i, : len(row)] = 1
         return ids, mask
 
+    def _ids(self, text: Any, **options: Any) -> Any:
+        try:
+            return self.words(text, **options).input_ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # letters that can't be encoded, damaged files, the panics of tokenizers
+            raise PriorError(f"the prompt can't be split into tokens ({reason(error)})") from error
+
     def cut(self, prompt: str, length: int) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all of it fits."""
-        ids = self.words(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        ids = self._ids(prompt, add_special_tokens=False, truncation=False, verbose=False)
         room = length - self.words.num_special_tokens_to_add()
         return self.words.decode(ids[room:], skip_special_tokens=True).strip() if len(ids) > room else ""
 
@@ -68,6 +78,11 @@ def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[s
         if end:
             logger.warning("the prompt is longer than the text encoder's %d tokens; this end is cut: %r", length, end)
     ids, mask = tokenizer.tokens(texts, length)
+    known = encoder.config.vocab_size
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise PriorError(
+            f"the tokenizer gives token {int(ids.max())}, the text encoder knows {known:,}: they are not of one model"
+        )
     device = next(encoder.parameters()).device
     with torch.no_grad():
         return encoder(ids.to(device), attention_mask=mask.to(device) if is_t5 else None)[0].float()
@@ -126,34 +141,170 @@ def clip_tokenizer(pad_token: str, length: int = CLIP_TOKENS) -> Tokenizer:
         return read_tokenizer(Path(folder))
 
 
+# ---- Any tokenizer's folder --------------------------------------------------------------------------------------
+
+_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "special_tokens_map.json", "added_tokens.json")
+_SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+_MARKS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_KEPT = {
+    **dict.fromkeys(("do_lower_case", "add_prefix_space", "legacy", "clean_up_tokenization_spaces"), bool),
+    **dict.fromkeys(("extra_ids", "model_max_length"), int),
+    **dict.fromkeys(("additional_special_tokens",), list),
+    **dict.fromkeys(("added_tokens_decoder",), dict),
+}
+_CLASSES = {
+    "CLIPTokenizer": ("CLIPTokenizerFast", "CLIPTokenizer"),
+    "T5Tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
+    "PreTrainedTokenizer": ("PreTrainedTokenizerFast",),
+}
+"""By the name in the folder, without "Fast": those of transformers, of which a version has the first or the second."""
+_MOST_BYTES, _MOST_GROWTH = 2**24, 64
+LEAST_LENGTH, MOST_LENGTH = 4, 10**30  # what transformers writes where there is no limit is a little more than that
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder.
+    """Load the tokenizer of a folder: one of CLIP's, T5's or the tokenizers library's, by its files of data alone.
+
+    A folder may name programs of its own (`auto_map`), which transformers offers to run, and other places to load
+    from. So the class is chosen here, and reads a copy of the known files with the known settings.
 
     Stable Diffusion 2 pads with token 0, which is "!"; its folders say so in special_tokens_map.json alone, and not
     every version of transformers reads that. Where it is read, "!" becomes a mark that is cut out of every word (a
     prompt's "!!" is then two paddings, which the model never saw in training): so it is kept out of the tokenizer.
     """
-    from transformers import AutoTokenizer
-
     if not folder.is_dir():
         raise PriorError(f"{folder.parent} is not a complete diffusers folder: {folder.name}/ is missing")
-    pad = _declared_pad_token(folder)
-    plain = {"pad_token": END} if pad == _OPEN_CLIP_PAD else {}
-    try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True, **plain)
-    except ImportError as error:  # sentencepiece, for some of T5's
-        raise PriorError(f"the tokenizer in {folder} needs another package: {error}") from error
-    except Exception as error:  # whatever transformers raises for files that are missing or damaged
-        raise PriorError(f"cannot load the tokenizer in {folder}: {error}") from error
-    return Tokenizer(words, 0 if plain else words.pad_token_id)
+    settings = _read_object(folder / _SETTINGS)
+    special = _read_object(folder / _SPECIAL)
+    class_name = _class_of(folder, settings)
+    kept = _kept_settings(settings, folder / _SETTINGS)
+    for content, name in ((settings, _SETTINGS), (special, _SPECIAL)):
+        for mark in _MARKS:
+            _check_mark(content.get(mark), mark, folder / name)
+    plain = {"pad_token": END} if _content_of(special.get("pad_token")) == _OPEN_CLIP_PAD else {}
+    with tempfile.TemporaryDirectory() as place:
+        _copy_data(folder, Path(place))
+        (Path(place) / _SETTINGS).write_text(json.dumps(kept), encoding="utf-8")
+        words = _load_words(class_name, Path(place), folder, plain)
+    pad = 0 if plain else words.pad_token_id
+    if pad is None:
+        raise PriorError(f"{folder / _SETTINGS}: pad_token is missing, or none of the tokenizer's words")
+    return Tokenizer(words, pad)
 
 
-def _declared_pad_token(folder: Path) -> str | None:
-    path = folder / "special_tokens_map.json"
-    if not path.is_file():
-        return None
+def _read_object(path: Path) -> dict[str, Any]:
+    return as_object(read_document(path, PriorError), path, PriorError) if path.is_file() else {}
+
+
+def _class_of(folder: Path, settings: dict[str, Any]) -> str:
+    """Choose the class by the folder's settings, or by its files where it doesn't say; PriorError for any other."""
+    where = folder / _SETTINGS
+    declared = field(settings, "tokenizer_class", str, where, PriorError, "")
+    name = declared.removesuffix("Fast")
+    if name not in _CLASSES and (declared or "auto_map" in settings):
+        program = (
+            "; it comes with a program of its own (auto_map), which is never run" if "auto_map" in settings else ""
+        )
+        raise PriorError(
+            f"{where}: tokenizer_class is {describe(declared)}{program}: the tokenizers of CLIP and T5 can be used"
+        )
+    here = {file for file in _FILES if (folder / file).is_file()}
+    if name == "PreTrainedTokenizer" and "tokenizer.json" not in here:
+        raise PriorError(f"{folder} is not a complete tokenizer: tokenizer.json is missing")
+    if name in _CLASSES:
+        return name
+    if {"vocab.json", "merges.txt"} <= here:
+        return "CLIPTokenizer"
+    if "spiece.model" in here:
+        return "T5Tokenizer"
+    if "tokenizer.json" in here:
+        return "PreTrainedTokenizer"
+    raise PriorError(f"{folder} is not a complete tokenizer: vocab.json and merges.txt, or tokenizer.json, are missing")
+
+
+def _kept_settings(settings: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The settings that are known, each of its kind; nothing that names a program or a place."""
+    kept = {mark: settings[mark] for mark in _MARKS if settings.get(mark) is not None}
+    for name, kind in _KEPT.items():
+        if settings.get(name) is not None:
+            kept[name] = field(settings, name, kind, where, PriorError, None)
+    if not LEAST_LENGTH <= kept.get("model_max_length", LEAST_LENGTH) <= 2 * MOST_LENGTH:
+        raise PriorError(
+            f"{where}: model_max_length is {describe(kept['model_max_length'])}, it must be {LEAST_LENGTH} or more"
+        )
+    if not 0 <= kept.get("extra_ids", 0) <= 1000:
+        raise PriorError(f"{where}: extra_ids is {describe(kept['extra_ids'])}; 0 to 1000 can be meant")
+    return kept
+
+
+def _check_mark(mark: Any, name: str, where: Path) -> None:
+    if mark is not None and not isinstance(_content_of(mark), str):
+        raise PriorError(f"{where}: {name} must be text, got {describe(mark)}")
+
+
+def _content_of(mark: Any) -> Any:
+    """The text of a special token, which may be written with how it is to be cut out."""
+    return mark.get("content") if isinstance(mark, dict) else mark
+
+
+def _copy_data(folder: Path, place: Path) -> None:
+    """Copy the tokenizer's files of data, the JSON among them read and looked through."""
+    for path in (folder / name for name in _FILES if (folder / name).is_file()):
+        if path.suffix == ".json":
+            content = _read_object(path)
+            if path.name == "tokenizer.json":
+                _check_pieces(content, path)
+                content |= {"truncation": None, "padding": None}  # chosen at each call
+            (place / path.name).write_text(json.dumps(content), encoding="utf-8")
+            continue
+        try:
+            size, text = path.stat().st_size, path.read_bytes()[: _MOST_BYTES + 1]
+        except OSError as error:
+            raise PriorError(f"{path} can't be read: {error.strerror or error}") from error
+        strange = disguise(text[:512])
+        if strange is not None or size > _MOST_BYTES:
+            raise PriorError(f"{path} {strange or f'holds {size:,} bytes: no known tokenizer has as many'}")
+        (place / path.name).write_bytes(text)
+
+
+def _check_pieces(content: dict[str, Any], where: Path) -> None:
+    """Refuse a tokenizer.json whose replacements, one after the other, make a prompt grow without end."""
+    growth, waiting = 1, [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            text = next((node[name] for name in ("content", "prepend", "replacement") if name in node), "")
+            growth *= max(len(text), 1) if isinstance(text, str) else 1
+            waiting += node.values()
+        if growth > _MOST_GROWTH:
+            raise PriorError(f"{where}: its replacements make a text {growth:,} times as long: it can't be meant")
+
+
+def _load_words(class_name: str, place: Path, folder: Path, plain: dict[str, str]) -> Any:
+    """Load one of transformers' tokenizers from a folder that was looked through."""
+    import transformers
+
+    # which class reads it without them, and what is then said, differs from version to version
+    alone = class_name == "T5Tokenizer" and not (place / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise PriorError(
+            f"the tokenizer in {folder} is there as spiece.model alone, which takes two more packages to read: "
+            "pip install sentencepiece protobuf"
+        )
+    names = _CLASSES[class_name]
+    words_class = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     try:
-        pad = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
-    except (ValueError, AttributeError):
-        return None
-    return pad.get("content") if isinstance(pad, dict) else pad
+        return words_class.from_pretrained(place, local_files_only=True, trust_remote_code=False, **plain)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # damaged files: whatever transformers raises, and the panics of tokenizers
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: BaseException) -> PriorError:
+    return PriorError(
+        f"the tokenizer in {folder} can't be read: its files are damaged or don't belong together "
+        f"({type(error).__name__})"
+    )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import refuse_disguise
+from ..documents import printable, shortened
 from .errors import PriorError
-from .folders import NETWORK, _load_network, read_json, weights_variant
+from .folders import load_network, read_json
 from .sources import Device
 
 
@@ -47,11 +47,9 @@ def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype,
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
     config = read_json(folder, "config.json")
-    if config.get("_class_name") != "AutoencoderTiny":
-        raise PriorError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderTiny")
-    weights_variant(folder, ".", NETWORK)
-    for path in folder.glob(f"{NETWORK}*"):
-        refuse_disguise(path)
-    tiny = _load_network(folder, ".", "AutoencoderTiny", dtype, device)
-    channels = tuple(config.get("encoder_block_out_channels", (64,) * 4))
+    name = str(config.get("_class_name"))
+    if name != "AutoencoderTiny":
+        raise PriorError(f"{folder} holds a {shortened(printable(name), 60)}, not an AutoencoderTiny")
+    tiny = load_network(folder, ".", "AutoencoderTiny", dtype, device)
+    channels = tuple(tiny.config.encoder_block_out_channels)
     return TinyVAE(tiny, scaling_factor, channels)

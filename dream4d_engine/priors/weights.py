@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..documents import first_line, printable, shortened
 from .checkpoints import SUFFIXES
 from .errors import PriorError
 from .folders import FolderSource
@@ -126,6 +127,7 @@ WEIGHTS = (
     ),
 )
 
+_LONGEST = 1000  # letters of a name; the longest path of most systems has no more than four times as many
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[\w./-]+))?")
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_camera_projection")
 _PLAIN = (".json", ".txt", ".model")
@@ -175,17 +177,21 @@ def find_weights(
             Without it, that is a PriorError which tells the same.
         cache: where downloads are kept; None: huggingface_hub's usual place.
     """
-    path = Path(name).expanduser()
+    shown = shortened(printable(str(name)), 200)
+    path = _expanded(name)
     for candidate in (path, *(Path(folder) / path for folder in folders)):
-        if candidate.exists():
+        if str(name).strip() and _exists(candidate):
             return candidate
+    _check_name(str(name), shown)
     known = known_weights(str(name))
     found = _HUB_ID.fullmatch(str(name))
     if known is None and (found is None or found["file"] is None and path.suffix in SUFFIXES):
         raise PriorError(
-            f"there is no model folder or file {name}; models that can be downloaded are named OWNER/NAME, or one of "
+            f"there is no model folder or file {shown}; models that can be downloaded are named OWNER/NAME, or one of "
             f"{', '.join(w.id for w in WEIGHTS)}"
         )
+    if found is not None and ".." in PurePosixPath(found["file"] or "").parts:
+        raise PriorError(f"{shown}: a file of a repository is named without ..")
     if known is not None and str(name) == known.id:
         choices = tuple(_Choice(repository, _file_of(known, repository)) for repository in known.repositories)
     else:
@@ -199,6 +205,34 @@ def find_weights(
     if not download:
         raise PriorError(_not_here(str(name), choices[0], known))
     return _download_first(choices, known, say, cache)
+
+
+def _check_name(name: str, shown: str) -> None:
+    """Refuse what is no name of anything, before it is looked for in the table and the cache."""
+    strange = next((c for c in name if not c.isprintable() and not c.isspace() or c in "\n\r"), None)
+    if len(name) > _LONGEST:
+        wrong = f"it has {len(name):,} letters"
+    elif strange is not None:
+        wrong = f"it holds the letter {strange!r}"
+    elif not name.strip():
+        wrong = "it is empty"
+    else:
+        return
+    raise PriorError(f"{shown!r} is no name of a model, as {wrong}: give a folder, a file or OWNER/NAME")
+
+
+def _expanded(name: str | Path) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # "~somebody", whom this machine does not know
+        return Path(name)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a part of it is too long, or must not be looked into
+        return False
 
 
 @dataclass(frozen=True)
@@ -228,7 +262,10 @@ def _cached(choice: _Choice, cache: Path | None) -> Path | None:
     """Return where an earlier download lies, if it is complete."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(choice.repository, choice.file or "model_index.json", cache_dir=cache)
+    try:
+        found = try_to_load_from_cache(choice.repository, choice.file or "model_index.json", cache_dir=cache)
+    except ValueError as error:  # "a--b" and the like, which the hub knows no repositories by
+        raise PriorError(f"{choice.repository} is no name that a repository can have: OWNER/NAME is meant") from error
     if not isinstance(found, str):  # None, or a mark that there is no such file
         return None
     if choice.file is not None:
@@ -399,5 +436,4 @@ def _readable_errors(choice: _Choice):
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__

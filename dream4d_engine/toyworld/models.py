@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..priors.loading import PriorKind, no_progress_bars
+from ..priors.text import read_tokenizer
 from ..priors.view_attention import attend_across_views
 from .captions import vocabulary
 
@@ -241,7 +242,7 @@ def save_clip_tokenizer(folder: Path) -> None:
 
 
 def save_t5_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json that transformers' AutoTokenizer loads."""
+    """Write a tokenizer.json that transformers' PreTrainedTokenizerFast loads."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
@@ -270,13 +271,9 @@ def tokenize(kind: PriorKind, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return (token ids, attention mask), [n, MAX_TOKENS], through the very files that are saved."""
     import tempfile
 
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder:
         (save_t5_tokenizer if kind == "pixel" else save_clip_tokenizer)(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return batch.input_ids, batch.attention_mask
+        return read_tokenizer(Path(folder)).tokens(texts, MAX_TOKENS)
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------
