@@ -14,6 +14,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only get in each other's way
 
 
+def pytest_addoption(parser) -> None:
+    """`--fuzz N`: N times as many rounds with damaged files."""
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds with damaged files")
+
+
+@pytest.fixture
+def fuzz(request) -> int:
+    """How many times the usual number of rounds a test with damaged files shall make."""
+    return request.config.getoption("--fuzz")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A ComfyUI server with this pack; what needs it is skipped where there is no ComfyUI."""
