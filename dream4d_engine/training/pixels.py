@@ -17,8 +17,8 @@ from ..documents import disguise, first_line, printable
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_PIXELS, MOST_BYTES = 2**26, 2**29
-"""Of a picture that is read (8192 x 8192), and of its file."""
+MOST_PIXELS, MOST_SIDE, MOST_BYTES = 2**26, 2**16, 2**29
+"""Of a picture that is read (8192 x 8192, say), of one of its sides, and of its file."""
 ALL = slice(None)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "TGA", "JPEG2000")
 """What is read. Not all that Pillow knows: some formats are programs for others, some hide another size inside."""
@@ -115,9 +115,9 @@ def file_pixels(path: Path | str, what: str) -> Iterator[Pixels]:
     """Open a picture file, turned upright; its first frame, if it moves. Raises PictureError for what can't be read."""
     path = Path(path)
     name = f"{what} {printable(str(path))}"
-    if not path.is_file():
-        raise PictureError(f"the {name} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
+        if not path.is_file():
+            raise PictureError(f"the {name} {'is a folder' if path.is_dir() else 'does not exist'}")
         image, pixels = _decoded(path, name)
     except PictureError:
         raise
@@ -132,18 +132,20 @@ def file_pixels(path: Path | str, what: str) -> Iterator[Pixels]:
 def _decoded(path: Path, name: str) -> tuple[Image.Image, Pixels]:
     from PIL import Image
 
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise PictureError(f"the {name} holds {size:,} bytes, more than {MOST_BYTES:,}: make it smaller")
+    n_bytes = path.stat().st_size
+    if n_bytes > MOST_BYTES:
+        raise PictureError(f"the {name} holds {n_bytes:,} bytes, more than {MOST_BYTES:,}: make it smaller")
     Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that doesn't matter, in the decoders' words
         image = Image.open(path, formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+        size = f"{image.width}x{image.height} pixels"
         if image.width * image.height > MOST_PIXELS:
             image.close()
-            raise PictureError(
-                f"the {name} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller"
-            )
+            raise PictureError(f"the {name} has {size}, more than {MOST_PIXELS}: make it smaller")
+        if max(image.size) > MOST_SIDE:
+            image.close()
+            raise PictureError(f"the {name} has {size}, more than {MOST_SIDE} on one side: cut it")
         moves = image.format in _ANIMATED and bool(getattr(image, "is_animated", False))
         turn = _TURNS.get(_orientation(image))
         image.load()
@@ -165,20 +167,24 @@ def _orientation(image: Image.Image) -> int:
 
 def _why(path: Path, error: Exception) -> str:
     """What is wrong with a file that is no picture."""
-    from PIL import UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError:
         return first_line(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {MOST_PIXELS} pixels: make it smaller"
     if b"<svg" in head:
         return "it is a drawing (SVG): export it as PNG"
     strange = disguise(head)
     if strange is not None:
         return f"it {strange}"
     if not isinstance(error, UnidentifiedImageError):
-        return f"{first_line(error)}; save it again, or give another file"
+        said = isinstance(error, OSError | ValueError | SyntaxError) and str(error).strip()
+        why = "it needs more memory than there is" if isinstance(error, MemoryError) else "its decoder gave up"
+        return f"{first_line(error) if said else why}; save it again, or give another file"
     if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif"):
         return "it is an HEIC file, as phones save them: save it as PNG or JPEG"
     return "it is damaged or none of the formats that are read: give a PNG, JPEG or WebP file"
