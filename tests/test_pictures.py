@@ -7,6 +7,7 @@ import math
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -605,7 +606,8 @@ def test_sixty_four_megapixels_fit_into_a_gigabyte(kind, tmp_path):
 
 def test_pictures_that_are_too_large_are_refused_unread(tmp_path):
     head = struct.pack(">IIBBBBB", 60000, 60000, 8, 6, 0, 0, 0)
-    chunks = b"".join(struct.pack(">I", len(c)) + n + c + b"\0\0\0\0" for n, c in ((b"IHDR", head), (b"IDAT", b"")))
+    parts = ((b"IHDR", head), (b"IDAT", b""))
+    chunks = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
     (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     with pytest.raises(PictureError, match="more than 67108864.*make it smaller"):
         load_reference(tmp_path / "p.png", CONFIG)
