@@ -39,6 +39,7 @@ from ..dream4d_engine.training.loop import (
 from ..dream4d_engine.training.needs import disk_bytes, memory_bytes
 from ..dream4d_engine.training.reference import Reference
 from .memory import HeldPriors
+from .pictures import small_picture
 from .preview import LivePreview
 from .sockets import PriorSource, SceneValue, digest
 
@@ -119,6 +120,16 @@ def say_on_node(text: str, node_id: str | None) -> None:
 
     if node_id is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, node_id)
+
+
+def show_taken(text: str, picture: torch.Tensor, node_id: str | None) -> None:
+    """Say, on the node and in the log, and show what was taken from a picture, before anything is counted there."""
+    from comfy_execution.progress import get_progress_state
+
+    logging.info("[Dream4D] %s", text)
+    say_on_node(text, node_id)
+    if node_id is not None:
+        get_progress_state().update_progress(node_id, 0, 1, ("JPEG", small_picture(picture), None))
 
 
 class Reporter:
@@ -382,7 +393,8 @@ def _train(
     if device.type == "cpu":
         check_memory(run.needed_bytes(), f"training by the recipe {run.recipe.name!r}", "close other programs")
     priors.make_room(sum(source.n_bytes() for source in run.sources.values()))
-    reporter.say(f"{run.stage}: loading the models")
+    taken = "" if run.reference is None else f"\n{run.reference.statement}"
+    reporter.say(f"{run.stage}: loading the models{taken}")
 
     def on_prior(prior: Prior) -> None:
         interrupt_if_asked()

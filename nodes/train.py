@@ -18,7 +18,8 @@ from ..dream4d_engine.training.config import (
     with_hifa_steps,
 )
 from ..dream4d_engine.training.motion import train_motion
-from ..dream4d_engine.training.reference import Reference, check_reference
+from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
+from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
 from ..dream4d_engine.training.static import train_static
 from .checks import (
     check_budget,
@@ -31,8 +32,8 @@ from .checks import (
     first_complaint,
     recipe_name,
 )
-from .pictures import AUTOMATIC_MASK, MASK_SHOWS, reference_of
-from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_sources
+from .pictures import reference_of
+from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_sources, show_taken
 from .sockets import CATEGORY, PriorPort, PriorSource, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
@@ -143,7 +144,7 @@ class OptimizeStaticScene(io.ComfyNode):
                     "reference_image",
                     optional=True,
                     tooltip=f"One picture of the object, for the recipes {from_pictures}: cut out (with alpha), or "
-                    "with reference_mask.",
+                    "with reference_mask. What is taken as the object is shown on the node before training begins.",
                 ),
                 io.Mask.Input(
                     "reference_mask",
@@ -169,7 +170,8 @@ class OptimizeStaticScene(io.ComfyNode):
                     options=list(MASK_SHOWS),
                     default=AUTOMATIC_MASK,
                     advanced=True,
-                    tooltip="What is white in reference_mask; automatic takes what fills its edge for the background.",
+                    tooltip="What is white in reference_mask. automatic tells it by what lies under the mask and "
+                    "where, and asks where that can't be told.",
                 )
             ],
         )
@@ -226,7 +228,7 @@ class OptimizeStaticScene(io.ComfyNode):
         if scene is not None and scene.scene.deformation is not None:
             raise RunError("the scene to start from moves: connect a still one (Animate Scene takes those too)")
         start = None if scene is None else scene.scene
-        reference = _reference(settings, reference_image, reference_mask, mask_shows)
+        reference = _reference(settings, reference_image, reference_mask, mask_shows, cls.hidden.unique_id)
         run = Run(
             "static",
             settings,
@@ -379,15 +381,23 @@ def motion_recipe(name: str, steps: int, hifa_steps: int) -> MotionRecipe:
 
 
 def _reference(
-    recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str
+    recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str, node_id: str | None
 ) -> Reference | None:
-    """The prepared picture that the recipe needs, or None where it needs none; RunError for what doesn't fit it."""
+    """The prepared picture that the recipe needs, shown on the node, or None where it needs none.
+
+    Raises RunError or PictureError for what doesn't fit it.
+    """
     _require(check_picture(recipe, image is not None, mask is not None, IMAGE_RECIPES))
     if image is None:
         return None
     with gradients():
-        reference = reference_of(image, mask, shows, recipe.reference)
+        try:
+            reference = reference_of(image, mask, shows, recipe.reference)
+        except UnclearMask as question:
+            show_taken(str(question), question.readings, node_id)
+            raise
         check_reference(recipe, reference)
+        show_taken(reference.statement, reference.over(), node_id)
     return reference
 
 

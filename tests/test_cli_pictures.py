@@ -82,8 +82,8 @@ def test_image_to_4d_stopped_and_resumed(tmp_path, priors):
 def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
     picture, out = write_picture(tmp_path / "cube.png"), tmp_path / "out"
     grey = np.full((48, 48), 128, np.uint8)
-    Image.fromarray(grey).save(tmp_path / "depth.png")
-    Image.fromarray(np.stack((grey, grey, grey + 100), -1)).save(tmp_path / "normals.png")
+    Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (48, 1))).save(tmp_path / "depth.png")
+    Image.fromarray(np.stack((grey, grey, grey + 127), -1)).save(tmp_path / "normals.png")
     Image.fromarray(np.asarray(Image.open(picture))[..., 3]).save(tmp_path / "mask.png")
     maps = [*("--depth-map", str(tmp_path / "depth.png"), "--static.reference.relative-depth", "1")]
     maps += ["--normal-map", str(tmp_path / "normals.png"), "--static.reference.normal", "1"]
@@ -105,7 +105,10 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-4d", "--out", "OUT"], "which picture to start from"),
         (["image-to-3d", "none.png"], "does not exist"),
         (["image-to-3d", "."], "is a folder"),
-        (["image-to-3d", "text.png"], "can't be read (it is no picture): give a PNG"),
+        (
+            ["image-to-3d", "text.png"],
+            "text.png could not be read as a picture: it is damaged",
+        ),
         (
             ["image-to-3d", "cube.png"],
             "say it with --prompt, or leave that model out with --static.guidance.1.weight 0",
@@ -117,9 +120,20 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-3d", "empty.png", "--prompt", PROMPT], "no subject: its alpha is empty"),
         (["image-to-3d", "full.png", "--prompt", PROMPT], "no subject: its alpha covers all of it"),
         (["image-to-3d", "opaque.png", "--mask", "small.png"], "the mask has 24x24 pixels, the picture 48x48"),
-        (["image-to-3d", "cube.png", "--depth-map", "small.png"], "the depth map has 24x24 pixels, the picture 48x48"),
+        (
+            ["image-to-3d", "cube.png", "--depth-map", "small.png"],
+            "the depth map small.png has 24x24 pixels, the picture 48x48",
+        ),
         (["image-to-3d", "cube.png", "--normal-map", "none.png"], "the normal map none.png does not exist"),
-        (["image-to-3d", "cube.png", "--depth-map", "opaque.png"], "a depth map was given, but its weight is 0"),
+        (["image-to-3d", "cube.png", "--depth-map", "ramp.png"], "a depth map was given, but its weight is 0"),
+        (["image-to-3d", "cube.png", "--depth-map", "opaque.png"], "the depth map opaque.png is coloured"),
+        (["image-to-3d", "cube.png", "--normal-map", "opaque.png"], "the normal map opaque.png holds no unit vectors"),
+        (
+            ["image-to-3d", "noise.png", "--mask", "half.png"],
+            "with mask_shows (on the command line --mask-shows)",
+        ),
+        (["image-to-3d", "cube.png", "--mask-shows", "background"], "but no mask was given"),
+        (["image-to-3d", "cube.png", "--mask", "faint.png"], "the largest value of the mask faint.png is 90 ("),
         (["image-to-3d", "cube.png", "--static.reference.depth", "1"], "weighs a depth map, but none was given"),
         (["image-to-3d", "cube.png", "--static.reference.rgb", "-1"], "static.reference.rgb must be at least 0"),
         (["image-to-3d", "cube.png", "--static.reference.fill", "0.9", "0.2"], "static.reference.fill must keep to"),
@@ -142,6 +156,11 @@ def test_mistakes_get_one_line(words, expected, tmp_path, capsys, monkeypatch):
         changed.putalpha(alpha)
         changed.save(name)
     Path("text.png").write_text("no picture")
+    ramp = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (48, 1))
+    Image.fromarray(ramp).save("ramp.png")
+    Image.fromarray((ramp * 0.355).astype(np.uint8)).save("faint.png")
+    Image.fromarray((ramp > 127).astype(np.uint8) * 255).save("half.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)).save("noise.png")
     assert expected in fails(capsys, *words)
     assert not Path("OUT").exists()
 

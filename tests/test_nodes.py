@@ -471,6 +471,8 @@ def test_masks_of_both_kinds_and_alpha_mean_the_same():
     [
         (torch.rand(1, 32, 32, 3), None, "no alpha and no mask"),
         (torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), "the mask is empty: Load Image gives such a one"),
+        (torch.rand(1, 32, 32, 3), torch.full((1, 32, 32), 1 / 255), "the largest value of the mask is 0.0039"),
+        (torch.rand(1, 32, 32, 3), (torch.arange(32) < 16).expand(1, 32, 32) * 1.0, "Say it with mask_shows"),
         (torch.rand(2, 32, 32, 3), cut_out()[1], "one picture is needed, got 2"),
         (torch.rand(1, 32, 32, 3), cut_out(64)[1], "64x64 pixels, the picture 32x32"),
     ],

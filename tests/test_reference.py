@@ -40,6 +40,9 @@ CPU = torch.device("cpu")
 FIXED = ReferenceConfig(fill=(0.5, 0.5))
 
 
+RAMP = torch.linspace(0, 1, 60).expand(40, 60)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -255,12 +258,12 @@ def test_files_that_cannot_be_read(tmp_path, damage):
     elif damage == "truncated":
         save(path, torch.rand(64, 64, 4))
         path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(PictureError, match=r"picture\.png (does not exist|is a folder|can't be read)"):
+    with pytest.raises(PictureError, match=r"picture\.png (does not exist|is a folder|could not be read as a picture)"):
         load_reference(path, FIXED)
 
 
 def test_maps_and_weights_go_together():
-    plain, with_depth = (prepare_reference(block(), FIXED, depth=d) for d in (None, torch.ones(40, 60)))
+    plain, with_depth = (prepare_reference(block(), FIXED, depth=d) for d in (None, RAMP))
     weighed = replace(TOY_IMAGE, reference=replace(TOY_IMAGE.reference, relative_depth=1.0))
     check_reference(weighed, with_depth)
     check_reference(TOY_IMAGE, plain)
@@ -300,6 +303,13 @@ def test_the_picture_alone_is_reproduced_from_its_own_view():
     assert (front - top).abs().mean() > 0.05, "which says nothing of the others"
 
 
+def facing(size):
+    """Colours [size, size, 3] of random normals that look towards the camera."""
+    normals = torch.randn(size, size, 3, generator=seeded(1))
+    normals[..., 2] = normals[..., 2].abs() + 0.1
+    return (torch.nn.functional.normalize(normals, dim=-1) + 1) / 2
+
+
 def loss_of(scene, view, config, seed=0):
     return reference_loss(scene, prepare_reference_view(scene, view.cameras, config, seeded(seed)), view, config)
 
@@ -309,7 +319,7 @@ def test_every_term_pulls_at_the_scene(term):
     config = replace(replace(TOY_IMAGE.reference, rgb=0.0, mask=0.0, ray_jitter=0.0), **{term: 2.0})
     scene = build_scene(TOY_IMAGE.scene, seeded())
     size = 16
-    maps = {"depth": torch.rand(64, 64, generator=seeded()), "normals": torch.rand(64, 64, 3, generator=seeded(1))}
+    maps = {"depth": torch.rand(64, 64, generator=seeded()), "normals": facing(64)}
     reference = prepare_reference(toy_picture("a red sphere"), config, **maps)
     view = reference_view(reference, config, size)
     loss, terms = loss_of(scene, view, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from comfy_harness import GUARD, REPOSITORY, Server, motion_nodes, node, render_node, static_nodes, why_no_server
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -575,6 +577,50 @@ def test_a_scene_from_a_picture(server):
 )
 def test_pictures_refused_before_training(server, alpha, changes, message):
     assert message in server.error(image_nodes(picture_file(server, f"other{alpha}.png", alpha), **changes))
+
+
+def case_file(server: Server, name: str) -> str:
+    """A picture that people bring, in the input folder."""
+    shutil.copy(REPOSITORY / "tests" / "data" / "cases" / name, server.base / "input" / name)
+    return name
+
+
+def test_what_was_taken_is_shown_before_training(server):
+    """The sentence that the command line prints, and a picture, before the first step; in the log as well."""
+    from dream4d_engine.training.config import TOY_IMAGE
+    from dream4d_engine.training.reference import load_reference
+
+    with server.listen() as listener:
+        server.queue(image_nodes(case_file(server, "mug_tight.png"), seed=int(time.time())), listener.client)
+        events = listener.until(ended)
+    assert events[-1][0] == "execution_success"
+    plain = load_reference(server.base / "input" / "mug_tight.png", TOY_IMAGE.reference)
+    lines = [content for kind, content in events if kind == "text"]
+    said = next(i for i, line in enumerate(lines) if "the subject (120x120 of 120x120 pixels" in line)
+    assert lines[said].split("pixels, by")[0] == plain.statement.split("pixels, by")[0]
+    assert "white on the background, for what is white in it is one colour" in lines[said]
+    assert not any(line.startswith("static 1/") for line in lines[:said]) and lines[said] in server.text()
+    assert lines[said] in next(line for line in lines if "loading the models" in line), "it stays to be read"
+    picture, shown = next((i, e[1]) for i, e in enumerate(events) if e[0] == "picture")
+    assert picture < next(i for i, e in enumerate(events) if e[0] == "text" and "loading the models" in e[1])
+    image = Image.open(io.BytesIO(shown[shown.index(b"\xff\xd8") :])).convert("RGB")
+    assert image.size == (150, 150)
+    assert image.getpixel((3, 3)) > (240, 240, 240) and image.getpixel((75, 75))[1] > 100 > image.getpixel((75, 75))[0]
+
+
+def test_a_mask_that_may_mean_both_is_asked_about(server):
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    for box in ((0, 0, 63, 15), (0, 48, 63, 63), (0, 0, 15, 63), (48, 0, 63, 63)):
+        ImageDraw.Draw(image).rectangle(box, fill=(200, 30, 30, 255))
+    image.save(server.base / "input" / "frame.png")
+    with server.listen() as listener:
+        server.queue(image_nodes("frame.png"), listener.client)
+        events = listener.until(ended)
+    kind, content = events[-1]
+    assert kind == "execution_error" and "Say it with mask_shows" in content["exception_message"]
+    assert any(kind == "picture" for kind, _ in events), "both readings are shown"
+    assert any(kind == "text" and "Say it with mask_shows" in line for kind, line in events)
+    assert "still scene" in server.run(image_nodes("frame.png", mask_shows="background"))["8"]["text"][0]
 
 
 def test_unconnected_sockets_are_refused(server):

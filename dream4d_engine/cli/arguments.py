@@ -121,7 +121,10 @@ class MapOptions:
     """What is known of the picture beside its colours."""
 
     mask: Annotated[str | None, _FILE] = None
-    """Picture of the same size, white on the object (default: the picture's alpha)."""
+    """Picture of the same size, black and white (default: the picture's alpha)."""
+    mask_shows: Annotated[Literal["automatic", "subject", "background"], tyro.conf.arg(metavar="PART")] = "automatic"
+    """What is white in --mask: subject, background, or automatic, which tells it by what lies under the mask and where,
+    and asks where that can't be told."""
     depth_map: Annotated[str | None, _FILE] = None
     """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
     --static.reference.depth or .relative-depth above 0."""

@@ -206,7 +206,12 @@ def _reference(call: ImageTo3DCall | ImageTo4DCall) -> Reference:
     check_recipe(recipe, "static")
     maps = options.maps
     reference = load_reference(
-        options.image, recipe.reference, mask=maps.mask, depth=maps.depth_map, normals=maps.normal_map
+        options.image,
+        recipe.reference,
+        mask=maps.mask,
+        depth=maps.depth_map,
+        normals=maps.normal_map,
+        mask_shows=maps.mask_shows,
     )
     check_reference(recipe, reference)
     return reference

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,33 @@ from torch import Tensor
 from ..cameras import CameraBatch, make_cameras
 from ..transfers import send
 from .config import ReferenceConfig, StaticRecipe
+from .maps import read_depth, read_normals
+from .masks import (
+    AUTOMATIC,
+    BACKGROUND,
+    MASK_SHOWS,
+    SAMPLED,
+    SUBJECT,
+    UNKNOWN,
+    MaskShows,
+    Solid,
+    UnclearMask,
+    box_of,
+    read_mask,
+    unclear_mask,
+    what_mask_shows,
+)
+from .pixels import PictureError, Pixels, file_pixels, map_pixels, tensor_pixels
 
-LEAST_SUBJECT, MOST_PIXELS, LARGEST_SIDE = 8, 2**26, 1024
-"""Pixels: of the subject's longer side, of a picture that is read, and of a prepared picture's side."""
+__all__ = ["AUTOMATIC", "MASK_SHOWS", "PictureError", "UnclearMask", "what_mask_shows"]
+__all__ += ["Reference", "ReferenceView", "load_reference", "prepare_reference", "check_reference"]
+__all__ += ["reference_cameras", "reference_view"]
 
+LEAST_SUBJECT, LARGEST_SIDE = 8, 1024
+"""Pixels: of the subject's longer side, and of a prepared picture's side."""
 
-class PictureError(ValueError):
-    """A picture that no scene can be made from, and what to give instead."""
+Source = Callable[[], AbstractContextManager[Pixels]]
+"""Opens a picture, mask or map; it is closed before the next one is opened."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +79,7 @@ class Reference:
         return name.hexdigest()
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------
+# ---- preparing ---------------------------------------------------------------------------------------------------
 
 
 def load_reference(
@@ -68,60 +89,18 @@ def load_reference(
     mask: Path | str | None = None,
     depth: Path | str | None = None,
     normals: Path | str | None = None,
+    mask_shows: MaskShows = AUTOMATIC,
 ) -> Reference:
     """Read a picture with its mask and maps from files and prepare it (see `prepare_reference`).
 
-    Any format that Pillow reads. The mask is the picture's own alpha unless `mask` names a file: white (or opaque)
-    on the subject. Raises PictureError.
+    The mask is the picture's own alpha unless `mask` names a file. Raises PictureError.
     """
-    pixels = _read(picture, "picture")
-    mask_pixels = None
-    if mask is not None:
-        grey = _read(mask, "mask")
-        mask_pixels = grey[..., 3] if _is_cut_out(grey) else grey[..., :3].mean(-1)
-    return prepare_reference(
-        pixels,
-        config,
-        mask=mask_pixels,
-        depth=None if depth is None else _read(depth, "depth map")[..., :3].mean(-1),
-        normals=None if normals is None else _read(normals, "normal map")[..., :3],
-    )
 
+    def opener(path: Path | str | None, what: str) -> Source | None:
+        return None if path is None else lambda: file_pixels(path, what)
 
-def _is_cut_out(pixels: Tensor) -> bool:
-    return pixels.shape[-1] == 4 and bool((pixels[..., 3] <= 0.5).any())
-
-
-def _read(path: Path | str, what: str) -> Tensor:
-    """Read a file as [H, W, 3] or [H, W, 4] in [0, 1], turned upright."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    path = Path(path)
-    if not path.is_file():
-        raise PictureError(f"the {what} {path} {'is a folder' if path.is_dir() else 'does not exist'}")
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise PictureError(
-                    f"the {what} {path} has {file.width}x{file.height} pixels, more than {MOST_PIXELS}: make it smaller"
-                )
-            upright = ImageOps.exif_transpose(file)
-            if upright.mode.startswith(("I", "F")):  # 16 bits of grey, as depth maps have
-                values = torch.from_numpy(np.asarray(upright).astype("float32"))
-                most = 255.0 if values.max() <= 255 else 65535.0
-                return (values / most).clamp(0, 1)[..., None].expand(-1, -1, 3).contiguous()
-            has_alpha = "A" in upright.getbands() or "transparency" in upright.info
-            values = np.asarray(upright.convert("RGBA" if has_alpha else "RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, PictureError):
-            raise
-        why = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise PictureError(f"the {what} {path} can't be read ({why}): give a PNG, JPEG or WebP file") from error
-    return torch.from_numpy(values.copy()).float() / 255
-
-
-# ---- preparing ---------------------------------------------------------------------------------------------------
+    sources = (opener(mask, "mask"), opener(depth, "depth map"), opener(normals, "normal map"))
+    return _prepare(lambda: file_pixels(picture, "picture"), config, *sources, mask_shows)
 
 
 def prepare_reference(
@@ -131,98 +110,140 @@ def prepare_reference(
     mask: Tensor | None = None,
     depth: Tensor | None = None,
     normals: Tensor | None = None,
+    mask_shows: MaskShows = AUTOMATIC,
 ) -> Reference:
     """Find the subject and put it into the frame: centred, and as large as `config.fill` says.
 
     Args:
-        picture: [H, W, 3 or 4] in [0, 1], or [1, H, W, 3 or 4] as ComfyUI has it.
-        mask: [H, W] or [1, H, W], above 0.5 on the subject; None takes the picture's alpha.
+        picture: [H, W, 3 or 4] in [0, 1] (or bytes), or [1, H, W, 3 or 4] as ComfyUI has it.
+        mask: [H, W] or [1, H, W], above 0.5 on the subject or on the background; None takes the picture's alpha.
         depth: [H, W], [1, H, W] or with 1 or 3 channels. normals: [(1,) H, W, 3], colours (n + 1) / 2.
+        mask_shows: what is white in `mask`: "subject", "background", or "automatic" to have it told, see
+            `what_mask_shows`.
 
-    Raises PictureError for a picture without a subject, without a mask, or with a mask or map of another size.
+    Raises PictureError for a picture without a subject, without a mask, or with a mask or map of another size or that
+    can't be what it should be; UnclearMask where it can't be told what the mask shows.
     """
-    picture = _single(picture, "picture", (3, 4))
-    height, width = picture.shape[:2]
-    source = "its alpha" if mask is None else "its mask"
-    if mask is None:
-        if picture.shape[-1] < 4:
+
+    def opener(pixels: Tensor | None, what: str) -> Source | None:
+        return None if pixels is None else lambda: nullcontext(map_pixels(pixels, what))
+
+    sources = (opener(mask, "mask"), opener(depth, "depth map"), opener(normals, "normal map"))
+    return _prepare(lambda: nullcontext(tensor_pixels(picture, "picture", (3, 4))), config, *sources, mask_shows)
+
+
+def _prepare(
+    picture: Source,
+    config: ReferenceConfig,
+    mask: Source | None,
+    depth: Source | None,
+    normals: Source | None,
+    mask_shows: MaskShows,
+) -> Reference:
+    if mask_shows not in MASK_SHOWS:
+        raise PictureError(f"mask_shows must be one of {', '.join(MASK_SHOWS)}, got {mask_shows!r}")
+    given = None
+    if mask is not None:
+        with mask() as pixels:
+            given = read_mask(pixels)
+    elif mask_shows == BACKGROUND:
+        raise PictureError("mask_shows is 'background', but no mask was given: give one, or leave mask_shows away")
+    with picture() as pixels:
+        size = pixels.height, pixels.width
+        white, source, notes = _subject(pixels, given, mask_shows)
+        frame, statement = _frame(white, config, source)
+        rgb, share = _cut(pixels.only(slice(0, 3)), white, frame)
+        notes = [pixels.note, *notes]
+    layers = {"rgb": rgb.clamp(0, 1).expand(-1, -1, 3).contiguous()}
+    if depth is not None:
+        with depth() as pixels:
+            layer = _cut(_of_size(pixels, *size), white, frame)[0]
+            values = read_depth(layer, share, pixels.name)
+        layers["depth"] = values if config.depth_near == "dark" else (1 - values) * (share > 0)
+    if normals is not None:
+        with normals() as pixels:
+            if pixels.channels < 3:
+                raise PictureError(f"the {pixels.name} needs 3 channels, got {pixels.channels}: is it a depth map?")
+            layer = _cut(_of_size(pixels, *size), white, frame)[0]
+            layers["normals"], warning = read_normals(layer, share, pixels.name)
+        notes.append(warning)
+    layers["mask"] = share
+    if len(share) > LARGEST_SIDE:
+        layers = _resized(layers, LARGEST_SIDE)
+    layers["mask"] = (layers["mask"] > 0.5).float()
+    return Reference(**layers, statement="; ".join([statement, *filter(None, notes)]))
+
+
+def _of_size(pixels: Pixels, height: int, width: int) -> Pixels:
+    """A mask or map that belongs to a picture of this size."""
+    if (pixels.height, pixels.width) != (height, width):
+        raise PictureError(_other_size(pixels.name, pixels.height, pixels.width, height, width))
+    return pixels
+
+
+def _other_size(name: str, height: int, width: int, wanted_height: int, wanted_width: int) -> str:
+    return (
+        f"the {name} has {width}x{height} pixels, the picture {wanted_width}x{wanted_height}: give one of the "
+        "picture's size"
+    )
+
+
+def _subject(picture: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Tensor, str, list[str]]:
+    """Where the subject is [H, W], by what that is known, and what has to be said of it."""
+    if given is None:
+        if picture.channels != 4:
             raise PictureError(
                 "the picture has no alpha and no mask was given: cut the subject out (RGBA), or give a mask of the "
                 "picture's size, white on the subject"
             )
-        mask = picture[..., 3]
-    solid = (_of_size(mask, "mask", height, width)[..., :1] > 0.5).float()
-    layers = {"rgb": picture[..., :3].clamp(0, 1), "mask": solid}
-    if depth is not None:
-        values = _of_size(depth, "depth map", height, width).mean(-1, keepdim=True).clamp(0, 1)
-        layers["depth"] = 1 - values if config.depth_near == "bright" else values
-    if normals is not None:
-        colors = _of_size(normals, "normal map", height, width)
-        if colors.shape[-1] != 3:
-            raise PictureError(f"the normal map needs 3 channels, got {colors.shape[-1]}")
-        layers["normals"] = functional.normalize(2 * colors - 1, dim=-1)
-    frame, statement = _frame(solid[..., 0], config, source)
-    cut = {name: _cut(layer, frame) for name, layer in layers.items()}
-    if frame.side > LARGEST_SIDE:
-        cut = _resized(cut, LARGEST_SIDE)
-        cut["mask"] = (cut["mask"] > 0.5).float()
-    return Reference(**cut, statement=statement)
-
-
-def _single(pixels: Tensor, what: str, channels: tuple[int, ...]) -> Tensor:
-    """One picture [H, W, c] on the CPU, whatever its batch of one was."""
-    if pixels.ndim == 4:
-        if len(pixels) != 1:
-            raise PictureError(f"one {what} is needed, got {len(pixels)}: pick one of the batch")
-        pixels = pixels[0]
-    if pixels.ndim != 3 or pixels.shape[-1] not in channels:
-        raise PictureError(f"the {what} must be [H, W, {' or '.join(map(str, channels))}], got {list(pixels.shape)}")
-    return pixels.detach().float().cpu().nan_to_num(0.0)
-
-
-def _of_size(pixels: Tensor, what: str, height: int, width: int) -> Tensor:
-    """A mask or map [H, W, c] that belongs to a picture of this size."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    elif pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):  # [B, H, W] as ComfyUI's masks
-        pixels = pixels[..., None]
-    pixels = _single(pixels, what, (1, 3, 4))
-    if tuple(pixels.shape[:2]) != (height, width):
-        raise PictureError(
-            f"the {what} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the picture {width}x{height}: "
-            f"give a {what} of the picture's size"
-        )
-    return pixels
+        alpha = read_mask(picture.only(slice(3, 4), f"alpha of the {picture.name}"))
+        return alpha.white, "its alpha", [alpha.note]
+    height, width = given.white.shape
+    if (height, width) != (picture.height, picture.width):
+        raise PictureError(_other_size("mask", height, width, picture.height, picture.width))
+    if shows != AUTOMATIC:
+        return (given.white if shows == SUBJECT else ~given.white), f"its mask, white on the {shows}", [given.note]
+    seen = picture.sample(SAMPLED).nan_to_num(0).clamp(0, 1)
+    seen = seen.expand(-1, -1, 3) if seen.shape[-1] == 1 else seen
+    reading = what_mask_shows(given.soft, seen)
+    if reading.shows == UNKNOWN:
+        raise unclear_mask(given.white, seen[..., :3], reading.reason)
+    if reading.shows == BACKGROUND:
+        inverted = f"the mask is taken as inverted, white on the background, for {reading.reason}"
+        notes = [f"{inverted} (if that is wrong, say so with mask_shows or --mask-shows)", given.note]
+        return ~given.white, "the black part of its mask", notes
+    return given.white, "its mask", [given.note]
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """A square of a picture's pixels, perhaps reaching beyond it."""
+    """A square of a picture's pixels, perhaps reaching beyond it; `reduction` of them become one on either axis."""
 
     top: int
     left: int
     side: int
+    reduction: int
 
 
-def _frame(solid: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame, str]:
+def _frame(white: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame, str]:
     """Choose the square that shows the subject [H, W] as the recipe's camera expects it, and say so."""
-    height, width = solid.shape
-    if not solid.any():
+    height, width = white.shape
+    if not white.any():
         raise PictureError(f"the picture has no subject: {source} is empty (nothing of it is above one half)")
-    if solid.all():
+    if white.all():
         raise PictureError(
             f"the picture has no subject: {source} covers all of it; cut the subject out (RGBA), or give another mask"
         )
-    rows, columns = (solid.any(dim).nonzero()[:, 0] for dim in (1, 0))
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    left, right = int(columns[0]), int(columns[-1]) + 1
+    top, bottom, left, right = box_of(white)
     longer = max(bottom - top, right - left)
     if longer < LEAST_SUBJECT:
         raise PictureError(f"the subject is only {longer} pixels large: give a picture that shows at least 8 of it")
     share = longer / max(height, width)
     wanted = min(max(share, config.fill[0]), config.fill[1])
     side = max(height, width) if wanted == share else math.ceil(longer / wanted)
-    frame = _Frame(round((top + bottom - side) / 2), round((left + right - side) / 2), side)
+    reduction = max(1, side // LARGEST_SIDE)
+    side = math.ceil(side / reduction) * reduction
+    frame = _Frame(round((top + bottom - side) / 2), round((left + right - side) / 2), side, reduction)
     touches = top == 0 or left == 0 or bottom == height or right == width
     words = "kept at" if wanted == share else "enlarged to" if wanted > share else "shrunk to"
     statement = (
@@ -234,11 +255,43 @@ def _frame(solid: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame,
     return frame, statement
 
 
-def _cut(layer: Tensor, frame: _Frame) -> Tensor:
-    """The square of a layer [H, W, c]; 0 where it reaches beyond the picture."""
-    height, width = layer.shape[:2]
-    beyond = (-frame.left, frame.left + frame.side - width, -frame.top, frame.top + frame.side - height)
-    return functional.pad(layer.movedim(-1, 0), beyond).movedim(0, -1).contiguous()
+def _cut(pixels: Pixels, white: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
+    """The square of a layer where the subject [H, W] is, reduced: [S, S, c], 0 elsewhere; and its share [S, S, 1].
+
+    A pixel is the mean of those of the subject that became it. Only some rows are held as floats at once.
+    """
+    layers, shares = [], []
+    n = frame.reduction
+    left, right = max(frame.left, 0), min(frame.left + frame.side, pixels.width)
+    rows = n * max(1, 2**20 // (n * frame.side))
+    for start in range(frame.top, frame.top + frame.side, rows):
+        stop = min(start + rows, frame.top + frame.side)
+        top, bottom = (min(max(row, 0), pixels.height) for row in (start, stop))
+        inside = white[top:bottom, left:right, None]
+        values = (
+            pixels.block(top, bottom, left, right) if top < bottom else torch.zeros(0, right - left, pixels.channels)
+        )
+        if not pixels.finite:
+            if not values.isfinite().logical_or(~inside).all():
+                raise PictureError(
+                    f"the {pixels.name} holds values that are no numbers (NaN or infinity) on the subject"
+                )
+            values = torch.where(inside, values, 0.0)
+        above = top - start if top < bottom else stop - start
+        beyond = (0, 0, left - frame.left, frame.left + frame.side - right, above, stop - start - above - len(inside))
+        values, share = (_reduced(functional.pad(x, beyond), n) for x in (values * inside, inside.float()))
+        layers.append(values / share.clamp_min(0.5 / n**2))
+        shares.append(share)
+    return torch.cat(layers), torch.cat(shares)
+
+
+def _reduced(values: Tensor, n: int) -> Tensor:
+    """The mean of n x n pixels [H, W, c]."""
+    if n == 1:
+        return values
+    height, width, channels = values.shape
+    values = values.view(height // n, n, -1).sum(1)  # rows first: whole rows are added fast
+    return values.view(height // n, width // n, n, channels).sum(2) / n**2
 
 
 def _resized(layers: dict[str, Tensor], size: int) -> dict[str, Tensor]:
