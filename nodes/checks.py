@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import comfy.model_management as management
 from comfy_api.latest import io
 
+from ..dream4d_engine.documents import describe
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
 from .doors import DoorError, check_values
 from .session import RunError, missing_prior, needed_priors
@@ -90,13 +91,16 @@ def check_budget(node: type[io.ComfyNode], gibibytes: float | None) -> Verdict:
 
 
 def check_ranges(node: type[io.ComfyNode], **numbers: float | None) -> Verdict:
-    """Compare numbers with the ranges of their widgets; None is one that isn't known yet."""
+    """Compare numbers with the ranges of their widgets; None is one that isn't known yet.
+
+    What ComfyUI couldn't turn into a number is still text, a list or an object here.
+    """
     known = described_inputs(node)
     for name, value in numbers.items():
         options = known[name][1]
         low, high = options.get("min"), options.get("max")
-        if value is not None and not low <= value <= high:
-            return f"{name} is {value}: it must lie between {low} and {high}"
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            return f"{name} is {describe(value)}: it must lie between {low} and {high}"
     return True
 
 

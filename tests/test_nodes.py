@@ -652,3 +652,35 @@ def test_the_workflows_fit_the_nodes(path: Path, server):
             if socket.get("link") is not None:
                 _, source, slot, target, _, kind = links[socket["link"]]
                 assert target == node["id"] and by_id[source]["outputs"][slot]["type"] == kind == socket["type"]
+
+
+HEAD = 30
+"""Height of a node's head, which lies above its place."""
+GROWN = {"SaveVideo": 440, "Dream4DOptimizeStaticScene": 700, "Dream4DAnimateScene": 620, "Dream4DPreview4D": 460}
+"""How high nodes become at a width of 340 when they show a square video or a live preview, as the page measures it
+(test_browser.py compares)."""
+
+
+def overlaps(boxes: list[tuple[object, float, float, float, float]]) -> list[tuple[object, object]]:
+    """The pairs of boxes (name, x, y, width, height) that lie over each other."""
+    found = []
+    for number, (one, x, y, width, height) in enumerate(boxes):
+        for other, left, top, wide, high in boxes[:number]:
+            if x < left + wide and left < x + width and y < top + high and top < y + height:
+                found.append((other, one))
+    return found
+
+
+def test_overlaps_are_found():
+    assert overlaps([("a", 0, 0, 10, 10), ("b", 10, 0, 10, 10), ("c", 5, 9, 3, 3)]) == [("a", "c")]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+def test_nothing_lies_over_anything_when_the_nodes_have_grown(path: Path):
+    boxes = []
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        if node["type"] in GROWN:
+            assert width <= 340, "it becomes higher the wider it is"
+        boxes.append((node["id"], x, y - HEAD, width, max(height, GROWN.get(node["type"], 0)) + HEAD))
+    assert overlaps(boxes) == []

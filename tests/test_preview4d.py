@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -91,10 +94,30 @@ def test_a_still_scene_has_one_moment_and_sheets_are_used_again(server):
         ({"views": 64, "times": 64, "heights": 7}, "28672 pictures, more than 4096"),
         ({"views": 64, "size": 512, "times": 1}, "wider than 8192 pixels"),
         ({"views": 0}, "views is 0: it must lie between 4 and 64"),
+        ({"size": 10**9}, "size is 1000000000: it must lie between 32 and 512"),
+        ({"times": 10**30}, "it must lie between 1 and 64"),
+        ({"times": []}, "times is []: it must lie between 1 and 64"),
+        ({"times": [0.5] * 20000}, "times is [0.5, 0.5"),
+        ({"times": {"first": 0}}, "times is {'first': 0}: it must lie between 1 and 64"),
+        ({"views": "many"}, "views is 'many': it must lie between 4 and 64"),
+        ({"views": "9" * 5000}, "views is '9999"),
+        ({"heights": math.nan}, "heights is nan: it must lie between 1 and 7"),
+        ({"heights": math.inf}, "heights is inf: it must lie between 1 and 7"),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_grids_that_are_too_large_are_refused(server, changes, message):
-    assert message in server.refused(viewer_graph(**changes))
+def test_grids_that_are_too_large_or_none_are_refused(server, changes, message):
+    told = server.refused(viewer_graph(**changes))
+    assert message in told and "Exception" not in told and len(told) < 20_000 + 5 * len(str(changes))
+
+
+def test_the_viewer_takes_what_the_widgets_allow(server):
+    """Its bounds for what comes from a workflow file are those of the widgets."""
+    script = (REPOSITORY / "nodes" / "web" / "preview4d.js").read_text(encoding="utf-8")
+    (bounds,) = re.findall(r"^const MOST = \{(.*?)\}", script, re.M)
+    known = dict(re.findall(r"(\w+): (\d+)", bounds))
+    inputs = server.get("/object_info/Dream4DPreview4D")["Dream4DPreview4D"]["input"]["required"]
+    assert {n: int(m) for n, m in known.items()} == {n: o["max"] for n, (k, o) in inputs.items() if k == "INT"}
 
 
 def test_an_empty_scene_is_said_to_be_empty(server):

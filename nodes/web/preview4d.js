@@ -12,6 +12,8 @@ const RESULT = "dream4d_view";
 const PROPERTY = "dream4d_view";
 const SECONDS = 2.0; // once through the animation
 const LABELS = { rgb: "RGB", depth: "Depth", normals: "Normals" };
+const MOST = { views: 64, times: 64, heights: 7, size: 512 }; // what the node's widgets allow
+const WIDEST = 4096; // of the canvas, pixels: a node of any size can be in a workflow file
 const DEGREES_PER_TURN = 0.6; // of a drag, for each pixel
 const OWN_KEYS = new Set([" ", "Enter", "Home", "End", "PageUp", "PageDown"].concat(
   ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"],
@@ -62,20 +64,28 @@ function make(tag, className, parent, attributes = {}) {
   return element;
 }
 
-/** Whether a value from a workflow file is a description that can be shown. */
-function isView(view) {
-  const positive = (n) => Number.isInteger(n) && n > 0;
-  return (
-    view !== null &&
-    typeof view === "object" &&
-    typeof view.name === "string" &&
-    positive(view.size) &&
-    positive(view.azimuths) &&
-    [view.elevations, view.times, view.passes, view.ready].every(Array.isArray) &&
-    view.elevations.length > 0 &&
-    view.passes.length > 0 &&
-    view.ready.length > 0
-  );
+/** A list of 1 to `most` values that are all good. */
+const isList = (values, most, good) =>
+  Array.isArray(values) && values.length > 0 && values.length <= most && values.every(good);
+const isWhole = (n, least, most) => Number.isInteger(n) && n >= least && n <= most;
+const isBetween = (n, least, most) => Number.isFinite(n) && n >= least && n <= most;
+const isName = (text) => typeof text === "string" && /^[\w-]{1,100}$/.test(text);
+
+/** The description in a value from a workflow file or a message, without anything that we don't know, or null. */
+function readView(value) {
+  const { name, subfolder, type, size, azimuths, elevations, times, passes, ready } = value ?? {};
+  const good =
+    isName(name) &&
+    isName(subfolder) &&
+    type === "temp" &&
+    isWhole(size, 1, MOST.size) &&
+    isWhole(azimuths, 1, MOST.views) &&
+    isList(elevations, MOST.heights, (e) => isBetween(e, -90, 90)) &&
+    isList(times, MOST.times, (t) => isBetween(t, 0, 1)) &&
+    isList(passes, Object.keys(LABELS).length, (pass) => Object.hasOwn(LABELS, pass)) &&
+    isList(ready, times.length, (index) => isWhole(index, 0, times.length - 1));
+  if (!good) return null;
+  return { name, subfolder, type, size, azimuths, elevations, times, passes, ready, coarse: value.coarse === true };
 }
 
 export class SceneView {
@@ -90,7 +100,6 @@ export class SceneView {
     this.busy = false;
     this.build();
     this.observer = new ResizeObserver(() => this.draw());
-    this.observer.observe(this.stage);
     this.refresh();
   }
 
@@ -172,8 +181,11 @@ export class SceneView {
   show(view, busy = false) {
     this.busy = busy;
     const old = this.view;
-    this.view = isView(view) ? view : null;
-    if (this.view?.name !== old?.name) this.images.clear();
+    this.view = view;
+    if (view?.name !== old?.name) this.images.clear();
+    for (const [key, image] of this.images) {
+      if (image.complete && !image.naturalWidth) this.images.delete(key); // it may be there by now
+    }
     if (this.view) this.change({});
     this.refresh();
     this.fetchAll();
@@ -273,10 +285,15 @@ export class SceneView {
   draw() {
     const { canvas, view } = this;
     const image = view && this.image(this.state.pass, this.nearestMoment());
-    if (image && !image.complete && canvas.width > 1) return; // it comes in a moment, the last picture stays till then
+    const comes = Boolean(image) && !image.complete;
+    this.element.setAttribute("aria-busy", String(comes || !this.bar.hidden));
+    if (comes) {
+      this.hint.hidden = true; // what it says is of the time before; the last picture stays
+      return;
+    }
     const ratio = window.devicePixelRatio || 1;
-    const width = Math.max(1, Math.round(this.stage.clientWidth * ratio));
-    const height = Math.max(1, Math.round(this.stage.clientHeight * ratio));
+    const pixels = (length) => Math.min(Math.max(1, Math.round(length * ratio)), WIDEST);
+    const [width, height] = [pixels(this.stage.clientWidth), pixels(this.stage.clientHeight)];
     if (canvas.width !== width) canvas.width = width;
     if (canvas.height !== height) canvas.height = height;
     const context = canvas.getContext("2d");
@@ -315,16 +332,23 @@ export class SceneView {
     }
   }
 
-  destroy() {
+  /** It has a place on the page; it may lose it and get another one. */
+  enter() {
+    this.observer.observe(this.stage);
+    alive.add(this);
+  }
+
+  leave() {
     this.setPlaying(false);
     this.observer.disconnect();
+    alive.delete(this);
   }
 }
 
 // ---- where a node's view is remembered -------------------------------------------------------------------------
 
 const views = new WeakMap(); // node -> SceneView
-const alive = new Set(); // the SceneViews of nodes that were not removed
+const alive = new Set(); // the SceneViews of nodes that are in a graph
 
 function remember(node, view) {
   if (!view.view) return;
@@ -338,8 +362,8 @@ function remember(node, view) {
 }
 
 function restore(node, view) {
-  const kept = node.properties?.[PROPERTY];
-  if (!isView(kept)) return view.show(null);
+  const kept = readView(node.properties?.[PROPERTY]);
+  if (!kept) return view.show(null);
   try {
     view.lookFrom(JSON.parse(sessionStorage.getItem(`${PROPERTY}:${node.id}:${kept.name}`)));
   } catch {
@@ -369,7 +393,6 @@ function findNode(id) {
 function attach(node) {
   const view = new SceneView(() => remember(node, view));
   views.set(node, view);
-  alive.add(view);
   node.addDOMWidget("view", "dream4d_view", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -377,15 +400,19 @@ function attach(node) {
   });
   const [width, height] = node.size;
   node.setSize([Math.max(width, 300), Math.max(height, 440)]);
+  const onAdded = node.onAdded;
+  node.onAdded = function (...all) {
+    view.enter();
+    return onAdded?.apply(this, all);
+  };
   const onRemoved = node.onRemoved;
   node.onRemoved = function (...all) {
-    alive.delete(view);
-    view.destroy();
+    view.leave();
     return onRemoved?.apply(this, all);
   };
   const onExecuted = node.onExecuted;
   node.onExecuted = function (output, ...rest) {
-    const found = output?.[RESULT]?.[0];
+    const found = readView(output?.[RESULT]?.[0]);
     if (found) {
       view.show(found);
       keepDraft();
@@ -404,8 +431,8 @@ app.registerExtension({
   name: "dream4d.preview4d",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
-      const view = views.get(findNode(detail?.node));
-      view?.show(detail.view, true);
+      const found = readView(detail?.view);
+      if (found) views.get(findNode(detail.node))?.show(found, true);
     });
     for (const name of ["execution_success", "execution_error", "execution_interrupted"]) {
       api.addEventListener(name, () => {

@@ -1,10 +1,10 @@
 // Use the pack in the real front end as a person does, and print what was seen as JSON.
-// node drive.mjs SERVER_URL CHROMIUM SCREENSHOT_FOLDER; tests/test_browser.py runs it and judges.
+// node drive.mjs SERVER_URL CHROMIUM SCREENSHOT_FOLDER PART; tests/test_browser.py runs it and judges.
 
 import { chromium } from "playwright-core";
 import path from "node:path";
 
-const [url, executablePath, folder] = process.argv.slice(2);
+const [url, executablePath, folder, part] = process.argv.slice(2);
 const TEMPLATE = "text_to_4d";
 const NAMES = { static: "Dream4DOptimizeStaticScene", motion: "Dream4DAnimateScene", render: "Dream4DRender" };
 const VIEWER = "Dream4DPreview4D";
@@ -46,11 +46,11 @@ async function open() {
   await page.keyboard.press("Escape"); // the first visit opens the template browser
 }
 
-async function loadTemplate() {
+async function loadTemplate(name = TEMPLATE) {
   await page.evaluate(async (template) => {
     const answer = await fetch(`/api/workflow_templates/dream4d/${template}.json`);
     await window.app.loadGraphData(await answer.json(), true, true, template);
-  }, TEMPLATE);
+  }, name);
   await page.waitForTimeout(500);
 }
 
@@ -105,6 +105,24 @@ const picture = (n = 0) =>
     return { print: String(print), colours: colours.size, width: canvas.width };
   }, n);
 
+/** The picture of a viewer that waits for nothing: it is drawn, as large as its place, and stays. */
+async function settled(n = 0) {
+  const rest = (n) => {
+    const view = document.querySelectorAll(".d4d-view")[n];
+    const canvas = view?.querySelector("canvas");
+    return view?.getAttribute("aria-busy") === "false" && canvas.width === canvas.clientWidth * devicePixelRatio;
+  };
+  let before = null;
+  for (let i = 0; i < 100; i++) {
+    if (!(await soon(rest, n, 120000))) break;
+    const now = await picture(n);
+    if (now.print === before?.print) return now;
+    before = now;
+    await page.waitForTimeout(150);
+  }
+  throw new Error(`viewer ${n} does not come to rest`);
+}
+
 async function waitForPicture(timeout = 240000, n = 0) {
   const end = Date.now() + timeout;
   while (Date.now() < end) {
@@ -138,22 +156,22 @@ async function tryViewer(name) {
   const found = {};
   const place = () => page.evaluate((type) => [...window.app.graph.nodes.find((n) => n.type === type).pos], VIEWER);
   const stood = await place();
-  let before = await picture();
+  let before = await settled();
   await drag(0, 110, -10);
   found.drag = await changed(before, 0, 50);
   found.nodeStayed = String(await place()) === String(stood);
-  before = await picture();
+  before = await settled();
   await viewer(0, ".d4d-stage canvas").focus();
   await page.keyboard.press("ArrowLeft");
   found.keys = await changed(before, 0, 50);
   const slider = viewer(0, ".d4d-time input");
   found.moments = Number(await slider.getAttribute("max")) + 1;
-  before = await picture();
+  before = await settled();
   await slider.focus();
   for (let step = 0; step < 3; step++) await page.keyboard.press("ArrowRight");
   found.slider = await changed(before, 0, 50);
   for (const pass of ["depth", "normals", "rgb"]) {
-    before = await picture();
+    before = await settled();
     await viewer(0, `.d4d-passes button[data-pass="${pass}"]`).click();
     found[pass] = await changed(before);
     await page.waitForTimeout(100);
@@ -196,9 +214,9 @@ async function trySeveral(name) {
   found.finished = await soon(() => [...document.querySelectorAll(".d4d-bar")].every((bar) => bar.hidden), null, 60000);
   found.times = [await viewer(0, ".d4d-time").isVisible(), await viewer(1, ".d4d-time").isVisible()];
   await shot(name);
-  const [one, two] = [await picture(0), await picture(1)];
+  const [one, two] = [await settled(0), await settled(1)];
   await drag(1, 110, 0);
-  found.turned = [await changed(two, 1), (await picture(0)).print !== one.print];
+  found.turned = [await changed(two, 1), (await settled(0)).print !== one.print];
   await page.evaluate((type) => {
     const [node] = window.app.graph.nodes.filter((node) => node.type === type);
     node.setSize([node.size[0] + 120, node.size[1] + 90]);
@@ -222,15 +240,23 @@ async function trySeveral(name) {
   await page.evaluate((id) => window.app.graph.remove(window.app.graph.getNodeById(id)), cancelled);
   await soon(() => document.querySelectorAll(".d4d-view").length === 1, null, 20000);
   found.left = await page.locator(".d4d-view").count();
-  const last = await picture(0);
+  const last = await settled(0);
   await drag(0, -110, 0);
   found.otherWorks = await changed(last, 0);
   return found;
 }
 
-try {
+/** A tab with classic or Vue nodes. */
+async function openWith(vue) {
   await newPage();
   await open();
+  await page.evaluate((vue) => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", vue), vue);
+  await page.waitForTimeout(1500);
+}
+
+/** A template is run, looked at, reloaded, looked at in another tab with Vue nodes, and loaded afresh. */
+async function story() {
+  await openWith(false);
   await loadTemplate();
   await setWidgets(NAMES.static, { "recipe.steps": 24, preview_seconds: 0.5 });
   await setWidgets(NAMES.motion, { "recipe.steps": 12, preview_seconds: 0.5 });
@@ -273,10 +299,256 @@ try {
   await lookAt(VIEWER);
   seen.freshHint = await viewer(0, ".d4d-hint").textContent();
   await shot("fresh");
-  seen.severalVue = await trySeveral("several-vue");
-  await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", false));
+}
+
+async function several() {
+  for (const vue of [true, false]) {
+    await openWith(vue);
+    const name = vue ? "Vue" : "Classic";
+    seen[`several${name}`] = await trySeveral(`several-${name.toLowerCase()}`);
+  }
+}
+
+/** Each node's place with its head, [x, y, width, height] in units of the canvas. */
+const boxes = () =>
+  page.evaluate(() => window.app.graph.nodes.map(({ id, type, boundingRect }) => ({ id, type, box: [...boundingRect] })));
+
+/** Move the canvas so that all nodes are seen, with room for what they will show. */
+async function lookAtAll() {
+  const places = (await boxes()).map(({ box }) => box);
+  const [left, top] = [0, 1].map((axis) => Math.min(...places.map((box) => box[axis])));
+  const [right, bottom] = [0, 1].map((axis) => Math.max(...places.map((box) => box[axis] + box[axis + 2])));
+  await page.evaluate(
+    ([left, top, width, height]) => {
+      const { canvas } = window.app;
+      canvas.ds.scale = Math.min(1550 / width, 850 / height);
+      canvas.ds.offset[0] = 100 / canvas.ds.scale - left;
+      canvas.ds.offset[1] = 130 / canvas.ds.scale - top;
+      canvas.setDirty(true, true);
+    },
+    [left, top, right - left, bottom - top],
+  );
+  await page.waitForTimeout(500);
+}
+
+/** Where the nodes of the templates lie when loaded, and, in one of them, how high they become when it is run. */
+async function templates() {
+  const list = await fetch(`${url}/api/workflow_templates`);
+  const names = (await list.json()).dream4d;
+  for (const vue of [false, true]) {
+    await openWith(vue);
+    const found = { loaded: {} };
+    for (const name of names) {
+      await loadTemplate(name);
+      await lookAtAll();
+      found.loaded[name] = await boxes();
+    }
+    await loadTemplate();
+    await setWidgets(NAMES.static, { "recipe.steps": 8, preview_seconds: 0.1 });
+    await setWidgets(NAMES.motion, { "recipe.steps": 8, preview_seconds: 0.1 });
+    await setWidgets(NAMES.render, { frames: 2, width: 32, height: 32 });
+    await setWidgets(VIEWER, { views: 4, times: 2, heights: 1, size: 32 });
+    await lookAtAll();
+    // what has been seen so far is cached: another seed shows all of it again
+    for (const type of [NAMES.static, NAMES.motion]) await setWidgets(type, { seed: vue ? 2 : 1 });
+    await page.evaluate(() => {
+      window.heights = {};
+      setInterval(() => {
+        for (const { type, boundingRect } of window.app.graph.nodes) {
+          window.heights[type] = Math.max(window.heights[type] ?? 0, boundingRect[3]);
+        }
+      }, 100);
+    });
+    await pressRun();
+    const whole = (type) => {
+      const view = window.app.graph.nodes.find((node) => node.type === type).properties.dream4d_view;
+      return view && !view.coarse && view.ready.length === view.times.length;
+    };
+    await soon(whole, VIEWER, 300000);
+    await settled();
+    const shown = () => window.app.graph.nodes.find((node) => node.type === "SaveVideo").size[1] > 300;
+    found.video = await soon(shown, null, 120000);
+    await page.waitForTimeout(1000);
+    found.heights = await page.evaluate(() => window.heights);
+    found.after = await boxes();
+    await shot(`template-${vue ? "vue" : "classic"}`);
+    seen[vue ? "vue" : "classic"] = found;
+  }
+}
+
+/** A description that a viewer can show, and what a workflow file may hold in its place. */
+const GOOD = {
+  name: "0123456789abcdef0123",
+  subfolder: "dream4d_view",
+  type: "temp",
+  size: 48,
+  azimuths: 6,
+  elevations: [5, 50],
+  times: [0, 0.5, 1],
+  passes: ["rgb", "depth", "normals"],
+  ready: [0, 1, 2],
+  coarse: false,
+};
+const many = (value) => Array.from({ length: 20000 }, (_, index) => value ?? index);
+const DAMAGED = {
+  "no times": { ...GOOD, times: [] },
+  "text in times": { ...GOOD, times: ["a", "b", "c"] },
+  "null in times": { ...GOOD, times: [null, null, null] },
+  "many times": { ...GOOD, times: many(0.5), ready: many() },
+  "many ready": { ...GOOD, ready: many(1) },
+  "ready beyond the end": { ...GOOD, ready: [7] },
+  "text in ready": { ...GOOD, ready: ["0", {}] },
+  "fractions in ready": { ...GOOD, ready: [0.5] },
+  "huge size": { ...GOOD, size: 1e9 },
+  "huge numbers": { ...GOOD, size: 1e9, azimuths: 1e9 },
+  "text for size": { ...GOOD, size: "96" },
+  "no elevations": { ...GOOD, elevations: [] },
+  "text in elevations": { ...GOOD, elevations: ["low", { high: 1 }] },
+  "many elevations": { ...GOOD, elevations: many(5) },
+  "passes of others": { ...GOOD, passes: ["constructor", "__proto__"] },
+  "objects in passes": { ...GOOD, passes: [{}, []] },
+  "a path for a name": { ...GOOD, name: "../../input/private" },
+  "a number for a name": { ...GOOD, name: 7 },
+  "another folder": { ...GOOD, type: "input", subfolder: ".." },
+  "lists in lists": { ...GOOD, times: [[0], [[0.5]]], elevations: [[]] },
+  "a text": "dream4d",
+  "a list": [1, 2, 3],
+  "a number": 1e300,
+  "nothing": null,
+  "true": true,
+};
+
+/** Workflows with damaged viewers: are all the other nodes there, and do the viewers work after a run? */
+async function damaged() {
+  for (const vue of [false, true]) {
+    await openWith(vue);
+    const start = seen.errors.length;
+    const found = { kinds: Object.keys(DAMAGED), lost: {}, stray: [] };
+    const makeFlow = (views, changes = {}) =>
+      page.evaluate(
+        async ([type, views, changes]) => {
+          const { app } = window;
+          const pair = (id) => [
+            { id, type: "Dream4DLoadScene", pos: [0, id * 300], size: [300, 80], widgets_values: ["red_cube.safetensors [example]"] },
+            { id: id + 1, type, pos: [400, id * 300], size: [340, 460], widgets_values: [6, 3, 2, 32] },
+            { id: id + 2, type: "MarkdownNote", pos: [800, id * 300], size: [200, 90], widgets_values: ["stays"] },
+          ];
+          const nodes = views.flatMap((view, n) => {
+            const [load, show, note] = pair(3 * n + 1);
+            load.outputs = [{ name: "scene", type: "DREAM4D_SCENE", links: [n + 1] }];
+            show.inputs = [{ name: "scene", type: "DREAM4D_SCENE", link: n + 1 }];
+            show.properties = { dream4d_view: view };
+            return [load, Object.assign(show, changes), note];
+          });
+          const links = views.map((_, n) => [n + 1, 3 * n + 1, 0, 3 * n + 2, 0, "DREAM4D_SCENE"]);
+          const flow = { version: 0.4, last_node_id: nodes.length, last_link_id: links.length, nodes, links };
+          await app.loadGraphData(JSON.parse(JSON.stringify({ ...flow, groups: [], extra: {} })));
+          return app.graph.nodes.length - nodes.length;
+        },
+        [VIEWER, views, changes],
+      );
+    const asked = seen.asked;
+    for (const [kind, view] of Object.entries(DAMAGED)) {
+      const less = await makeFlow([view]).catch((error) => String(error));
+      await lookAt(VIEWER);
+      const hint = await viewer(0, ".d4d-hint").textContent({ timeout: 5000 }).catch(() => "no viewer");
+      if (less !== 0 || !hint.includes("Run the workflow")) found.lost[kind] = [less, hint];
+    }
+    found.asked = seen.asked - asked;
+    for (const [kind, changes] of Object.entries({
+      "properties are a text": { properties: "text" },
+      "properties are null": { properties: null },
+      "a huge node": { size: [1e9, 1e9] },
+      "a node of text": { size: ["wide", null] },
+      "odd widgets": { widgets_values: ["x", null, -1e9, 1e400] },
+      "no widgets": { widgets_values: null },
+    })) {
+      const less = await makeFlow([null], changes).catch((error) => String(error));
+      await page.waitForTimeout(300);
+      if (less !== 0) found.lost[kind] = less;
+    }
+    // all of them at once, and a run: every viewer comes back to life
+    await makeFlow(Object.values(DAMAGED).slice(0, 3));
+    await lookAt(VIEWER);
+    await pressRun();
+    found.works = await waitForPicture(120000, 0);
+    const before = await settled(0);
+    await drag(0, 110, 0);
+    found.turns = await changed(before, 0);
+    found.messages = await page.evaluate(
+      ([good, views]) => {
+        const { api } = window.app;
+        const id = window.app.graph.nodes.find((node) => node.type === "Dream4DPreview4D").id;
+        const send = (detail) => api.dispatchEvent(new CustomEvent("dream4d.view", { detail }));
+        for (const view of views) send({ node: id, view });
+        for (const detail of [null, undefined, "text", 7, {}, { node: id }, { node: null, view: good }]) send(detail);
+        for (const node of [999, "3:7", "1:2:3", [], {}, "__proto__", -1, ""]) send({ node, view: good });
+        return true;
+      },
+      [GOOD, Object.values(DAMAGED)],
+    );
+    found.stays = (await settled(0)).colours > 20;
+    found.copied = await tryLife();
+    await shot(`damaged-${vue ? "vue" : "classic"}`);
+    found.errors = seen.errors.splice(start);
+    seen[vue ? "vue" : "classic"] = found;
+  }
+}
+
+/** A viewer's node is copied, put into a subgraph and taken out of it, removed and added again. */
+async function tryLife() {
+  const found = {};
+  const inDom = () => page.locator(".d4d-view").count();
+  found.copies = await page.evaluate((type) => {
+    const { app } = window;
+    const [node] = app.graph.nodes.filter((node) => node.type === type);
+    const copy = node.clone();
+    app.graph.add(copy);
+    copy.pos = [400, -700];
+    return [node, copy].map((each) => each.properties.dream4d_view?.name);
+  }, VIEWER);
   await page.waitForTimeout(1000);
-  seen.severalClassic = await trySeveral("several-classic");
+  found.again = await page.evaluate(async (type) => {
+    const { app } = window;
+    const [node] = app.graph.nodes.filter((node) => node.type === type);
+    app.graph.remove(node);
+    await new Promise((done) => setTimeout(done, 500));
+    app.graph.add(node);
+    return app.graph.nodes.filter((each) => each.type === type).indexOf(node);
+  }, VIEWER);
+  await page.evaluate(
+    ([type, n]) => {
+      const node = window.app.graph.nodes.filter((node) => node.type === type)[n];
+      node.pos = [400, 2000];
+      node.setSize([node.size[0] + 120, node.size[1] + 90]);
+    },
+    [VIEWER, found.again],
+  );
+  await lookAt(VIEWER, found.again);
+  const last = (await inDom()) - 1;
+  found.grows = await soon(() => {
+    const all = [...document.querySelectorAll(".d4d-stage canvas")];
+    return all.every((canvas) => !canvas.clientWidth || canvas.width === canvas.clientWidth * devicePixelRatio);
+  }, null, 20000);
+  found.viewers = last + 1;
+  found.subgraph = await page.evaluate(async (type) => {
+    const { app } = window;
+    const [node] = app.graph.nodes.filter((node) => node.type === type);
+    const made = app.graph.convertToSubgraph(new Set([node]));
+    await new Promise((done) => setTimeout(done, 500));
+    const inner = made.subgraph.nodes.find((each) => each.type === type);
+    const id = `${made.node.id}:${inner.id}`;
+    const { name, ...rest } = inner.properties.dream4d_view;
+    app.api.dispatchEvent(new CustomEvent("dream4d.view", { detail: { node: id, view: { name: "other", ...rest } } }));
+    return [Boolean(name), inner.properties.dream4d_view.name];
+  }, VIEWER);
+  return found;
+}
+
+const PARTS = { story, several, templates, damaged };
+
+try {
+  await PARTS[part]();
 } catch (error) {
   seen.failed = String(error.stack ?? error);
   await shot("failed").catch(() => {});
