@@ -268,21 +268,21 @@ class Run:
         if isinstance(self.recipe, MotionRecipe):
             config = replace(config, deformation=self.recipe.deformation)
         try:
-            for words in (self.prompt, self.negative):
-                check_header(config, self._provenance(words, self.recipe.steps))
-            check_recipe(self.recipe, self.stage)
-            if not 0 <= self.seed < 2**63:
+            if isinstance(self.seed, int) and not 0 <= self.seed < 2**63:
                 raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
+            for words in (self.prompt, self.negative):
+                check_header(config, self._provenance(words))
+            check_recipe(self.recipe, self.stage)
             check_folder(runs_folder(), disk_bytes((self.recipe,), config), _ANOTHER_PLACE)
         except ValueError as error:
             raise RunError(str(error)) from error
 
     def provenance(self) -> Provenance:
         """Where the result comes from."""
-        return self._provenance(self.prompt, self.recipe.steps)
+        return self._provenance(self.prompt)
 
-    def _provenance(self, words: str, steps: int) -> Provenance:
-        return Provenance(words, self.recipe.name, self.seed, steps, versions(), self.parent)
+    def _provenance(self, words: str) -> Provenance:
+        return Provenance(words, self.recipe.name, self.seed, self.recipe.steps, versions(), self.parent)
 
     def identity(self, device: torch.device) -> dict:
         """The tree that a checkpoint is recognised by, as JSON gives it back."""
@@ -427,7 +427,9 @@ def _train(
         kept = set_aside(files.checkpoint)
         if kept is None:
             raise RunError(f"{error}; it can't be renamed either: remove it, or choose {START_OVER!r}") from error
-        reporter.note(f"{error}: it is kept as {kept.name}, and the run starts over")
+        other = f"{files.checkpoint} belongs to other settings"
+        why = other if isinstance(error, ResumeMismatch) else str(error)
+        reporter.note(f"{why}: it is kept as {kept.name}, and the run starts over")
         scene, _ = train(guidance, **given)
     save_scene(files.result, scene, run.provenance())
     files.checkpoint.unlink(missing_ok=True)

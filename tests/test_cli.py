@@ -282,6 +282,7 @@ def test_results_are_not_overwritten(run, tmp_path, capsys, priors):
     assert "already holds" in line and "--overwrite" in line
     unfinished = tmp_path / "u"
     (unfinished / "unfinished").mkdir(parents=True)
+    (unfinished / "run.json").write_text('{"command": "text-to-4d", "status": "failed"}')
     assert "--resume" in fails(capsys, "text-to-4d", PROMPT, "--out", str(unfinished), *priors)
     assert main(["text-to-4d", "--resume", str(run[0])]) == 0
     assert "nothing to resume" in capsys.readouterr().out
@@ -589,7 +590,7 @@ def test_resume_refuses_other_settings(run, tmp_path, capsys):
     assert "text-to-4d" in fails(capsys, "text-to-3d", "--resume", str(folder))
     assert "leave --out" in fails(capsys, *base, "--out", str(tmp_path / "other"))
     (folder / "run.json").write_text("{")
-    assert "can't be read" in fails(capsys, *base)
+    assert "run.json is not valid JSON" in fails(capsys, *base)
     (folder / "run.json").write_text(json.dumps(record | {"settings": {"options": {}}}))
     assert "can't be used to resume" in fails(capsys, *base)
 

@@ -441,6 +441,7 @@ def test_a_prior_that_overflows_ends_the_run_and_the_last_good_state_is_kept(tmp
     assert reports[7].nonfinite == {"multiview": 0.5} and reports[7].warning == "multiview prior: 50 % not finite"
     assert not torch.equal(states[2], states[3]) and torch.equal(states[3], states[8]), "the bad steps changed nothing"
     saved = load_checkpoint(path)
+    assert saved.step == 4, "the bad steps were not saved"
     assert torch.equal(saved.tensors["scene.canonical.grid.table"].flatten()[:9], states[3][:9])
 
 

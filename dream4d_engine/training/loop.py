@@ -347,7 +347,8 @@ def fit(
             )
         stop = done < steps and control.should_stop is not None and control.should_stop()
         stop = team.any(stop)
-        if stop or done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds:
+        due = done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds
+        if stop or (due and not seen.silent):  # nothing new is to be saved while a prior is silent
             save(done)
             saved_at = clock()
         if stop:
@@ -375,6 +376,11 @@ class _Seen:
     def nonfinite(self) -> dict[str, float]:
         """By prior: the share of all its answers that was not finite, where it isn't 0."""
         return {prior: total / self._n_steps for prior, total in self._nonfinite.items() if total}
+
+    @property
+    def silent(self) -> bool:
+        """Whether a prior gave no answer in the latest step that was read."""
+        return self._silent_run > 0
 
     def add(self, step: int, found: _Found) -> None:
         """A step was taken: read those that are old enough."""
