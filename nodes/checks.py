@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import comfy.model_management as management
 from comfy_api.latest import io
 
-from ..dream4d_engine.documents import describe
+from ..dream4d_engine.documents import describe, text_fault
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
 from .doors import DoorError, check_values
 from .session import RunError, missing_prior, needed_priors
@@ -111,14 +111,17 @@ def recipe_name(choice: Mapping | str | None, name: str = "recipe") -> str | Non
 
 def check_recipe(name: str | None, known: Mapping) -> Verdict:
     """Refuse a recipe that isn't known."""
-    return True if name in known else f"unknown recipe: choose one of {', '.join(known)}"
+    return True if isinstance(name, str) and name in known else f"unknown recipe: choose one of {', '.join(known)}"
 
 
 def check_prompt(prompt: str | None) -> Verdict:
-    """Refuse an empty prompt; None means that it comes from another node and isn't known yet."""
-    if prompt is None or prompt.strip():
+    """Refuse an empty prompt, or one that no file can hold; None comes from another node and isn't known yet."""
+    if prompt is None:
         return True
-    return "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+    fault = text_fault(prompt)
+    if fault is not None:
+        return f"the prompt {fault}"
+    return True if prompt.strip() else "the prompt is empty: say what to make, for example 'a red cube is jumping'"
 
 
 def check_priors(recipe: StaticRecipe | MotionRecipe, connected: Mapping[str, str]) -> Verdict:

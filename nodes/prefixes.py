@@ -30,12 +30,10 @@ def fill_in(prefix: str, graph: Mapping | None, now: datetime) -> str:
     """
 
     def replacement(found: re.Match) -> str:
-        title, dot, widget = found[1].partition(".")
-        if found[1].startswith("date:") and not dot:
-            return _date(found[1].removeprefix("date:"), now)
-        if not dot or "." in widget:
-            return found[0]
-        value = _widget(graph or {}, title, widget)
+        parts = found[1].split(".")
+        if len(parts) != 2:  # of a date, too, the front end takes only what stands before a dot
+            return _date(parts[0][5:], now) if parts[0].startswith("date:") else found[0]
+        value = _widget(graph or {}, *parts)
         return found[0] if value is None else _UNSAFE.sub("_", value)
 
     return re.sub("%([^%]+)%", replacement, prefix)

@@ -248,7 +248,8 @@ GRAPH = {
     [
         ("dream4d/scene", "dream4d/scene"),
         ("%date:yyyy-MM-dd%/s", "2026-03-07/s"),
-        ("%date:yy.M.d_h-m-s%", "%date:yy.M.d_h-m-s%"),  # the front end leaves dots alone too
+        ("%date:yy.M.d_h-m-s%", "26"),  # so the front end does it
+        ("%date:yyyy.MM%", "%date:yyyy.MM%"),
         ("%date:yyMd_hms%", "2637_952"),
         ("%date:hhmmss%x%date:yyy%", "090502xyyy"),
         ("%date:%", ""),
