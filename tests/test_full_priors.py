@@ -16,6 +16,7 @@ LOADERS = {
 }
 CASES = REPOSITORY / "tests" / "data" / "cases"
 TOY = REPOSITORY / "dream4d_engine" / "priors" / "toy"
+CASES = REPOSITORY / "tests" / "data" / "cases"
 
 
 def load_node(kind: str, model: str, **changes) -> dict:
@@ -124,3 +125,14 @@ def test_a_lora_that_is_not_there_is_refused(server):
     graph = lora_graph(1.0)
     graph["5"]["inputs"]["lora"] = "../secret.safetensors"
     assert "is not among the files in models/loras" in server.refused(graph)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [("lfs.ckpt", "is a Git LFS pointer"), ("page.safetensors", "is a web page")]
+)
+def test_files_in_disguise_are_named_on_the_loader(server, case, said):
+    folder = server.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(CASES / case, folder / case)
+    message = server.error(graph_with(load_node("Multiview", case)))
+    assert case in message and said in message
