@@ -164,7 +164,7 @@ def test_an_inverted_mask_file_is_told_from_a_good_one(tmp_path):
         good = load_reference(picture, CONFIG, mask=CASES / "mask_255.png")
         turned = load_reference(picture, CONFIG, mask=CASES / "mask_inverted.png")
         assert torch.equal(good.mask, right.mask) and torch.equal(turned.mask, right.mask)
-        assert "inverted" not in good.statement and "the mask is taken as inverted" in turned.statement
+        assert "inverted" not in good.statement and "the mask is white on the background, for" in turned.statement
         assert "--mask-shows" in turned.statement
     obeyed = load_reference(image, CONFIG, mask=CASES / "mask_inverted.png", mask_shows="subject")
     assert obeyed.mask.mean() > 0.3 and "by its mask, white on the subject" in obeyed.statement
