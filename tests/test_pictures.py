@@ -271,6 +271,8 @@ def test_masks_in_every_way_they_are_stored(name, tmp_path):
         (np.arange(128)[:, None].astype(np.float32) - 64, r"holds numbers from -64 to 63, as a model's raw answers"),
         (np.where(np.arange(128) == 5, np.nan, 0.7)[:, None].astype(np.float32), "values that are no numbers"),
         (np.arange(128)[:, None].astype(np.float32) / 300, r"the largest value .* is 0\.423333 \("),
+        (np.array([0, 15, 15, 255] * 32)[:, None], r"holds 0, 15, 255 alone, which look like labels: make a mask"),
+        (np.array([0, 1, 1, 200] * 32)[:, None], r"holds 0, 1, 200 alone, which look like labels: make a mask"),
         (np.zeros((128, 1), np.uint8), "no subject: its mask is empty"),
         (np.full((128, 1), 255, np.uint8), "no subject: its mask covers all of it"),
     ],
