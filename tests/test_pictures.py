@@ -164,7 +164,7 @@ def test_an_inverted_mask_file_is_told_from_a_good_one(tmp_path):
         good = load_reference(picture, CONFIG, mask=CASES / "mask_255.png")
         turned = load_reference(picture, CONFIG, mask=CASES / "mask_inverted.png")
         assert torch.equal(good.mask, right.mask) and torch.equal(turned.mask, right.mask)
-        assert "inverted" not in good.statement and "the mask is taken as inverted" in turned.statement
+        assert "inverted" not in good.statement and "the mask is white on the background, for" in turned.statement
         assert "--mask-shows" in turned.statement
     obeyed = load_reference(image, CONFIG, mask=CASES / "mask_inverted.png", mask_shows="subject")
     assert obeyed.mask.mean() > 0.3 and "by its mask, white on the subject" in obeyed.statement
@@ -271,6 +271,8 @@ def test_masks_in_every_way_they_are_stored(name, tmp_path):
         (np.arange(128)[:, None].astype(np.float32) - 64, r"holds numbers from -64 to 63, as a model's raw answers"),
         (np.where(np.arange(128) == 5, np.nan, 0.7)[:, None].astype(np.float32), "values that are no numbers"),
         (np.arange(128)[:, None].astype(np.float32) / 300, r"the largest value .* is 0\.423333 \("),
+        (np.array([0, 15, 15, 255] * 32)[:, None], r"holds 0, 15, 255 alone, which look like labels: make a mask"),
+        (np.array([0, 1, 1, 200] * 32)[:, None], r"holds 0, 1, 200 alone, which look like labels: make a mask"),
         (np.zeros((128, 1), np.uint8), "no subject: its mask is empty"),
         (np.full((128, 1), 255, np.uint8), "no subject: its mask covers all of it"),
     ],

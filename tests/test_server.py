@@ -608,8 +608,10 @@ def test_what_was_taken_is_shown_before_training(server):
     picture, shown = next((i, e[1]) for i, e in enumerate(events) if e[0] == "picture")
     assert picture < next(i for i, e in enumerate(events) if e[0] == "text" and "loading the models" in e[1])
     image = Image.open(io.BytesIO(shown[shown.index(b"\xff\xd8") :])).convert("RGB")
-    assert image.size == (150, 150)
-    assert image.getpixel((3, 3)) > (240, 240, 240) and image.getpixel((75, 75))[1] > 100 > image.getpixel((75, 75))[0]
+    assert image.size == (200, 200)
+    assert (
+        image.getpixel((3, 3)) > (240, 240, 240) and image.getpixel((90, 100))[1] > 100 > image.getpixel((90, 100))[0]
+    )
 
 
 def test_a_mask_that_may_mean_both_is_asked_about(server):

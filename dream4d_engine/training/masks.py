@@ -85,6 +85,7 @@ def read_mask(pixels: Pixels) -> Solid:
     unit = high if high > 1.5 else 1.0
     soft = _brightest(pixels.sample(SAMPLED))[0] / unit
     if high / unit > 0.5:
+        _refuse_labels(pixels, soft)
         white = torch.cat([_brightest(strip)[0] > unit / 2 for _, strip in pixels.strips()])
         return Solid(white, soft.clamp(0, 1))
     white, most = [], max(high, 1e-30)
@@ -106,6 +107,18 @@ def read_mask(pixels: Pixels) -> Solid:
         )
     note = f"the {pixels.name} holds 0 and {largest:.6g} alone, and {largest:.6g} was taken for white" if high else ""
     return Solid(torch.cat(white), soft / most if high else soft, note)
+
+
+def _refuse_labels(pixels: Pixels, soft: Tensor) -> None:
+    """Refuse a file of a few levels much of which is dark: 0, the labels of objects, and 255 where nothing is known."""
+    levels, counts = soft.unique(return_counts=True)
+    dark = (levels > 0) & (levels <= 0.5)
+    if pixels.stored and len(levels) <= 4 and counts[dark].sum() > 0.2 * counts[levels > 0].sum():
+        values = ", ".join(f"{level * pixels.largest:.6g}" for level in levels.tolist())
+        raise PictureError(
+            f"the {pixels.name} holds {values} alone, which look like labels: make a mask of the one object, white on "
+            "black"
+        )
 
 
 def _brightest(strip: Tensor) -> tuple[Tensor, Tensor]:

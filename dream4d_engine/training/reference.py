@@ -209,8 +209,8 @@ def _subject(picture: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Te
     if reading.shows == UNKNOWN:
         raise unclear_mask(given.white, seen[..., :3], reading.reason)
     if reading.shows == BACKGROUND:
-        inverted = f"the mask is taken as inverted, white on the background, for {reading.reason}"
-        notes = [f"{inverted} (if that is wrong, say so with mask_shows or --mask-shows)", given.note]
+        inverted = f"the mask is white on the background, for {reading.reason}, and was inverted"
+        notes = [f"{inverted} (mask_shows or --mask-shows says otherwise)", given.note]
         return ~given.white, "the black part of its mask", notes
     return given.white, "its mask", [given.note]
 
