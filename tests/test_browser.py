@@ -136,6 +136,7 @@ def test_the_templates_leave_room_for_what_their_nodes_show(templates, when):
     assert found["video"], "Save Video shows its video"
     assert overlaps([(box["type"], *box["box"]) for box in found["after"]]) == [], "after a real run"
     grown = found["heights"]
+    assert grown["SaveVideo"] > 300 + HEAD, "what it becomes has been measured"
     for name, boxes in found["loaded"].items():
         high = [(b["type"], *b["box"][:3], max(b["box"][3], grown.get(b["type"], 0))) for b in boxes]
         assert overlaps(high) == [], name

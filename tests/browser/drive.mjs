@@ -309,9 +309,14 @@ async function several() {
   }
 }
 
-/** Each node's place with its head, [x, y, width, height] in units of the canvas. */
+/** Each node's place with its head, [x, y, width, height] in units of the canvas; its boundingRect lags behind. */
 const boxes = () =>
-  page.evaluate(() => window.app.graph.nodes.map(({ id, type, boundingRect }) => ({ id, type, box: [...boundingRect] })));
+  page.evaluate(() => {
+    const head = window.LiteGraph.NODE_TITLE_HEIGHT;
+    return window.app.graph.nodes.map(({ id, type, pos, size }) => {
+      return { id, type, box: [pos[0], pos[1] - head, size[0], size[1] + head] };
+    });
+  });
 
 /** Move the canvas so that all nodes are seen, with room for what they will show. */
 async function lookAtAll() {
@@ -354,8 +359,8 @@ async function templates() {
     await page.evaluate(() => {
       window.heights = {};
       setInterval(() => {
-        for (const { type, boundingRect } of window.app.graph.nodes) {
-          window.heights[type] = Math.max(window.heights[type] ?? 0, boundingRect[3]);
+        for (const { type, size } of window.app.graph.nodes) {
+          window.heights[type] = Math.max(window.heights[type] ?? 0, size[1] + window.LiteGraph.NODE_TITLE_HEIGHT);
         }
       }, 100);
     });
