@@ -88,7 +88,7 @@ def main() -> int:
             print(f"lowest versions: not tried here: {reason}")
             return 0
         python = [str(place / "venv" / "bin" / "python"), "-m"]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         steps = ["--steps", "2", "--motion-steps", "2", "--size", "32", "--orbit-frames", "2", "--part-frames", "2"]
         make = ["dream4d_engine", "text-to-4d", "a red cube is jumping", *steps, "--out", str(place / "run")]

@@ -157,7 +157,9 @@ def read_video(path: Path) -> Video:
     try:
         with av.open(str(Path(path).absolute())) as container:
             stream = container.streams.video[0]
-            pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            # with a range asked for, PyAV before 17 takes the file's own color matrix too
+            frames = (frame.reformat(format="rgb24", dst_color_range="JPEG") for frame in container.decode(stream))
+            pictures = [torch.from_numpy(frame.to_ndarray()) for frame in frames]
             title = container.metadata.get("title", "")
             fps = float(stream.average_rate or 0)
             codec = stream.codec_context.codec.canonical_name

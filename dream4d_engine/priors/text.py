@@ -202,12 +202,11 @@ def _class_of(folder: Path, settings: dict[str, Any]) -> str:
     declared = field(settings, "tokenizer_class", str, where, PriorError, "")
     name = declared.removesuffix("Fast")
     if name not in _CLASSES and (declared or "auto_map" in settings):
+        said = f"tokenizer_class is {describe(declared)}" if declared else "tokenizer_class is missing"
         program = (
             "; it comes with a program of its own (auto_map), which is never run" if "auto_map" in settings else ""
         )
-        raise PriorError(
-            f"{where}: tokenizer_class is {describe(declared)}{program}: the tokenizers of CLIP and T5 can be used"
-        )
+        raise PriorError(f"{where}: {said}{program}: the tokenizers of CLIP and T5 can be used")
     here = {file for file in _FILES if (folder / file).is_file()}
     if name == "PreTrainedTokenizer" and "tokenizer.json" not in here:
         raise PriorError(f"{folder} is not a complete tokenizer: tokenizer.json is missing")
