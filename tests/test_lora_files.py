@@ -11,8 +11,8 @@ from pathlib import Path
 import ldm_layout as layout
 import pytest
 import torch
+from ldm_layout import WIDTH, small
 from safetensors.torch import load_file, save_file
-from test_single_file import WIDTH, small
 
 from dream4d_engine.priors import ldm_keys
 from dream4d_engine.priors.identify import identify, identify_all, open_source
