@@ -345,7 +345,7 @@ def test_words_that_are_no_text_are_refused_before_anything_is_made(tmp_path, pr
     }[flag]
     done = in_a_plain_terminal(*words)
     assert done.returncode == 2 and done.stdout == b""
-    assert b"is no text in UTF-8: rename" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert b"is no text in UTF-8: set the terminal to UTF-8" in done.stderr and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

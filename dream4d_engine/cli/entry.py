@@ -55,8 +55,8 @@ def _dispatch(words: list[str]) -> int:
     strange = next((word for word in words if not is_text(word)), None)
     if strange is not None:  # tokenizers and safetensors take no such words and paths
         raise UsageError(
-            f"{ascii(strange)} is no text in UTF-8: rename that file or folder, or set the terminal to UTF-8 (on Linux "
-            "LC_ALL=C.UTF-8)"
+            f"{ascii(strange)} is no text in UTF-8: set the terminal to UTF-8 (on Linux LC_ALL=C.UTF-8), or rename the "
+            "file or folder that it names"
         )
 
     name, options = words[0], parse(words[0], words[1:])
