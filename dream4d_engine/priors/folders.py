@@ -138,8 +138,7 @@ class FolderSource:
             else:
                 if part != "clip_camera_projection":
                     read_json(self.path, f"{part}/config.json")
-                for path in weight_files(self.path, part, _WEIGHTS[part]):
-                    refuse_disguise(path)
+                weight_files(self.path, part, _WEIGHTS[part])
 
     def schedule(self) -> tuple[Tensor, str]:
         """Return (alphas_bar [T], prediction_type)."""
@@ -345,19 +344,28 @@ def guess_kind(folder: Path, unet_config: dict[str, Any]) -> PriorKind:
 def weight_files(folder: Path, part: str, stem: str) -> list[Path]:
     """Return the files that hold the weights of a part: full precision before "fp16", .safetensors before .bin.
 
-    PriorError names the file that is missing, be it one of several that together hold the weights.
+    A form that is there in part (its list without its pieces, pointers in place of files) is passed over where another
+    one is whole. PriorError names what is missing or wrong, be it one of several files that together hold the weights.
     """
     place = folder / part
     names = {path.name for path in place.glob("*")}
     stems = (stem, "pytorch_model") if stem == ENCODER else (stem,)
+    wrong: PriorError | None = None
     for infix in ("", ".fp16"):
         for suffix in (".safetensors", ".bin"):
             for name in stems:
-                if f"{name}{infix}{suffix}" in names:
-                    return [place / f"{name}{infix}{suffix}"]
-                if f"{name}{suffix}.index{infix}.json" in names:
-                    return _pieces(folder, part, f"{name}{suffix}.index{infix}.json", names)
-    raise PriorError(f"{folder} is not a complete diffusers folder: {part}/{stem}.safetensors is missing")
+                lists = (f"{name}{suffix}.index{infix}.json", f"{name}{suffix}{infix}.index.json")  # newer, older
+                for file in dict.fromkeys((f"{name}{infix}{suffix}", *lists)):
+                    if file not in names:
+                        continue
+                    try:
+                        found = _pieces(folder, part, file, names) if file.endswith(".json") else [place / file]
+                        for path in found:
+                            refuse_disguise(path)
+                        return found
+                    except PriorError as error:
+                        wrong = wrong or error
+    raise wrong or PriorError(f"{folder} is not a complete diffusers folder: {part}/{stem}.safetensors is missing")
 
 
 def _pieces(folder: Path, part: str, name: str, names: Iterable[str]) -> list[Path]:

@@ -26,7 +26,7 @@ CLIP_TOKENS = 77
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
-_OPEN_CLIP_PAD = "!"
+_OPEN_CLIP_PAD, _T5_PAD = "!", "<pad>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ _KEPT = {
 _CLASSES = {
     "CLIPTokenizer": ("CLIPTokenizerFast", "CLIPTokenizer"),
     "T5Tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
-    "PreTrainedTokenizer": ("PreTrainedTokenizerFast",),
+    **dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ("PreTrainedTokenizerFast",)),
 }
 """By the name in the folder, without "Fast": those of transformers, of which a version has the first or the second."""
 _MOST_BYTES, _MOST_GROWTH = 2**24, 64
@@ -170,7 +170,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     Stable Diffusion 2 pads with token 0, which is "!"; its folders say so in special_tokens_map.json alone, and not
     every version of transformers reads that. Where it is read, "!" becomes a mark that is cut out of every word (a
-    prompt's "!!" is then two paddings, which the model never saw in training): so it is kept out of the tokenizer.
+    prompt's "!!" is then two paddings, which the model never saw in training), and what such a version saves has it
+    among the added tokens, too: so it is kept out of the tokenizer.
     """
     if not folder.is_dir():
         raise PriorError(f"{folder.parent} is not a complete diffusers folder: {folder.name}/ is missing")
@@ -181,12 +182,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     for content, name in ((settings, _SETTINGS), (special, _SPECIAL)):
         for mark in _MARKS:
             _check_mark(content.get(mark), mark, folder / name)
-    plain = {"pad_token": END} if _content_of(special.get("pad_token")) == _OPEN_CLIP_PAD else {}
+    pads = [_content_of(content.get("pad_token")) for content in (special, settings)]
+    plain = {"pad_token": END} if _OPEN_CLIP_PAD in pads else {}
+    left_out = _OPEN_CLIP_PAD if plain else None
+    kept |= plain
+    if "added_tokens_decoder" in kept:
+        added = kept["added_tokens_decoder"]
+        kept["added_tokens_decoder"] = {i: token for i, token in added.items() if _content_of(token) != left_out}
     with tempfile.TemporaryDirectory() as place:
-        _copy_data(folder, Path(place))
+        _copy_data(folder, Path(place), left_out)
         (Path(place) / _SETTINGS).write_text(json.dumps(kept), encoding="utf-8")
         words = _load_words(class_name, Path(place), folder, plain)
     pad = 0 if plain else words.pad_token_id
+    if pad is None:  # a tokenizer.json alone doesn't say it
+        known = words.get_vocab()
+        pad = next((known[mark] for mark in (END, _T5_PAD) if mark in known), None)
     if pad is None:
         raise PriorError(f"{folder / _SETTINGS}: pad_token is missing, or none of the tokenizer's words")
     return Tokenizer(words, pad)
@@ -208,7 +218,7 @@ def _class_of(folder: Path, settings: dict[str, Any]) -> str:
         )
         raise PriorError(f"{where}: {said}{program}: the tokenizers of CLIP and T5 can be used")
     here = {file for file in _FILES if (folder / file).is_file()}
-    if name == "PreTrainedTokenizer" and "tokenizer.json" not in here:
+    if _CLASSES.get(name) == _CLASSES["PreTrainedTokenizer"] and "tokenizer.json" not in here:
         raise PriorError(f"{folder} is not a complete tokenizer: tokenizer.json is missing")
     if name in _CLASSES:
         return name
@@ -246,14 +256,20 @@ def _content_of(mark: Any) -> Any:
     return mark.get("content") if isinstance(mark, dict) else mark
 
 
-def _copy_data(folder: Path, place: Path) -> None:
-    """Copy the tokenizer's files of data, the JSON among them read and looked through."""
+def _copy_data(folder: Path, place: Path, left_out: str | None) -> None:
+    """Copy the tokenizer's files of data, the JSON among them read and looked through; `left_out`: no mark here."""
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
         if path.suffix == ".json":
             content = _read_object(path)
             if path.name == "tokenizer.json":
                 _check_pieces(content, path)
                 content |= {"truncation": None, "padding": None}  # chosen at each call
+                added = field(content, "added_tokens", list, path, PriorError, [])
+                content["added_tokens"] = [
+                    token for token in added if left_out is None or _content_of(token) != left_out
+                ]
+            elif path.name == "added_tokens.json" and left_out is not None:
+                content.pop(left_out, None)
             (place / path.name).write_text(json.dumps(content), encoding="utf-8")
             continue
         try:
