@@ -204,6 +204,23 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, damage):
         load_checkpoint(path)
 
 
+def test_what_lies_in_a_checkpoints_place_is_said_as_it_is(tmp_path):
+    """Nobody has downloaded it, so nothing is said of downloads."""
+    path = tmp_path / "run.checkpoint"
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="run.checkpoint is empty: what was in it is lost$"):
+        load_checkpoint(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="run.checkpoint is a folder, no checkpoint$") as caught:
+        load_checkpoint(path)
+    (path / "x").touch()
+    assert caught.value.path == path and set_aside(path).is_dir() and not path.exists()
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
+        load_checkpoint(path)
+
+
 @pytest.fixture(scope="module")
 def whole_checkpoint(tmp_path_factory):
     """A checkpoint of a run of 6 steps, stopped after 4."""

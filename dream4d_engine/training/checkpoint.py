@@ -224,11 +224,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _disguise(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a folder, no checkpoint"
     try:
         with open(path, "rb") as file:
-            return disguise(file.read(512))
+            head = file.read(512)
     except OSError:
         return None
+    return disguise(head) if head else "is empty: what was in it is lost"  # nobody has downloaded it
 
 
 def _number(path: Path, header: dict[str, str], name: str) -> int | None:
