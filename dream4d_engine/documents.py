@@ -20,6 +20,7 @@ MOST_NODES, MOST_DEPTH = 2**20, 64
 MOST_LETTERS = 2**16
 """Of a text that is kept with a result; a model reads some hundreds of a prompt's."""
 _NUMBER = 40
+_ENCODED = "save it in this encoding (not in UTF-16, as some editors and PowerShell do)"
 _JOINERS = "\u200c\u200d"
 """Invisible, but part of Persian words and of many emoji."""
 _NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
@@ -37,6 +38,8 @@ def parse_document(text: str | bytes, where: object, error: type[ValueError], fo
         raise error(f"{where} holds {len(text):,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
     if form == "JSON" and sum(map(text.count, (b",", b"[") if isinstance(text, bytes) else (",", "["))) > MOST_NODES:
         raise error(f"{where} holds more than {MOST_NODES:,} values: it can't be meant")
+    if isinstance(text, bytes) and b"\0" in text[:4]:  # UTF-16 or UTF-32 without a mark; JSON and YAML hold no NUL
+        raise error(f"{where} is no text in UTF-8: {_ENCODED}")
     try:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         if form == "YAML":
@@ -45,6 +48,8 @@ def parse_document(text: str | bytes, where: object, error: type[ValueError], fo
             content = yaml.safe_load(plain)
         else:
             content = json.loads(plain)
+    except UnicodeDecodeError as reason:
+        raise error(f"{where} is no text in UTF-8: {_ENCODED}") from reason
     except RecursionError as reason:
         raise error(f"{where} is nested too deep to be read") from reason
     except Exception as reason:  # whatever the parsers raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +12,9 @@ from statistics import median
 import torch
 
 from ..cameras import sample_takes, sample_views
+from ..documents import document_bytes
 from ..guidance.distillation import Guidance, distill
-from ..machine import check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
+from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
 from ..priors.architectures import architecture_for, random_guidance
 from ..priors.loading import PriorKind
 from ..profiling import Profile, Profiler
@@ -106,22 +106,29 @@ def bench(options: Bench) -> int:
     names = _all(options.models) if options.recipes == ("all",) else list(options.recipes)
     recipes, variants = {name: _find(name) for name in names}, [_variant(name, device) for name in options.variants]
     measured: list[Measured] = []
+    unsaved: WriteError | None = None
     with stop_on_interrupt() as should_stop, make_progress() as progress:
         for name, recipe in recipes.items():
             for variant in variants:
                 found = _measure(name, recipe, variant, options, device, progress, should_stop)
                 measured += found
-                _save(options.out, measured, device)
+                try:
+                    _save(options.out, measured, device)
+                    unsaved = None
+                except WriteError as error:  # what was measured is still shown at the end
+                    unsaved = error
                 if any(m.error for m in found):
                     progress.say(f"{name} {variant.name}: {next(m.error for m in found if m.error)}")
     say(*table(measured, device))
+    if unsaved is not None:
+        raise unsaved
     return 1 if any(m.error for m in measured) else 0
 
 
 def _save(path: Path | None, measured: list[Measured], device: torch.device) -> None:
     if path is not None:
         found = {"device": _device_name(device), "versions": versions(), "recipes": [asdict(m) for m in measured]}
-        write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
+        write_atomically(path, document_bytes(found))
 
 
 def _all(models: str) -> list[str]:
@@ -138,8 +145,8 @@ def _find(name: str) -> Recipe:
 
 
 def _variant(name: str, device: torch.device) -> Variant:
-    kind, _, budget = name.partition("@")
-    if kind not in _KINDS:
+    kind, limited, budget = name.partition("@")
+    if kind not in _KINDS or (limited and not budget):
         raise UsageError(f"unknown variant {name!r}: write one of {', '.join(_KINDS)}, with @10GiB for a memory budget")
     if budget and device.type != "cuda":
         raise UsageError(f"{name!r} has a memory budget, which is for GPUs; the device is {device.type}")

@@ -44,7 +44,7 @@ def render(options: Render) -> int:
     out = options.out or options.scene.parent / "renders"
     videos = {name: out / f"{options.path}_{name}.mp4" for name in passes if options.video}
     folders = {name: out / f"{options.path}_{name}" for name in passes if options.png}
-    _require_new([*videos.values(), *folders.values()], options.overwrite)
+    _require_new([*videos.values(), *folders.values()], options.overwrite, folders=list(folders.values()))
     check_folder(out, n_frames * len(passes) * height * width * 4)
     span = results.measure_range(scene, cameras, render_options)
     with stop_on_interrupt() as should_stop, make_progress() as progress, ExitStack() as stack:
@@ -64,6 +64,8 @@ def render(options: Render) -> int:
                 if name in folders:
                     folders[name].mkdir(exist_ok=True)
                     save_picture(folders[name] / f"{index:04}.png", picture)
+        for folder in folders.values():
+            _remove_later(folder, n_frames)
     say(f"{out}: {', '.join(path.name for path in [*videos.values(), *folders.values()])}")
     return 0
 
@@ -78,8 +80,20 @@ def _cameras(options: Render, height: int, width: int) -> CameraBatch:
     return orbit(options.frames, height, width, *place, time=time, start_deg=options.azimuth_deg)
 
 
-def _require_new(paths: Sequence[Path], overwrite: bool) -> None:
+def _remove_later(folder: Path, n_frames: int) -> None:
+    """Remove the frames that a longer film left behind the `n_frames` of this one."""
+    for path in folder.glob("[0-9]*.png"):
+        if path.stem.isdecimal() and int(path.stem) >= n_frames:
+            path.unlink()
+
+
+def _require_new(paths: Sequence[Path], overwrite: bool, folders: Sequence[Path] = ()) -> None:
+    """Refuse paths that are taken, even with `overwrite` by what is no file, or no folder for those of `folders`."""
     present = [path for path in paths if path.exists()]
+    for path in present:
+        if path.is_dir() != (path in folders):
+            kinds = ("file", "folder") if path in folders else ("folder", "file")
+            raise UsageError(f"{path} is a {kinds[0]} where a {kinds[1]} belongs: choose another --out")
     if present and not overwrite:
         raise UsageError(f"{present[0]} exists: choose another --out, or --overwrite")
 

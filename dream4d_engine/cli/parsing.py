@@ -143,9 +143,23 @@ def parse(name: str, words: Sequence[str]) -> Any:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     command, prog = COMMANDS[name], f"dream4d {name}"
+    _check_empty(name, words)
     if command.default is None:
         return _tyro(command.call, words, prog)
     return _check_texts(_parse_call(name, command, words, prog))
+
+
+def _check_empty(name: str, words: Sequence[str]) -> None:
+    """Refuse what a shell makes of a variable that isn't set: as a path, an empty word is the folder we are in.
+
+    A prompt that is empty is refused where it is missed.
+    """
+    for before, word in zip([name, *words], words, strict=False):
+        flag = word[:-1] if word.endswith("=") else before if not word else ""
+        if flag.startswith("--") and "=" not in flag and flag not in ("--prompt", "--object-prompt"):
+            raise UsageError(f"{flag} is empty: give it a value, or leave it away")
+    if words and not words[0] and not name.startswith("text-"):
+        raise UsageError(f"{name} is given an empty name: say which file is meant")
 
 
 def _parse_call(name: str, command: Command, words: Sequence[str], prog: str) -> Any:

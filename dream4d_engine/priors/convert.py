@@ -54,6 +54,7 @@ def convert(
     folder = Path(folder)
     if folder.exists() and (not overwrite or not folder.is_dir()):
         raise PriorError(f"{folder} is there already: choose another folder, or overwrite it")
+    _check_replaceable(folder, Path(path))
     source = open_source(path, config)
     if not isinstance(source, LdmSource):
         raise PriorError(
@@ -67,9 +68,7 @@ def convert(
         unfinished.mkdir(parents=True)
         _check_room(unfinished, source, dtype)
         parts = _write(source, facts, unfinished, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        _put_in_place(unfinished, folder)
     except PriorError:
         raise
     except Exception as error:  # OSError, and what the writers of weights make of one
@@ -79,6 +78,38 @@ def convert(
         shutil.rmtree(unfinished, ignore_errors=True)
     n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     return Converted(folder, facts.kind, parts, n_bytes, facts.notes)
+
+
+def _check_replaceable(folder: Path, source: Path) -> None:
+    """Refuse to replace a folder that holds more than a model: whatever is in it would be lost."""
+    if not folder.exists():
+        return
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise PriorError(f"{source} lies in {folder}, which would be replaced: choose another folder")
+    if (folder / "model_index.json").is_file():
+        foreign = next((p for p in sorted(folder.iterdir()) if _is_model_of_its_own(p)), None)
+    else:
+        foreign = next(iter(sorted(folder.iterdir())), None)
+    if foreign is not None:
+        raise PriorError(f"{folder} holds {foreign.name}, which is no part of a model: choose another folder")
+
+
+def _is_model_of_its_own(path: Path) -> bool:
+    return path.is_dir() and (path / "model_index.json").exists()
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """Rename the finished folder; one that it replaces is removed when the new one is there."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_room(folder: Path, source: LdmSource, dtype: torch.dtype) -> None:
