@@ -215,7 +215,7 @@ BROKEN = {
     "list": (b"[1, 2]", "must hold an object, got [1, 2]"),
     "null": (b"null", "must hold an object, got None"),
     "text": (b'"text"', "must hold an object"),
-    "other letters": (b'{"a": "\xff\xfe"}', "is not valid JSON"),
+    "other letters": (b'{"a": "\xff\xfe"}', "is no text in UTF-8"),
     "empty": (b"", "is empty"),
     "pointer": (POINTER, "is a Git LFS pointer"),
     "page": (PAGE, "is a web page"),
