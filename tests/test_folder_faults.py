@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.folders import FolderSource
 from dream4d_engine.priors.loading import load_prior, toy_folder
+from dream4d_engine.priors.text import END, read_tokenizer, write_clip_tokenizer
 
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
 TEXT, TOKENIZER, MARKS = (
@@ -459,3 +460,90 @@ def test_whatever_is_loaded_runs_no_program_and_stays_here(path):
         where = f"{path.name}:{node.lineno}"
         assert given.get("trust_remote_code") == "False" and given.get("local_files_only") == "True", where
     assert "trust_remote_code=True" not in path.read_text(encoding="utf-8")
+
+
+# ---- folders as users have them ----------------------------------------------------------------------------------
+
+
+def padded_with_a_bang(folder: Path) -> Path:
+    """Stable Diffusion 2's tokenizer, as its folder has it."""
+    write_clip_tokenizer(folder, "!")
+    change(folder, "tokenizer_config.json", {"pad_token": END})
+    return folder
+
+
+def saved_again(folder: Path, how: str) -> Path:
+    """What the versions of transformers make of it that read the padding in special_tokens_map.json."""
+    bang = {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    padded_with_a_bang(folder)
+    if how in ("added", "settings alone"):
+        change(
+            folder, "tokenizer_config.json", {"pad_token": "!", "added_tokens_decoder": {"0": bang | {"special": True}}}
+        )
+    if how == "settings alone":
+        (folder / MARKS.rpartition("/")[2]).unlink()
+    if how in ("tokenizer.json", "tokenizer.json beside"):
+        words = read_tokenizer(folder).words
+        words.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        change(folder, "tokenizer.json", {"added_tokens": [{"id": 0, "special": True} | bang]})
+    if how == "tokenizer.json":
+        for name in ("vocab.json", "merges.txt", MARKS.rpartition("/")[2]):
+            (folder / name).unlink()
+        change(folder, "tokenizer_config.json", {"pad_token": "!"})
+    return folder
+
+
+@pytest.mark.parametrize("how", ["added", "settings alone", "tokenizer.json", "tokenizer.json beside"])
+def test_padding_cuts_no_words_in_tokenizers_that_were_saved_again(tmp_path, how):
+    prompts = ["wow!! a red cube, 4k!", "a cube ! !"]
+    right, _ = read_tokenizer(padded_with_a_bang(tmp_path / "published")).tokens(prompts, 77)
+    found = read_tokenizer(saved_again(tmp_path / "again", how))
+    ids, _ = found.tokens(prompts, 77)
+    assert found.pad_id == 0 and torch.equal(ids[:, :12], right[:, :12])
+
+
+@pytest.mark.parametrize("name", [None, "TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_json_alone(tmp_path, name):
+    folder = tmp_path / "tokenizer"
+    write_clip_tokenizer(folder, END)
+    right = read_tokenizer(folder)
+    right.words.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    for path in folder.iterdir():
+        if path.name != "tokenizer.json":
+            path.unlink()
+    if name is not None:
+        change(folder, "tokenizer_config.json", {"tokenizer_class": name})
+    found = read_tokenizer(folder)
+    assert found.pad_id == right.pad_id == 49407
+    assert torch.equal(found.tokens(["wow!! a red cube"], 77)[0], right.tokens(["wow!! a red cube"], 77)[0])
+
+
+def half_precision_beside(folder: Path, form: str) -> None:
+    """The UNet in half precision, beside a full one that isn't there in truth."""
+    place = folder / "unet"
+    state = {name: tensor.half() for name, tensor in load_file(place / UNET_WEIGHTS.rpartition("/")[2]).items()}
+    pieces = [list(state)[::2], list(state)[1::2]]
+    if form == "pointer":
+        replace_file(folder, UNET_WEIGHTS, POINTER)
+        save_file(state, place / "diffusion_pytorch_model.fp16.safetensors")
+        return
+    (folder / UNET_WEIGHTS).unlink()
+    stem, table = "diffusion_pytorch_model", {}
+    for i, names in enumerate(pieces):
+        file = f"{stem}.fp16-{i + 1:05}-of-00002.safetensors"
+        save_file({name: state[name] for name in names}, place / file)
+        table |= dict.fromkeys(names, file)
+    name = "safetensors.fp16.index" if form == "older list" else "safetensors.index.fp16"
+    (place / f"{stem}.{name}.json").write_text(json.dumps({"weight_map": table}))
+    if form == "list without its pieces":
+        missing = dict.fromkeys(state, f"{stem}-00001-of-00002.safetensors")
+        (place / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": missing}))
+
+
+@pytest.mark.parametrize("form", ["pointer", "list without its pieces", "older list"])
+def test_the_form_of_the_weights_that_is_whole_is_taken(tmp_path, form):
+    folder = copy_of("image", tmp_path / "model")
+    full = load_file(folder / UNET_WEIGHTS)
+    half_precision_beside(folder, form)
+    state = load_prior(folder).denoiser.unet.state_dict()
+    assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in full.items())
