@@ -358,7 +358,8 @@ def test_every_number_is_checked_where_it_is_typed(command, doors):
                 continue
             assert line is not None, f"{flag} {value!r} went through"
             assert flag.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
-            assert "must lie in [" in line or "must be a " in line or "takes whole numbers" in line, line
+            said = ("must lie in [", "must be a ", "takes whole numbers", "is empty")
+            assert any(words in line for words in said), line
             assert not any(raw in line for raw in ("literal", "convert", "instantiated", "Tuple", "Error parsing")), (
                 line
             )
@@ -432,7 +433,7 @@ def test_no_number_of_a_recipe_may_be_none_at_all(recipe):
         ("cpu:0:0", "a number stands behind the colon"),
         ("cpu:1", "device 'cpu:1' is not there: this machine has cpu:0"),
         ("cpu:99999999999", "a number stands behind the colon"),
-        ("", "unknown device ''"),
+        ("", "--device is empty: give it a value, or leave it away"),
         ("auto:0", "unknown device 'auto:0': choose auto, cuda, mps or cpu"),
         ("CPU", "unknown device 'CPU'"),
         ("cu\x1b[2Jda", "unknown device"),

@@ -678,7 +678,7 @@ def test_a_broken_lora_is_refused_at_the_door(tmp_path, capsys, monkeypatch, wha
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and re.search(words, errors) and str(path) in errors
     assert main([*command, "--image-lora", "toy", "--image-lora-strength", "nan"]) == 2
-    assert "the strength of a LoRA must lie in [-10, 10], got nan" in capsys.readouterr().err
+    assert "--image-lora-strength must lie in [-10, 10], got nan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -156,7 +156,7 @@ def test_links_to_folders_and_checkpoints_are_found_too(server, tmp_path_factory
 
 
 def test_the_original_checkpoints_can_be_loaded(server):
-    samples = sorted((REPOSITORY / "tests" / "data").rglob("*.ckpt"))
+    samples = sorted((REPOSITORY / "tests" / "data" / "golden").rglob("*.ckpt"))
     if not samples:
         pytest.skip("no checkpoint of the original among the test data")
     for path in samples:
@@ -320,8 +320,8 @@ def test_a_disk_that_fills_up_keeps_the_last_state(server):
     [
         ({"seed": 2**63}, "seed"),
         ({"seed": 2**64 + 1}, "seed"),
-        ({"prompt": "a red \ud800 cube"}, "the prompt holds what is no text in UTF-8"),
-        ({"negative": "\udcff"}, "the prompt holds what is no text in UTF-8"),
+        ({"prompt": "a red \ud800 cube"}, "the prompt holds bytes that are no UTF-8"),
+        ({"negative": "\udcff"}, "negative holds bytes that are no UTF-8"),
     ],
 )
 def test_what_could_not_be_read_back_is_said_before_training(server, changes, said):

@@ -186,7 +186,7 @@ def _matching(patterns: Mapping[str, float], layer: str, where: str, end: float)
     """The first pattern that matches the end of a layer's name, as peft has it; the name itself if none does."""
     if not patterns:
         return layer
-    import regex  # transformers brings it; re knows no bound on time
+    import regex  # re knows no bound on time
 
     for pattern in patterns:
         try:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ..documents import as_object, describe, field, first_line, read_document
+from ..documents import as_object, describe, field, read_document
 from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, open_checkpoint, read_config, shown
 from .configurations import schedule_of
@@ -511,15 +511,7 @@ class NetworksSource:
         if self.config.content.get("scheduler") is None:
             raise PriorError(f"{self.path}: its configuration has no 'scheduler'")
         config, where = self.config.section("scheduler"), f"{self.config.where}: scheduler"
-        steps = field(config, "num_train_timesteps", int, where, PriorError, TIMESTEPS)
-        if not 2 <= steps <= _MOST_STEPS:
-            raise PriorError(f"{where}: num_train_timesteps must lie in [2, {_MOST_STEPS:,}], got {describe(steps)}")
-        try:
-            return schedule_of(config)
-        except PriorError:
-            raise
-        except Exception as error:  # whatever diffusers raises
-            raise PriorError(f"{where} can't be used ({first_line(error)})") from error
+        return schedule_of(config, where)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Build the UNet."""
