@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .randomness import draw_rows
+from .randomness import Source, draw_rows
 from .transfers import send
 
 ElevationLaw = Literal["mixed", "uniform", "sphere"]
@@ -163,38 +163,38 @@ class CameraRanges:
             raise ValueError(f"distance must be positive, got {self.distance}")
 
 
-def _uniform(bounds: tuple[float, float], n: int, generator: torch.Generator) -> Tensor:
-    return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), generator)
+def _uniform(bounds: tuple[float, float], n: int, source: Source) -> Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), source)
 
 
-def _sample_elevation(ranges: CameraRanges, n: int, generator: torch.Generator) -> Tensor:
+def _sample_elevation(ranges: CameraRanges, n: int, source: Source) -> Tensor:
     """Return [n] elevations in radians by the law of `ranges`."""
     low, high = (math.radians(e) for e in ranges.elevation_deg)
-    uniform = _uniform((low, high), n, generator)
-    sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, generator).clamp(-1, 1))
-    coin = draw_rows(torch.rand, (n,), generator) < 0.5
+    uniform = _uniform((low, high), n, source)
+    sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, source).clamp(-1, 1))
+    coin = draw_rows(torch.rand, (n,), source) < 0.5
     return {"uniform": uniform, "sphere": sphere, "mixed": torch.where(coin, uniform, sphere)}[ranges.elevation_law]
 
 
-def _sample_pose(ranges: CameraRanges, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sample_pose(ranges: CameraRanges, n: int, source: Source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (azimuth, elevation, distance, fov_y), each [n, 1]."""
-    azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, generator))
-    elevation = _sample_elevation(ranges, n, generator)
-    fov_y = torch.deg2rad(_uniform(ranges.fov_y_deg, n, generator))
-    distance = _uniform(ranges.distance, n, generator)
+    azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, source))
+    elevation = _sample_elevation(ranges, n, source)
+    fov_y = torch.deg2rad(_uniform(ranges.fov_y_deg, n, source))
+    distance = _uniform(ranges.distance, n, source)
     if ranges.relative_distance:
         distance = distance / torch.tan(fov_y / 2)
     return azimuth[:, None], elevation[:, None], distance[:, None], fov_y[:, None]
 
 
 def sample_views(
-    ranges: CameraRanges, n_groups: int, n_views: int, height: int, width: int, generator: torch.Generator
+    ranges: CameraRanges, n_groups: int, n_views: int, height: int, width: int, source: Source
 ) -> CameraBatch:
     """Draw groups of views evenly spaced in azimuth from a random start, all else common to a group.
 
     With `n_views` = 1 these are independent random cameras. The time is 0.
     """
-    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, generator)
+    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
     azimuth = azimuth + torch.arange(n_views) * (2 * math.pi / n_views)
     azimuth = torch.remainder(azimuth + math.pi, 2 * math.pi) - math.pi
     return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
@@ -206,13 +206,13 @@ def sample_takes(
     n_frames: int,
     height: int,
     width: int,
-    generator: torch.Generator,
+    source: Source,
     time_span: tuple[float, float] = (0.8, 1.0),
 ) -> CameraBatch:
     """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1]."""
-    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, generator)
-    length = _uniform(time_span, n_groups, generator)
-    start = draw_rows(torch.rand, (n_groups,), generator) * (1 - length)
+    azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
+    length = _uniform(time_span, n_groups, source)
+    start = draw_rows(torch.rand, (n_groups,), source) * (1 - length)
     time = start[:, None] + length[:, None] * torch.linspace(0, 1, n_frames)
     return make_cameras(azimuth, elevation, distance, fov_y, time.clamp(0, 1), height, width)
 

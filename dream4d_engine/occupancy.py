@@ -9,10 +9,6 @@ from torch import Tensor, nn
 
 from .transfers import send
 
-UPDATE_EVERY = 16
-"""Training steps between two updates."""
-ALL_CELLS_UNTIL = 256
-"""Updates look at every cell before this step, then at a random quarter."""
 DECAY = 0.95
 MAX_THRESHOLD = 0.01
 N_TIMES = 12
@@ -47,8 +43,7 @@ class OccupancyGrid(nn.Module):
     @torch.no_grad()
     def update(
         self,
-        scene_density_fn: DensityFunction,
-        step: int,
+        density: DensityFunction,
         generator: torch.Generator,
         all_cells: bool,
         times: Tensor,
@@ -57,10 +52,8 @@ class OccupancyGrid(nn.Module):
         """Let the values decay and raise them to what one random point in each cell shows, the maximum over `times`.
 
         Args:
-            step: training step (for the record only: `all_cells` says which cells are looked at).
             all_cells: every cell, or a random quarter. times: [T]. step_size: the renderer's step.
         """
-        del step
         n_cells, device = self.values.numel(), self.values.device
         if all_cells:
             cells = torch.arange(n_cells)
@@ -68,20 +61,20 @@ class OccupancyGrid(nn.Module):
             cells = torch.randperm(n_cells, generator=generator)[: max(1, n_cells // 4)]
         places = torch.rand(len(cells), 3, generator=generator)
         cells, places = send(cells, device), send(places, device)
-        seen = self._max_density(scene_density_fn, self._points(cells, places), times) * step_size
+        seen = self._max_density(density, self._points(cells, places), times) * step_size
         flat = self.values.view(-1)
         flat[cells] = torch.maximum(flat[cells] * DECAY, seen)
         self._threshold()
 
     @torch.no_grad()
-    def refresh(self, scene_density_fn: DensityFunction, times: Tensor, step_size: float, per_side: int = 2) -> None:
+    def refresh(self, density: DensityFunction, times: Tensor, step_size: float, per_side: int = 2) -> None:
         """Set every value to the maximum over per_side^3 evenly spaced points of its cell and all `times`: the exact
         and repeatable way, for evaluation."""
         cells = torch.arange(self.values.numel(), device=self.values.device)
         ticks = (torch.arange(per_side, device=cells.device) + 0.5) / per_side
         best = torch.zeros(len(cells), device=cells.device)
         for place in torch.cartesian_prod(ticks, ticks, ticks):
-            seen = self._max_density(scene_density_fn, self._points(cells, place.expand(len(cells), 3)), times)
+            seen = self._max_density(density, self._points(cells, place.expand(len(cells), 3)), times)
             best = torch.maximum(best, seen * step_size)
         self.values.copy_(best.view_as(self.values))
         self._threshold()

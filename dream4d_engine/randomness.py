@@ -1,60 +1,50 @@
-"""Random numbers that don't depend on how many processes share the work.
+"""Random numbers without state: what is drawn follows from who asks, for which step, and for what.
 
-Everything random is drawn on the CPU from one generator, row by row of a batch (a row: a camera group, or what
-belongs to it). Where several processes each do a part of the batch, all of them draw the whole batch's numbers and
-take their own rows: together they see what one process with the whole batch would see.
+A step's numbers depend on its number alone, so a checkpoint holds no generator and the next step can be prepared ahead
+of its time. A camera group's numbers depend on its place in the whole batch alone, so N processes with n groups each
+draw what one process with N * n groups draws. Everything is drawn on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Source = torch.Generator | Sequence[torch.Generator]
+"""One generator for a whole batch, or one for each of its groups, in order."""
 
-class SharedGenerator(torch.Generator):
-    """A CPU generator of process `rank` of `count`, all of which were given the same seed."""
 
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one step.
+
+    Args:
+        seed: of the run. step: its number; 0 also for what is drawn before the first.
+        rank: of this process among those that share the batch, each with as many groups.
+    """
+
+    seed: int
+    step: int = 0
     rank: int = 0
-    count: int = 1
 
-    @classmethod
-    def of(cls, rank: int, count: int) -> SharedGenerator:
-        """Make one; its seed is still to be set."""
-        generator = cls()
-        generator.rank, generator.count = rank, count
-        return generator
+    def for_(self, purpose: str, group: int | None = None) -> torch.Generator:
+        """A generator for one purpose, and one group of the whole batch; None: the same one in every process."""
+        name = f"{self.seed}/{self.step}/{purpose}/{'' if group is None else group}"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits, as every system takes
 
-
-def share_of(generator: torch.Generator) -> tuple[int, int]:
-    """(rank, count) of a generator; (0, 1) of a plain one."""
-    return getattr(generator, "rank", 0), getattr(generator, "count", 1)
+    def groups(self, purpose: str, n: int) -> tuple[torch.Generator, ...]:
+        """A generator for each of this process's n groups."""
+        return tuple(self.for_(purpose, self.rank * n + i) for i in range(n))
 
 
-def own_rows(whole: Tensor, generator: torch.Generator) -> Tensor:
-    """The rows of this process, of a draw for all of them."""
-    rank, count = share_of(generator)
-    n = len(whole) // count
-    return whole[rank * n : (rank + 1) * n]
-
-
-def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator, **given) -> Tensor:
-    """Draw [n, ...] (torch.rand, torch.randn) for this process's n rows of the batch."""
-    whole = (shape[0] * share_of(generator)[1], *shape[1:])
-    return own_rows(draw(whole, generator=generator, **given), generator)
-
-
-@contextmanager
-def same_for_all(generator: torch.Generator) -> Iterator[None]:
-    """Inside, every process draws the same: for what is no part of the batch."""
-    rank, count = share_of(generator)
-    if count == 1:
-        yield
-        return
-    generator.rank, generator.count = 0, 1
-    try:
-        yield
-    finally:
-        generator.rank, generator.count = rank, count
+def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...], source: Source, **given) -> Tensor:
+    """Draw [n, ...] (torch.rand, torch.randn); of several generators each draws as many of the n rows."""
+    if isinstance(source, torch.Generator):
+        return draw(shape, generator=source, **given)
+    each = (shape[0] // len(source), *shape[1:])
+    return torch.cat([draw(each, generator=generator, **given) for generator in source])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cameras import CameraBatch
-from .randomness import draw_rows
+from .randomness import Source, draw_rows
 from .transfers import send
 
 
@@ -59,7 +59,7 @@ class RaySamples:
         return RaySamples(*columns, self.n_rays)
 
 
-def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torch.Generator | None = None) -> RayBundle:
+def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, source: Source | None = None) -> RayBundle:
     """Cast one ray through every pixel's middle.
 
     Pixel (i, j) looks along ((i + 0.5 - W/2)/f, -(j + 0.5 - H/2)/f, -1) in its camera, f = 0.5 H / tan(fov_y/2).
@@ -77,7 +77,7 @@ def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, generator: torc
     rotation = cameras.c2w[:, :, None, None, :3, :3]
     directions = (rotation * local[..., None, :]).sum(-1)
     if jitter > 0:
-        noise = draw_rows(torch.randn, tuple(directions.shape), generator, dtype=directions.dtype)
+        noise = draw_rows(torch.randn, tuple(directions.shape), source, dtype=directions.dtype)
         directions = directions + jitter * send(noise, device)
     directions = directions / directions.norm(dim=-1, keepdim=True)
     shape = (n_groups, n_frames, height, width)

@@ -14,7 +14,7 @@ from .fields.deformation import DeformationConfig, DeformationField
 from .fields.encodings import require_range
 from .fields.radiance import RadianceConfig, RadianceField
 from .kernels import Kernels, select_kernels
-from .occupancy import ALL_CELLS_UNTIL, N_TIMES, OccupancyGrid
+from .occupancy import N_TIMES, OccupancyGrid
 
 MAX_SAMPLES = 65536
 """Of samples along a ray, the most that make sense."""
@@ -125,11 +125,9 @@ class Scene(nn.Module):
             return torch.zeros(1, device=self.device)
         return torch.linspace(0, 1, N_TIMES, device=self.device)
 
-    def update_occupancy(self, step: int, generator: torch.Generator) -> None:
-        """Update the occupancy grid in training; to be called every `occupancy.UPDATE_EVERY` steps."""
-        all_cells = step < ALL_CELLS_UNTIL
-        step_size = self.config.step_size()
-        self.occupancy.update(self.density, step, generator, all_cells, self.moments(), step_size)
+    def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:
+        """Update the occupancy grid in training, all of its cells or a random quarter."""
+        self.occupancy.update(self.density, generator, all_cells, self.moments(), self.config.step_size())
 
     def refresh_occupancy(self) -> None:
         """Compute the occupancy grid anew, repeatably, from the scene as it is; for evaluation."""

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management as management
@@ -264,9 +264,7 @@ class Run:
 
     def check(self) -> None:
         """Refuse what no run can be made with, or whose result could not be read back."""
-        config = self.start or self.recipe.scene
-        if isinstance(self.recipe, MotionRecipe):
-            config = replace(config, deformation=self.recipe.deformation)
+        config = self.recipe.trained(self.start or self.recipe.scene)
         try:
             if isinstance(self.seed, int) and not 0 <= self.seed < 2**63:
                 raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
@@ -303,7 +301,7 @@ class Run:
 
 
 Trainer = Callable[..., tuple[Scene, FitSummary]]
-"""(guidance, device=, control=, memory_budget=, on_plan=) -> (scene, summary); see train_static."""
+"""(guidance, device=, control=) -> (scene, summary); see train_static."""
 
 
 def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, preview_seconds: float) -> SceneValue:
@@ -417,10 +415,16 @@ def _train(
         on_prior=on_prior,
         extras=extras,
     )
-    control = RunControl(files.checkpoint, identity, on_step, management.processing_interrupted)
-    given = {"device": device, "control": control, "memory_budget": run.memory_budget, "on_plan": reporter.plan}
+    control = RunControl(
+        files.checkpoint,
+        identity,
+        on_step,
+        management.processing_interrupted,
+        memory_budget=run.memory_budget,
+        on_plan=reporter.plan,
+    )
     try:
-        scene, _ = train(guidance, **given)
+        scene, _ = train(guidance, device=device, control=control)
     except (CheckpointError, ResumeMismatch) as error:
         if isinstance(error, CheckpointError) and error.path is None:  # nothing is wrong with the file
             raise RunError(f"{error}; or choose {START_OVER!r}") from error
@@ -430,7 +434,7 @@ def _train(
         other = f"{files.checkpoint} belongs to other settings"
         why = other if isinstance(error, ResumeMismatch) else str(error)
         reporter.note(f"{why}: it is kept as {kept.name}, and the run starts over")
-        scene, _ = train(guidance, **given)
+        scene, _ = train(guidance, device=device, control=control)
     save_scene(files.result, scene, run.provenance())
     files.checkpoint.unlink(missing_ok=True)
     _keep_latest(files.result.parent)

@@ -15,6 +15,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
 
     from dream4d_engine.guidance.denoiser import Conditions
     from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+    from dream4d_engine.guidance.noise import variance_preserving
     from dream4d_engine.schedules import constant
     from dream4d_engine.training.config import GuidanceTerm, RandomBackground
 
@@ -22,7 +23,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
         """Predicts the noisy pictures, shrunk."""
 
         image_size, n_frames = (8, 8), None
-        alphas_bar = torch.linspace(0.999, 0.01, 50)
+        noise = variance_preserving(torch.linspace(0.999, 0.01, 50))
 
         def encode(self, pictures):
             return 2 * pictures - 1
@@ -49,7 +50,9 @@ def recipe_and_guidance(n_groups: int, stage: str):
     phases = (replace(recipe.phases[0], n_groups=n_groups, height=8, width=8),)
     terms = (GuidanceTerm(kind, 1.0, config),)
     background = RandomBackground(probability=0.5)
-    recipe = replace(recipe, phases=phases, guidance=terms, background=background, **changes)
+    # where a gradient is almost 0, dividing it by its own size would make its last bits count
+    optimizer = replace(recipe.optimizer, eps=1e-5)
+    recipe = replace(recipe, phases=phases, guidance=terms, background=background, optimizer=optimizer, **changes)
     return recipe, {kind: Guidance("leaning", Leaning(), conditions, config)}
 
 

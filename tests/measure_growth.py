@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from measure_steps import CUDA, DEVICE, generator, milliseconds, moving_scene, static_scene, step_of, takes, views
+from measure_steps import CUDA, DEVICE, milliseconds, moving_scene, static_scene, step_of, takes, views
 
 from dream4d_engine.guidance.distillation import Guidance, distill
 from dream4d_engine.priors.architectures import ZEROSCOPE_V2, random_guidance
 from dream4d_engine.priors.execution import PLAIN
+from dream4d_engine.randomness import Draw
 from dream4d_engine.rays import rays_from_cameras
 from dream4d_engine.rendering.march import points_of, sample_rays
 from dream4d_engine.training.config import ZEROSCOPE
@@ -102,7 +103,7 @@ def guidance_milliseconds(n_frames: int, size: tuple[int, int]) -> float:
     pictures = torch.rand(1, n_frames, 3, 80, 144, device=DEVICE, requires_grad=True)
 
     def run() -> None:
-        distill(guidance, pictures, cameras, 0.0, generator(1)).loss.backward()
+        distill(guidance, pictures, cameras, 0.0, Draw(1)).loss.backward()
 
     return milliseconds(run, 3)
 

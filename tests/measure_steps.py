@@ -18,13 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dream4d_engine import losses
 from dream4d_engine.cameras import CameraBatch, orbit, sample_takes, sample_views
 from dream4d_engine.kernels import Kernels, select_kernels, torch_kernels
 from dream4d_engine.machine import pick_device
 from dream4d_engine.profiling import profile
 from dream4d_engine.rendering import RenderOptions, render, render_chunked
 from dream4d_engine.scene import Scene, build_scene
+from dream4d_engine.supervision import losses
 from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
 
 DEVICE = pick_device()
@@ -43,7 +43,7 @@ def wait() -> None:
 
 def static_scene() -> Scene:
     scene = build_scene(TEXT_TO_3D.scene, generator(0)).to(DEVICE)
-    scene.update_occupancy(0, generator(0))
+    scene.update_occupancy(generator(0), all_cells=True)
     return scene
 
 
@@ -57,7 +57,7 @@ def moving_scene(levels: int) -> Scene:
     scene.deformation.set_active_levels(levels)
     scene.canonical.requires_grad_(False)
     scene = scene.to(DEVICE)
-    scene.update_occupancy(0, generator(0))
+    scene.update_occupancy(generator(0), all_cells=True)
     return scene
 
 

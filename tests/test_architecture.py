@@ -34,7 +34,7 @@ LEVELS = {
     "assets": 3,
     "rendering": 3,
     "export": 3,
-    "losses": 4,
+    "supervision": 4,
     "training": 5,
     "toyworld": 5,
     "cli": 6,

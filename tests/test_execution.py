@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_flatten
 from dream4d_engine.cameras import make_cameras, sample_takes
 from dream4d_engine.guidance.denoiser import Conditions, split_conditions, stack_conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, distill
+from dream4d_engine.guidance.noise import variance_preserving
 from dream4d_engine.kernels import triton_kernels
 from dream4d_engine.priors import architectures, fused_norm
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.denoisers import UNetDenoiser, accelerated, with_execution
 from dream4d_engine.priors.execution import PLAIN, Execution, Recorder, bring_back, can_compile, in_slices, offload
 from dream4d_engine.priors.frozen import speed_up
+from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
 from dream4d_engine.training.guidance import recorder_for
@@ -67,8 +69,8 @@ def video_unet():
 
 
 def video_denoiser(unet, vae, **changes):
-    alphas_bar = torch.linspace(0.999, 0.01, 50)
-    return UNetDenoiser(unet, alphas_bar, "epsilon", (32, 64), 4, vae, **changes)
+    noise = variance_preserving(torch.linspace(0.999, 0.01, 50))
+    return UNetDenoiser(unet, noise, "epsilon", (32, 64), 4, vae, **changes)
 
 
 def tokens_for(cameras):
@@ -85,7 +87,7 @@ def distilled(guidance, n_groups=2, device=CPU):
     """(loss, gradient on the pictures) of one distillation."""
     cameras = sample_takes(CameraRanges(), n_groups, 4, 16, 16, seeded()).to(device)
     pictures = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
-    loss = distill(guidance, pictures, cameras, 0.0, seeded(2)).loss
+    loss = distill(guidance, pictures, cameras, 0.0, Draw(2)).loss
     return loss.detach(), torch.autograd.grad(loss, pictures)[0]
 
 
@@ -230,7 +232,7 @@ DEVICES = [
 def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution, make_fast, device):
     device = torch.device(device)
     networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
-    plain = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).to(device))
+    plain = video_denoiser(*networks, device=device)
     loss, gradient = distilled(video_guidance(plain), device=device)
     benchmark = torch.backends.cudnn.benchmark
     ready = accelerated(plain, recorder_for(device), compiled=False) if make_fast else plain
@@ -359,7 +361,7 @@ def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
 
     device = torch.device("cuda")
     networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
-    plain = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).cuda())
+    plain = video_denoiser(*networks, device=device)
     _, gradient = distilled(video_guidance(plain), device=device)
     fast = accelerated(replace(plain, execution=execution), GraphRecorder(device), compiled=False)
     for _ in range(2):  # recorded, then replayed
@@ -436,7 +438,7 @@ def test_a_narrow_copy_of_each_architecture_guides(kind, vae_kind, monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator didn't notice"
     cameras = make_cameras(torch.tensor([[0.0, 1.0]]), 0.2, 3.0, 0.7, 0.0, 16, 16)
     pictures = torch.rand(1, 2, 3, 16, 16, generator=seeded()).requires_grad_()
-    distill(guidance, pictures, cameras, 0.0, seeded()).loss.backward()
+    distill(guidance, pictures, cameras, 0.0, Draw(0)).loss.backward()
     assert pictures.grad.isfinite().all() and pictures.grad.any()
 
 

@@ -229,7 +229,7 @@ def test_stable_diffusion(tmp_path, prediction_type):
     assert prior.denoiser.prediction_type == prediction_type
     text, _ = text_conditions(prior, "a cat")(orbit(2, 8, 8))
     x, step = torch.randn(1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 400
-    alpha_bar = prior.denoiser.alphas_bar[step]
+    alpha_bar = prior.denoiser.noise.alphas_bar[step]
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
     noisy = x[0] * alpha_bar.sqrt()
     with torch.no_grad():

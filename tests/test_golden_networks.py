@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dream4d_engine.cameras import CameraBatch, make_cameras
 from dream4d_engine.guidance.combine import published_scale
-from dream4d_engine.guidance.denoiser import Conditions, sigma_of_alpha_bar
+from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.guidance.distillation import (
     Guidance,
     distill_at,
@@ -29,6 +29,7 @@ from dream4d_engine.guidance.distillation import (
     multistep_target,
     sds_gradient,
 )
+from dream4d_engine.guidance.noise import sigma_of_alpha_bar
 from dream4d_engine.guidance.prompts import perp_neg_conditions
 from dream4d_engine.priors.conditioning import camera_vector, picture_conditions, table_conditions
 from dream4d_engine.priors.convert import convert
@@ -92,7 +93,7 @@ def tables(golden: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def predicted_noise(prior, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
     """What the denoiser takes for noise in the variance preserving x [B, F, c, h, w]; timestep [B]."""
-    sigma = sigma_of_alpha_bar(prior.denoiser.alphas_bar[timestep])
+    sigma = sigma_of_alpha_bar(prior.denoiser.noise.alphas_bar[timestep])
     wide = sigma[:, None, None, None, None]
     exploding = x * (1 + wide**2).sqrt()
     return (exploding - prior.denoiser.denoise(exploding, sigma, conditions)) / wide
@@ -104,7 +105,7 @@ def predicted_noise(prior, x: Tensor, timestep: Tensor, conditions: Conditions) 
 def test_multiview_checkpoint_is_what_it_should_be(multiview):
     assert (multiview.kind, multiview.vector, multiview.denoiser.n_frames) == ("multiview", "camera", 4)
     assert multiview.denoiser.image_size == (64, 64) and multiview.denoiser.prediction_type == "epsilon"
-    assert len(multiview.denoiser.alphas_bar) == 1000
+    assert len(multiview.denoiser.noise.alphas_bar) == 1000
     assert not any(p.requires_grad for p in multiview.denoiser.unet.parameters())
 
 
@@ -135,7 +136,7 @@ def test_multiview_loss_and_gradient(golden, multiview, case):
     guidance = Guidance("mvdream", multiview.denoiser, conditions, plain(50.0, loss="x0", rescale=0.5))
     z, noise, t = (golden[f"mvdream.{case}.{k}"][None] for k in ("z", "noise", "t"))
     z.requires_grad_()
-    sigma = sigma_of_alpha_bar(multiview.denoiser.alphas_bar[t])
+    sigma = sigma_of_alpha_bar(multiview.denoiser.noise.alphas_bar[t])
     x = z.detach() + sigma[:, None, None, None, None] * noise
     loss = distillation_loss(z, guided_prediction(guidance, with_c2w(golden))(x, sigma))
     (gradient,) = torch.autograd.grad(loss, z)
@@ -148,7 +149,7 @@ def test_multiview_loss_and_gradient(golden, multiview, case):
 
 def noisy_image_case(golden, image, noise: str):
     z = golden["sd.0.z"][:, None]
-    sigma = sigma_of_alpha_bar(image.denoiser.alphas_bar[golden["sd.0.t"]]).repeat(4)
+    sigma = sigma_of_alpha_bar(image.denoiser.noise.alphas_bar[golden["sd.0.t"]]).repeat(4)
     return z, z + sigma[:, None, None, None, None] * golden[noise][:, None], sigma
 
 
@@ -156,14 +157,14 @@ def test_image_gradient(golden, image):
     guidance = Guidance("sd", image.denoiser, table_conditions(image, *tables(golden)), plain(published_scale(100.0)))
     z, x, sigma = noisy_image_case(golden, image, "sd.0.noise")
     x0 = guided_prediction(guidance, cameras_of(golden).reshape(4, 1))(x, sigma)
-    assert relative_error(sds_gradient(z, x0, sigma)[:, 0], golden["sd.0.grad"]) < TOLERANCE
+    assert relative_error(sds_gradient(z, x0, sigma, image.denoiser.noise)[:, 0], golden["sd.0.grad"]) < TOLERANCE
 
 
 def test_image_perp_neg(golden, image):
     """With the published order of pictures (see test_guidance), which the loaded network is wrapped for."""
     views = torch.arange(4)
     swap = torch.cat([(2 * views + i) % 4 for i in range(2)])
-    denoiser = EpsDenoiser(image.denoiser.unet, image.denoiser.alphas_bar, swap=swap)
+    denoiser = EpsDenoiser(image.denoiser.unet, image.denoiser.noise.alphas_bar, swap=swap)
     text, _ = tables(golden)
     guidance = Guidance(
         "sd",
@@ -174,7 +175,9 @@ def test_image_perp_neg(golden, image):
     )
     z, x, sigma = noisy_image_case(golden, image, "sd.perp_neg.noise")
     x0 = guided_prediction(guidance, cameras_of(golden).reshape(4, 1))(x, sigma)
-    assert relative_error(sds_gradient(z, x0, sigma)[:, 0], golden["sd.perp_neg.grad"]) < TOLERANCE
+    assert (
+        relative_error(sds_gradient(z, x0, sigma, image.denoiser.noise)[:, 0], golden["sd.perp_neg.grad"]) < TOLERANCE
+    )
 
 
 # --- Zero123 -----------------------------------------------------------------------------------------------------
@@ -209,11 +212,11 @@ def test_video_target(whole, n_steps):
     cameras = make_cameras(0.0, 0.0, 3.0, 0.5, torch.linspace(0, 1, 6)[None], 8, 8)  # its first sees the front
     case = f"video.n{n_steps}.0"
     z, noise = (whole[f"{case}.{k}"].transpose(1, 2) for k in ("z", "noise"))
-    timestep, alphas_bar = whole[f"{case}.t"][None], prior.denoiser.alphas_bar
+    timestep, alphas_bar = whole[f"{case}.t"][None], prior.denoiser.noise.alphas_bar
     x = z + sigma_of_alpha_bar(alphas_bar[timestep]) * noise
     recorded = (whole[f"{case}.ddim_noise.{j}"][None] for j in range(n_steps))
     predict = guided_prediction(guidance, cameras)
-    target = multistep_target(x, timestep, alphas_bar, predict, n_steps, lambda shape: next(recorded))
+    target = multistep_target(x, timestep / 1000, prior.denoiser.noise, predict, n_steps, lambda shape: next(recorded))
     assert relative_error(target.transpose(1, 2), whole[f"{case}.target"]) < TOLERANCE
 
 
@@ -226,7 +229,9 @@ def test_pixel_call(golden, whole):
     guidance = Guidance("if", prior.denoiser, conditions, plain(published_scale(20.0)))
     pictures = whole["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
     cameras = cameras_of(whole).reshape(4, 1)
-    output = distill_at(guidance, pictures, cameras, whole["if.t"], lambda shape: golden["if.noise"].reshape(shape))
+    output = distill_at(
+        guidance, pictures, cameras, whole["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
+    )
     (gradient,) = torch.autograd.grad(output.loss, pictures)
     assert relative_error(output.loss.detach(), whole["if.loss"]) < TOLERANCE
     assert relative_error(gradient[:, 0].permute(0, 2, 3, 1), whole["if.rgb_grad"]) < TOLERANCE
@@ -244,7 +249,7 @@ def test_image_file_with_autoencoder(whole):
     guidance = Guidance("sd", prior.denoiser, table_conditions(prior, *tables(whole)), plain(published_scale(100.0)))
     z, x, sigma = noisy_image_case(whole, prior, "sd.0.noise")
     x0 = guided_prediction(guidance, cameras_of(whole).reshape(4, 1))(x, sigma)
-    assert relative_error(sds_gradient(z, x0, sigma)[:, 0], whole["sd.0.grad"]) < TOLERANCE
+    assert relative_error(sds_gradient(z, x0, sigma, prior.denoiser.noise)[:, 0], whole["sd.0.grad"]) < TOLERANCE
     pictures = torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     latents = prior.denoiser.encode(pictures)
     assert latents.shape == (1, 2, 4, 8, 8) and torch.isfinite(prior.denoiser.decode(latents)).all()

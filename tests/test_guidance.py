@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dream4d_engine.cameras import CameraBatch, make_cameras
 from dream4d_engine.guidance.combine import cfg, perp_neg, perpendicular, published_scale, rescale
-from dream4d_engine.guidance.denoiser import Conditions, sigma_of_alpha_bar
+from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.guidance.distillation import (
     DistillationConfig,
     Guidance,
@@ -25,13 +25,14 @@ from dream4d_engine.guidance.distillation import (
     distill,
     distill_at,
     distillation_loss,
-    draw_timestep,
+    draw_shares,
     guided_prediction,
     multistep_target,
+    noise_bounds,
     resize_pictures,
     sds_gradient,
-    timestep_bounds,
 )
+from dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, sigma_of_alpha_bar, variance_preserving
 from dream4d_engine.guidance.prompts import (
     NEGATIVE_PROMPT,
     VIEWS,
@@ -41,6 +42,8 @@ from dream4d_engine.guidance.prompts import (
     view_prompts,
     without_word,
 )
+from dream4d_engine.priors.denoisers import predicted_clean
+from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 
 DATA = Path(__file__).parent / "data" / "guidance"
@@ -94,6 +97,10 @@ class EpsDenoiser:
     n_frames: int | None = None
     swap: Tensor | None = None
 
+    @property
+    def noise(self) -> NoiseSchedule:
+        return variance_preserving(self.alphas_bar)
+
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         table = sigma_of_alpha_bar(self.alphas_bar)
@@ -116,6 +123,10 @@ class RecordedDenoiser:
     alphas_bar: Tensor
     image_size: tuple[int, int] = (8, 8)
     n_frames: int | None = None
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        return variance_preserving(self.alphas_bar)
 
     def encode(self, pictures: Tensor) -> Tensor:
         return 2 * pictures - 1
@@ -140,7 +151,7 @@ def test_published_sds_gradient_of_an_image_prior(golden, image_unet) -> None:
     z, noise = golden["sd.0.z"][:, None], golden["sd.0.noise"][:, None]
     sigma = sigma_of_alpha_bar(golden["alphas_bar"][golden["sd.0.t"]]).repeat(4)
     x0 = guided_prediction(guidance, cameras)(z + sigma[:, None, None, None, None] * noise, sigma)
-    assert relative_error(sds_gradient(z, x0, sigma)[:, 0], golden["sd.0.grad"]) < TOLERANCE
+    assert relative_error(sds_gradient(z, x0, sigma, denoiser.noise)[:, 0], golden["sd.0.grad"]) < TOLERANCE
 
 
 def test_published_perp_neg_gradient(golden, image_unet) -> None:
@@ -165,7 +176,7 @@ def test_published_perp_neg_gradient(golden, image_unet) -> None:
     z, noise = golden["sd.0.z"][:, None], golden["sd.perp_neg.noise"][:, None]
     sigma = sigma_of_alpha_bar(golden["alphas_bar"][golden["sd.0.t"]]).repeat(4)
     x0 = guided_prediction(guidance, cameras)(z + sigma[:, None, None, None, None] * noise, sigma)
-    assert relative_error(sds_gradient(z, x0, sigma)[:, 0], golden["sd.perp_neg.grad"]) < TOLERANCE
+    assert relative_error(sds_gradient(z, x0, sigma, denoiser.noise)[:, 0], golden["sd.perp_neg.grad"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -201,7 +212,8 @@ def test_published_multistep_target(golden, n_steps: int) -> None:
     timestep = golden[f"{case}.t"][None]
     x = z + sigma_of_alpha_bar(alphas_bar[timestep]) * noise
     recorded = iter([golden[f"{case}.ddim_noise.0"][None]])
-    target = multistep_target(x, timestep, alphas_bar, predict, n_steps, lambda shape: next(recorded))
+    schedule = variance_preserving(alphas_bar)
+    target = multistep_target(x, timestep / 1000, schedule, predict, n_steps, lambda shape: next(recorded))
     assert relative_error(target.transpose(1, 2), golden[f"{case}.target"]) < TOLERANCE
 
 
@@ -214,13 +226,15 @@ def test_published_whole_call_of_a_pixel_prior(golden) -> None:
     )
     guidance = Guidance("if", denoiser, lambda c: view_dependent(golden, c), plain(published_scale(20.0)))
     pictures = golden["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
-    output = distill_at(guidance, pictures, cameras, golden["if.t"], lambda shape: golden["if.noise"].reshape(shape))
+    output = distill_at(
+        guidance, pictures, cameras, golden["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
+    )
     (gradient,) = torch.autograd.grad(output.loss, pictures)
     assert relative_error(output.loss.detach(), golden["if.loss"]) < TOLERANCE
     assert relative_error(gradient[:, 0].permute(0, 2, 3, 1), golden["if.rgb_grad"]) < TOLERANCE
-    # the published timesteps come from the same law: uniform, both bounds included
-    drawn = draw_timestep(guidance.config, 1000, 4, 0.0, torch.Generator().manual_seed(700))
-    assert torch.equal(drawn, golden["if.t"])
+    # the published timesteps lie within the same bounds
+    low, high = noise_bounds(guidance.config, denoiser.noise, 0.0)
+    assert low <= golden["if.t"].min() / 1000 and golden["if.t"].max() / 1000 <= high
 
 
 # --- combining ---------------------------------------------------------------------------------------------------
@@ -331,7 +345,7 @@ def test_perp_neg_views(azimuth_deg: float, elevation_deg: float) -> None:
 def test_perp_neg_needs_its_conditions() -> None:
     guidance = point_guidance(torch.zeros(3, 4, 4), perp_neg=True)
     with pytest.raises(ValueError, match="perp-neg"):
-        distill(guidance, torch.rand(1, 1, 3, 4, 4), flat_cameras(1, 1), 0.0, torch.Generator())
+        distill(guidance, torch.rand(1, 1, 3, 4, 4), flat_cameras(1, 1), 0.0, Draw(0))
 
 
 # --- distillation ------------------------------------------------------------------------------------------------
@@ -349,7 +363,7 @@ class GaussianDenoiser:
     deviation: float = 0.0
     image_size: tuple[int, int] = (4, 4)
     n_frames: int | None = None
-    alphas_bar: Tensor = ALPHAS_BAR
+    noise: NoiseSchedule = field(default_factory=lambda: variance_preserving(ALPHAS_BAR))
 
     def encode(self, pictures: Tensor) -> Tensor:
         return 2 * pictures - 1
@@ -389,7 +403,7 @@ def test_distillation_pulls_pictures_to_the_mean(loss: str) -> None:
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
         optimizer.zero_grad()
-        distill(guidance, pictures, flat_cameras(2, 2), step / 300, generator).loss.backward()
+        distill(guidance, pictures, flat_cameras(2, 2), step / 300, Draw(0, step)).loss.backward()
         optimizer.step()
     found = 2 * pictures.detach() - 1
     assert (found - mean).abs().mean() < 0.05
@@ -401,14 +415,14 @@ def test_multistep_with_the_denoiser_of_one_point_returns_the_point() -> None:
     generator = torch.Generator().manual_seed(0)
     x = 5 * torch.randn(2, 3, 3, 4, 4, generator=generator)
     # The schedule's first timestep still has a little noise, which the walk leaves in.
-    target = multistep_target(
-        x, torch.tensor([250, 900]), ALPHAS_BAR, lambda x, sigma: point.expand_as(x), 4, torch.zeros
-    )
+    starts, schedule = torch.tensor([0.25, 0.9]), variance_preserving(ALPHAS_BAR)
+    target = multistep_target(x, starts, schedule, lambda x, sigma: point.expand_as(x), 4, torch.zeros)
     kept = (x - point).abs().max() * (sigma_of_alpha_bar(ALPHAS_BAR[0]) / sigma_of_alpha_bar(ALPHAS_BAR[250])) ** 2
     assert (target / ALPHAS_BAR[0].sqrt() - point).abs().max() <= kept + 1e-6
-    clean = torch.cat((torch.ones(1), ALPHAS_BAR[1:]))  # a schedule that does end at no noise
-    target = multistep_target(x, torch.tensor([250, 900]), clean, lambda x, sigma: point.expand_as(x), 4, torch.randn)
-    torch.testing.assert_close(target, point.expand_as(target))
+    clean = torch.cat((torch.ones(1), ALPHAS_BAR[1:]))  # a schedule that does end at no noise, as a flow's does
+    for schedule in (variance_preserving(clean), rectified_flow(3.0)):
+        target = multistep_target(x, starts, schedule, lambda x, sigma: point.expand_as(x), 4, torch.randn)
+        torch.testing.assert_close(target, point.expand_as(target))
 
 
 def test_multistep_is_ddim_with_eta_1() -> None:
@@ -443,7 +457,8 @@ def test_multistep_is_ddim_with_eta_1() -> None:
     timestep = torch.tensor(starts)
     x = x_t / scheduler.alphas_cumprod[timestep].sqrt()[:, None, None, None, None]
     drawn = iter(noises)
-    ours = multistep_target(x, timestep, scheduler.alphas_cumprod, predict, n_steps, lambda shape: next(drawn))
+    schedule = variance_preserving(scheduler.alphas_cumprod)
+    ours = multistep_target(x, timestep / 1000, schedule, predict, n_steps, lambda shape: next(drawn))
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -457,7 +472,8 @@ def test_multistep_refuses_impossible_step_counts() -> None:
     x = torch.zeros(1, 1, 1, 1, 1)
     for n_steps in (0, 1001):
         with pytest.raises(ValueError, match="n_steps"):
-            multistep_target(x, torch.tensor([5]), ALPHAS_BAR, lambda x, s: x, n_steps, torch.zeros)
+            schedule = variance_preserving(ALPHAS_BAR)
+            multistep_target(x, torch.tensor([0.005]), schedule, lambda x, s: x, n_steps, torch.zeros)
 
 
 def test_sds_gradient_is_the_weighted_noise_difference() -> None:
@@ -466,7 +482,51 @@ def test_sds_gradient_is_the_weighted_noise_difference() -> None:
     sigma = sigma_of_alpha_bar(alpha_bar)
     wide = sigma[:, None, None, None, None]
     expected = (1 - alpha_bar)[:, None, None, None, None] * (predicted - noise)
-    torch.testing.assert_close(sds_gradient(z, z + wide * noise - wide * predicted, sigma), expected)
+    schedule = variance_preserving(ALPHAS_BAR)
+    torch.testing.assert_close(sds_gradient(z, z + wide * noise - wide * predicted, sigma, schedule), expected)
+
+
+SHARES = torch.tensor([0.05, 0.3, 0.62, 0.9])
+
+
+@pytest.mark.parametrize("schedule", [variance_preserving(ALPHAS_BAR), rectified_flow(), rectified_flow(5.0)])
+def test_shares_and_noise_levels_are_each_others_inverse(schedule: NoiseSchedule) -> None:
+    sigma = schedule.sigma_of(SHARES)
+    assert (sigma.diff() > 0).all()
+    torch.testing.assert_close(schedule.share_of(sigma), SHARES, rtol=1e-5, atol=1e-6)
+    assert schedule.sigma_of(torch.ones(1)).isfinite()
+
+
+def test_predictions_of_noise_v_and_velocity_give_the_same_gradient() -> None:
+    """On N(mean, deviation^2), whose exact score and velocity are known in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    mean, z, eps = (torch.randn(4, 1, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    deviation = 0.7
+    for schedule in (variance_preserving(ALPHAS_BAR), rectified_flow(3.0)):
+        sigma = schedule.sigma_of(SHARES).double()
+        wide = sigma[:, None, None, None, None]
+        x = z + wide * eps
+        score = (mean - x) / (deviation**2 + wide**2)  # of the density of x
+        noise = -wide * score
+        clean = x - wide * noise
+        alpha = (1 + wide**2).rsqrt()  # of the variance preserving x
+        # what each kind of model would put out
+        outputs = {
+            "epsilon": noise,
+            "v_prediction": alpha * noise - wide * alpha * clean,
+            "sample": clean,
+            "flow": noise - clean,
+        }
+        gradients = {
+            kind: sds_gradient(z, predicted_clean(output, x, sigma, kind), sigma, schedule)
+            for kind, output in outputs.items()
+        }
+        expected = schedule.weight(sigma)[:, None, None, None, None] * (noise - eps)
+        for kind, gradient in gradients.items():
+            assert relative_error(gradient, expected) < 1e-5, kind
+    # a flow's weight (the last schedule's) makes it the residual of the velocity at the picture that it was asked about
+    velocity = noise - clean
+    assert relative_error(gradients["flow"], velocity - (eps - z)) < 1e-5
 
 
 def test_loss_gradient_and_batch() -> None:
@@ -500,42 +560,44 @@ def test_timesteps_follow_the_schedules() -> None:
     from dream4d_engine.schedules import Schedule
 
     config = plain(1.0, min_noise=Schedule(0.98, 0.02, 0.0, 0.8), max_noise=Schedule(0.98, 0.5, 0.0, 0.8))
-    assert timestep_bounds(config, 1000, 0.0) == (980, 980)
-    assert timestep_bounds(config, 1000, 0.9) == (20, 500)
-    assert timestep_bounds(plain(1.0, max_noise=constant(1.0)), 1000, 0.0) == (20, 999)
-    generator = torch.Generator().manual_seed(0)
-    drawn = draw_timestep(config, 1000, 4000, 0.9, generator)
-    assert drawn.min() == 20 and drawn.max() == 500
-    assert draw_timestep(replace(config, shared_timestep=True), 1000, 9, 0.9, generator).unique().numel() == 1
+    schedule, flow = variance_preserving(ALPHAS_BAR), rectified_flow()
+    assert noise_bounds(config, schedule, 0.0) == (0.98, 0.98) == noise_bounds(config, flow, 0.0)
+    assert noise_bounds(config, schedule, 0.9) == (0.02, 0.5)
+    assert noise_bounds(plain(1.0, max_noise=constant(1.0)), schedule, 0.0) == (0.02, 0.999)
+    drawn = draw_shares(config, schedule, 4000, 0.9, Draw(0))
+    assert drawn.min() == 0.02 and drawn.max() == 0.5 and torch.equal((drawn * 1000).round() / 1000, drawn)
+    drawn = draw_shares(config, flow, 4000, 0.9, Draw(0))
+    assert 0.02 <= drawn.min() < 0.021 and 0.499 < drawn.max() <= 0.5 and drawn.unique().numel() == 4000
+    assert draw_shares(replace(config, shared_timestep=True), schedule, 9, 0.9, Draw(0)).unique().numel() == 1
     crossed = replace(config, max_noise=constant(0.01))
     with pytest.raises(ValueError, match="above max_noise"):
-        timestep_bounds(crossed, 1000, 0.9)
+        noise_bounds(crossed, schedule, 0.9)
 
 
 def test_same_seed_same_loss_and_single_pictures_get_their_own_timestep() -> None:
     guidance = point_guidance(torch.zeros(3, 4, 4), 0.5)
     pictures = torch.rand(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    first, second = (
-        distill(guidance, pictures, flat_cameras(2, 4), 0.1, torch.Generator().manual_seed(7)) for _ in range(2)
-    )
+    first, second = (distill(guidance, pictures, flat_cameras(2, 4), 0.1, Draw(7, 3)) for _ in range(2))
     assert torch.equal(first.loss, second.loss) and torch.equal(first.x0, second.x0)
-    assert first.timestep.shape == (8,) and first.timestep.unique().numel() > 1
+    for other in (Draw(8, 3), Draw(7, 4), Draw(7, 3, rank=1)):
+        assert distill(guidance, pictures, flat_cameras(2, 4), 0.1, other).loss != first.loss
+    assert first.share.shape == (8,) and first.share.unique().numel() > 1
     grouped = point_guidance(torch.zeros(3, 4, 4), 0.5, n_frames=4)
-    assert distill(grouped, pictures, flat_cameras(2, 4), 0.1, torch.Generator()).timestep.shape == (2,)
+    assert distill(grouped, pictures, flat_cameras(2, 4), 0.1, Draw(0)).share.shape == (2,)
 
 
 def test_pictures_seen_from_behind_can_be_left_out() -> None:
     pictures = torch.rand(1, 4, 3, 4, 4).requires_grad_()
     cameras = flat_cameras(1, 4)  # azimuths 0, 90, 180, 270 degrees
     guidance = point_guidance(torch.zeros(3, 4, 4), max_azimuth_deg=145.0)
-    output = distill(guidance, pictures, cameras, 0.0, torch.Generator().manual_seed(0))
+    output = distill(guidance, pictures, cameras, 0.0, Draw(0))
     output.loss.backward()
     touched = pictures.grad.abs().sum((0, 2, 3, 4)) > 0
     assert touched.tolist() == [True, True, False, True]
     assert output.x0.shape[0] == 3
     none = replace(guidance, config=replace(guidance.config, max_azimuth_deg=0.0))
     pictures.grad = None
-    output = distill(none, pictures, cameras, 0.0, torch.Generator())
+    output = distill(none, pictures, cameras, 0.0, Draw(0))
     output.loss.backward()
     assert output.loss == 0 and not pictures.grad.any()
 
@@ -546,7 +608,7 @@ def test_values_that_are_not_finite_count_as_0(loss: str) -> None:
     mean[0, 0, 0], mean[1, 2, 3] = float("nan"), float("inf")
     guidance = point_guidance(mean, loss=loss, color_weight=0.1)
     pictures = torch.rand(2, 1, 3, 4, 4).requires_grad_()
-    output = distill(guidance, pictures, flat_cameras(2, 1), 0.0, torch.Generator().manual_seed(0))
+    output = distill(guidance, pictures, flat_cameras(2, 1), 0.0, Draw(0))
     output.loss.backward()
     assert output.loss.isfinite() and output.terms["nonfinite"] == pytest.approx(4 / 96) and output.terms["color"] > 0
     assert pictures.grad.isfinite().all()
@@ -557,7 +619,7 @@ def test_color_loss_is_the_squared_distance_to_the_decoded_target() -> None:
     mean = torch.full((3, 4, 4), 0.5)
     guidance = point_guidance(mean, loss="x0", color_weight=0.1, n_frames=2)
     pictures = torch.rand(2, 2, 3, 4, 4).requires_grad_()
-    output = distill(guidance, pictures, flat_cameras(2, 2), 0.0, torch.Generator().manual_seed(0))
+    output = distill(guidance, pictures, flat_cameras(2, 2), 0.0, Draw(0))
     expected = 0.1 * (pictures.detach() - 0.75).square().sum() / 4
     torch.testing.assert_close(output.terms["color"], expected)
     torch.testing.assert_close(output.loss.detach(), output.terms["color"] + output.terms["distillation"])
@@ -567,7 +629,7 @@ def test_color_loss_is_the_squared_distance_to_the_decoded_target() -> None:
 def test_pictures_of_any_size_are_resized_with_gradient() -> None:
     guidance = point_guidance(torch.zeros(3, 4, 4))
     pictures = torch.rand(1, 2, 3, 9, 7).requires_grad_()
-    distill(guidance, pictures, flat_cameras(1, 2), 0.0, torch.Generator()).loss.backward()
+    distill(guidance, pictures, flat_cameras(1, 2), 0.0, Draw(0)).loss.backward()
     assert pictures.grad.isfinite().all() and pictures.grad.any()
     assert torch.equal(resize_pictures(pictures, (9, 7)), pictures)
     torch.testing.assert_close(resize_pictures(torch.ones(1, 1, 3, 8, 8), (5, 4)), torch.ones(1, 1, 3, 5, 4))
@@ -586,4 +648,4 @@ def test_bad_input_is_named() -> None:
             plain(1.0, **changes)
     with pytest.raises(ValueError, match="pictures must be"):
         guidance = point_guidance(torch.zeros(3, 4, 4))
-        distill(guidance, torch.rand(2, 1, 3, 4, 4), flat_cameras(1, 2), 0.0, torch.Generator())
+        distill(guidance, torch.rand(2, 1, 3, 4, 4), flat_cameras(1, 2), 0.0, Draw(0))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dream4d_engine import losses
+from dream4d_engine.supervision import losses
 
 
 def picture(seed: int, *shape: int) -> Tensor:

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
 from dream4d_engine.priors.architectures import random_network
 from dream4d_engine.priors.denoisers import UNetDenoiser, accelerated
+from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
+from dream4d_engine.supervision import supervise, views_of
 from dream4d_engine.training import memory
 from dream4d_engine.training.config import TOY_MOTION
 from dream4d_engine.training.distributed import Team
 from dream4d_engine.training.guidance import recorder_for
 from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
-from dream4d_engine.training.motion import motion_objective, train_motion
+from dream4d_engine.training.motion import motion_stage, train_motion
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_what_is_no_amount_of_memory_is_named(text):
 
 def guidance():
     unet = torch.nn.Linear(1, 1)
-    denoiser = UNetDenoiser(unet, torch.linspace(0.99, 0.01, 5), "epsilon", (8, 8))
+    denoiser = UNetDenoiser(unet, variance_preserving(torch.linspace(0.99, 0.01, 5)), "epsilon", (8, 8))
     config = DistillationConfig(1.0, constant(0.5), constant(0.5))
     return {"image": Guidance("image", denoiser, lambda cameras: None, config)}
 
@@ -60,8 +63,7 @@ def test_the_ladder_needs_less_at_each_rung():
         execution, large = plan.execution, 10**6
         kept = large if execution.pictures_kept is None else execution.pictures_kept
         at_once = (execution.pictures_at_once, execution.groups_at_once, plan.rays_at_once)
-        ahead = plan.looks_ahead and plan.rays_at_once is None
-        return (kept, not execution.offload, ahead, *(n or large for n in at_once))
+        return (kept, not execution.offload, plan.prefetches, *(n or large for n in at_once))
 
     for above, below in zip(LADDER, LADDER[1:], strict=False):
         assert all(b <= a for a, b in zip(size(above), size(below), strict=True)) and size(above) != size(below)
@@ -74,7 +76,7 @@ class Plain:
 
     image_size: tuple[int, int] = (8, 8)
     n_frames: int | None = None
-    alphas_bar: torch.Tensor = field(default_factory=lambda: torch.ones(3))
+    noise: NoiseSchedule = field(default_factory=rectified_flow)
 
 
 def test_a_denoiser_without_plans_is_left_alone():
@@ -92,8 +94,7 @@ def test_a_budget_without_a_gpu_is_an_error():
             {},
             seed=0,
             device=torch.device("cpu"),
-            control=RunControl(),
-            memory_budget=2**30,
+            control=RunControl(memory_budget=2**30),
         )
 
 
@@ -126,19 +127,20 @@ def test_every_rung_of_the_ladder_takes_the_same_step(device):
         random_network("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}, device, torch.float64),
         random_network("AutoencoderKL", SMALL_VAE, device, torch.float64),
     ]
-    denoiser = replace(video_denoiser(*networks), alphas_bar=torch.linspace(0.999, 0.01, 50).to(device), n_frames=6)
+    denoiser = video_denoiser(*networks, device=device)
+    denoiser = replace(denoiser, n_frames=6)
     ready = accelerated(denoiser, recorder_for(device), compiled=False)
     guidance = {"video": replace(given["video"], denoiser=ready, conditions=tokens_for)}
-    generator = torch.Generator().manual_seed(0)
-    scene = still.with_deformation(recipe.deformation, generator, background=recipe.fresh_background).to(device)
+    stage, draw = motion_stage(still.clone().to(device), recipe, seed=0), Draw(1)
+    scene = stage.scene
     parameters = [p for p in scene.deformation.parameters() if p.requires_grad]
     found = []
     for plan in LADDER:
         # so few rays are rendered here that slices of the ladder's size would be all of them
         rays = None if plan.rays_at_once is None else plan.rays_at_once // 2**8
-        objective = motion_objective(recipe, plan_of(guidance, plan.execution), rays)
-        draws = torch.Generator().manual_seed(1)
-        loss, _ = objective.loss(scene, objective.prepare(scene, 0.5, draws), 0.5, draws)
+        supervisions = stage.supervisions(plan_of(guidance, plan.execution), rays)
+        views = views_of(supervisions, scene, 0.5, draw)
+        loss = sum(supervise(supervisions, scene, views, 0.5, draw).losses.values())
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())
     assert found[0].abs().max() > 0
@@ -157,9 +159,8 @@ def test_a_budget_is_kept_on_a_gpu():
     told = []
     device = torch.device("cuda")
     try:
-        train_static(
-            recipe, guides, seed=0, device=device, control=RunControl(), memory_budget=2**30, on_plan=told.append
-        )
+        control = RunControl(memory_budget=2**30, on_plan=told.append)
+        train_static(recipe, guides, seed=0, device=device, control=control)
         assert told and torch.cuda.max_memory_reserved() <= 2**30
     finally:
         memory.limit_memory(device, None)
@@ -180,9 +181,9 @@ def test_looking_for_a_plan_can_be_stopped():
     from dream4d_engine.training.static import train_static
 
     recipe, guides, _, _ = static_case(steps=3)
-    device, control = torch.device("cuda"), RunControl(should_stop=lambda: True)
+    device, control = torch.device("cuda"), RunControl(should_stop=lambda: True, memory_budget=2**30)
     try:
         with pytest.raises(Interrupted, match="step 0"):
-            train_static(recipe, guides, seed=0, device=device, control=control, memory_budget=2**30)
+            train_static(recipe, guides, seed=0, device=device, control=control)
     finally:
         memory.limit_memory(device, None)

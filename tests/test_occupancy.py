@@ -32,31 +32,31 @@ def test_a_fresh_grid_is_occupied_everywhere() -> None:
 
 def test_axes_are_x_y_z() -> None:
     grid = OccupancyGrid(16, 2.0)
-    grid.update(ball((1.2, -0.4, 0.6), 0.5), 0, generator(), True, NOW, STEP)
+    grid.update(ball((1.2, -0.4, 0.6), 0.5), generator(), True, NOW, STEP)
     where = centers(16, 2.0)[grid.occupied]
     assert torch.allclose(where.mean(0), torch.tensor([1.2, -0.4, 0.6]), atol=0.1)
 
 
 def test_update_is_a_decaying_maximum() -> None:
     grid = OccupancyGrid(4, 1.0)
-    grid.update(lambda p, t: torch.full((len(p),), 2.0), 0, generator(), True, NOW, STEP)
+    grid.update(lambda p, t: torch.full((len(p),), 2.0), generator(), True, NOW, STEP)
     assert torch.allclose(grid.values, torch.tensor(2.0 * STEP))
-    grid.update(lambda p, t: torch.zeros(len(p)), 16, generator(), True, NOW, STEP)
+    grid.update(lambda p, t: torch.zeros(len(p)), generator(), True, NOW, STEP)
     assert torch.allclose(grid.values, torch.tensor(2.0 * STEP * DECAY))
 
 
 def test_a_later_update_touches_a_quarter() -> None:
     grid = OccupancyGrid(8, 1.0)
-    grid.update(lambda p, t: torch.ones(len(p)), 300, generator(), False, NOW, STEP)
+    grid.update(lambda p, t: torch.ones(len(p)), generator(), False, NOW, STEP)
     assert (grid.values > 0).sum() == 8**3 // 4
 
 
 def test_the_threshold_is_the_mean_but_at_most_a_hundredth() -> None:
     grid = OccupancyGrid(8, 1.0)
     faint = 0.1 * MAX_THRESHOLD / STEP
-    grid.update(lambda p, t: faint * (p[:, 0] > 0), 0, generator(), True, NOW, STEP)
+    grid.update(lambda p, t: faint * (p[:, 0] > 0), generator(), True, NOW, STEP)
     assert torch.equal(grid.occupied, centers(8)[..., 0] > 0)
-    grid.update(lambda p, t: 1 + 9.0 * (p[:, 0] > 0), 0, generator(), True, NOW, STEP)
+    grid.update(lambda p, t: 1 + 9.0 * (p[:, 0] > 0), generator(), True, NOW, STEP)
     assert grid.occupied.all()
 
 
@@ -89,5 +89,5 @@ def test_refresh_is_exact_and_repeatable() -> None:
 def test_updates_repeat_with_the_generator() -> None:
     grids = [OccupancyGrid(8, 1.0) for _ in range(2)]
     for grid in grids:
-        grid.update(ball((0, 0, 0), 0.6), 300, generator(7), False, NOW, STEP)
+        grid.update(ball((0, 0, 0), 0.6), generator(7), False, NOW, STEP)
     assert torch.equal(grids[0].values, grids[1].values)

@@ -1,7 +1,7 @@
 """The picture that a scene is made from: what is read, what is refused, what the reference pass pulls at."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from dream4d_engine.cameras import make_cameras
+from dream4d_engine.randomness import Draw
 from dream4d_engine.rendering import RenderOptions, render, render_chunked
 from dream4d_engine.scene import build_scene
+from dream4d_engine.supervision import PhotometricWeights, photometric, supervise, views_of
 from dream4d_engine.toyworld.evaluate import reference_match
 from dream4d_engine.toyworld.world import render_caption
 from dream4d_engine.training.config import (
@@ -25,15 +27,15 @@ from dream4d_engine.training.config import (
 )
 from dream4d_engine.training.limits import check_recipe
 from dream4d_engine.training.loop import RunControl
-from dream4d_engine.training.objectives import current_phase, prepare_reference_view, reference_loss
 from dream4d_engine.training.reference import (
     PictureError,
     check_reference,
     load_reference,
     prepare_reference,
     reference_cameras,
-    reference_view,
+    reference_targets,
 )
+from dream4d_engine.training.stages import current_phase
 from dream4d_engine.training.static import train_static
 
 CPU = torch.device("cpu")
@@ -179,7 +181,7 @@ def test_depth_and_normals_follow_the_picture():
     assert found.depth[16, 9] > found.depth[16, 22], "bright is near"
     dark = prepare_reference(picture, replace(FIXED, depth_near="dark"), depth=ramp)
     assert torch.allclose(dark.depth[11:21, 8:24], 1 - found.depth[11:21, 8:24])
-    view = reference_view(found, FIXED, 64)
+    view = reference_targets(found, FIXED, 64)
     inside = view.mask[0, 0, ..., 0] > 0.99
     front = torch.tensor([1.0, 0.0, 0.0])
     assert torch.allclose(view.normals[0, 0][inside], front.expand(int(inside.sum()), 3), atol=1e-5), "front is +x"
@@ -188,7 +190,7 @@ def test_depth_and_normals_follow_the_picture():
 def test_resizing_bleeds_nothing_into_the_subject():
     picture = block()
     picture[..., :3][picture[..., 3] == 0] = torch.tensor([0.0, 1.0, 0.0])
-    view = reference_view(prepare_reference(picture, FIXED), FIXED, 12)
+    view = reference_targets(prepare_reference(picture, FIXED), FIXED, 12)
     covered = view.mask[0, 0, ..., 0] > 0.05
     assert view.rgb[0, 0][covered][:, 1].max() < 1e-5
     assert 0.05 < view.mask[view.mask > 0.05].min() < 0.9, "edges are covered in part"
@@ -310,8 +312,11 @@ def facing(size):
     return (torch.nn.functional.normalize(normals, dim=-1) + 1) / 2
 
 
-def loss_of(scene, view, config, seed=0):
-    return reference_loss(scene, prepare_reference_view(scene, view.cameras, config, seeded(seed)), view, config)
+def loss_of(scene, targets, config, seed=0):
+    weights = PhotometricWeights(*(getattr(config, f.name) for f in fields(PhotometricWeights)))
+    one, draw = photometric("reference", lambda scene, progress: targets, weights, config.ray_jitter), Draw(seed)
+    losses = supervise((one,), scene, views_of((one,), scene, 0.0, draw), 0.0, draw).losses
+    return sum(losses.values()), losses
 
 
 @pytest.mark.parametrize("term", ["rgb", "mask", "depth", "relative_depth", "normal", "entropy"])
@@ -321,7 +326,7 @@ def test_every_term_pulls_at_the_scene(term):
     size = 16
     maps = {"depth": torch.rand(64, 64, generator=seeded()), "normals": facing(64)}
     reference = prepare_reference(toy_picture("a red sphere"), config, **maps)
-    view = reference_view(reference, config, size)
+    view = reference_targets(reference, config, size)
     loss, terms = loss_of(scene, view, config)
     assert set(terms) == {f"reference.{term}"} and loss.item() == pytest.approx(terms[f"reference.{term}"].item())
     halved, _ = loss_of(scene, view, replace(config, **{term: 1.0}))
@@ -335,9 +340,10 @@ def test_the_weighted_errors_are_those_of_the_formulas():
     config = replace(TOY_IMAGE.reference, ray_jitter=0.0, rgb=500.0, mask=50.0)
     scene = build_scene(TOY_IMAGE.scene, seeded())
     reference = prepare_reference(toy_picture("a red sphere"), config)
-    view = reference_view(reference, config, 16)
+    view = reference_targets(reference, config, 16)
     loss, _ = loss_of(scene, view, config, seed=5)
-    output = render(scene, view.cameras, RenderOptions(stratified=True), seeded(5))
+    rays = Draw(5).for_("reference rays")
+    output = render(scene, view.cameras, RenderOptions(stratified=True), rays)
     wanted = view.rgb * view.mask + (1 - view.mask)  # the recipe's background is white
     expected = 500 * (output.rgb - wanted).square().mean() + 50 * (output.opacity - view.mask).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

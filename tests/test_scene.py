@@ -133,7 +133,7 @@ def test_occupancy_follows_the_density() -> None:
     scene = build_scene(CONFIG, generator())
     scene.refresh_occupancy()
     assert 0 < scene.occupancy.occupied.float().mean() < 0.5
-    scene.update_occupancy(0, generator())
+    scene.update_occupancy(generator(), all_cells=True)
     assert scene.occupancy.occupied[4, 4, 4] and not scene.occupancy.occupied[0, 0, 0]
     assert len(scene.moments()) == 1 and len(moving_scene().moments()) == 12
 

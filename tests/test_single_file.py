@@ -215,7 +215,7 @@ def test_configuration_beside_the_file_or_given(files, tmp_path):
         assert denoiser.vae.config.scaling_factor == 0.2
         assert denoiser.unet.config.attention_head_dim == (2, 4)
         expected = 1 - torch.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2
-        torch.testing.assert_close(denoiser.alphas_bar, expected.cumprod(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(denoiser.noise.alphas_bar, expected.cumprod(0), rtol=1e-4, atol=1e-6)
     assert load_prior(convert(path, tmp_path / "folder").folder).denoiser.prediction_type == "v_prediction"
     with pytest.raises(PriorError, match="unknown parameterization 'flow'"):
         load_prior(path, config={"parameterization": "flow"})
@@ -224,10 +224,10 @@ def test_configuration_beside_the_file_or_given(files, tmp_path):
 def test_another_schedule_in_the_file_is_the_one(states, tmp_path):
     betas = torch.linspace(1e-4, 0.03, 500)
     torch.save(states["sd21"] | {"betas": betas}, tmp_path / "odd.ckpt")
-    alphas_bar = load_prior(tmp_path / "odd.ckpt").denoiser.alphas_bar
+    alphas_bar = load_prior(tmp_path / "odd.ckpt").denoiser.noise.alphas_bar
     torch.testing.assert_close(alphas_bar, (1 - betas).cumprod(0), rtol=1e-4, atol=1e-6)
     folder = convert(tmp_path / "odd.ckpt", tmp_path / "folder").folder
-    torch.testing.assert_close(load_prior(folder).denoiser.alphas_bar, alphas_bar, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(load_prior(folder).denoiser.noise.alphas_bar, alphas_bar, rtol=1e-5, atol=1e-7)
 
 
 def test_running_means_are_used_where_they_are_all_there(states, tmp_path):

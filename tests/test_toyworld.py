@@ -470,7 +470,7 @@ def test_it_is_a_pixel_space_denoiser_of_its_banks_kind():
     denoiser, single = IdealDenoiser(members), IdealDenoiser(members[:, :1])
     assert denoiser.image_size == (4, 4) and denoiser.n_frames == 3 and single.n_frames is None
     assert torch.allclose(denoiser.decode(denoiser.encode(members)), members, atol=1e-6)
-    assert denoiser.alphas_bar.shape == (1000,) and (denoiser.alphas_bar.diff() < 0).all()
+    assert denoiser.noise.alphas_bar.shape == (1000,) and (denoiser.noise.alphas_bar.diff() < 0).all()
     x, sigma = torch.randn(2, 3, 3, 4, 4, generator=generator(4)), torch.tensor([0.5, 1.5])
     grouped = single.denoise(x, sigma)
     assert torch.allclose(grouped[1, 2], single.denoise(x[1:, 2:], sigma[1:])[0, 0], atol=1e-6)

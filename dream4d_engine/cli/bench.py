@@ -11,13 +11,13 @@ from statistics import median
 
 import torch
 
-from ..cameras import sample_takes, sample_views
 from ..documents import document_bytes
 from ..guidance.distillation import Guidance, distill
 from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
 from ..priors.architectures import architecture_for, random_guidance
 from ..priors.loading import PriorKind
 from ..profiling import Profile, Profiler
+from ..randomness import Draw
 from ..scene import Scene, build_scene
 from ..training.config import (
     IMAGE_RECIPES,
@@ -167,8 +167,8 @@ def _measure(
     found = []
     for number, phase in enumerate(recipe.phases):
         fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps + PROFILED * options.profile)
-        n_frames = fitted.n_views if isinstance(fitted, StaticRecipe) else fitted.n_frames
-        pictures = f"{phase.n_groups * n_frames} of {phase.width}x{phase.height}"
+        n_pictures = phase.n_groups * getattr(fitted, fitted.group_field)
+        pictures = f"{n_pictures} of {phase.width}x{phase.height}"
         blank = Measured(name, variant.name, models, pictures, options.steps, None)
         label = f"{name} {variant.name}" + (f" {number + 1}" if len(recipe.phases) > 1 else "")
         progress.begin(label, fitted.steps)
@@ -210,10 +210,10 @@ def _measure_phase(
             profiler.start()
         progress.update(label, report.step, report.loss, report.remaining)
 
-    control = RunControl(on_step=on_step, should_stop=should_stop)
-    given = {"seed": 0, "device": device, "control": control, "memory_budget": variant.budget, "on_plan": plans.append}
+    control = RunControl(on_step=on_step, should_stop=should_stop, memory_budget=variant.budget, on_plan=plans.append)
+    given = {"seed": 0, "device": device, "control": control}
     clock.tick()
-    if isinstance(recipe, StaticRecipe):
+    if recipe.stage == "static":
         train_static(recipe, guidance, reference=_reference(recipe), **given)
     else:
         scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
@@ -269,9 +269,8 @@ class _Distilled:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
-        shape = (phase.n_groups, recipe.n_views if isinstance(recipe, StaticRecipe) else recipe.n_frames)
-        draw = sample_views if isinstance(recipe, StaticRecipe) else sample_takes
-        self.cameras = draw(recipe.cameras, *shape, phase.height, phase.width, generator).to(device)
+        self.cameras = recipe.sample_cameras(phase, generator).to(device)
+        shape = self.cameras.shape
         # coarse and fine structure, as pictures have it
         coarse = torch.rand(*shape, 3, 4, 4, generator=generator).flatten(0, 1)
         coarse = torch.nn.functional.interpolate(coarse, (phase.height, phase.width), mode="bilinear")
@@ -280,8 +279,8 @@ class _Distilled:
 
     def gradient(self, guidance: Mapping[PriorKind, Guidance]) -> torch.Tensor:
         """The gradient on the pictures; timesteps and noise are the same every time."""
-        generator, pictures = torch.Generator().manual_seed(1), self.pictures.clone().requires_grad_()
-        sum(distill(g, pictures, self.cameras, 0.0, generator).loss for g in guidance.values()).backward()
+        pictures = self.pictures.clone().requires_grad_()
+        sum(distill(g, pictures, self.cameras, 0.0, Draw(1)).loss for g in guidance.values()).backward()
         return pictures.grad
 
 
@@ -342,7 +341,7 @@ def _guidance(
 
 def _reference(recipe: Recipe) -> Reference | None:
     """A grey disc, for recipes that look at a picture."""
-    if getattr(recipe, "reference", None) is None:
+    if recipe.reference is None:
         return None
     size = max(phase.size for phase in recipe.reference.phases)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
@@ -353,9 +352,8 @@ def _reference(recipe: Recipe) -> Reference | None:
 def _fitting(recipe: Recipe, phase: Phase, guidance: Mapping[PriorKind, Guidance], steps: int) -> Recipe:
     """The recipe with so many steps of one phase, and as many views or frames as its models take."""
     counts = [g.denoiser.n_frames for g in guidance.values() if g.denoiser.n_frames]
-    key = "n_views" if isinstance(recipe, StaticRecipe) else "n_frames"
-    changes = {key: counts[0]} if counts else {}
-    if getattr(recipe, "reference", None) is not None:  # the last and largest size of the picture all the time
+    changes = {recipe.group_field: counts[0]} if counts else {}
+    if recipe.reference is not None:  # the last and largest size of the picture all the time
         last = replace(recipe.reference.phases[-1], start=0.0)
         changes["reference"] = replace(recipe.reference, phases=(last,))
     return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)

@@ -95,18 +95,16 @@ class Session:
         sources = {name: self.run.record.get(name) for name in ("source", "reference")}
         identity = {"stage": stage, **comparable(self.call), **sources}
         path = self.run.unfinished / f"{stage}.checkpoint"
-        return RunControl(path, identity, on_step, self.should_stop, team=self.team)
+        asked = self.call.options.gpu.memory_budget
+        budget = None if asked is None else parse_bytes(asked)
+        return RunControl(
+            path, identity, on_step, self.should_stop, team=self.team, memory_budget=budget, on_plan=self.progress.say
+        )
 
     def pause(self, stage: str, alone: bool = False) -> None:
         """Stop here if Ctrl-C was pressed; `alone`: the other processes aren't here."""
         if self.should_stop() if alone else self.team.any(self.should_stop()):
             raise Interrupted(stage, 0, None)
-
-    @property
-    def memory_budget(self) -> int | None:
-        """Bytes of GPU memory that may be taken."""
-        asked = self.call.options.gpu.memory_budget
-        return None if asked is None else parse_bytes(asked)
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
@@ -350,14 +348,16 @@ def _open_together(
 def _check_numbers(call: Call, recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig) -> None:
     """Refuse numbers that no run can be made with, or whose result could not be read, before anything is touched."""
     for recipe in recipes:
-        check_recipe(recipe, "static" if isinstance(recipe, StaticRecipe) else "motion")
+        check_recipe(recipe, recipe.stage)
     scale = getattr(call.options, "deformation_scale", None)
     if scale is not None:
         check_scale(scale)
     for recipe in recipes:
-        config = replace(scene, deformation=recipe.deformation) if isinstance(recipe, MotionRecipe) else scene
         for prompt in (call.options.prompt, getattr(call.options, "object_prompt", None)):
-            check_header(config, Provenance(prompt or "", recipe.name, call.options.seed, recipe.steps, versions()))
+            check_header(
+                recipe.trained(scene),
+                Provenance(prompt or "", recipe.name, call.options.seed, recipe.steps, versions()),
+            )
 
 
 def _open_run(
@@ -375,8 +375,9 @@ def _open_run(
         check_alone(Path(folders.resume))
     if device.type == "cpu":
         for recipe in recipes:
-            flags = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}"
-            way_out = f"lower {flags}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
+            way_out = (
+                f"lower --{recipe.stage}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
+            )
             check_memory(memory_bytes(recipe, scene), f"training by the recipe {recipe.name!r}", way_out)
     size = call.options.pictures.size
     check_memory(film_bytes(size, size), f"filming at --size {size}", "lower --size")
@@ -449,8 +450,6 @@ def static_stage(
                 device=session.device,
                 control=session.control("static"),
                 reference=reference,
-                memory_budget=session.memory_budget,
-                on_plan=session.progress.say,
             )
 
     return _stage(session, "static", Provenance(prompt, recipe.name, seed, recipe.steps, versions()), path, train)
@@ -483,8 +482,6 @@ def motion_stage(
                 device=session.device,
                 control=session.control("motion"),
                 deformation_scale=options.deformation_scale,
-                memory_budget=session.memory_budget,
-                on_plan=session.progress.say,
             )
 
     provenance = Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
@@ -540,8 +537,7 @@ def _explained(session: Session, recipe: StaticRecipe | MotionRecipe, folders: F
     try:
         yield
     except PriorSilent as error:
-        flag = f"--{'static' if isinstance(recipe, StaticRecipe) else 'motion'}.loop.precision full"
-        way = f"{flag} runs it in full precision, in a new run"
+        way = f"--{recipe.stage}.loop.precision full runs it in full precision, in a new run"
         raise explain_silence(error, recipe, folders, session.extras, session.device, way) from error
 
 

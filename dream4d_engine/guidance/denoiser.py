@@ -6,7 +6,8 @@ alpha_bar), and the variance preserving x_t of the papers is x / sqrt(1 + sigma^
 eps_hat - eps = (z - x0) / sigma, every formula of score distillation can be written with x0 alone, whatever the
 model predicts.
 
-Shapes: pictures [B, F, 3, H, W] in [0, 1]; encoded ones [B, F, c, h, w]; sigma [B].
+Shapes: pictures [B, F, 3, H, W] in [0, 1]; encoded ones [B, f, c, h, w] with f = F, or fewer where an autoencoder
+compresses time; sigma [B].
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .noise import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class Denoiser(Protocol):
     """(height, width) in pixels of the pictures that `encode` takes."""
     n_frames: int | None
     """How many views or frames belong together in one group; None where pictures are independent."""
-    alphas_bar: Tensor
-    """[T] cumulative products of the training schedule, timestep 0 first."""
+    noise: NoiseSchedule
+    """The noise levels that it was trained on."""
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Encode [B, F, 3, H, W] in [0, 1]; differentiable."""
+        """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:
@@ -55,23 +58,6 @@ class Denoiser(Protocol):
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Predict the clean z from x = z + sigma * eps; no gradient. sigma [B]."""
         ...
-
-
-def sigma_of_alpha_bar(alpha_bar: Tensor) -> Tensor:
-    """Return the noise level of a diffusion product."""
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def alpha_bar_of_sigma(sigma: Tensor) -> Tensor:
-    """Return the diffusion product of a noise level."""
-    return 1 / (1 + sigma**2)
-
-
-def timestep_of_sigma(sigma: Tensor, alphas_bar: Tensor) -> Tensor:
-    """Return the integer timestep [B] whose noise level is nearest to sigma [B], in log sigma."""
-    table = sigma_of_alpha_bar(alphas_bar.float()).log()
-    distance = (sigma.float().log()[:, None] - table[None]).abs()
-    return distance.argmin(1)
 
 
 def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:

@@ -4,15 +4,16 @@ Letters as in denoiser.py: z encoded pictures, x = z + sigma * eps, x0 the (guid
 distilling names a target for z and pulls it there with 0.5 * |z - stop(target)|^2, so the gradient on z is
 (z - target) / n:
 
-    sds        target = z - w * (eps_hat - eps), w = 1 - alpha_bar       DreamFusion 2209.14988, equation 3
+    sds        target = z - w * (eps_hat - eps), w: see noise.py         DreamFusion 2209.14988, equation 3
     x0         target = x0                                               MVDream 2308.16512, equation 5
     multistep  target = the end of a guided walk from x to no noise      HiFA 2305.18766, section 3.1
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,11 +21,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch
-from ..randomness import draw_rows, own_rows, share_of
+from ..randomness import Draw, draw_rows
 from ..schedules import Schedule
 from ..transfers import send
 from .combine import cfg, perp_neg, rescale
-from .denoiser import Conditions, Denoiser, denoise_each, sigma_of_alpha_bar
+from .denoiser import Conditions, Denoiser, denoise_each
+from .noise import NoiseSchedule
 from .prompts import PerpNegConditions
 
 LossForm = Literal["sds", "x0", "multistep"]
@@ -39,13 +41,13 @@ class DistillationConfig:
 
     Args:
         guidance_scale: in the form negative + scale * (text - negative); see combine.published_scale.
-        min_noise, max_noise: bounds of the timestep as shares of the training timesteps, over progress.
+        min_noise, max_noise: bounds of the noise level as shares of the training schedule, over progress.
         loss: see the module's docstring.
         rescale: share of the guided x0 whose standard deviation is brought to that of the text prediction.
-        n_steps: of the multistep walk over the whole schedule (from timestep t it takes about n_steps * t / T).
+        n_steps: of the multistep walk over the whole schedule (from a share s it takes about n_steps * s).
         color_weight: of the squared distance between the pictures and the decoded target.
         perp_neg: use Guidance.perp_neg instead of plain guidance.
-        shared_timestep: one timestep for all groups instead of one for each.
+        shared_timestep: one noise level for all groups instead of one for each.
         batch: what the summed loss is divided by the number of. None: what the published recipes do, groups for
             multistep (a video is one sample) and pictures otherwise (each of a group's views is one).
         max_azimuth_deg: pictures whose camera is this far from the front or farther are left out (180: none is).
@@ -106,14 +108,14 @@ class DistillationOutput:
         loss: scalar, with gradient to the pictures.
         terms: detached scalars to log: "distillation" and "color" (the parts of the loss, weighted),
             "gradient_norm" (of the loss with respect to z), NONFINITE (the share of the gradient's values that were
-            not finite and counted as 0), "timestep" (mean).
-        timestep: [B'] int64. x0: [B', F', c, h, w], the guided prediction of z, or the end of the walk for
+            not finite and counted as 0), "noise" (mean share).
+        share: [B'] of the noise schedule. x0: [B', F', c, h, w], the guided prediction of z, or the end of the walk for
             multistep. Both in the grouping that the denoiser saw.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
-    timestep: Tensor
+    share: Tensor
     x0: Tensor
 
 
@@ -122,12 +124,12 @@ def _per_group(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
-def sds_gradient(z: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Return w * (eps_hat - eps) with w = 1 - alpha_bar, from x0; z, x0 [B, F, c, h, w], sigma [B].
+def sds_gradient(z: Tensor, x0: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Return w * (eps_hat - eps), w the schedule's weight, from x0; z, x0 [B, F, c, h, w], sigma [B].
 
-    eps_hat - eps = (z - x0) / sigma and w = sigma^2 / (1 + sigma^2).
+    eps_hat - eps = (z - x0) / sigma, whatever the model predicts.
     """
-    return _per_group(sigma / (1 + sigma**2)) * (z - x0)
+    return _per_group(schedule.weight(sigma) / sigma) * (z - x0)
 
 
 def half_squared_distance(z: Tensor, target: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -166,41 +168,38 @@ def ancestral_step(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noi
 
 def multistep_target(
     x: Tensor,
-    timestep: Tensor,
-    alphas_bar: Tensor,
+    share: Tensor,
+    schedule: NoiseSchedule,
     predict: Callable[[Tensor, Tensor], Tensor],
     n_steps: int,
     noise: Callable[[torch.Size], Tensor],
 ) -> Tensor:
     """Walk from x to the end of the schedule and return where it leads, on the scale of z.
 
-    Each step goes from timestep t to t - T // n_steps, until t <= 0. The schedule ends at its first timestep, not at
-    no noise at all, and the result is the variance preserving x there, as the published targets are.
+    Each step goes down by a share of 1 / n_steps (of T timesteps: by T // n_steps of them), until the share is 0. The
+    schedule ends at its lowest level, not at no noise at all, and the result is the variance preserving x there, as
+    the published targets are.
 
     Args:
-        x: [B, F, c, h, w] at `timestep` [B], best on the CPU: it says how many steps there are. alphas_bar: [T].
+        x: [B, F, c, h, w] at `share` [B], on the CPU: it says how many steps there are.
         predict: (x, sigma [B]) -> guided x0. noise: shape -> standard normal noise, called once a step.
     """
-    n_timesteps = alphas_bar.shape[0]
-    if not 1 <= n_steps <= n_timesteps:
-        raise ValueError(f"n_steps must lie in [1, {n_timesteps}], the number of timesteps, got {n_steps}")
-    sigmas = sigma_of_alpha_bar(alphas_bar.to(x.device))
-    timestep = timestep.cpu()
-    moving = torch.ones_like(timestep, dtype=torch.bool)
+    n_levels = schedule.n_levels
+    if n_steps < 1 or (n_levels is not None and n_steps > n_levels):
+        raise ValueError(f"n_steps must lie between 1 and the number of training timesteps ({n_levels}), got {n_steps}")
+    stride = 1 / n_steps if n_levels is None else n_levels // n_steps / n_levels
+    share = share.double().cpu()
+    moving = torch.ones_like(share, dtype=torch.bool)
     while moving.any():
-        following = timestep - n_timesteps // n_steps
-        sigma, sigma_next = (sigmas[send(t.clamp_min(0), x.device)] for t in (timestep, following))
+        following = share - stride
+        sigma, sigma_next = (send(schedule.sigma_of(s.clamp_min(0)), x.device) for s in (share, following))
         fresh = send(noise(x.shape), x.device).to(x)
         stepped = ancestral_step(x, predict(x, sigma), sigma, sigma_next, fresh)
-        # groups with a smaller timestep arrive earlier
+        # groups with a smaller share arrive earlier
         x = stepped if moving.all() else torch.where(_per_group(send(moving, x.device)), stepped, x)
-        timestep, moving = following, moving & (following > 0)
-    return x * alphas_bar[0].to(x).sqrt()
-
-
-def walk_length(timestep: int, n_timesteps: int, n_steps: int) -> int:
-    """Return how many steps `multistep_target` takes from a timestep."""
-    return max(1, -(-timestep // (n_timesteps // n_steps)))
+        share, moving = following, moving & (following > 1e-9)
+    last = schedule.sigma_of(torch.zeros(1)).to(x)
+    return x * (1 + last**2).rsqrt()
 
 
 def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Tensor, Tensor], Tensor]:
@@ -234,31 +233,39 @@ def resize_pictures(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.unflatten(0, pictures.shape[:2])
 
 
-def timestep_bounds(config: DistillationConfig, n_timesteps: int, progress: float) -> tuple[int, int]:
-    """Return the smallest and the largest timestep that may be drawn at this progress."""
-    shares = config.min_noise(progress), config.max_noise(progress)
-    # the small addition keeps 0.29 * 100 from becoming 28
-    low, high = (min(int(share * n_timesteps + 1e-6), n_timesteps - 1) for share in shares)
+def noise_bounds(config: DistillationConfig, schedule: NoiseSchedule, progress: float) -> tuple[float, float]:
+    """Return the smallest and the largest share of the schedule that may be drawn at this progress.
+
+    Of T timesteps they are multiples of 1 / T, and at most (T - 1) / T.
+    """
+    low, high = config.min_noise(progress), config.max_noise(progress)
     if low > high:
-        raise ValueError(f"min_noise is above max_noise at progress {progress:g}: {shares[0]:g} > {shares[1]:g}")
-    return low, high
+        raise ValueError(f"min_noise is above max_noise at progress {progress:g}: {low:g} > {high:g}")
+    n = schedule.n_levels
+    if n is None:
+        return low, high
+    # the small addition keeps 0.29 * 100 from becoming 28
+    return tuple(min(int(share * n + 1e-6), n - 1) / n for share in (low, high))
 
 
-def draw_timestep(
-    config: DistillationConfig, n_timesteps: int, n_groups: int, progress: float, generator: torch.Generator
+def draw_shares(
+    config: DistillationConfig, schedule: NoiseSchedule, n_groups: int, progress: float, draw: Draw, name: str = ""
 ) -> Tensor:
-    """Draw [n_groups] timesteps (int64, CPU), uniform between the config's bounds, both included."""
-    return own_rows(_draw_timesteps(config, n_timesteps, n_groups, progress, generator), generator).clone()
+    """Draw [n_groups] shares of the schedule (float64, CPU), uniform between the config's bounds, both included.
 
+    `name`: of the prior, whose shares are its own.
+    """
+    low, high = noise_bounds(config, schedule, progress)
+    purpose, n = f"{name} share", schedule.n_levels
 
-def _draw_timesteps(
-    config: DistillationConfig, n_timesteps: int, n_groups: int, progress: float, generator: torch.Generator
-) -> Tensor:
-    """Draw the timesteps of all processes' groups."""
-    low, high = timestep_bounds(config, n_timesteps, progress)
-    n_all = n_groups * share_of(generator)[1]
-    n_draws = 1 if config.shared_timestep else n_all
-    return torch.randint(low, high + 1, (n_draws,), generator=generator).expand(n_all)
+    def one(generator: torch.Generator) -> Tensor:
+        if n is not None:
+            return torch.randint(round(low * n), round(high * n) + 1, (1,), generator=generator).double() / n
+        return low + (high - low) * torch.rand(1, generator=generator, dtype=torch.float64)
+
+    if config.shared_timestep:
+        return one(draw.for_(purpose)).expand(n_groups).clone()
+    return torch.cat([one(generator) for generator in draw.groups(purpose, n_groups)])
 
 
 def _group_for(guidance: Guidance, pictures: Tensor, cameras: CameraBatch) -> tuple[Tensor, CameraBatch, Tensor | None]:
@@ -278,36 +285,34 @@ def distill_at(
     guidance: Guidance,
     pictures: Tensor,
     cameras: CameraBatch,
-    timestep: Tensor,
+    share: Tensor,
     noise: Callable[[torch.Size], Tensor],
 ) -> DistillationOutput:
-    """Distil at given timesteps, with given noise; nothing else is random.
+    """Distil at given noise levels, with given noise; nothing else is random.
 
     Args:
-        pictures: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. timestep: [B] int64, on the CPU.
+        pictures: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. share: [B] of the schedule, on the CPU.
         noise: shape of z -> standard normal noise; called for x first, then once for each step of a walk.
     """
     denoiser, config = guidance.denoiser, guidance.config
     resized = resize_pictures(pictures, denoiser.image_size)
     z = denoiser.encode(resized)
-    steps, timestep = timestep, send(timestep, z.device)
-    alphas_bar = denoiser.alphas_bar.to(z.device, torch.float32)
-    sigma = sigma_of_alpha_bar(alphas_bar[timestep])
+    sigma = send(denoiser.noise.sigma_of(share), z.device)
     predict = guided_prediction(guidance, cameras)
     with torch.no_grad():
         x = z + _per_group(sigma) * send(noise(z.shape), z.device).to(z)
         if config.loss == "multistep":
-            target = x0 = multistep_target(x, steps, alphas_bar, predict, config.n_steps, noise)
+            target = x0 = multistep_target(x, share, denoiser.noise, predict, config.n_steps, noise)
         else:
             x0 = predict(x, sigma)
-            target = x0 if config.loss == "x0" else z - sds_gradient(z, x0, sigma)
+            target = x0 if config.loss == "x0" else z - sds_gradient(z, x0, sigma, denoiser.noise)
     n = _batch_size(config, z.shape)
     loss, nonfinite = half_squared_distance(z, target, n)
     terms = {
         "distillation": loss.detach(),
         "gradient_norm": (2 * loss.detach() / n).sqrt(),
         NONFINITE: nonfinite,
-        "timestep": timestep.float().mean(),
+        "noise": send(share.float(), z.device).mean(),
     }
     if config.color_weight > 0:
         with torch.no_grad():
@@ -315,7 +320,7 @@ def distill_at(
         color = config.color_weight * color_loss(resized, decoded, n)
         terms["color"] = color.detach()
         loss = loss + color
-    return DistillationOutput(loss, terms, timestep, x0)
+    return DistillationOutput(loss, terms, share, x0)
 
 
 def _batch_size(config: DistillationConfig, shape: torch.Size) -> int:
@@ -325,47 +330,37 @@ def _batch_size(config: DistillationConfig, shape: torch.Size) -> int:
 
 
 def distill(
-    guidance: Guidance, pictures: Tensor, cameras: CameraBatch, progress: float, generator: torch.Generator
+    guidance: Guidance, pictures: Tensor, cameras: CameraBatch, progress: float, draw: Draw
 ) -> DistillationOutput:
     """Score pictures by a prior; the gradient reaches them through the encoder only, never through the denoiser.
 
     Args:
         pictures: [B, F, 3, H, W] in [0, 1], with gradient, of any size: they are resized for the encoder.
-        cameras: [B, F]. generator: on the CPU; the timesteps are drawn first, then the noise.
+        cameras: [B, F]. draw: of this step; noise level and noise of each group that the denoiser sees are its own.
     """
     if pictures.ndim != 5 or pictures.shape[2] != 3 or tuple(pictures.shape[:2]) != cameras.shape:
         raise ValueError(
             f"pictures must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(pictures.shape)}"
         )
-    config, n_timesteps = guidance.config, guidance.denoiser.alphas_bar.shape[0]
     seen, cameras, keep = _group_for(guidance, pictures, cameras)
-    n_groups = seen.shape[0]
-    # numbers are drawn for groups that are left out too, so that processes who share the work stay in step
-    everyones = _draw_timesteps(config, n_timesteps, n_groups, progress, generator)
-    timestep = own_rows(everyones, generator).clone()
+    if keep is not None and not keep.any():
+        return _nothing_seen(pictures)
+    n_groups, turns = seen.shape[0], itertools.count()
+    share = draw_shares(guidance.config, guidance.denoiser.noise, n_groups, progress, draw, guidance.name)
 
     def noise(shape: torch.Size) -> Tensor:
-        drawn = draw_rows(torch.randn, (n_groups, *shape[1:]), generator)
+        purpose = f"{guidance.name} noise {next(turns)}"
+        drawn = draw_rows(torch.randn, (n_groups, *shape[1:]), draw.groups(purpose, n_groups))
         return drawn if keep is None else drawn[keep]
 
-    blank = keep is not None and not keep.any()
-    if blank and share_of(generator)[1] == 1:
-        return _nothing_seen(pictures)
-    if blank:
-        keep[0] = True  # seen for nothing, so that as many numbers are drawn as elsewhere
     if keep is not None:
-        seen, cameras, timestep = seen[send(keep, seen.device)], cameras.groups(keep), timestep[keep]
-    output = distill_at(guidance, seen, cameras, timestep, noise)
-    if config.loss == "multistep":
-        longest, own = (walk_length(int(t.max()), n_timesteps, config.n_steps) for t in (everyones, timestep))
-        for _ in range(longest - own):
-            noise(output.x0.shape)
-    return replace(output, loss=0 * output.loss) if blank else output
+        seen, cameras, share = seen[send(keep, seen.device)], cameras.groups(keep), share[keep]
+    return distill_at(guidance, seen, cameras, share, noise)
 
 
 def _nothing_seen(pictures: Tensor) -> DistillationOutput:
     """The output where every picture was left out: a loss of 0 that still has a gradient, of 0."""
     zero = pictures.new_zeros(())
-    terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "timestep")}
+    terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
     empty = pictures.new_zeros((0, 1, 1, 1, 1))
-    return DistillationOutput(0.0 * pictures.sum(), terms, torch.zeros(0, dtype=torch.int64), empty)
+    return DistillationOutput(0.0 * pictures.sum(), terms, torch.zeros(0), empty)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..cameras import CameraBatch
 from ..guidance.denoiser import Conditions
 from ..guidance.distillation import DistillationConfig, Guidance
+from ..guidance.noise import variance_preserving
 from .conditioning import camera_vector
 from .denoisers import PredictionType, UNetDenoiser
 from .loading import PriorError, PriorKind
@@ -187,7 +188,8 @@ def random_denoiser(
     alphas_bar = DDPMScheduler(**architecture.noise).alphas_cumprod
     return UNetDenoiser(
         unet=unet,
-        alphas_bar=alphas_bar.float().to(device),
+        noise=variance_preserving(alphas_bar),
+        device=device,
         prediction_type=architecture.prediction_type,
         image_size=architecture.image_size,
         n_frames=architecture.n_frames,

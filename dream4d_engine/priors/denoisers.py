@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..guidance.denoiser import Conditions, split_conditions, timestep_of_sigma
+from ..guidance.denoiser import Conditions, split_conditions
+from ..guidance.noise import NoiseSchedule
 from .execution import (
     PLAIN,
     Execution,
@@ -27,14 +28,15 @@ from .execution import (
 )
 from .frozen import speed_up
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 def predicted_clean(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
     """Turn a model's output into its guess of z; output and x [B, ...], sigma [B].
 
     With alpha_bar = 1 / (1 + sigma^2): eps-models give x - sigma * eps; v = sqrt(alpha_bar) * eps -
-    sqrt(1 - alpha_bar) * z (2202.00512) gives x / (1 + sigma^2) - v * sigma / sqrt(1 + sigma^2).
+    sqrt(1 - alpha_bar) * z (2202.00512) gives x / (1 + sigma^2) - v * sigma / sqrt(1 + sigma^2). A flow's velocity
+    eps - z (2209.03003) gives (x - sigma * velocity) / (1 + sigma).
     """
     sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
     if prediction_type == "epsilon":
@@ -42,6 +44,8 @@ def predicted_clean(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: P
     if prediction_type == "v_prediction":
         variance = 1 + sigma**2
         return x / variance - output * sigma * variance.rsqrt()
+    if prediction_type == "flow":
+        return (x - sigma * output) / (1 + sigma)
     return output
 
 
@@ -52,7 +56,8 @@ class UNetDenoiser:
     Args:
         unet: the network, in eval mode. A UNet3DConditionModel gets whole groups [B, c, F, h, w]; its tokens are
             those of a group's first frame.
-        alphas_bar: [T] of the training schedule. prediction_type: what the network's output means.
+        noise: of T timesteps. prediction_type: what the network's output means.
+        device: where the work is done (the weights may wait elsewhere).
         image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
         vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * picture - 1 is the picture itself.
         group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
@@ -60,7 +65,7 @@ class UNetDenoiser:
     """
 
     unet: nn.Module
-    alphas_bar: Tensor
+    noise: NoiseSchedule
     prediction_type: PredictionType
     image_size: tuple[int, int]
     n_frames: int | None = None
@@ -68,15 +73,11 @@ class UNetDenoiser:
     group_attention: bool = False
     execution: Execution = field(default_factory=Execution)
     recorder: Recorder = PLAIN
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
             raise ValueError(f"prediction_type must be one of {get_args(PredictionType)}, got {self.prediction_type!r}")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the work is done (the weights may wait elsewhere)."""
-        return self.alphas_bar.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +120,7 @@ class UNetDenoiser:
 
     def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, sigma = x.float(), sigma.to(x.device).float()
-        timestep = timestep_of_sigma(sigma, self.alphas_bar.to(x.device))
+        timestep = (self.noise.share_of(sigma) * self.noise.n_levels).round().long()
         noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
         if conditions.concat is not None:
             noisy = torch.cat((noisy, conditions.concat.to(noisy)), 2)

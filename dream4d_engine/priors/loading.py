@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guidance.noise import variance_preserving
 from .denoisers import UNetDenoiser
 from .errors import PriorError
 from .folders import guess_kind, read_json, read_schedule
@@ -113,7 +114,8 @@ def load_prior(
         attend_across_views(unet)
     denoiser = UNetDenoiser(
         unet=unet,
-        alphas_bar=alphas_bar.to(device),
+        noise=variance_preserving(alphas_bar),
+        device=torch.device(device),
         prediction_type=prediction_type,
         image_size=facts.image_size,
         n_frames=facts.n_frames,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
-from ..randomness import draw_rows
+from ..randomness import Source, draw_rows
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
 from ..transfers import send
@@ -107,18 +107,16 @@ class View:
     samples: RaySamples | None = None
 
 
-def prepare_view(
-    scene: Scene, cameras: CameraBatch, options: RenderOptions, generator: torch.Generator | None = None
-) -> View:
+def prepare_view(scene: Scene, cameras: CameraBatch, options: RenderOptions, source: Source | None = None) -> View:
     """Cast the rays and draw what is random."""
-    if generator is None and (options.stratified or options.ray_jitter > 0):
+    if source is None and (options.stratified or options.ray_jitter > 0):
         raise ValueError("stratified rendering and ray jitter need a generator")
     apparent_area = cameras.apparent_area() if cameras.c2w.device.type == "cpu" else 1.0
     cameras = cameras.to(scene.device)
-    rays = rays_from_cameras(cameras, options.ray_jitter, generator)
+    rays = rays_from_cameras(cameras, options.ray_jitter, source)
     shift = None
     if options.stratified:
-        shift = send(draw_rows(torch.rand, (len(rays.origins),), generator), scene.device)
+        shift = send(draw_rows(torch.rand, (len(rays.origins),), source), scene.device)
     return View(cameras, options, rays, _given_background(rays, options), shift, apparent_area)
 
 
@@ -149,10 +147,10 @@ def render(
     scene: Scene,
     cameras: CameraBatch,
     options: RenderOptions | None = None,
-    generator: torch.Generator | None = None,
+    source: Source | None = None,
 ) -> RenderOutput:
     """Prepare a view and render it."""
-    return render_view(scene, prepare_view(scene, cameras, options or RenderOptions(), generator))
+    return render_view(scene, prepare_view(scene, cameras, options or RenderOptions(), source))
 
 
 @torch.no_grad()
@@ -162,14 +160,14 @@ def render_chunked(
     options: RenderOptions | None = None,
     chunk_rays: int | None = None,
     on_progress: Callable[[float], None] | None = None,
-    generator: torch.Generator | None = None,
+    source: Source | None = None,
 ) -> RenderOutput:
     """Render pictures of any size in bounded memory, without gradient; the pictures are on CPU.
 
     `chunk_rays` None: as many rays at once as suit the device. `on_progress` is called with the share of the rays done.
     """
     options = options or RenderOptions()
-    view = prepare_view(scene, cameras, options, generator)
+    view = prepare_view(scene, cameras, options, source)
     n_rays = len(view.rays.origins)
     more = _gpu_factor(scene.device)
     lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)

@@ -21,7 +21,7 @@ from ..cameras import CameraBatch, fixed_take, orbit
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene
 from ..training.config import ReferenceConfig
-from ..training.reference import Reference, reference_view
+from ..training.reference import Reference, reference_targets
 from .captions import COLORS, MOTIONS, Caption, as_caption
 from .world import render_caption
 
@@ -467,7 +467,7 @@ def reference_match(scene: Scene, reference: Reference, config: ReferenceConfig,
 
     Returns (PSNR in dB of the colours, IoU of the silhouettes).
     """
-    view = reference_view(reference, config, size)
+    view = reference_targets(reference, config, size)
     output = render_chunked(scene, view.cameras, RenderOptions(background=torch.ones(3)))
     wanted = view.rgb * view.mask + (1 - view.mask)
     error = float((output.rgb.clamp(0, 1).nan_to_num(0) - wanted).square().mean())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..guidance.denoiser import Conditions
+from ..guidance.noise import variance_preserving
 
 
 def latent_diffusion_alphas_bar(n_timesteps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
@@ -41,7 +42,7 @@ class IdealDenoiser:
         if bank.ndim != 5 or bank.shape[2] != 3 or not len(bank):
             raise ValueError(f"the bank must be [N, F, 3, H, W] with N at least 1, got {tuple(bank.shape)}")
         self.bank = bank
-        self.alphas_bar = latent_diffusion_alphas_bar() if alphas_bar is None else alphas_bar
+        self.noise = variance_preserving(latent_diffusion_alphas_bar() if alphas_bar is None else alphas_bar)
         self.allowed = allowed
         self.image_size = (bank.shape[3], bank.shape[4])
         self.n_frames = bank.shape[1] if bank.shape[1] > 1 else None

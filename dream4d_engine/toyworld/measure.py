@@ -35,6 +35,7 @@ from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
 from ..guidance.distillation import Guidance, distill, distill_at
 from ..kernels import select_kernels
 from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
+from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
 from ..schedules import Schedule
@@ -153,8 +154,8 @@ def measure_target(case: Case) -> Result:
         for timestep in TARGET_TIMESTEPS:
             errors = []
             for _ in range(3):
-                times, noise = torch.tensor([timestep]), partial(_normal, generator)
-                target = distill_at(told.guidance, pictures, told.cameras, times, noise).x0
+                share, noise = torch.tensor([timestep / 1000]), partial(_normal, generator)
+                target = distill_at(told.guidance, pictures, told.cameras, share, noise).x0
                 film = told.guidance.denoiser.decode(target)
                 errors.append(told.error(film))
             measures[f"{start}, {timestep}"] = mean(errors)
@@ -164,12 +165,12 @@ def measure_target(case: Case) -> Result:
 def measure_film(case: Case) -> Result:
     """A film distilled from the video prior alone, by targets of `option` denoising steps: what is trained are the
     pixels of a film, at rest to begin with, by Adam; all else as TOY_MOTION says."""
-    told, generator, began = _told(case), torch.Generator().manual_seed(case.seed), time.monotonic()
+    told, began = _told(case), time.monotonic()
     film = told.still.clone().requires_grad_()
     optimizer, steps = torch.optim.Adam([film], lr=TOY_MOTION.optimizer.lr_grid), _shortened(TOY_MOTION, case).steps
     for step in range(steps):
         optimizer.zero_grad()
-        distill(told.guidance, film, told.cameras, step / steps, generator).loss.backward()
+        distill(told.guidance, film, told.cameras, step / steps, Draw(case.seed, step)).loss.backward()
         optimizer.step()
     shown = film.detach().clamp(0, 1)
     measures = {"frame_error": told.error(shown), "at rest": told.error(told.still)}
@@ -277,11 +278,11 @@ def measure_autoencoder(case: Case) -> Result:
 
 def _gradient(guidance: Guidance, scene: Scene, seed: int) -> Tensor:
     """The gradient of four steps on the pictures of a take; timesteps and noise depend on the seed alone."""
-    generator, cameras = torch.Generator().manual_seed(seed), fixed_take(TOY_MOTION.n_frames, 32, 32)
+    cameras = fixed_take(TOY_MOTION.n_frames, 32, 32)
     pictures = _render(scene, cameras, _SHEET_GREY).rgb.movedim(-1, 2).to(scene.device).requires_grad_()
     total = torch.zeros_like(pictures)
-    for progress in (0.25, 0.5, 0.75, 1.0):
-        loss = distill(guidance, pictures, cameras.to(scene.device), progress, generator).loss
+    for step, progress in enumerate((0.25, 0.5, 0.75, 1.0)):
+        loss = distill(guidance, pictures, cameras.to(scene.device), progress, Draw(seed, step)).loss
         total += torch.autograd.grad(loss, pictures)[0]
     return total
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, fixed_take, make_cameras
-from ..guidance.denoiser import Conditions, Denoiser, denoise_each, sigma_of_alpha_bar, stack_conditions
+from ..guidance.denoiser import Conditions, Denoiser, denoise_each, stack_conditions
 from ..priors.conditioning import image_conditions, text_conditions
 from ..priors.loading import Prior, PriorKind, load_prior
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG
@@ -37,7 +37,7 @@ CAPTIONS = (
     "a green torus is still",
     "a yellow snowman is spinning",
 )
-GUIDANCE_SCALE, GATE_TIMESTEP, GATE_GREY, GATE_AZIMUTH_DEG = 3.0, 700, 0.5, 20.0
+GUIDANCE_SCALE, GATE_NOISE, GATE_GREY, GATE_AZIMUTH_DEG = 3.0, 0.7, 0.5, 20.0
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------
@@ -53,11 +53,10 @@ def sample(
     """Draw pictures [B, F, 3, H, W] in [0, 1] by deterministic DDIM (2010.02502) with classifier-free guidance."""
     text, negative = conditions
     n_groups, n_frames = text.tokens.shape[:2]
-    alphas_bar = denoiser.alphas_bar
-    steps = torch.linspace(len(alphas_bar) - 1, 0, n_steps, device=alphas_bar.device).round().long()
-    sigmas = torch.cat((sigma_of_alpha_bar(alphas_bar[steps]), alphas_bar.new_zeros(1)))
+    device = text.tokens.device
+    sigmas = torch.cat((denoiser.noise.sigma_of(torch.linspace(1, 0, n_steps)), torch.zeros(1))).to(device)
     shape = (n_groups, n_frames, 3, *denoiser.image_size)
-    x = sigmas[0] * torch.randn(shape, generator=generator).to(alphas_bar.device)
+    x = sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
         x0 = guided(denoiser, x, sigma.expand(n_groups), (text, negative), scale)
         x = x0 + (x - x0) * (next_sigma / sigma)
@@ -224,8 +223,8 @@ def motion_gate(prior: Prior, generator: torch.Generator) -> dict[str, Any]:
     cameras = fixed_take(N_FRAMES, IMAGE_SIZE, IMAGE_SIZE, azimuth_deg=GATE_AZIMUTH_DEG)
     wall = (GATE_GREY,) * 3
     still = render_captions(list(GATE_OBJECTS), _repeat(cameras.at_time(0.0), len(GATE_OBJECTS)), background=wall)
-    z = denoiser.encode(still.rgb.permute(0, 1, 4, 2, 3).to(denoiser.alphas_bar.device))
-    sigma = sigma_of_alpha_bar(denoiser.alphas_bar[GATE_TIMESTEP]).expand(len(z))
+    z = denoiser.encode(still.rgb.permute(0, 1, 4, 2, 3).to(denoiser.device))
+    sigma = denoiser.noise.sigma_of(torch.tensor(GATE_NOISE, device=z.device)).expand(len(z))
     x = z + sigma[0] * torch.randn(z.shape, generator=generator).to(z.device)
     report = {}
     for motion in MOTIONS:

@@ -1,7 +1,7 @@
 """The state of an unfinished run: one safetensors file, replaced as a whole.
 
-It holds the scene, the optimiser's moments, the random generator and the step, so that a run that was killed
-anywhere goes on as if nothing had happened. The header names the settings the state belongs to.
+It holds the scene, the optimiser's moments and the step, from whose number all that is random in it follows, so that a
+run that was killed anywhere goes on as if nothing had happened. The header names the settings the state belongs to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..documents import as_object, describe, disguise, first_line, parse_documen
 from ..machine import write_atomically
 
 _FORMAT = "dream4d-checkpoint"
-_VERSION = 1
+_VERSION = 2  # 1 held a generator
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 DAMAGED = "damaged"
 KEPT_DAMAGED = 3
@@ -49,14 +49,12 @@ class Checkpoint:
 def pack_state(
     scene: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
     """Gather everything that the next step depends on, as named tensors on the CPU."""
     tensors = {f"scene.{name}": value for name, value in scene.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    tensors["generator"] = generator.get_state()
     if scaler is not None and scaler.is_enabled():
         state = scaler.state_dict()
         tensors["scaler"] = torch.tensor([state["scale"], float(state["_growth_tracker"])])
@@ -67,7 +65,6 @@ def unpack_state(
     tensors: dict[str, Tensor],
     scene: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Put a packed state back where it came from; `check_state` says whether it fits."""
@@ -79,7 +76,6 @@ def unpack_state(
             _, index, key = name.split(".")
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": states, "param_groups": packed["param_groups"]})
-    generator.set_state(tensors["generator"])
     if scaler is not None and scaler.is_enabled() and "scaler" in tensors:
         scale, tracker = tensors["scaler"].tolist()
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
@@ -91,22 +87,18 @@ def check_state(
     steps: int,
     scene: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
 ) -> None:
     """Raise a CheckpointError that names the first part from which a run of `steps` steps can't go on."""
-    complaint = _complaint(saved, steps, scene, optimizer, generator)
+    complaint = _complaint(saved, steps, scene, optimizer)
     if complaint is not None:
         raise CheckpointError(f"{path} can't be gone on from: {complaint}", path)
 
 
-def _complaint(
-    saved: Checkpoint, steps: int, scene: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> str | None:
+def _complaint(saved: Checkpoint, steps: int, scene: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     tensors = saved.tensors
     if not 0 <= saved.step <= steps:
         return f"it is at step {saved.step} of a run of {steps}"
     wanted = {f"scene.{name}": value for name, value in scene.state_dict().items()}
-    wanted["generator"] = generator.get_state()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trained = {name.split(".")[1] for name in tensors if name.startswith("optimizer.") and name.count(".") == 2}
     for index, parameter in enumerate(parameters):
@@ -150,10 +142,6 @@ def _strange_number(saved: Checkpoint, scene: nn.Module) -> str | None:
             return f"scene.deformation.active_levels is {active}, there are {n_levels}"
     if "scaler" in tensors and not (tensors["scaler"][0] > 0 and tensors["scaler"][1] >= 0):
         return f"scaler holds {tensors['scaler'].tolist()}"
-    try:
-        torch.Generator().set_state(tensors["generator"])
-    except RuntimeError as error:
-        return f"generator is no state of one ({first_line(error)})"
     return None
 
 
@@ -218,6 +206,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(str(error), path) from error
     except Exception as error:  # whatever the library raises
         raise CheckpointError(f"{path} {_disguise(path) or f'is damaged: {first_line(error)}'}", path) from error
+    if version < _VERSION:
+        raise CheckpointError(
+            f"{path} was written by an older version of dream4d, whose steps drew other random numbers: "
+            "no run can go on from it; start over",
+            path,
+        )
     if version > _VERSION:  # nothing is wrong with the file, so it stays where it is
         raise CheckpointError(f"{path} was written by a newer version of dream4d: update to resume it")
     return Checkpoint(step, identity, tensors, parts)

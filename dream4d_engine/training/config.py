@@ -8,9 +8,9 @@ time are shares of the run, so a recipe keeps its shape when only `steps` is cha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ..cameras import CameraRanges
+from ..cameras import CameraBatch, CameraRanges, sample_takes, sample_views
 from ..fields.background import BackgroundConfig
 from ..fields.deformation import DeformationConfig
 from ..fields.encodings import HashGridConfig
@@ -19,8 +19,10 @@ from ..guidance.combine import published_scale
 from ..guidance.distillation import DistillationConfig
 from ..guidance.prompts import NEGATIVE_PROMPT
 from ..priors.loading import PriorKind
+from ..randomness import Source
 from ..scene import SceneConfig
 from ..schedules import Schedule, constant
+from ..supervision import RandomBackground, RegularizerWeights
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,6 @@ class GuidanceTerm:
     prior: PriorKind
     weight: float
     distillation: DistillationConfig
-
-
-@dataclass(frozen=True)
-class RegularizerWeights:
-    """Weights of the terms that know no prior; 0 leaves a term out. See dream4d_engine/losses.py."""
-
-    opacity: float = 0.0
-    entropy: float = 0.0
-    orientation: float = 0.0
-    z_variance: float = 0.0
-    normal_smoothness_2d: float = 0.0
-    normal_smoothness_3d: float = 0.0
-    displacement_tv: float = 0.0
-
-
-@dataclass(frozen=True)
-class RandomBackground:
-    """With `probability`, the whole batch of a step is seen before one random colour in [low, high]."""
-
-    probability: float = 0.5
-    low: float = 0.0
-    high: float = 1.0
-    grey: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +91,7 @@ class ReferenceConfig:
     """The picture that a scene is made from: the camera that saw it, and what its terms weigh.
 
     Every step compares the scene, seen by this camera, with the picture (the "reference pass"). A weight of 0 leaves
-    a term out; see dream4d_engine/losses.py. The maps are told to training/reference.py.
+    a term out; see supervision/losses.py. The maps are told to training/reference.py.
 
     Args:
         fill: the least and the largest share of the frame that the subject's longer side may take. A picture whose
@@ -158,6 +137,17 @@ class StaticRecipe:
     negative_prompt: str = NEGATIVE_PROMPT
     reference: ReferenceConfig | None = None
 
+    stage: ClassVar[str] = "static"
+    group_field: ClassVar[str] = "n_views"
+
+    def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
+        """Draw the cameras [n_groups, n_views] of a step."""
+        return sample_views(self.cameras, phase.n_groups, self.n_views, phase.height, phase.width, source)
+
+    def trained(self, scene: SceneConfig) -> SceneConfig:
+        """The configuration of what is trained on a scene."""
+        return scene
+
 
 @dataclass(frozen=True)
 class MotionRecipe:
@@ -188,6 +178,19 @@ class MotionRecipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     negative_prompt: str = NEGATIVE_PROMPT
+
+    stage: ClassVar[str] = "motion"
+    group_field: ClassVar[str] = "n_frames"
+    reference: ClassVar[None] = None
+
+    def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
+        """Draw the cameras [n_groups, n_frames] of a step."""
+        size = (phase.height, phase.width)
+        return sample_takes(self.cameras, phase.n_groups, self.n_frames, *size, source, self.time_span)
+
+    def trained(self, scene: SceneConfig) -> SceneConfig:
+        """The configuration of what is trained on a scene."""
+        return replace(scene, deformation=self.deformation)
 
 
 # --- Stage 1, as published -------------------------------------------------------------------------------------
@@ -392,6 +395,12 @@ STATIC_RECIPES = {recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PER
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
 """Stage 1 from a picture."""
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE)}
+
+
+def shipped_recipe(recipe: StaticRecipe | MotionRecipe) -> StaticRecipe | MotionRecipe | None:
+    """The recipe of this stage and name as it is shipped, or None."""
+    of_stage = {"static": STATIC_RECIPES | IMAGE_RECIPES, "motion": MOTION_RECIPES}
+    return of_stage[recipe.stage].get(recipe.name)
 
 
 def find_recipe(name: str, recipes: dict):

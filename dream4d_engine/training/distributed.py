@@ -1,9 +1,9 @@
 """Several processes, a GPU each, that train one scene together.
 
-Started by torchrun. Every process holds the whole scene and draws every random number of the whole batch (see
-randomness.py); each renders and distils its own camera groups, and the gradients are averaged. So N processes with a
-recipe compute what one process computes with N times the recipe's camera groups, within rounding. Process 0 alone
-writes files and speaks.
+Started by torchrun. Every process holds the whole scene; each renders and distils its own camera groups, whose random
+numbers are those of their places in the whole batch (see randomness.py), and the gradients are averaged. So N processes
+with a recipe compute what one process computes with N times the recipe's camera groups, within rounding. Process 0
+alone writes files and speaks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from ..randomness import SharedGenerator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,11 +35,6 @@ class Team:
     def writes(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
-
-    def generator(self, seed: int) -> torch.Generator:
-        """A generator that takes this process's share of every draw."""
-        made = torch.Generator() if self.count == 1 else SharedGenerator.of(self.rank, self.count)
-        return made.manual_seed(seed)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace the tensors by their means over the processes, in place, all in one message."""

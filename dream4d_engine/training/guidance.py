@@ -15,7 +15,7 @@ from ..priors.conditioning import image_guidance, text_guidance
 from ..priors.denoisers import accelerated
 from ..priors.execution import PLAIN, GraphRecorder, Recorder
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
-from .config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe
+from .config import GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe, shipped_recipe
 from .loop import PriorSilent
 from .reference import Reference, reference_cameras
 
@@ -88,8 +88,7 @@ def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: st
     Chosen are `asked` words, and those of a recipe that differ from the shipped recipe of its name. A toy prior has
     words of its own (none), because it doesn't know the usual ones.
     """
-    known = STATIC_RECIPES | IMAGE_RECIPES if isinstance(recipe, StaticRecipe) else MOTION_RECIPES
-    shipped = known.get(recipe.name)
+    shipped = shipped_recipe(recipe)
     if asked.strip():
         return asked.strip()
     if prior.negative_prompt is None or (shipped and shipped.negative_prompt != recipe.negative_prompt):

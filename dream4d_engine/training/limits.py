@@ -27,8 +27,7 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
             raise ValueError(f"{place} must be a finite number, got {value}")
     if recipe.steps < 1:
         raise ValueError(f"a run needs at least one step, got {where}.steps = {recipe.steps}")
-    pictures = "n_views" if isinstance(recipe, StaticRecipe) else "n_frames"
-    _at_least(1, recipe, where, pictures)
+    _at_least(1, recipe, where, recipe.group_field)
     _check_phases(recipe.phases, f"{where}.phases", "n_groups", "height", "width")
     for index, term in enumerate(recipe.guidance):
         _at_least(0, term, f"{where}.guidance.{index}", "weight")
@@ -42,7 +41,7 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
     _check_optimizer(recipe.optimizer, f"{where}.optimizer")
     _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
-    if isinstance(recipe, MotionRecipe):
+    if recipe.stage == "motion":
         _check_motion(recipe, where)
     elif recipe.reference is not None:
         _check_reference(recipe.reference, f"{where}.reference")

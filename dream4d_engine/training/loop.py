@@ -1,28 +1,29 @@
 """The training loop, in the open: one for both stages.
 
-A step is: refresh what is known of empty space now and then, ask the objective for the loss, step the optimiser,
-report, save. Everything random comes from one generator, so a run is a function of its settings.
+A step is: look at the scene, let the supervisions judge it, step the optimiser, report, save. What is random in a step
+follows from its number (see randomness.py), so a run is a function of its settings.
 
 On a GPU nothing of this waits for the GPU: what a step found is read while the next one runs, whether its gradient was
-finite is decided where it is, and the next step's samples are looked for ahead of the backward pass (see lookahead.py).
+finite is decided where it is, and the next step's samples are found ahead of the backward pass (see prefetch.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..guidance.distillation import NONFINITE
+from ..randomness import Draw
 from ..scene import Scene
 from ..schedules import milestones
+from ..supervision import Terms, supervise, views_of
 from ..transfers import Fetched, fetch
 from .checkpoint import (
     Checkpoint,
@@ -34,33 +35,18 @@ from .checkpoint import (
     save_checkpoint,
     unpack_state,
 )
-from .config import LoopConfig, OptimizerConfig
+from .config import OptimizerConfig
 from .distributed import ALONE, Team
-from .lookahead import LookAhead, Views
+from .memory import fit_into
+from .prefetch import Prefetch
+from .stages import GuidanceOf, ParameterGroup, Stage
 
-Terms = dict[str, Tensor]
-
+ALL_CELLS_UNTIL = 256
+"""Updates of the occupancy look at every cell before this step, then at a random quarter."""
 MOST_NONFINITE = 0.01
 """A step changes nothing where more of a prior's answer is not finite."""
 MOST_SILENT_STEPS = 5
 """So many such steps in a row a run bears."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a run minimises.
-
-    Args:
-        loss: (scene, views, progress in [0, 1), generator) -> (loss to minimise, its parts for people to read). A part
-            named "PRIOR.nonfinite" is the share of a prior's answer that is not finite.
-        prepare: (scene, progress, generator) -> the views that a step renders; with what it draws a step begins.
-        looks_ahead: whether a GPU may look for the views' samples before their step, see lookahead.py; not where
-            views are rendered in parts, whose samples are found again in the backward pass.
-    """
-
-    loss: Callable[[Scene, Views, float, torch.Generator], tuple[Tensor, Terms]]
-    prepare: Callable[[Scene, float, torch.Generator], Views] = lambda scene, progress, generator: ()
-    looks_ahead: bool = True
 
 
 class Interrupted(RuntimeError):
@@ -90,36 +76,36 @@ class ResumeMismatch(ValueError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after a step. Seconds are wall-clock; `remaining` is an estimate from the latest steps.
+    """What is known after a step.
 
     On a GPU `loss`, `terms` and `bad_steps` are those of the step before, NaN and nothing after the first.
-    `nonfinite`: the share of each prior's answers that was not finite in the steps taken so far, where it isn't 0.
     """
 
     stage: str
-    step: int
-    steps: int
+    step: int  # steps done
+    steps: int  # of the whole run
     loss: float
-    terms: dict[str, float]
-    seconds_per_step: float
-    remaining: float
-    bad_steps: int
-    nonfinite: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float]  # its parts, and what else the supervisions noted
+    seconds_per_step: float  # wall-clock
+    remaining: float  # seconds, estimated from the latest steps
+    bad_steps: int  # that changed nothing, since their gradient was not finite
+    nonfinite: dict[str, float] = field(default_factory=dict)  # by prior: share of its answers so far, where not 0
 
     @property
     def warning(self) -> str:
         """The shares that were not finite, for people; "" where there are none."""
-        return ", ".join(f"{prior} prior: {share:.3g} % not finite" for prior, share in _percent(self.nonfinite))
+        return ", ".join(f"{prior} prior: {100 * x:.2g} % not finite" for prior, x in sorted(self.nonfinite.items()))
 
 
 @dataclass(frozen=True)
 class RunControl:
-    """How a run talks to the outside.
+    """How a run talks to the outside, and what it may take.
 
     `checkpoint`: file for the unfinished state (None: nothing is saved); if it exists, the run goes on from it
     when its identity equals `identity`, else a ResumeMismatch is raised. `on_step` is called after every step with
     the report and the scene in training (not to be changed); `should_stop` is asked after every step. `team`: the
-    processes that share the work; the first one alone writes and calls `on_step`.
+    processes that share the work; the first one alone writes and calls `on_step`. `memory_budget`: bytes of GPU memory
+    that the process may take, None for all; `on_plan` is told how it keeps to that.
     """
 
     checkpoint: Path | None = None
@@ -128,6 +114,8 @@ class RunControl:
     should_stop: Callable[[], bool] | None = None
     clock: Callable[[], float] = time.monotonic
     team: Team = ALONE
+    memory_budget: int | None = None
+    on_plan: Callable[[str], None] | None = None
 
     def stop_if_asked(self, stage: str) -> None:
         """Raise Interrupted where a run is asked to stop before its first step.
@@ -140,29 +128,102 @@ class RunControl:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """`seconds_per_step` is the median of the steps taken now (not those before a resume); `nonfinite`: see StepReport.
-
-    `final_loss` is NaN where no step was taken.
-    """
+    """What a run did."""
 
     steps: int
     seconds: float
-    seconds_per_step: float
-    bad_steps: int
+    seconds_per_step: float  # median of the steps taken now, not those before a resume
+    bad_steps: int  # see StepReport
     resumed_from: int
-    final_loss: float
-    nonfinite: dict[str, float] = field(default_factory=dict)
+    final_loss: float  # NaN where no step was taken
+    nonfinite: dict[str, float] = field(default_factory=dict)  # see StepReport
 
 
-def _percent(shares: dict[str, float]) -> list[tuple[str, float]]:
-    return [(prior, 100 * share) for prior, share in sorted(shares.items())]
+def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) -> FitSummary:
+    """Train a stage's scene in place until its recipe's steps are done.
+
+    Raises Interrupted when asked to stop (after saving), TrainingDiverged after `loop.max_bad_steps` steps in a row
+    without a finite gradient, or PriorSilent after a few without an answer of a prior (what was saved before is kept),
+    ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError when it
+    can't be written, and a ValueError where the memory budget is too small for any way.
+    """
+    scene, recipe, loop, steps, team = stage.scene, stage.recipe, stage.recipe.loop, stage.recipe.steps, control.team
+    if steps < 1:
+        raise ValueError(f"a run needs at least one step, got {steps}")
+    if control.memory_budget is None:
+        supervisions, prefetches = stage.supervisions(guidance, None), True
+    else:
+        give_up = lambda: control.stop_if_asked(stage.name)  # noqa: E731
+        supervisions, prefetches = fit_into(control.memory_budget, guidance, stage, control.on_plan, give_up)
+    on_gpu = scene.device.type == "cuda"
+    optimizer = make_optimizer(stage.groups, recipe.optimizer)
+    scaler = torch.amp.GradScaler(scene.device.type, enabled=loop.precision == "half" and on_gpu)
+    prefetch = Prefetch(scene, scaler.is_enabled(), prefetches and on_gpu)
+    start = _resume(control, steps, scene, optimizer, scaler)
+    seen, durations = _Seen(stage.name, loop.max_bad_steps, lag=1 if on_gpu else 0), deque(maxlen=50)
+    began = saved_at = control.clock()
+    if start == 0:
+        _update_occupancy(scene, seed, 0)
+
+    for step in range(start, steps):
+        step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, team.rank)
+        _set_rates(optimizer, recipe.optimizer, progress)
+        stage.begin(progress)
+        optimizer.zero_grad(set_to_none=True)
+
+        # forward
+        views = prefetch.take() or views_of(supervisions, scene, progress, draw)
+        with torch.autocast(scene.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
+            terms = supervise(supervisions, scene, views, progress, draw)
+            loss = sum(terms.losses.values(), start=torch.zeros((), device=scene.device))
+
+        # prefetch, while the GPU works; first of all what is known of empty space is brought up to date for it
+        done = step + 1
+        occupancy_due = done < steps and done % loop.occupancy_every == 0
+        if occupancy_due and prefetches:
+            _update_occupancy(scene, seed, done)
+        if prefetch.enabled and done < steps:
+            prefetch.begin(views_of(supervisions, scene, done / steps, Draw(seed, done, team.rank)))
+
+        # backward
+        answered = _answered(terms, loss.device)
+        _backward(loss, answered, scaler)
+
+        # step, where everything is finite
+        finite = _step(optimizer, scaler, answered, team)
+        if occupancy_due and not prefetches:  # the backward pass may have had to find the samples again
+            _update_occupancy(scene, seed, done)
+
+        # report
+        seen.add(step, _found(loss, finite, terms))
+        now = control.clock()
+        durations.append(now - step_began)
+        if control.on_step is not None and team.writes:
+            control.on_step(seen.report(done, steps, fmean(durations)), scene)
+
+        # save
+        stop = team.any(done < steps and control.should_stop is not None and control.should_stop())
+        due = done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds
+        if stop or (due and not seen.silent):  # nothing new is to be saved while a prior is silent
+            _save(control, stage.name, done, pack_state(scene, optimizer, scaler))
+            saved_at = control.clock()
+        if stop:
+            raise Interrupted(stage.name, done, control.checkpoint)
+
+    seen.finish()
+    if start == 0 and not scaler.is_enabled():  # a short run may end before its loss scale fits
+        seen.check_all()
+    if start < steps:
+        _save(control, stage.name, steps, pack_state(scene, optimizer, scaler))
+    pace = median(durations) if durations else 0.0
+    return FitSummary(steps, control.clock() - began, pace, seen.bad_steps, start, seen.loss, seen.nonfinite)
 
 
-ParameterGroup = tuple[str, list[nn.Parameter], float]
-"""(name, parameters, learning rate)."""
+def _update_occupancy(scene: Scene, seed: int, step: int) -> None:
+    scene.update_occupancy(Draw(seed, step).for_("occupancy"), all_cells=step < ALL_CELLS_UNTIL)
 
 
-def make_optimizer(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build Adam or AdamW with one group per kind of parameter; empty groups are left out."""
     listed = [{"name": n, "params": params, "lr": rate, "initial_lr": rate} for n, params, rate in groups if params]
     if not listed:
@@ -180,8 +241,74 @@ def _set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progre
         group["lr"] = group["initial_lr"] * factor
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _answered(terms: Terms, device: torch.device) -> Tensor:
+    """Whether all priors gave an answer, on the device."""
+    shares = [value for name, value in terms.notes.items() if _silent_prior(name)]
+    if not shares:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack([share.detach().float() for share in shares]).max() <= MOST_NONFINITE
+
+
+def _silent_prior(note: str) -> str | None:
+    """The prior whose share of values that are not finite a note is, or None."""
+    prior, _, name = note.rpartition(".")
+    return prior if name == NONFINITE else None
+
+
+def _backward(loss: Tensor, answered: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Leave no finite gradient behind where the loss is not finite, or lacks a prior's part."""
+    if loss.requires_grad:
+        scaler.scale(loss * torch.where(loss.detach().isfinite() & answered, 1.0, float("nan"))).backward()
+
+
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, answered: Tensor, team: Team) -> Tensor:
+    """Change the parameters where their gradient is finite, on all processes alike; return whether it is."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    team.average(gradients)
+    if not gradients:
+        return torch.zeros((), device=answered.device)
+    # norms, not sums: Adam squares what it is given
+    finite = torch.isfinite(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).all()
+    if scaler.is_enabled():  # the scaler looks for infinities itself and skips the step
+        one = torch.ones((), device=answered.device)
+        scale = scaler.scale(one)
+        scaler.step(optimizer)
+        scaler.update()
+        scaler.update(torch.where(answered, scaler.scale(one), scale))  # no prior's silence is about the scale
+    elif answered.device.type == "cuda":
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif finite:
+        optimizer.step()
+    return finite.float()
+
+
+def _resume(control: RunControl, steps: int, scene: Scene, optimizer, scaler) -> int:
+    """Load the unfinished state if there is one; return the number of steps it has behind it."""
+    if control.checkpoint is None or not control.checkpoint.exists():
+        return 0
+    saved = load_checkpoint(control.checkpoint)
+    difference = first_difference(control.identity, saved.identity)
+    if difference:
+        raise ResumeMismatch(f"{difference}: resume with the same settings, or start over in another folder")
+    check_state(saved, control.checkpoint, steps, scene, optimizer)
+    unpack_state(saved.tensors, scene, optimizer, scaler)
+    return saved.step
+
+
+def _save(control: RunControl, stage: str, done: int, state: dict[str, Tensor]) -> None:
+    if control.checkpoint is None or not control.team.writes:
+        return
+    broken = not_finite(state)
+    if broken is not None:  # no run could go on from it
+        raise TrainingDiverged(
+            f"{stage}: {broken} is not finite after step {done}: lower the learning rates or the guidance scale"
+        )
+    save_checkpoint(control.checkpoint, Checkpoint(done, control.identity, state))
+
+
+# ---- what is known of the steps ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,167 +326,10 @@ class _Found:
 
 def _found(loss: Tensor, good: Tensor, terms: Terms) -> _Found:
     """Gather what a step found; on a GPU its way to the CPU is only begun here."""
-    scalars = [loss.detach(), good, *terms.values()]
+    named = terms.losses | terms.notes
     dtype = torch.float32 if loss.device.type == "cuda" else torch.float64
-    return _Found(fetch(torch.stack([s.detach().to(dtype) for s in scalars])), tuple(terms))
-
-
-def _take_step(
-    scene: Scene,
-    loss_of: Callable[[], tuple[Tensor, Terms]],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    team: Team,
-    meanwhile: Callable[[], None],
-) -> _Found:
-    """Take one step; where something is not finite, no parameter changes. `meanwhile` is called before the way back."""
-    device_type = scene.device.type
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(device_type, dtype=torch.float16, enabled=scaler.is_enabled()):
-        loss, terms = loss_of()
-    meanwhile()
-    answered = _answered(terms, loss.device)
-    if loss.requires_grad:
-        # a loss that is not finite, or lacks a prior's part, shall leave no finite gradient behind
-        spoilt = torch.where(loss.detach().isfinite() & answered, 1.0, float("nan"))
-        scaler.scale(loss * spoilt).backward()
-    gradients = _gradients(optimizer)
-    team.average(gradients)
-    if not gradients:
-        return _found(loss, torch.zeros((), device=loss.device), terms)
-    # norms, not sums: Adam squares what it is given
-    finite = torch.isfinite(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).all()
-    if scaler.is_enabled():  # the scaler looks for infinities itself and skips the step
-        one = torch.ones((), device=loss.device)
-        scale = scaler.scale(one)
-        scaler.step(optimizer)
-        scaler.update()
-        scaler.update(torch.where(answered, scaler.scale(one), scale))  # no prior's silence is about the scale
-    elif device_type == "cuda":
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
-    elif finite:
-        optimizer.step()
-    return _found(loss, finite.float(), terms)
-
-
-def _answered(terms: Terms, device: torch.device) -> Tensor:
-    """Whether all priors gave an answer, on the device."""
-    shares = [value for name, value in terms.items() if _silent_prior(name)]
-    if not shares:
-        return torch.ones((), dtype=torch.bool, device=device)
-    return torch.stack([share.detach().float() for share in shares]).max() <= MOST_NONFINITE
-
-
-def _silent_prior(term: str) -> str | None:
-    """The prior whose share of values that are not finite a term is, or None."""
-    prior, _, name = term.rpartition(".")
-    return prior if name == NONFINITE else None
-
-
-def _resume(control: RunControl, steps: int, scene: Scene, optimizer, generator, scaler) -> int:
-    """Load the unfinished state if there is one; return the number of steps it has behind it."""
-    if control.checkpoint is None or not control.checkpoint.exists():
-        return 0
-    saved = load_checkpoint(control.checkpoint)
-    difference = first_difference(control.identity, saved.identity)
-    if difference:
-        raise ResumeMismatch(f"{difference}: resume with the same settings, or start over in another folder")
-    check_state(saved, control.checkpoint, steps, scene, optimizer, generator)
-    unpack_state(saved.tensors, scene, optimizer, generator, scaler)
-    return saved.step
-
-
-def fit(
-    scene: Scene,
-    objective: Objective,
-    groups: list[ParameterGroup],
-    *,
-    stage: str,
-    steps: int,
-    optimizer_config: OptimizerConfig,
-    loop: LoopConfig,
-    generator: torch.Generator,
-    control: RunControl,
-) -> FitSummary:
-    """Minimise the objective over the parameters of `groups`, in place.
-
-    Raises Interrupted when asked to stop (after saving), TrainingDiverged after `loop.max_bad_steps` steps in a
-    row without a finite gradient, or PriorSilent after a few without an answer of a prior (what was saved before is
-    kept), ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError
-    when it can't be written.
-    """
-    if steps < 1:
-        raise ValueError(f"a run needs at least one step, got {steps}")
-    device, team = scene.device, control.team
-    optimizer = make_optimizer(groups, optimizer_config)
-    scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "half" and device.type == "cuda")
-    start = _resume(control, steps, scene, optimizer, generator, scaler)
-    clock, durations = control.clock, deque(maxlen=50)
-    began = saved_at = clock()
-    seen = _Seen(stage, loop.max_bad_steps, lag=1 if device.type == "cuda" else 0)
-    ahead = LookAhead(scene, generator, scaler.is_enabled(), objective.looks_ahead and device.type == "cuda")
-
-    def begin(step: int) -> Views:
-        if step % loop.occupancy_every == 0:
-            scene.update_occupancy(step, generator)
-        return objective.prepare(scene, step / steps, generator)
-
-    def begin_next(step: int) -> None:
-        if step + 1 < steps:
-            ahead.begin(partial(begin, step + 1))
-
-    def save(done: int) -> None:
-        if control.checkpoint is not None and team.writes:
-            ahead.undo()
-            state = pack_state(scene, optimizer, generator, scaler)
-            broken = not_finite(state)
-            if broken is not None:  # no run could go on from it
-                raise TrainingDiverged(
-                    f"{stage}: {broken} is not finite after step {done}: lower the learning rates or the guidance scale"
-                )
-            save_checkpoint(control.checkpoint, Checkpoint(done, control.identity, state))
-
-    for step in range(start, steps):
-        step_began = clock()
-        progress = step / steps
-        _set_rates(optimizer, optimizer_config, progress)
-        loss_of = partial(objective.loss, scene, ahead.views(partial(begin, step)), progress, generator)
-        seen.add(step, _take_step(scene, loss_of, optimizer, scaler, team, partial(begin_next, step)))
-        done, now = step + 1, clock()
-        durations.append(now - step_began)
-        if control.on_step is not None and team.writes:
-            pace = sum(durations) / len(durations)
-            control.on_step(
-                StepReport(
-                    stage,
-                    done,
-                    steps,
-                    seen.loss,
-                    seen.terms,
-                    pace,
-                    pace * (steps - done),
-                    seen.bad_steps,
-                    seen.nonfinite,
-                ),
-                scene,
-            )
-        stop = done < steps and control.should_stop is not None and control.should_stop()
-        stop = team.any(stop)
-        due = done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds
-        if stop or (due and not seen.silent):  # nothing new is to be saved while a prior is silent
-            save(done)
-            saved_at = clock()
-        if stop:
-            raise Interrupted(stage, done, control.checkpoint)
-    seen.finish()
-    if start == 0 and not scaler.is_enabled():  # a short run may end before its loss scale fits
-        seen.check_all()
-    if start < steps:
-        save(steps)
-    pace = median(durations) if durations else 0.0
-    return FitSummary(steps, clock() - began, pace, seen.bad_steps, start, seen.loss, seen.nonfinite)
+    scalars = [s.detach().to(dtype) for s in (loss, good, *named.values())]
+    return _Found(fetch(torch.stack(scalars)), tuple(named))
 
 
 class _Seen:
@@ -382,6 +352,11 @@ class _Seen:
         """Whether a prior gave no answer in the latest step that was read."""
         return self._silent_run > 0
 
+    def report(self, done: int, steps: int, pace: float) -> StepReport:
+        """What is known after so many steps."""
+        left = pace * (steps - done)
+        return StepReport(self.stage, done, steps, self.loss, self.terms, pace, left, self.bad_steps, self.nonfinite)
+
     def add(self, step: int, found: _Found) -> None:
         """A step was taken: read those that are old enough."""
         self._waiting.append((step, found))
@@ -403,7 +378,7 @@ class _Seen:
     def _read(self, step: int, found: _Found) -> None:
         self.loss, good, self.terms = found.read()
         self._n_steps += 1
-        shares = {prior: share for name, share in self.terms.items() if (prior := _silent_prior(name)) is not None}
+        shares = self._shares()
         for prior, share in shares.items():
             self._nonfinite[prior] = self._nonfinite.get(prior, 0.0) + share
         silent = any(share > MOST_NONFINITE for share in shares.values())
@@ -414,8 +389,11 @@ class _Seen:
         if self._bad_run > self.max_bad_steps:
             raise self._diverged(step)
 
+    def _shares(self) -> dict[str, float]:
+        return {prior: share for name, share in self.terms.items() if (prior := _silent_prior(name)) is not None}
+
     def _silent(self, step: int) -> PriorSilent:
-        shares = {prior: share for name, share in self.terms.items() if (prior := _silent_prior(name)) is not None}
+        shares = self._shares()
         prior = max(shares, key=lambda name: shares[name])
         return PriorSilent(
             f"{self.stage}: {shares[prior]:.0%} of what the {prior} prior answers is not finite, {self._silent_run} "

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -17,9 +16,10 @@ from ..machine import has_own_allocator, limit_memory
 from ..priors.denoisers import with_execution
 from ..priors.execution import Execution
 from ..priors.loading import PriorKind
-from ..scene import Scene
-from .lookahead import LookAhead
-from .loop import Objective, ParameterGroup
+from ..randomness import Draw
+from ..supervision import Supervision, supervise, views_of
+from .prefetch import Prefetch
+from .stages import GuidanceOf, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,25 @@ _UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 SHARE = 0.94
 """Of the budget that a trial may take: what is solid in a scene, and so the samples on its rays, changes in a run."""
 
-GuidanceOf = Mapping[PriorKind, Guidance]
-
 
 @dataclass(frozen=True)
 class Plan:
     """How a step is taken: how the models are run, how many rays at once are rendered (see RenderOptions), and whether
-    the next step's samples are looked for before this one is done (see lookahead.py)."""
+    the next step's samples are looked for before this one is done (see prefetch.py)."""
 
     execution: Execution = Execution()
     rays_at_once: int | None = None
-    looks_ahead: bool = True
+    prefetch: bool = True
+
+    @property
+    def prefetches(self) -> bool:
+        """Not where rays are rendered twice, whose samples are found again in the backward pass."""
+        return self.prefetch and self.rays_at_once is None
 
     def describe(self) -> str:
         """The plan in words."""
         if self.rays_at_once is None:
-            return self.execution.describe() + ("" if self.looks_ahead else ", samples found when they are needed")
+            return self.execution.describe() + ("" if self.prefetch else ", samples found when they are needed")
         models = "" if self.execution == Execution() else f"{self.execution.describe()}, "
         return f"{models}{self.rays_at_once} rays at once, rendered twice"
 
@@ -51,7 +54,7 @@ LADDER = (
     Plan(),
     Plan(Execution(pictures_at_once=8)),
     Plan(Execution(pictures_at_once=8, pictures_kept=16)),
-    Plan(Execution(pictures_at_once=8, pictures_kept=16), looks_ahead=False),
+    Plan(Execution(pictures_at_once=8, pictures_kept=16), prefetch=False),
     Plan(Execution(pictures_at_once=8, pictures_kept=16), 2**17),
     Plan(Execution(pictures_at_once=8, pictures_kept=8), 2**17),
     Plan(Execution(pictures_at_once=4, pictures_kept=4), 2**17),
@@ -101,30 +104,24 @@ def choose_plan(
 def fit_into(
     budget: int,
     guidance: GuidanceOf,
-    objective_of: Callable[[GuidanceOf, int | None], Objective],
-    scene: Scene,
-    groups: Sequence[ParameterGroup],
-    starts: Sequence[float],
+    stage: Stage,
     on_plan: Callable[[str], None] | None = None,
     give_up: Callable[[], None] | None = None,
-) -> Objective:
-    """Return the objective run in the fastest way that keeps the whole process within `budget` bytes of GPU memory.
+) -> tuple[tuple[Supervision, ...], bool]:
+    """Return the stage's supervisions run in the fastest way that keeps the process within `budget` bytes of GPU
+    memory, and whether the next step's samples may be looked for ahead.
 
-    Every phase (`starts`: their progress) is tried on the scene as it is, forward and backward; the budget stays in
-    force afterwards. `objective_of`: (guidance, rays at once) -> objective. `give_up` is called before each way is
-    tried, and may raise. Raises a ValueError where even the smallest way does not fit.
+    Every phase is tried on the scene as it is, forward and backward; the budget stays in force afterwards. `give_up`
+    is called before each way is tried, and may raise. Raises a ValueError where even the smallest way does not fit.
     """
+    scene = stage.scene
     device = scene.device
     if device.type != "cuda":
         raise ValueError(f"a memory budget is for GPUs, and the work is done on {device.type}: leave it away")
     # the optimiser's two moments are not there yet
-    coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in groups for p in parameters)
+    coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in stage.groups for p in parameters)
     allowed = SHARE * budget - coming
     _use_whole_segments()
-
-    def objective_for(planned: GuidanceOf, plan: Plan) -> Objective:
-        objective = objective_of(planned, plan.rays_at_once)
-        return replace(objective, looks_ahead=objective.looks_ahead and plan.looks_ahead)
 
     def fits(planned: GuidanceOf, plan: Plan) -> bool:
         if give_up is not None:
@@ -133,7 +130,7 @@ def fit_into(
         before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)
         try:
-            reason = _why_not(objective_for(planned, plan), scene, starts)
+            reason = _why_not(stage.supervisions(planned, plan.rays_at_once), plan.prefetches, stage)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)):  # of a graph
                 raise
@@ -156,7 +153,7 @@ def fit_into(
     planned, plan = found
     if on_plan is not None:
         on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
-    return objective_for(planned, plan)
+    return stage.supervisions(planned, plan.rays_at_once), plan.prefetches
 
 
 def _give_back(device: torch.device) -> None:
@@ -176,18 +173,20 @@ def _use_whole_segments() -> None:
         (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
-def _why_not(objective: Objective, scene: Scene, starts: Sequence[float]) -> str:
+def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage) -> str:
     """Why steps of the phases don't run smoothly: the allocator has to give memory back and ask again. "": they do."""
-    generator = torch.Generator().manual_seed(0)
-    for start in starts:
-        ahead = LookAhead(scene, generator, half=True, enabled=objective.looks_ahead)
-        begin = partial(objective.prepare, scene, start, generator)
+    scene, draw = stage.scene, Draw(0)
+    for start in stage.starts:
+        stage.begin(start)
+        prefetch = Prefetch(scene, half=True, enabled=prefetches)
         for attempt in range(2):
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
-            views = ahead.views(begin)
+            views = prefetch.take() or views_of(supervisions, scene, start, draw)
             with torch.autocast("cuda", dtype=torch.float16):
-                loss, _ = objective.loss(scene, views, start, generator)
-            ahead.begin(begin)
+                terms = supervise(supervisions, scene, views, start, draw)
+                loss = sum(terms.losses.values())
+            if prefetch.enabled:
+                prefetch.begin(views_of(supervisions, scene, start, draw))
             loss.backward()
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)

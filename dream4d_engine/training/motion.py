@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from ..cameras import sample_takes
 from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
+from ..randomness import Draw
 from ..scene import Scene
 from ..schedules import stepped
 from .config import MotionRecipe, OptimizerConfig
-from .lookahead import Views
-from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
-from .memory import fit_into
-from .objectives import Terms, current_phase, pick_guidance, picture_loss, picture_view
+from .loop import FitSummary, RunControl, train
+from .stages import ParameterGroup, Stage, seen_by_priors
 from .static import object_extent
 
 
@@ -51,23 +48,24 @@ def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
     return scale if scale >= recipe.min_scale else 1.0
 
 
-def motion_objective(
-    recipe: MotionRecipe, guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None
-) -> Objective:
-    """Return what films a random take and asks the video prior; rays_at_once: see RenderOptions."""
-    pairs = pick_guidance(recipe.guidance, guidance)
+def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scale: float | None = None) -> Stage:
+    """Return stage 2 on a copy of `scene`, where that is; the scale it uses is in its configuration.
 
-    def prepare(scene: Scene, progress: float, generator: torch.Generator) -> Views:
-        phase = current_phase(recipe.phases, progress)
-        size = (phase.height, phase.width)
-        takes = sample_takes(recipe.cameras, phase.n_groups, recipe.n_frames, *size, generator, recipe.time_span)
-        return (picture_view(scene, takes, recipe, progress, generator, rays_at_once),)
+    `deformation_scale` None chooses it from the object's extent.
+    """
+    if deformation_scale is not None:
+        check_scale(deformation_scale)
+    scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
+    deformation, fresh = replace(recipe.deformation, scale=scale), recipe.fresh_background
+    moving = scene.with_deformation(deformation, Draw(seed).for_("deformation"), background=fresh).to(scene.device)
+    moving.canonical.requires_grad_(False)
 
-    def loss(scene: Scene, views: Views, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        scene.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
-        return picture_loss(scene, views[0], recipe, pairs, progress, generator)
+    def begin(progress: float) -> None:
+        # coarse to fine: the grid's levels are set free one after the other
+        moving.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
 
-    return Objective(loss, prepare, looks_ahead=rays_at_once is None)
+    starts, supervisions = [phase.start for phase in recipe.phases], partial(seen_by_priors, recipe)
+    return Stage("motion", moving, motion_groups(moving, recipe.optimizer), recipe, supervisions, starts, begin)
 
 
 def train_motion(
@@ -79,44 +77,10 @@ def train_motion(
     device: torch.device,
     control: RunControl,
     deformation_scale: float | None = None,
-    memory_budget: int | None = None,
-    on_plan: Callable[[str], None] | None = None,
 ) -> tuple[Scene, FitSummary]:
-    """Run stage 2 on a copy of `scene` and return it; the scale it used is in its configuration.
-
-    `deformation_scale` None chooses it from the object's extent. `memory_budget`, `on_plan`: see train_static.
-    """
-    if deformation_scale is not None:
-        check_scale(deformation_scale)
-    generator = control.team.generator(seed)
-    scene = scene.clone().to(device)
-    scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
-    moving = scene.with_deformation(
-        replace(recipe.deformation, scale=scale), generator, background=recipe.fresh_background
-    ).to(device)
-    moving.canonical.requires_grad_(False)
-    groups = motion_groups(moving, recipe.optimizer)
-
-    def objective_of(guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None) -> Objective:
-        return motion_objective(recipe, guidance, rays_at_once)
-
-    if memory_budget is None:
-        objective = objective_of(guidance)
-    else:
-        give_up = partial(control.stop_if_asked, "motion")
-        starts = [phase.start for phase in recipe.phases]
-        objective = fit_into(memory_budget, guidance, objective_of, moving, groups, starts, on_plan, give_up)
-    summary = fit(
-        moving,
-        objective,
-        groups,
-        stage="motion",
-        steps=recipe.steps,
-        optimizer_config=recipe.optimizer,
-        loop=recipe.loop,
-        generator=generator,
-        control=control,
-    )
-    moving.canonical.requires_grad_(True)
-    moving.refresh_occupancy()
-    return moving, summary
+    """Run stage 2 on a copy of `scene` and return it (see `motion_stage`)."""
+    stage = motion_stage(scene.clone().to(device), recipe, seed, deformation_scale)
+    summary = train(stage, guidance, seed, control)
+    stage.scene.canonical.requires_grad_(True)
+    stage.scene.refresh_occupancy()
+    return stage.scene, summary

@@ -25,17 +25,9 @@ def scene_bytes(scene: SceneConfig) -> int:
     return _grid_bytes(scene.radiance.grid, 3) + moving + 2**20
 
 
-def _stage(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> tuple[int, int, int]:
-    """Return (bytes of parameters, pictures of a group, levels of a sample's grids)."""
-    if isinstance(recipe, StaticRecipe):
-        return scene_bytes(recipe.scene), recipe.n_views, recipe.scene.radiance.grid.n_levels
-    levels = scene.radiance.grid.n_levels + recipe.deformation.grid.n_levels * 2
-    return scene_bytes(scene) + _grid_bytes(recipe.deformation.grid, 4), recipe.n_frames, levels
-
-
 def disk_bytes(recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneConfig) -> int:
     """Bytes of all that a run writes: results, and a checkpoint (parameters, two moments) beside its successor."""
-    return _FIXED_ROOM + sum(2 * 4 * _stage(recipe, scene)[0] for recipe in recipes)
+    return _FIXED_ROOM + sum(2 * 4 * scene_bytes(recipe.trained(scene)) for recipe in recipes)
 
 
 def film_bytes(height: int, width: int) -> int:
@@ -45,13 +37,14 @@ def film_bytes(height: int, width: int) -> int:
 
 def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int:
     """Bytes that training takes at the least: parameters with gradient and moments, and the samples of a step."""
-    parameters, n_pictures, n_levels = _stage(recipe, scene)
-    n_samples = (recipe.scene if isinstance(recipe, StaticRecipe) else scene).n_samples
+    config, n_pictures = recipe.trained(scene), getattr(recipe, recipe.group_field)
+    moving = config.deformation
+    n_levels = config.radiance.grid.n_levels + (0 if moving is None else 2 * moving.grid.n_levels)
 
     def rays(phase: Phase) -> int:
         return phase.n_groups * n_pictures * phase.height * phase.width
 
-    reference = recipe.reference if isinstance(recipe, StaticRecipe) else None
+    reference = recipe.reference
     seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)
-    per_ray = 100 + n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
-    return 4 * parameters + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)
+    per_ray = 100 + config.n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
+    return 4 * scene_bytes(config) + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)

@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch, make_cameras
+from ..supervision import Targets
 from ..transfers import send
 from .config import ReferenceConfig, StaticRecipe
 from .maps import read_depth, read_normals
@@ -38,8 +39,8 @@ from .masks import (
 from .pixels import PictureError, Pixels, file_pixels, map_pixels, tensor_pixels
 
 __all__ = ["AUTOMATIC", "MASK_SHOWS", "PictureError", "UnclearMask", "what_mask_shows"]
-__all__ += ["Reference", "ReferenceView", "load_reference", "prepare_reference", "check_reference"]
-__all__ += ["reference_cameras", "reference_view"]
+__all__ += ["Reference", "load_reference", "prepare_reference", "check_reference"]
+__all__ += ["reference_cameras", "reference_targets"]
 
 LEAST_SUBJECT, LARGEST_SIDE = 8, 1024
 """Pixels: of the subject's longer side, and of a prepared picture's side."""
@@ -317,22 +318,6 @@ def _resize(layer: Tensor, size: int) -> Tensor:
 # ---- for training ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ReferenceView:
-    """What the reference pass compares a rendering of `cameras` [1, 1] with, at one size.
-
-    Args:
-        rgb: [1, 1, S, S, 3]. mask: [1, 1, S, S, 1], the share of each pixel that the subject covers.
-        depth: as the mask, or None. normals: [1, 1, S, S, 3] in the world's frame, or None.
-    """
-
-    cameras: CameraBatch
-    rgb: Tensor
-    mask: Tensor
-    depth: Tensor | None = None
-    normals: Tensor | None = None
-
-
 def reference_cameras(config: ReferenceConfig, size: int = 1) -> CameraBatch:
     """The camera that saw the picture, [1, 1]."""
     return make_cameras(
@@ -346,17 +331,17 @@ def reference_cameras(config: ReferenceConfig, size: int = 1) -> CameraBatch:
     )
 
 
-def reference_view(
+def reference_targets(
     reference: Reference, config: ReferenceConfig, size: int, device: torch.device | str = "cpu"
-) -> ReferenceView:
-    """The prepared picture at one of the recipe's sizes."""
+) -> Targets:
+    """The prepared picture at one of the recipe's sizes, as targets [1, 1]."""
     present = {n: getattr(reference, n) for n in ("rgb", "mask", "depth", "normals")}
     layers = _resized({n: layer for n, layer in present.items() if layer is not None}, size)
     cameras = reference_cameras(config, size)
     if "normals" in layers:
         rotation = cameras.c2w[0, 0, :3, :3]
         layers["normals"] = (rotation * layers["normals"][..., None, :]).sum(-1)
-    return ReferenceView(cameras.to(device), **{n: send(layer[None, None], device) for n, layer in layers.items()})
+    return Targets(cameras.to(device), **{n: send(layer[None, None], device) for n, layer in layers.items()})
 
 
 def check_reference(recipe: StaticRecipe, reference: Reference | None) -> None:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from ..cameras import sample_views
 from ..guidance.distillation import Guidance
 from ..priors.loading import PriorKind
+from ..randomness import Draw
 from ..scene import Scene, build_scene
-from .config import OptimizerConfig, StaticRecipe
-from .lookahead import Views
-from .loop import FitSummary, Objective, ParameterGroup, RunControl, fit
-from .memory import fit_into
-from .objectives import (
-    Terms,
-    current_phase,
-    pick_guidance,
-    picture_loss,
-    picture_view,
-    prepare_reference_view,
-    reference_loss,
-)
-from .reference import Reference, ReferenceView, check_reference, reference_view
+from ..supervision import PhotometricWeights, Supervision, Targets, photometric
+from .config import OptimizerConfig, ReferenceConfig, StaticRecipe
+from .loop import FitSummary, RunControl, train
+from .reference import Reference, check_reference, reference_targets
+from .stages import GuidanceOf, ParameterGroup, Stage, current_phase, seen_by_priors
 
 
 def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -40,44 +29,35 @@ def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
-def static_objective(
-    recipe: StaticRecipe,
-    guidance: Mapping[PriorKind, Guidance],
-    reference: Reference | None = None,
-    rays_at_once: int | None = None,
-) -> Objective:
-    """Return what draws cameras, renders them and asks the priors, then compares with the picture.
+def seen_in_picture(reference: Reference, config: ReferenceConfig, rays_at_once: int | None) -> Supervision:
+    """Return the supervision by the picture that a scene is made from, at the size of the phase."""
+    sizes: dict[int, Targets] = {}  # those that were needed so far
 
-    `reference` is what a recipe with a reference needs, and only that. `rays_at_once`: see RenderOptions.
-    """
-    pairs = pick_guidance(recipe.guidance, guidance)
-    check_reference(recipe, reference)
-    sizes: dict[int, ReferenceView] = {}  # the picture at the sizes that were needed so far
-
-    def picture(scene: Scene, progress: float) -> ReferenceView:
-        size = current_phase(recipe.reference.phases, progress).size
+    def targets_at(scene: Scene, progress: float) -> Targets:
+        size = current_phase(config.phases, progress).size
         if size not in sizes:
-            sizes[size] = reference_view(reference, recipe.reference, size, scene.device)
+            sizes[size] = reference_targets(reference, config, size, scene.device)
         return sizes[size]
 
-    def prepare(scene: Scene, progress: float, generator: torch.Generator) -> Views:
-        phase = current_phase(recipe.phases, progress)
-        size = (phase.height, phase.width)
-        cameras = sample_views(recipe.cameras, phase.n_groups, recipe.n_views, *size, generator)
-        view = picture_view(scene, cameras, recipe, progress, generator, rays_at_once)
-        if recipe.reference is None:
-            return (view,)
-        cameras = picture(scene, progress).cameras
-        return view, prepare_reference_view(scene, cameras, recipe.reference, generator, rays_at_once)
+    weights = PhotometricWeights(
+        config.rgb, config.mask, config.depth, config.relative_depth, config.normal, config.entropy
+    )
+    return photometric("reference", targets_at, weights, config.ray_jitter, rays_at_once)
 
-    def loss(scene: Scene, views: Views, progress: float, generator: torch.Generator) -> tuple[Tensor, Terms]:
-        total, terms = picture_loss(scene, views[0], recipe, pairs, progress, generator)
-        if recipe.reference is None:
-            return total, terms
-        extra, parts = reference_loss(scene, views[1], picture(scene, progress), recipe.reference)
-        return total + extra, terms | parts
 
-    return Objective(loss, prepare, looks_ahead=rays_at_once is None)
+def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None = None) -> Stage:
+    """Return stage 1 on `scene`, which is trained in place; `reference` is what a recipe with one needs."""
+    check_reference(recipe, reference)
+
+    def supervisions(guidance: GuidanceOf, rays_at_once: int | None) -> tuple[Supervision, ...]:
+        priors = seen_by_priors(recipe, guidance, rays_at_once)
+        if recipe.reference is None:
+            return priors
+        return (*priors, seen_in_picture(reference, recipe.reference, rays_at_once))
+
+    looked_at = () if recipe.reference is None else recipe.reference.phases
+    starts = sorted({phase.start for phase in (*recipe.phases, *looked_at)})
+    return Stage("static", scene, static_groups(scene, recipe.optimizer), recipe, supervisions, starts)
 
 
 def train_static(
@@ -89,46 +69,16 @@ def train_static(
     control: RunControl,
     scene: Scene | None = None,
     reference: Reference | None = None,
-    memory_budget: int | None = None,
-    on_plan: Callable[[str], None] | None = None,
 ) -> tuple[Scene, FitSummary]:
     """Run stage 1 and return the finished scene; `scene`, if given, is where it starts (a copy is trained).
 
     A recipe with a reference needs one. The caller puts its fingerprint into the control's identity.
-    `memory_budget`: bytes of GPU memory that the process may take; `on_plan` is told how it does that.
     """
-    generator = control.team.generator(seed)
-    start = build_scene(recipe.scene, generator) if scene is None else scene.clone()
-    start = start.to(device)
-    groups = static_groups(start, recipe.optimizer)
-
-    def objective_of(guidance: Mapping[PriorKind, Guidance], rays_at_once: int | None = None) -> Objective:
-        return static_objective(recipe, guidance, reference, rays_at_once)
-
-    if memory_budget is None:
-        objective = objective_of(guidance)
-    else:
-        give_up = partial(control.stop_if_asked, "static")
-        objective = fit_into(memory_budget, guidance, objective_of, start, groups, _starts(recipe), on_plan, give_up)
-    summary = fit(
-        start,
-        objective,
-        groups,
-        stage="static",
-        steps=recipe.steps,
-        optimizer_config=recipe.optimizer,
-        loop=recipe.loop,
-        generator=generator,
-        control=control,
-    )
-    start.refresh_occupancy()
-    return start, summary
-
-
-def _starts(recipe: StaticRecipe) -> list[float]:
-    """Where a step's pictures change their size."""
-    looked_at = () if recipe.reference is None else recipe.reference.phases
-    return sorted({phase.start for phase in (*recipe.phases, *looked_at)})
+    start = build_scene(recipe.scene, Draw(seed).for_("scene")) if scene is None else scene.clone()
+    stage = static_stage(recipe, start.to(device), reference)
+    summary = train(stage, guidance, seed, control)
+    stage.scene.refresh_occupancy()
+    return stage.scene, summary
 
 
 @torch.no_grad()

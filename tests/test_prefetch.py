@@ -1,4 +1,4 @@
-"""Steps that are begun before the step before them is done."""
+"""Samples that are found before their step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from dream4d_engine.kernels import torch_kernels
 from dream4d_engine.priors.loading import toy_folder
 from dream4d_engine.rendering import RenderOptions, find_samples_ahead, prepare_view, render_view
 from dream4d_engine.toyworld.measure import photograph
-from dream4d_engine.training import lookahead
+from dream4d_engine.training import prefetch
 from dream4d_engine.training.checkpoint import load_checkpoint
 from dream4d_engine.training.config import TOY_IMAGE, TOY_MOTION, TOY_STATIC
 from dream4d_engine.training.guidance import active_terms, load_guidance
-from dream4d_engine.training.lookahead import LookAhead
 from dream4d_engine.training.loop import Interrupted, RunControl
-from dream4d_engine.training.motion import motion_objective, train_motion
+from dream4d_engine.training.memory import LADDER
+from dream4d_engine.training.motion import train_motion
+from dream4d_engine.training.prefetch import Prefetch
 from dream4d_engine.training.reference import prepare_reference
-from dream4d_engine.training.static import static_objective, train_static
+from dream4d_engine.training.static import train_static
 
 CUDA = torch.cuda.is_available()
 STRATIFIED = RenderOptions(stratified=True)
@@ -30,43 +31,44 @@ STRATIFIED = RenderOptions(stratified=True)
 
 def ball():
     scene = solid_ball(0.5)
-    scene.update_occupancy(0, seeded())
+    scene.update_occupancy(seeded(), all_cells=True)
     return scene
 
 
-def start_of(scene, generator, options=STRATIFIED):
-    return lambda: (prepare_view(scene, orbit(2, 24, 24), options, generator),)
+def look(scene, options=STRATIFIED):
+    """What a step looks at, named by a function as supervisions are."""
+    return {look: prepare_view(scene, orbit(2, 24, 24), options, seeded())}
 
 
-def test_samples_that_were_looked_for_ahead_are_those_of_the_step():
+def test_samples_that_were_found_ahead_are_those_of_the_step():
     scene = ball()
-    expected = render_view(scene, *start_of(scene, seeded())())
-    ahead, generator = LookAhead(scene, seeded(), half=False, enabled=True), seeded()
-    for _ in range(3):  # room is asked for the first time, and known from then on
-        generator.manual_seed(0)
-        ahead.begin(start_of(scene, generator))
-        (view,) = ahead.views(None)
+    expected = render_view(scene, look(scene)[look])
+    ahead = Prefetch(scene, half=False, enabled=True)
+    for _ in range(3):  # their number is asked for the first time, and guessed from then on
+        ahead.begin(look(scene))
+        view = ahead.take()[look]
         assert view.samples is not None
         found = render_view(scene, view)
         assert torch.equal(found.samples.t_starts, expected.samples.t_starts)
         assert torch.equal(found.rgb, expected.rgb)
+    assert ahead.take() is None
 
 
-def test_samples_that_find_no_room_are_found_by_the_step_itself(monkeypatch):
+def test_samples_beyond_the_capacity_are_found_by_the_step_itself(monkeypatch):
     scene = ball()
-    expected = render_view(scene, *start_of(scene, seeded())())
-    ahead = LookAhead(scene, seeded(), half=False, enabled=True)
-    monkeypatch.setattr(lookahead, "SPARE", 0.5)
+    expected = render_view(scene, look(scene)[look])
+    ahead = Prefetch(scene, half=False, enabled=True)
+    monkeypatch.setattr(prefetch, "SPARE", 0.5)
     for fits in (True, False):
-        ahead.begin(start_of(scene, seeded()))
-        (view,) = ahead.views(None)
+        ahead.begin(look(scene))
+        view = ahead.take()[look]
         assert (view.samples is not None) == fits
         assert torch.equal(render_view(scene, view).rgb, expected.rgb), "nothing is lost"
 
 
 def test_only_as_many_samples_as_there_is_room_for_are_looked_at():
     scene = ball()
-    (view,) = start_of(scene, seeded())()
+    view = look(scene)[look]
     samples, n_found = find_samples_ahead(scene, view, None).take()
     assert 0 < len(samples.t_starts) < n_found, "some are transparent"
     small = find_samples_ahead(scene, view, n_found - 1)
@@ -76,63 +78,40 @@ def test_only_as_many_samples_as_there_is_room_for_are_looked_at():
             find_samples_ahead(scene, replace(view, options=options), None)
 
 
-def test_room_follows_how_large_the_cameras_show_the_scene():
-    scene, ahead = ball(), LookAhead(ball(), seeded(), half=False, enabled=True)
+def test_the_capacity_follows_how_large_the_cameras_show_the_scene():
+    scene, ahead = ball(), Prefetch(ball(), half=False, enabled=True)
     for distance in (3.0, 2.6, 4.0, 3.2):
         cameras = make_cameras(0.0, 0.3, distance, 0.7, 0.0, 24, 24)
-        ahead.begin(lambda cameras=cameras: (prepare_view(scene, cameras, STRATIFIED, seeded()),))
-        (view,) = ahead.views(None)
+        ahead.begin({look: prepare_view(scene, cameras, STRATIFIED, seeded())})
+        view = ahead.take()[look]
         assert view.samples is not None, distance
         assert view.apparent_area == pytest.approx((distance * math.tan(0.35)) ** -2)
 
 
-def test_where_the_number_of_samples_stays_unknown_no_step_is_begun_early(monkeypatch):
+def test_where_the_number_of_samples_stays_unknown_none_are_found_ahead(monkeypatch):
     scene = ball()
-    expected = render_view(scene, *start_of(scene, seeded())())
+    expected = render_view(scene, look(scene)[look])
 
     def march_into(*given):
         *columns, n_found = torch_kernels.march_into(*given)
         return *columns, torch.full_like(n_found, -1)
 
     scene.kernels = replace(scene.kernels, march_into=march_into)
-    ahead = LookAhead(scene, seeded(), half=False, enabled=True)
-    ahead.begin(start_of(scene, seeded()))
-    (view,) = ahead.views(None)
+    ahead = Prefetch(scene, half=False, enabled=True)
+    ahead.begin(look(scene))
+    view = ahead.take()[look]
     assert view.samples is None and torch.equal(render_view(scene, view).rgb, expected.rgb)
-    ahead.begin(pytest.fail)
-    assert ahead.views(tuple) == ()
+    assert not ahead.enabled
 
 
-def test_beginning_a_step_can_be_taken_back():
-    scene, generator = ball(), seeded()
-    state = generator.get_state(), scene.occupancy.values.clone(), scene.occupancy.occupied.clone()
-    ahead = LookAhead(scene, generator, half=False, enabled=True)
-
-    def start():
-        scene.update_occupancy(300, generator)
-        return start_of(scene, generator)()
-
-    ahead.begin(start)
-    assert not torch.equal(generator.get_state(), state[0])
-    assert not torch.equal(scene.occupancy.values, state[1])
-    ahead.undo()
-    found = generator.get_state(), scene.occupancy.values, scene.occupancy.occupied
-    assert all(torch.equal(a, b) for a, b in zip(found, state, strict=True))
-    assert ahead.views(lambda: "begun now") == "begun now"
+def enable(monkeypatch, on):
+    """Make runs prefetch, or not."""
+    monkeypatch.setattr("dream4d_engine.training.loop.Prefetch", lambda scene, half, enabled: Prefetch(scene, half, on))
 
 
-def enable(monkeypatch, looks_ahead):
-    """Make runs look ahead, or not."""
-
-    def made(scene, generator, half, enabled):
-        return LookAhead(scene, generator, half, looks_ahead)
-
-    monkeypatch.setattr("dream4d_engine.training.loop.LookAhead", made)
-
-
-def run(monkeypatch, path, looks_ahead, stop_after=()):
+def run(monkeypatch, path, prefetches, stop_after=()):
     """A run whose parameters stay, so that looking at them earlier makes no difference: (losses, last state)."""
-    enable(monkeypatch, looks_ahead)
+    enable(monkeypatch, prefetches)
     recipe, guidance, _, _ = static_case(steps=12)
     still = replace(recipe.optimizer, lr_grid=0.0, lr_mlp=0.0, lr_background=0.0)
     losses, scene = {}, ball()
@@ -151,7 +130,7 @@ def run(monkeypatch, path, looks_ahead, stop_after=()):
     return losses, load_checkpoint(path).tensors
 
 
-def test_a_run_that_looks_ahead_draws_the_same_numbers_and_goes_on_as_if_nothing_had_happened(monkeypatch, tmp_path):
+def test_a_run_that_prefetches_draws_the_same_numbers_and_goes_on_as_if_nothing_had_happened(monkeypatch, tmp_path):
     losses, state = run(monkeypatch, tmp_path / "plain", False)
     assert len(losses) == 12 and all(math.isfinite(loss) for loss in losses.values())
     # stopped before a step of every kind: with the occupancy brought up to date first (8), and without
@@ -162,13 +141,10 @@ def test_a_run_that_looks_ahead_draws_the_same_numbers_and_goes_on_as_if_nothing
         assert all(torch.equal(value, state[key]) for key, value in their_state.items())
 
 
-def test_where_rays_are_rendered_twice_nothing_is_looked_for_ahead():
-    """Looking ahead may bring the occupancy up to date, which changes where samples are, before the backward pass."""
-    recipe, guidance, _, _ = static_case()
-    assert static_objective(recipe, guidance).looks_ahead
-    assert not static_objective(recipe, guidance, rays_at_once=100).looks_ahead
-    video = {"video": guidance["multiview"]}
-    assert motion_objective(TOY_MOTION, video).looks_ahead and not motion_objective(TOY_MOTION, video, 100).looks_ahead
+def test_where_rays_are_rendered_twice_nothing_is_found_ahead():
+    """Their samples are found once more in the backward pass."""
+    assert any(plan.prefetches for plan in LADDER)
+    assert all(plan.rays_at_once is None for plan in LADDER if plan.prefetches)
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU: there is nothing to wait for")
@@ -180,9 +156,9 @@ def test_no_step_waits_for_the_gpu(stage, monkeypatch):
     folders, device = {term.prior: toy_folder(term.prior) for term in active_terms(recipe)}, torch.device("cuda")
     guidance = load_guidance(recipe, folders, "a red cube is jumping", device, reference)
 
-    def train(looks_ahead):
-        enable(monkeypatch, looks_ahead)
-        # raises wherever the CPU would wait, once room and graphs are there; a step that lacks room may
+    def train(prefetches):
+        enable(monkeypatch, prefetches)
+        # raises wherever the CPU would wait, once capacity and graphs are there; a step beyond it may
         control = RunControl(on_step=lambda report, scene: torch.cuda.set_sync_debug_mode(2 * (8 < report.step < 39)))
         given = {"seed": 0, "device": device, "control": control}
         if stage == "motion":
@@ -190,7 +166,7 @@ def test_no_step_waits_for_the_gpu(stage, monkeypatch):
         else:
             train_static(recipe, guidance, reference=reference, **given)
 
-    monkeypatch.setattr(lookahead, "SPARE", 2.0)  # a step that lacks room does wait
+    monkeypatch.setattr(prefetch, "SPARE", 2.0)  # a step beyond the capacity does wait
     try:
         train(True)
         with pytest.raises(RuntimeError, match="synchronizing"):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .guidance.distillation import color_loss, distillation_loss
+from ..guidance.distillation import color_loss, distillation_loss
 
 if TYPE_CHECKING:
-    from .rendering import RenderOutput
+    from ..rendering import RenderOutput
 
 __all__ = [
     "color_loss",

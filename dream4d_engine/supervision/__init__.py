@@ -1,0 +1,25 @@
+"""Supervision: what a training step looks at, and what it thinks of the picture."""
+
+from .distil import distillation
+from .record import Supervision, Terms, ViewFunction, Views, supervise, views_of
+from .regularise import RegularizerWeights, regularisers
+from .targets import PhotometricWeights, Targets, photometric
+from .views import RandomBackground, draw_background, training_view
+
+__all__ = [
+    "PhotometricWeights",
+    "RandomBackground",
+    "RegularizerWeights",
+    "Supervision",
+    "Targets",
+    "Terms",
+    "ViewFunction",
+    "Views",
+    "distillation",
+    "draw_background",
+    "photometric",
+    "regularisers",
+    "supervise",
+    "training_view",
+    "views_of",
+]

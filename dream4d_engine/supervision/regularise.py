@@ -1,0 +1,77 @@
+"""Supervision that knows no prior and no picture: what scenes look like in general."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..randomness import Draw, draw_rows
+from ..rays import RayBundle
+from ..rendering import RenderOutput, View
+from ..scene import Scene
+from . import losses
+from .record import Supervision, Terms, ViewFunction
+
+SURFACE_OFFSET = 0.01
+"""Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
+
+
+@dataclass(frozen=True)
+class RegularizerWeights:
+    """Weights of the terms that know no prior; 0 leaves a term out. See losses.py."""
+
+    opacity: float = 0.0
+    entropy: float = 0.0
+    orientation: float = 0.0
+    z_variance: float = 0.0
+    normal_smoothness_2d: float = 0.0
+    normal_smoothness_3d: float = 0.0
+    displacement_tv: float = 0.0
+
+
+def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFunction) -> Supervision:
+    """Return the supervision by the terms whose weights at a progress are not 0; the others are not computed.
+
+    The view must composite the normals and displacements that they look at.
+    """
+
+    def loss(scene: Scene, output: RenderOutput, view: View, progress: float, draw: Draw) -> Terms:
+        weights = weights_at(progress)
+        parts: dict[str, Tensor] = {}
+        if weights.opacity:
+            parts["opacity"] = weights.opacity * losses.opacity_sparsity(output.opacity)
+        if weights.entropy:
+            parts["entropy"] = weights.entropy * losses.opacity_entropy(output.opacity)
+        if weights.z_variance:
+            parts["z_variance"] = weights.z_variance * losses.z_variance(output.z_variance, output.opacity)
+        if weights.displacement_tv:
+            parts["displacement_tv"] = weights.displacement_tv * losses.displacement_tv(output.displacement)
+        if weights.normal_smoothness_2d:
+            parts["normal_2d"] = weights.normal_smoothness_2d * losses.normal_smoothness_2d(output.normals)
+        if weights.orientation:
+            directions = view.rays.directions.to(output.normals)
+            facing = losses.orientation(output.opacity, output.normals.reshape(-1, 3), directions)
+            parts["orientation"] = weights.orientation * facing
+        if weights.normal_smoothness_3d:
+            aside = draw.groups("aside", view.cameras.shape[0])
+            parts["normal_3d"] = weights.normal_smoothness_3d * _normal_smoothness(scene, output, view.rays, aside)
+        return Terms(parts)
+
+    return Supervision("regularisers", view, loss)
+
+
+def _normal_smoothness(
+    scene: Scene, output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]
+) -> Tensor:
+    """Compare the normals where opaque rays end with those of points a little aside."""
+    opacity = output.opacity.detach().reshape(-1)
+    seen = opacity > 0.5
+    distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
+    points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
+    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]
+    times = rays.times[seen]
+    nearby = points + SURFACE_OFFSET * scene.config.radius * aside
+    return losses.normal_smoothness_3d(scene.normals(points, times), scene.normals(nearby, times))
