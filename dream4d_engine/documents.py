@@ -38,7 +38,9 @@ def parse_document(text: str | bytes, where: object, error: type[ValueError], fo
         raise error(f"{where} holds {len(text):,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
     if form == "JSON" and sum(map(text.count, (b",", b"[") if isinstance(text, bytes) else (",", "["))) > MOST_NODES:
         raise error(f"{where} holds more than {MOST_NODES:,} values: it can't be meant")
-    if isinstance(text, bytes) and b"\0" in text[:4]:  # UTF-16 or UTF-32 without a mark; JSON and YAML hold no NUL
+    if (
+        isinstance(text, bytes) and b"\0" in text[:4] and any(text[:4])
+    ):  # UTF-16 or UTF-32 without a mark; JSON and YAML hold no NUL
         raise error(f"{where} is no text in UTF-8: {_ENCODED}")
     try:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")

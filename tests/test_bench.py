@@ -144,6 +144,7 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
         (["--variants", "quick"], "unknown variant 'quick'"),
         (["--variants", "fast@10GiB", "--device", "cpu"], "memory budget, which is for GPUs"),
         (["--variants", "tiny", "--device", "cpu"], "needs --tiny-vae FOLDER"),
+        (["--variants", "fast@"], "unknown variant 'fast@'"),
         (["--recipes", "films:toy"], "unknown recipe 'films:toy'"),
     ],
 )
@@ -166,3 +167,13 @@ def test_a_profile_says_what_takes_longest(tmp_path, capsys):
 )
 def test_gaps_are_what_no_span_covers(spans, uncovered):
     assert gaps(spans) == uncovered
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_saved(tmp_path, capsys, monkeypatch):
+    def full(path, _data):
+        raise bench.WriteError(f"{path} can't be written: the disk is full")
+
+    monkeypatch.setattr(bench, "write_atomically", full)
+    code = main(["bench", "--recipes", "static:toy", *ONE_STEP, "--out", str(tmp_path / "found.json")])
+    captured = capsys.readouterr()
+    assert code == 2 and "found.json can't be written" in captured.err and "seconds a step" in captured.out

@@ -358,8 +358,10 @@ def test_every_number_is_checked_where_it_is_typed(command, doors):
                 continue
             assert line is not None, f"{flag} {value!r} went through"
             assert flag.lstrip("-").replace("-", "_") in line.replace("-", "_"), line
-            said = ("must lie in [", "must be a ", "takes whole numbers", "is empty")
-            assert any(words in line for words in said), line
+            if not value:
+                assert f"{flag} is empty: give it a value, or leave it away" in line
+                continue
+            assert "must lie in [" in line or "must be a " in line or "takes whole numbers" in line, line
             assert not any(raw in line for raw in ("literal", "convert", "instantiated", "Tuple", "Error parsing")), (
                 line
             )
@@ -735,3 +737,42 @@ def test_lines_come_every_few_seconds_and_at_the_end():
     assert lines[-1] == "static: step 100/100, loss 2"
     assert 9 <= len(lines) <= 12
     assert [clock_text(s) for s in (8, 125, 3723, None)] == ["8 s", "2:05", "1:02:03", ""]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["text-to-3d", PROMPT, "--out", ""],
+        ["text-to-4d", "--resume", ""],
+        ["text-to-3d", PROMPT, "--out="],
+        ["text-to-3d", PROMPT, "--tiny-vae", ""],
+        ["render", "a.safetensors", "--out", ""],
+        ["convert", "a.ckpt", "--overwrite", "--out", ""],
+        ["info", ""],
+        ["animate", "", PROMPT, "--out", "q"],
+        ["image-to-3d", "", "--prompt", PROMPT, "--out", "q"],
+    ],
+)
+def test_an_empty_name_is_not_the_folder_we_are_in(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "empty" in fails(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shorter_film_leaves_no_frames_of_a_longer_one(run, tmp_path, capsys):
+    out = tmp_path / "r"
+    words = ["render", str(run[0] / "scene.safetensors"), "--out", str(out), "--size", "8", "8", "--png", "--overwrite"]
+    assert main([*words, "--frames", "3"]) == 0
+    (out / "orbit_rgb" / "mine.png").write_bytes(b"")
+    assert main([*words, "--frames", "1"]) == 0
+    assert sorted(path.name for path in (out / "orbit_rgb").iterdir()) == ["0000.png", "mine.png"]
+
+
+def test_files_and_folders_in_each_others_place_are_named_before_the_work(run, tmp_path, capsys):
+    scene = str(run[0] / "scene.safetensors")
+    (tmp_path / "a" / "orbit_rgb.mp4").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "orbit_rgb").write_bytes(b"")
+    for name, kind in (("a", "is a folder where a file belongs"), ("b", "is a file where a folder belongs")):
+        assert kind in fails(capsys, "render", scene, "--out", str(tmp_path / name), "--png", "--overwrite")
+    assert "is a folder where a file belongs" in fails(capsys, "import", scene, "--out", str(tmp_path), "--overwrite")

@@ -142,3 +142,9 @@ def test_what_is_shown_moves_no_cursor_and_is_short():
 @pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x89PNG", b"{}", b"<3"])
 def test_other_files_are_not_taken_for_disguises(head):
     assert disguise(head) is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_other_encodings_are_named(encoding):
+    with pytest.raises(ValueError, match="run.json is no text in UTF-8: save it in this encoding"):
+        parse_document('{"prompt": "un caf\u00e9"}'.encode(encoding), "run.json", ValueError)

@@ -439,6 +439,25 @@ def test_convert_refuses(files, folders, tmp_path):
         convert(files["sd21"], tmp_path / "taken")
     assert convert(files["sd21"], tmp_path / "taken", overwrite=True).kind == "image"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+    assert convert(files["mvdream"], tmp_path / "taken", overwrite=True).kind == "multiview"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+def test_convert_replaces_only_models(files, tmp_path):
+    """What else lies in a folder is never removed, nor the checkpoint itself."""
+    import shutil
+
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "other.safetensors").write_bytes(b"years of work")
+    with pytest.raises(PriorError, match="models holds other.safetensors and is no model's folder"):
+        convert(files["sd21"], models, overwrite=True)
+    shutil.copy(files["sd21"], models / "sd.pt")
+    (models / "model_index.json").write_text("{}")
+    for folder in (models, tmp_path, models / ".." / "models"):
+        with pytest.raises(PriorError, match="lies in .*, which would be replaced"):
+            convert(models / "sd.pt", folder, overwrite=True)
+    assert sorted(path.name for path in models.iterdir()) == ["model_index.json", "other.safetensors", "sd.pt"]
 
 
 def test_missing_parts_of_folders_are_named(folders, tmp_path):

@@ -81,21 +81,14 @@ def convert(
 
 
 def _check_replaceable(folder: Path, source: Path) -> None:
-    """Refuse to replace a folder that holds more than a model: whatever is in it would be lost."""
+    """Refuse to replace a folder that is no model's: whatever is in it would be lost."""
     if not folder.exists():
         return
     if source.resolve().is_relative_to(folder.resolve()):
         raise PriorError(f"{source} lies in {folder}, which would be replaced: choose another folder")
-    if (folder / "model_index.json").is_file():
-        foreign = next((p for p in sorted(folder.iterdir()) if _is_model_of_its_own(p)), None)
-    else:
-        foreign = next(iter(sorted(folder.iterdir())), None)
-    if foreign is not None:
-        raise PriorError(f"{folder} holds {foreign.name}, which is no part of a model: choose another folder")
-
-
-def _is_model_of_its_own(path: Path) -> bool:
-    return path.is_dir() and (path / "model_index.json").exists()
+    held = next(iter(sorted(folder.iterdir())), None)
+    if held is not None and not (folder / "model_index.json").is_file():
+        raise PriorError(f"{folder} holds {held.name} and is no model's folder: choose another folder")
 
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:
