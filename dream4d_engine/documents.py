@@ -153,11 +153,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "\ufffd" for c in text)
 
 
+def is_text(name: object) -> bool:
+    """Whether a name or a word can be written in UTF-8; on Linux those of files can be any bytes."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def text_fault(text: str) -> str | None:
     """Why a text that is to be kept with a result can't be, as the end of a sentence; None where it can."""
     if "\0" in text:
         return "holds a NUL, which no text has: type it again"
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not is_text(text):
         return "holds bytes that are no UTF-8, or halves of letters: type it again"
     if len(text) > MOST_LETTERS:
         return f"has {len(text):,} letters, more than {MOST_LETTERS:,}: shorten it"

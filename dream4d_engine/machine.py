@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .documents import describe
+from .documents import describe, is_text
 
 
 def pick_device(wish: str = "auto") -> torch.device:
@@ -131,15 +131,6 @@ def check_folder(folder: Path, n_bytes: int, otherwise: str = "choose another --
             f"{folder} has {free / 2**20:.0f} MiB left, the run needs about {n_bytes / 2**20:.0f} MiB: "
             f"free some room or {otherwise}"
         )
-
-
-def is_text(name: object) -> bool:
-    """Whether a name or a word can be written in UTF-8; on Linux those of files can be any bytes."""
-    try:
-        str(name).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class WriteError(OSError):

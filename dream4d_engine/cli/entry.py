@@ -49,7 +49,7 @@ def _dispatch(words: list[str]) -> int:
         say(f"dream4d {__version__}")
         return 0
     _quieten(may_download="--download" in words)
-    from ..machine import is_text
+    from ..documents import is_text
     from .parsing import UsageError, parse
 
     strange = next((word for word in words if not is_text(word)), None)

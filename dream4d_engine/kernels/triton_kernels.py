@@ -38,12 +38,13 @@ def check(device: torch.device) -> None:
         bounds = torch.tensor([0, 4], device=device)
         total = float(_sum(nothing[:, None] + 1, bounds, 1))
     except Exception as error:  # whatever a compiler may raise
-        raise RuntimeError(f"a first kernel failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise RuntimeError(f"a first kernel failed: {type(error).__name__}: {first_line(error)}") from error
     if total != 4:
         raise RuntimeError(f"a first kernel gave {total} instead of 4")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what a compiler said."""
     return (str(error).strip() or "no message").splitlines()[0][:300]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from ..kernels.triton_kernels import first_line
 from .fused_norm import has_triton
 
 logger = logging.getLogger(__name__)
@@ -334,7 +335,7 @@ def can_compile(device: torch.device) -> bool:
         gated = torch.compile(lambda x: functional.silu(x) * x, dynamic=False)
         gated(torch.ones(64, 64, device=device, dtype=torch.float16))
     except Exception as error:  # whatever the compilers raise
-        reason = (str(error).strip() or "no message").splitlines()[0][:300]
+        reason = first_line(error)
         logger.warning("the models run without being compiled: %s: %s", type(error).__name__, reason)
         return False
     return True
