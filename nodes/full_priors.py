@@ -16,11 +16,11 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.identify import open_source
+from ..dream4d_engine.priors.formats.identify import open_source
+from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
+from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
 from ..dream4d_engine.priors.loading import PriorKind, toy_subject
 from ..dream4d_engine.priors.lora import check_strength
-from ..dream4d_engine.priors.lora_files import holds_lora, lora_files, read_lora
-from ..dream4d_engine.priors.weights import WEIGHTS, find_weights, human_size
 from .checks import check_ranges
 from .doors import DoorError, check_choice
 from .priors import model_roots, models, not_there, say_notes, tiny_autoencoders

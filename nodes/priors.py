@@ -12,10 +12,10 @@ from typing import get_args
 import folder_paths
 from comfy_api.latest import io
 
-from ..dream4d_engine.priors.checkpoints import SUFFIXES
-from ..dream4d_engine.priors.identify import identify, open_source
+from ..dream4d_engine.priors.formats.checkpoints import SUFFIXES
+from ..dream4d_engine.priors.formats.identify import identify, open_source
+from ..dream4d_engine.priors.formats.sources import Facts
 from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
-from ..dream4d_engine.priors.sources import Facts
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
 logger = logging.getLogger(__name__)

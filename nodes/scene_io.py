@@ -13,7 +13,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..dream4d_engine.assets import AssetError, Provenance, import_checkpoint, load_scene, read_info, save_scene
+from ..dream4d_engine.assets import AssetError, Provenance, load_scene, read_info, save_scene
+from ..dream4d_engine.dream_in_4d import import_checkpoint
 from .doors import DoorError, check_choice
 from .prefixes import fill_in, prefix_fault
 from .session import gradients, say_on_node

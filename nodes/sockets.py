@@ -10,8 +10,8 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
+from ..dream4d_engine.priors.formats.lora_files import lora_files
 from ..dream4d_engine.priors.loading import PriorExtras, PriorKind
-from ..dream4d_engine.priors.lora_files import lora_files
 from ..dream4d_engine.scene import Scene
 
 CATEGORY = "Dream4D"

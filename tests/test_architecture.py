@@ -32,6 +32,7 @@ LEVELS = {
     "priors": 1,
     "scene": 2,
     "assets": 3,
+    "dream_in_4d": 3,
     "rendering": 3,
     "export": 3,
     "supervision": 4,
@@ -41,6 +42,7 @@ LEVELS = {
     "__main__": 7,
 }
 SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
+SAME_LEVEL |= {("dream_in_4d", "assets")}
 SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "training"), ("machine", "documents")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}

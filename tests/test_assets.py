@@ -13,17 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dream4d_engine.assets import (
-    AssetError,
-    ImportOptions,
-    Provenance,
-    config_from_dict,
-    import_checkpoint,
-    load_scene,
-    read_info,
-    save_scene,
-)
+from dream4d_engine.assets import AssetError, Provenance, config_from_dict, load_scene, read_info, save_scene
 from dream4d_engine.cameras import orbit
+from dream4d_engine.dream_in_4d import ImportOptions, import_checkpoint
 from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig

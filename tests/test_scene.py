@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dream4d_engine.assets import import_checkpoint
+from dream4d_engine.dream_in_4d import import_checkpoint
 from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig

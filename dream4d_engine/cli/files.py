@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from .. import locks
-from ..assets import AssetError, import_checkpoint, load_scene, opened, read_info, save_scene
+from ..assets import AssetError, load_scene, opened, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
+from ..dream_in_4d import import_checkpoint
 from ..export import VideoWriter, save_picture
 from ..kernels import kernel_status
 from ..machine import check_folder, check_memory, pick_device, versions

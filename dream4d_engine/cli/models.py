@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 from ..priors.conditioning import words_for
-from ..priors.folders import FolderSource
-from ..priors.identify import identify, open_source
+from ..priors.formats.folders import FolderSource
+from ..priors.formats.identify import identify, open_source
+from ..priors.formats.lora_files import read_lora
+from ..priors.formats.weights import find_weights
 from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder, toy_subject
 from ..priors.lora import check_strength
-from ..priors.lora_files import read_lora
-from ..priors.weights import find_weights
 from ..training.config import MotionRecipe, PriorKind, StaticRecipe, is_toy
 from ..training.guidance import Folders, active_terms
 from .terminal import say

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import torch
 
-from ..priors.convert import convert
-from ..priors.identify import identify_all
-from ..priors.weights import WEIGHTS, human_size
+from ..priors.formats.convert import convert
+from ..priors.formats.identify import identify_all
+from ..priors.formats.weights import WEIGHTS, human_size
 from .arguments import Convert, Priors
 from .parsing import UsageError
 from .terminal import say, say_json

@@ -19,10 +19,10 @@ from ..guidance.denoiser import Conditions
 from ..guidance.distillation import DistillationConfig, Guidance
 from ..guidance.noise import variance_preserving
 from .conditioning import camera_vector
-from .denoisers import PredictionType, UNetDenoiser
+from .formats.tiny_vae import TinyVAE
 from .loading import PriorError, PriorKind
-from .tiny_vae import TinyVAE
-from .view_attention import attend_across_views
+from .networks.denoisers import PredictionType, UNetDenoiser
+from .networks.view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
 

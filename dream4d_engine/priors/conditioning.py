@@ -20,9 +20,9 @@ from ..guidance.prompts import (
     view_prompts,
     without_word,
 )
-from .finite import check_finite
+from .formats.finite import check_finite
+from .formats.sources import PictureResize
 from .loading import Prior, PriorError, PriorKind, check_prompt
-from .sources import PictureResize
 
 ConditionsOf = Callable[[CameraBatch], tuple[Conditions, Conditions]]
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..guidance.noise import variance_preserving
-from .denoisers import UNetDenoiser
 from .errors import PriorError
-from .folders import guess_kind, read_json, read_schedule
-from .identify import open_source
+from .formats.folders import guess_kind, read_json, read_schedule
+from .formats.identify import open_source
+from .formats.sources import PictureResize, PriorKind, Source, VectorKind, no_progress_bars
+from .formats.tiny_vae import load_tiny_vae
 from .lora import TextLora, add_text_loras, apply_lora
-from .sources import PictureResize, PriorKind, Source, VectorKind, no_progress_bars
-from .text import encode_prompts
-from .tiny_vae import load_tiny_vae
-from .view_attention import attend_across_views
+from .networks.denoisers import UNetDenoiser
+from .networks.text import encode_prompts
+from .networks.view_attention import attend_across_views
 
 __all__ = [
     "Prior",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..documents import printable, shortened
-from . import ldm_keys
 from .errors import PriorError
-from .finite import FULL_PRECISION
-from .lora_files import Layers, LoraLayer, read_lora
+from .formats import ldm_keys
+from .formats.finite import FULL_PRECISION
+from .formats.lora_files import Layers, LoraLayer, read_lora
 
 if TYPE_CHECKING:
     from .loading import Prior

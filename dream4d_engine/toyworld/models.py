@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..priors.loading import PriorKind, no_progress_bars
-from ..priors.text import read_tokenizer
-from ..priors.view_attention import attend_across_views
+from ..priors.networks.text import read_tokenizer
+from ..priors.networks.view_attention import attend_across_views
 from .captions import vocabulary
 
 KINDS: tuple[PriorKind, ...] = get_args(PriorKind)

@@ -12,9 +12,9 @@ import torch
 from ..guidance.distillation import Guidance
 from ..machine import has_own_allocator
 from ..priors.conditioning import image_guidance, text_guidance
-from ..priors.denoisers import accelerated
-from ..priors.execution import PLAIN, GraphRecorder, Recorder
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
+from ..priors.networks.denoisers import accelerated
+from ..priors.networks.execution import PLAIN, GraphRecorder, Recorder
 from .config import GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe, shipped_recipe
 from .loop import PriorSilent
 from .reference import Reference, reference_cameras

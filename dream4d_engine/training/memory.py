@@ -13,9 +13,9 @@ import torch
 
 from ..guidance.distillation import Guidance
 from ..machine import has_own_allocator, limit_memory
-from ..priors.denoisers import with_execution
-from ..priors.execution import Execution
 from ..priors.loading import PriorKind
+from ..priors.networks.denoisers import with_execution
+from ..priors.networks.execution import Execution
 from ..randomness import Draw
 from ..supervision import Supervision, supervise, views_of
 from .prefetch import Prefetch

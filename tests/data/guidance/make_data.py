@@ -23,7 +23,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dream4d_engine.priors.view_attention import attend_across_views
+from dream4d_engine.priors.networks.view_attention import attend_across_views
 
 HERE = Path(__file__).parent
 KEPT = ("azimuth_deg", "elevation_deg", "c2w", "distance", "text_embeddings", "negative_embeddings", "sd.", "video.")

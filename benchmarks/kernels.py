@@ -1,0 +1,118 @@
+"""The kernels by themselves, every backend that loads in the same run: `python benchmarks/kernels.py`.
+
+Hash encoding, forward and backward, on the samples of the recipes' fresh scenes (4 pictures of 256x256; a take of 24 of
+144x80), and marching + compositing of the same rays. For `cuda`, marching is nerfacc's traverse_grids. Medians in ms.
+On a CPU the pictures are a sixteenth as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from steps import CUDA, DEVICE, SHRINK, generator, milliseconds, moving_scene, recipe_take, static_scene, views
+from torch import Tensor
+
+from dream4d_engine.cameras import CameraBatch
+from dream4d_engine.fields.encodings import HashGrid
+from dream4d_engine.kernels import Kernels, select_kernels
+from dream4d_engine.rays import RayBundle, rays_from_cameras
+from dream4d_engine.rendering.march import points_of, sample_rays
+from dream4d_engine.scene import Scene
+
+Part = tuple[str, Callable[[Kernels], Callable[[], object]]]
+
+
+def backends() -> list[Kernels]:
+    found = []
+    for name in ("triton", "cuda", "torch"):
+        try:
+            found.append(select_kernels(DEVICE, name))
+        except ValueError as reason:
+            print(reason)
+    return found
+
+
+def cells(scene: Scene, cameras: CameraBatch) -> tuple[RayBundle, Tensor]:
+    """The rays, and where their samples lie in the unit box, with their time [S, 4]."""
+    rays = rays_from_cameras(cameras)
+    points, times = points_of(rays, sample_rays(scene, rays))
+    return rays, torch.cat(((points / scene.config.radius + 1) / 2, times[:, None]), -1)
+
+
+def encoding(grid: HashGrid, x: Tensor, backward: str) -> Callable[[Kernels], Callable[[], object]]:
+    """`backward`: "" for none, "table", or "points"."""
+    table = grid.table.detach().clone().requires_grad_(backward == "table")
+    x = x.detach().clone().requires_grad_(backward == "points")
+    pull = torch.randn(len(x), grid.layout.n_outputs, generator=generator(5)).to(DEVICE)
+
+    def of(kernels: Kernels) -> Callable[[], object]:
+        def run() -> None:
+            out = kernels.hash_encode(x, table, grid.layout)
+            if backward:
+                out.backward(pull)
+
+        return run
+
+    return of
+
+
+def marching(scene: Scene, rays: RayBundle) -> Callable[[Kernels], Callable[[], object]]:
+    """March, weigh 5 columns of values by a density, and go back."""
+    config = scene.config
+    box = torch.tensor([[-config.radius] * 3 + [config.radius] * 3], device=DEVICE)
+
+    def of(kernels: Kernels) -> Callable[[], object]:
+        def march() -> tuple[Tensor, Tensor, Tensor]:
+            if kernels.name != "cuda":
+                given = (rays.origins, rays.directions, config.radius, config.step_size(None))
+                return kernels.march_rays(*given, scene.occupancy.occupied, None)
+            import nerfacc
+
+            grid = scene.occupancy.occupied[None]
+            intervals, samples, _ = nerfacc.grid.traverse_grids(
+                rays.origins, rays.directions, grid, box, step_size=config.step_size(None)
+            )
+            return samples.ray_indices, intervals.vals[intervals.is_left], intervals.vals[intervals.is_right]
+
+        n = len(march()[0])
+        density = torch.rand(n, generator=generator(6)).to(DEVICE).requires_grad_()
+        values = torch.rand(n, 5, generator=generator(7)).to(DEVICE).requires_grad_()
+
+        def run() -> None:
+            weights, sums = kernels.composite(density, values, *march(), len(rays.origins))
+            (weights.sum() + sums.sum()).backward()
+
+        return run
+
+    return of
+
+
+def parts() -> list[Part]:
+    still, moving = static_scene(), moving_scene(12)
+    rays, x = cells(still, views(1, 256 // SHRINK))
+    _, y = cells(moving, recipe_take())
+    grid, deformation = still.canonical.grid, moving.deformation.grid
+    print(f"{len(x):,} samples on {len(rays.origins):,} rays; {len(y):,} in the take")
+    return [
+        ("3D encoding, forward", encoding(grid, x[:, :3], "")),
+        ("3D encoding, with the table's gradient", encoding(grid, x[:, :3], "table")),
+        ("3D encoding, with the points' gradient", encoding(grid, x[:, :3], "points")),
+        ("4D encoding, forward", encoding(deformation, y, "")),
+        ("4D encoding, with the table's gradient", encoding(deformation, y, "table")),
+        ("marching + compositing, forward, backward", marching(still, rays)),
+    ]
+
+
+def main() -> None:
+    kernels = backends()
+    print(
+        f"{'ms on ' + (torch.cuda.get_device_name() if CUDA else 'cpu'):<44}"
+        + "".join(f"{k.name:>10}" for k in kernels)
+    )
+    for name, of in parts():
+        print(f"{name:<44}" + "".join(f"{milliseconds(of(k)):>10.2f}" for k in kernels), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""A checkpoint in latent diffusion's layout as a folder in diffusers' format, with .safetensors weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...documents import first_line
+from ..errors import PriorError
+from ..networks.text import CLIP_TOKENS, write_clip_tokenizer
+from . import clip_keys, ldm_keys
+from .finite import check_finite
+from .folders import ENCODER, NETWORK
+from .identify import open_source
+from .single_file import LdmSource, usable
+from .sources import Facts, PriorKind
+
+_ROOM = 2**20  # for what is no weights
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: the folder's parts, how many bytes in all, and what was assumed of the model."""
+
+    folder: Path
+    kind: PriorKind
+    parts: tuple[str, ...]
+    n_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    path: Path | str,
+    folder: Path | str,
+    kind: PriorKind | None = None,
+    *,
+    config: Mapping[str, Any] | Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Convert the checkpoint `path` into `folder`, which is there as a whole or not at all.
+
+    Args:
+        kind: what it must be; None: whatever it is. config: see single_file.py.
+        dtype: of the weights; None: as they are.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not overwrite or not folder.is_dir()):
+        raise PriorError(f"{folder} is there already: choose another folder, or overwrite it")
+    _check_replaceable(folder, Path(path))
+    source = open_source(path, config)
+    if not isinstance(source, LdmSource):
+        raise PriorError(
+            f"{path} is no checkpoint of Stable Diffusion, MVDream or Zero123: there is nothing to convert"
+        )
+    facts = source.facts(kind)
+    stored = usable(source.file, f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
+    dtype = dtype or (stored if stored.itemsize > 1 else torch.float16)  # eight bits are not enough for all layers
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        _check_room(unfinished, source, dtype)
+        parts = _write(source, facts, unfinished, dtype)
+        _put_in_place(unfinished, folder)
+    except PriorError:
+        raise
+    except Exception as error:  # OSError, and what the writers of weights make of one
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise PriorError(f"can't write {folder}: {why}; free some room, or choose another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    return Converted(folder, facts.kind, parts, n_bytes, facts.notes)
+
+
+def _check_replaceable(folder: Path, source: Path) -> None:
+    """Refuse to replace a folder that is no model's: whatever is in it would be lost."""
+    if not folder.exists():
+        return
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise PriorError(f"{source} lies in {folder}, which would be replaced: choose another folder")
+    held = next(iter(sorted(folder.iterdir())), None)
+    if held is not None and not (folder / "model_index.json").is_file():
+        raise PriorError(f"{folder} holds {held.name} and is no model's folder: choose another folder")
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """Rename the finished folder; one that it replaces is removed when the new one is there."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_room(folder: Path, source: LdmSource, dtype: torch.dtype) -> None:
+    kept = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.CONDITION)
+    numbers = sum(torch.Size(shape).numel() for name, shape in source.file.shapes.items() if name.startswith(kept))
+    need, free = numbers * dtype.itemsize + _ROOM, shutil.disk_usage(folder).free
+    if free < need:
+        raise PriorError(f"{folder.parent} has {free / 1e9:.1f} GB left, the folder needs {need / 1e9:.1f} GB")
+
+
+def _write(source: LdmSource, facts: Facts, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
+    """Write the parts one after the other, so that only one is in memory; return their names."""
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline" if facts.kind == "image" else "DiffusionPipeline"}
+    source.unet(dtype, "cpu").save_pretrained(folder / "unet", safe_serialization=True)
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    source.vae(dtype, "cpu").save_pretrained(folder / "vae", safe_serialization=True)
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler_config)
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
+    layout = source.encoder_layout()
+    if layout in ("open_clip", "transformers"):
+        _write_text_encoder(source, folder, dtype)
+        index["text_encoder"] = ["transformers", "CLIPTextModel"]
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    if layout == "clip_image":
+        _write_image_encoder(source, folder, dtype)
+        index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    if facts.kind == "novel_view":
+        _write_projection(source, folder)
+        index["clip_camera_projection"] = ["dream4d_engine", "CLIPCameraProjection"]
+    if facts.kind == "image":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0])
+    index["dream4d"] = {
+        "name": facts.name,
+        "kind": facts.kind,
+        "image_size": list(facts.image_size),
+        "n_frames": facts.n_frames,
+        "vector": facts.vector,
+        "group_attention": facts.group_attention,
+        "picture_resize": facts.picture_resize,
+    }
+    _write_json(folder / "model_index.json", index)
+    return parts
+
+
+def _write_text_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
+    config, pieces = source.text_parts()
+    source.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
+    described = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
+    _write_encoder(source, folder / "text_encoder", pieces, described, dtype)
+    write_clip_tokenizer(folder / "tokenizer", source.pad_token(), min(config["max_position_embeddings"], CLIP_TOKENS))
+
+
+def _write_image_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
+    config, pieces = source.image_parts()
+    source.image_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
+    described = {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        **config,
+    }
+    _write_encoder(source, folder / "image_encoder", pieces, described, dtype)
+
+
+def _write_encoder(
+    source: LdmSource,
+    folder: Path,
+    pieces: Mapping[str, clip_keys.Piece],
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write an encoder under its published names, which every version of transformers reads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    read = source.file.tensor
+    state = {
+        # a copy, since thirds of one matrix share its memory
+        name: piece.take(lambda key: read(ldm_keys.CONDITION + key)).to(dtype, copy=True).contiguous()
+        for name, piece in pieces.items()
+    }
+    check_finite(state, f"{source.path}: its encoder")
+    save_file(state, str(folder / f"{ENCODER}.safetensors"), {"format": "pt"})
+    _write_json(folder / "config.json", config)
+
+
+def _write_projection(source: LdmSource, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    place = folder / "clip_camera_projection"
+    place.mkdir()
+    weight, bias = source.projection("cpu")
+    check_finite({"weight": weight, "bias": bias}, f"{source.path}: its pose projection")
+    state = {"proj.weight": weight.contiguous().clone(), "proj.bias": bias.contiguous().clone()}
+    save_file(state, str(place / f"{NETWORK}.safetensors"), {"format": "pt"})
+    width = weight.shape[1] - 4
+    _write_json(
+        place / "config.json",
+        {"_class_name": "CLIPCameraProjection", "embedding_dim": width, "additional_embeddings": 4},
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

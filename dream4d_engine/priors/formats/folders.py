@@ -1,0 +1,418 @@
+"""Models in diffusers' format: a folder with a model_index.json and a folder for each part.
+
+Beside the usual entries, `model_index.json` may hold one of ours that says what the other files leave open:
+
+    "dream4d": {"kind": "multiview", "n_frames": 4, "image_size": [32, 32], "vector": "camera",
+                "group_attention": true, "known_words": [...], "negative_prompt": "", "license": "Apache-2.0"}
+
+Without it the kind is guessed from the networks' configurations, the other values from the kind and the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...documents import as_object, describe, field, printable, read_document, shortened
+from ..errors import PriorError, reason
+from ..networks.text import Tokenizer, read_tokenizer
+from .checkpoints import SUFFIXES, Checkpoint, open_checkpoint, refuse_disguise
+from .configurations import built, encoder_config, schedule_of
+from .sources import (
+    Device,
+    Facts,
+    PictureResize,
+    PriorKind,
+    VectorKind,
+    empty_network,
+    encoder_state,
+    filled,
+    frozen,
+    shapes_of,
+)
+
+INDEX = "model_index.json"
+NETWORK, ENCODER = "diffusion_pytorch_model", "model"
+MOST_PIXELS, MOST_FRAMES = 4096, 1024
+_MOST_BLOCKS = 12
+_UNETS, _VAE = ("UNet2DConditionModel", "UNet3DConditionModel"), "AutoencoderKL"
+_ENCODERS = {"clip": ("CLIPTextModel", "CLIPTextConfig"), "t5": ("T5EncoderModel", "T5Config")}
+_VECTOR = 16  # numbers of a camera or a moment
+_WEIGHTS = {
+    "unet": NETWORK,
+    "vae": NETWORK,
+    "text_encoder": ENCODER,
+    "image_encoder": ENCODER,
+    "clip_camera_projection": NETWORK,
+}
+_FRAMES: dict[str, int] = {"multiview": 4, "video": 16}
+# ZeroScope's folder repeats ModelScope's picture size; what it was trained on is in its description only
+_ZEROSCOPE, _ZEROSCOPE_SIZE, _ZEROSCOPE_FRAMES = "zeroscope", (320, 576), 24
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder in diffusers' format (see sources.Source)."""
+
+    path: Path
+
+    def facts(self, kind: PriorKind | None = None) -> Facts:
+        """Say what the model is, by its files of text alone."""
+        index, unet = read_json(self.path, INDEX), read_json(self.path, "unet/config.json")
+        where = self.path / INDEX
+        ours = field(index, "dream4d", dict, where, PriorError, {})
+        where = f"{where}: dream4d"
+        kind = kind or field(ours, "kind", str, where, PriorError, "") or guess_kind(self.path, unet)
+        check_kind(kind, self.path)
+        vector = self._chosen(ours, "vector", VectorKind, "camera" if kind == "multiview" else None)
+        n_frames = _ZEROSCOPE_FRAMES if kind == "video" and self._is_zeroscope(unet) else _FRAMES.get(kind, 0)
+        n_frames = field(ours, "n_frames", int, where, PriorError, n_frames)
+        if not 0 <= n_frames <= MOST_FRAMES:
+            raise PriorError(f"{where}: n_frames is {n_frames:,}; 1 to {MOST_FRAMES} can be used")
+        return Facts(
+            name=field(ours, "name", str, where, PriorError, self._own_name()),
+            kind=kind,
+            image_size=self._image_size(ours, unet, kind),
+            n_frames=n_frames or None,
+            vector=vector,
+            group_attention=field(ours, "group_attention", bool, where, PriorError, kind == "multiview"),
+            known_words=_known_words(ours, where),
+            negative_prompt=field(ours, "negative_prompt", str, where, PriorError, None),
+            license=field(ours, "license", str, where, PriorError, "unknown"),
+            picture_resize=self._chosen(ours, "picture_resize", PictureResize, "antialiased" if ours else "corners"),
+        )
+
+    def _chosen(self, ours: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
+        """A field of ours that is one of a few words, or null."""
+        value = ours.get(name, default)
+        if value is not None and value not in get_args(kind):
+            known = ", ".join(get_args(kind))
+            raise PriorError(f"{self.path / INDEX}: dream4d: unknown {name} {describe(value)}; known are {known}")
+        return default if value is None and name != "vector" else value
+
+    def _own_name(self) -> str:
+        """The folder's name; in the hub's cache, where that is a number, the repository's."""
+        path = self.path.resolve()
+        return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+
+    def _is_zeroscope(self, unet: dict[str, Any]) -> bool:
+        names = (*self.path.resolve().parts[-4:], str(unet.get("_name_or_path", "")))
+        return any(_ZEROSCOPE in name.lower() for name in names)
+
+    def _image_size(self, ours: Mapping[str, Any], unet: Mapping[str, Any], kind: PriorKind) -> tuple[int, int]:
+        """Return (height, width) in pixels: as declared, else the UNet's sample size times the autoencoder's factor."""
+        if ours.get("image_size") is not None:
+            return _size(ours["image_size"], 1, f"{self.path / INDEX}: dream4d: image_size")
+        if kind == "video" and self._is_zeroscope(unet):
+            return _ZEROSCOPE_SIZE
+        factor = 1
+        if (self.path / "vae").is_dir():
+            where = self.path / "vae/config.json"
+            config = read_json(self.path, "vae/config.json")
+            channels = field(config, "block_out_channels", list, where, PriorError, [0] * 4)
+            if not 1 <= len(channels) <= _MOST_BLOCKS:
+                raise PriorError(f"{where}: block_out_channels has {len(channels):,} entries")
+            factor = 2 ** (len(channels) - 1)
+        size = unet.get("sample_size") or 64
+        size = [size, size] if isinstance(size, int) else size
+        return _size(size, factor, f"{self.path / 'unet/config.json'}: sample_size")
+
+    def check(self) -> None:
+        """Raise PriorError, which names the file, unless all parts that the folder's index lists are there."""
+        index = read_json(self.path, INDEX)
+        for part in ("scheduler", "tokenizer", *_WEIGHTS):
+            listed = index.get(part)
+            if not (isinstance(listed, list) and any(listed)) and part not in ("scheduler", "unet"):
+                continue
+            if part == "tokenizer":
+                if not (self.path / part).is_dir():
+                    raise PriorError(f"{self.path} is not a complete diffusers folder: {part}/ is missing")
+            elif part == "scheduler":
+                read_schedule(self.path)
+            else:
+                if part != "clip_camera_projection":
+                    read_json(self.path, f"{part}/config.json")
+                weight_files(self.path, part, _WEIGHTS[part])
+
+    def schedule(self) -> tuple[Tensor, str]:
+        """Return (alphas_bar [T], prediction_type)."""
+        return read_schedule(self.path)
+
+    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        """Load the UNet."""
+        self.check()
+        config = read_json(self.path, "unet/config.json")
+        where = self.path / "unet/config.json"
+        name = field(config, "_class_name", str, where, PriorError, _UNETS[0])
+        if name not in _UNETS:
+            raise PriorError(
+                f"{self.path}/unet is a {shortened(printable(name), 60)}; {' and '.join(_UNETS)} can be used "
+                "(from the model's original checkpoint, dream4d convert makes such a folder)"
+            )
+        network = load_network(self.path, "unet", name, dtype, device)
+        self._check_inputs(network, where)
+        return network
+
+    def _check_inputs(self, network: Any, where: Path) -> None:
+        """Refuse a UNet that wants other inputs than it will get; a run without memory or time shows it."""
+        facts, config = self.facts(), network.config
+        n_latents = self._latent_channels()
+        n_given = n_latents * (2 if facts.kind == "novel_view" else 1)
+        if config.in_channels != n_given:
+            raise PriorError(
+                f"{where}: in_channels is {config.in_channels}, but a model of kind {facts.kind!r} is given "
+                f"{n_given} here: models for inpainting, depth or other inputs can't be used"
+            )
+        width = config.get("encoder_hid_dim") or config.cross_attention_dim
+        width = width[0] if isinstance(width, list | tuple) else width
+        encoder = self._token_width()
+        if encoder is not None and isinstance(width, int) and encoder[1] != width:
+            raise PriorError(
+                f"{where}: this UNet reads tokens {width} wide, {encoder[0]} says the text encoder makes them "
+                f"{encoder[1]} wide: they are not of one model"
+            )
+        is_3d = type(network).__name__ == _UNETS[1]
+        side = 2 ** (len(config.block_out_channels) + 2)
+        noisy = torch.empty(1, n_given, *([2] if is_3d else []), side, side, dtype=network.dtype, device="meta")
+        tokens = torch.empty(1, 8, width or 1, dtype=network.dtype, device="meta")
+        more = {} if is_3d or facts.vector is None else {"class_labels": tokens.new_empty(1, _VECTOR)}
+        tensors = {n: t.to("meta") for n, t in (*network.named_parameters(), *network.named_buffers())}
+        inputs = (noisy, torch.empty(1, device="meta"), tokens)
+        try:
+            with torch.no_grad():
+                answer = torch.func.functional_call(network, tensors, inputs, {**more, "return_dict": False})[0]
+        except Exception as error:  # whatever the network misses
+            raise PriorError(
+                f"{where}: a network of this configuration can't be run as a model of kind {facts.kind!r} "
+                f"({reason(error)})"
+            ) from error
+        if answer.shape[2:] != noisy.shape[2:] or answer.shape[1] < n_latents:
+            raise PriorError(
+                f"{where}: of {tuple(noisy.shape[1:])} this network makes {tuple(answer.shape[1:])}; it must answer "
+                f"{n_latents} channels of the same size"
+            )
+
+    def _latent_channels(self) -> int:
+        """How many numbers the UNet sees of each place: of the autoencoder's latents, or of the picture."""
+        if not (self.path / "vae").is_dir():
+            return 3
+        where = self.path / "vae/config.json"
+        return field(read_json(self.path, "vae/config.json"), "latent_channels", int, where, PriorError, 4)
+
+    def _token_width(self) -> tuple[Path, int] | None:
+        """How wide the text encoder's tokens are, and which file says so."""
+        where = self.path / "text_encoder/config.json"
+        if not where.is_file():
+            return None
+        config = read_json(self.path, "text_encoder/config.json")
+        width = next((config[name] for name in ("d_model", "hidden_size") if name in config), None)
+        return (where, width) if isinstance(width, int) else None
+
+    def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
+        """Load the autoencoder, if the folder has one."""
+        if not (self.path / "vae").is_dir():
+            return None
+        where = self.path / "vae/config.json"
+        config = read_json(self.path, "vae/config.json")
+        name = field(config, "_class_name", str, where, PriorError, _VAE)
+        if name != _VAE:
+            raise PriorError(f"{where}: _class_name is {describe(name)}; an {_VAE} can be used")
+        return load_network(self.path, "vae", name, dtype, device)
+
+    def vae_scaling(self) -> float | None:
+        """Return what the autoencoder's latents are multiplied by."""
+        if not (self.path / "vae").is_dir():
+            return None
+        where = self.path / "vae/config.json"
+        scaling = field(read_json(self.path, "vae/config.json"), "scaling_factor", float, where, PriorError, 0.18215)
+        if not 1e-4 <= scaling <= 1e4:
+            raise PriorError(f"{where}: scaling_factor is {scaling}: no autoencoder's latents are scaled so")
+        return scaling
+
+    def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
+        """Load CLIP's or T5's text encoder, as the folder's configuration names it."""
+        where = self.path / "text_encoder/config.json"
+        config = read_json(self.path, "text_encoder/config.json")
+        names = field(config, "architectures", list, where, PriorError, [])
+        name = names[0] if names else field(config, "model_type", str, where, PriorError, "clip")
+        chosen = next((k for k in ("t5", "clip") if isinstance(name, str) and name.lower().startswith(k)), None)
+        if chosen is None:
+            raise PriorError(
+                f"{where}: architectures names {describe(name)}; the text encoders of CLIP and T5 can be used"
+            )
+        tokenizer = read_tokenizer(self.path / "tokenizer")
+        return tokenizer, self._encoder("text_encoder", *_ENCODERS[chosen], dtype, device)
+
+    def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        """Load CLIP's image encoder."""
+        return self._encoder("image_encoder", "CLIPVisionModelWithProjection", "CLIPVisionConfig", dtype, device)
+
+    def _encoder(self, part: str, class_name: str, config_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
+        import transformers
+
+        where = self.path / part / "config.json"
+        weights = part_weights(self.path, part, ENCODER)
+        config = encoder_config(config_name, read_json(self.path, f"{part}/config.json"), len(weights.shapes), where)
+        encoder = built(lambda: getattr(transformers, class_name)(config), class_name, where)
+        names = encoder_state(encoder, {name: name for name in weights.shapes})
+        wanted = encoder.state_dict()
+        # what else is stored there, another tower or layers beyond those that are read, has no place here
+        state = {
+            name: weights.tensor(names[name]).to(device, _kept_dtype(name, dtype)) for name in wanted if name in names
+        }
+        what = f"{self.path / part}: what the weights hold and config.json says"
+        return frozen(filled(encoder, state, what), device, self.path / part)
+
+    def projection(self, device: Device) -> tuple[Tensor, Tensor]:
+        """Return (weight, bias), float32, of Zero123's pose projection."""
+        part = "clip_camera_projection"
+        file = part_weights(self.path, part, NETWORK)
+        names = ("proj.weight", "proj.bias")
+        if not set(names) <= file.shapes.keys():
+            raise PriorError(f"{file.path} holds {sorted(file.shapes)}, not proj.weight and proj.bias")
+        shapes = tuple(file.shapes[name] for name in names)
+        if (len(shapes[0]), len(shapes[1])) != (2, 1) or shapes[0][0] != shapes[1][0]:
+            raise PriorError(f"{file.path}: proj.weight {shapes[0]} and proj.bias {shapes[1]} are no layer's")
+        weight, bias = (file.tensor(name).float().to(device) for name in names)
+        return weight, bias
+
+
+def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """T5's outputs overflow in half precision: as in transformers, that layer stays in float32 then."""
+    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+
+
+def _known_words(ours: Mapping[str, Any], where: object) -> frozenset[str] | None:
+    words = field(ours, "known_words", list, where, PriorError, None)
+    if words is None:
+        return None
+    strange = next((word for word in words if not isinstance(word, str)), None)
+    if strange is not None:
+        raise PriorError(f"{where}: known_words must hold text, got {describe(strange)}")
+    return frozenset(words)
+
+
+def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
+    """A size (height, width) times a factor, in pixels."""
+    plain = isinstance(size, list | tuple) and len(size) == 2
+    if not plain or any(isinstance(s, bool) or not isinstance(s, int) for s in size):
+        raise PriorError(f"{where} must be a whole number, or height and width, got {describe(size)}")
+    if not all(1 <= s * factor <= MOST_PIXELS for s in size):
+        raise PriorError(f"{where} is {describe(size)}; pictures of up to {MOST_PIXELS} pixels a side can be meant")
+    return size[0] * factor, size[1] * factor
+
+
+def check_kind(kind: object, path: Path) -> None:
+    """Refuse a kind of prior that there is not."""
+    if kind not in get_args(PriorKind):
+        raise PriorError(f"{path}: unknown kind of prior {describe(kind)}; known are {', '.join(get_args(PriorKind))}")
+
+
+def read_schedule(folder: Path) -> tuple[Tensor, str]:
+    """Return (alphas_bar [T], prediction_type) of the folder's scheduler."""
+    name = "scheduler/scheduler_config.json"
+    return schedule_of(read_json(folder, name), Path(folder) / name)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read one of the folder's JSON files; PriorError where it is missing or broken."""
+    path = Path(folder) / name
+    if not Path(folder).is_dir():
+        raise PriorError(f"there is no model folder {folder}")
+    if not path.is_file():
+        raise PriorError(f"{folder} is not a complete diffusers folder: {name} is missing")
+    return as_object(read_document(path, PriorError), path, PriorError)
+
+
+def guess_kind(folder: Path, unet_config: dict[str, Any]) -> PriorKind:
+    """Return the kind that the networks' configurations suggest, for folders that don't say it themselves."""
+    if unet_config.get("_class_name") == "UNet3DConditionModel":
+        return "video"
+    if (folder / "image_encoder").is_dir() and not (folder / "text_encoder").is_dir():
+        return "novel_view"
+    if unet_config.get("class_embed_type") == "projection":
+        return "multiview"
+    return "image" if (folder / "vae").is_dir() else "pixel"
+
+
+def weight_files(folder: Path, part: str, stem: str) -> list[Path]:
+    """Return the files that hold the weights of a part: full precision before "fp16", .safetensors before .bin.
+
+    A form that is there in part (its list without its pieces, pointers in place of files) is passed over where another
+    one is whole. PriorError names what is missing or wrong, be it one of several files that together hold the weights.
+    """
+    place = folder / part
+    names = {path.name for path in place.glob("*")}
+    stems = (stem, "pytorch_model") if stem == ENCODER else (stem,)
+    wrong: PriorError | None = None
+    for infix in ("", ".fp16"):
+        for suffix in (".safetensors", ".bin"):
+            for name in stems:
+                lists = (f"{name}{suffix}.index{infix}.json", f"{name}{suffix}{infix}.index.json")  # newer, older
+                for file in dict.fromkeys((f"{name}{infix}{suffix}", *lists)):
+                    if file not in names:
+                        continue
+                    try:
+                        found = _pieces(folder, part, file, names) if file.endswith(".json") else [place / file]
+                        for path in found:
+                            refuse_disguise(path)
+                        return found
+                    except PriorError as error:
+                        wrong = wrong or error
+    raise wrong or PriorError(f"{folder} is not a complete diffusers folder: {part}/{stem}.safetensors is missing")
+
+
+def _pieces(folder: Path, part: str, name: str, names: Iterable[str]) -> list[Path]:
+    """Return the files that a list names. They lie beside it; one that is not there is an error."""
+    where = folder / part / name
+    pieces = field(read_json(folder, f"{part}/{name}"), "weight_map", dict, where, PriorError, {}).values()
+    for piece in pieces:
+        if not isinstance(piece, str) or re.search(r"[/\\:]", piece) or not piece.endswith(SUFFIXES):
+            raise PriorError(f"{where}: weight_map must name files of weights beside it, got {describe(piece)}")
+    missing = sorted(set(pieces) - set(names))
+    if missing or not pieces:
+        piece = missing[0] if missing else "what weight_map should list"
+        raise PriorError(f"{folder} is not a complete diffusers folder: {part}/{piece} is missing")
+    return [folder / part / piece for piece in sorted(set(pieces))]
+
+
+def part_weights(folder: Path, part: str, stem: str) -> Checkpoint:
+    """Open the weights of a part, be they in one file or in several."""
+    files = [open_checkpoint(path) for path in weight_files(folder, part, stem)]
+    owner = {name: file for file in files for name in file.shapes}
+    shapes = {name: file.shapes[name] for name, file in owner.items()}
+    return Checkpoint(files[0].path, shapes, lambda name: owner[name].tensor(name))
+
+
+def load_network(folder: Path, part: str, class_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
+    """Load a frozen diffusers network from one of the folder's parts."""
+    where = folder / part / "config.json"
+    config = read_json(folder, f"{part}/config.json")
+    weights = part_weights(folder, part, NETWORK)
+    network = empty_network(class_name, config, len(weights.shapes), where)
+    wanted = shapes_of(network.state_dict())
+    state = {}
+    for old in weights.shapes:
+        name = _modern(old, wanted)
+        tensor = weights.tensor(old).to(device, dtype)
+        # older files keep an autoencoder's attention as 1x1 convolutions
+        flat = name != old and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+        state[name] = tensor.flatten(1) if flat else tensor
+    what = f"{folder / part}: what the weights hold and config.json says"
+    return frozen(filled(network, state, what), device, folder / part)
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _modern(name: str, wanted: Mapping[str, Any]) -> str:
+    """The name that diffusers gives today to a tensor of an autoencoder's attention."""
+    *above, layer, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", name)
+    modern = ".".join((*above, _OLD_ATTENTION.get(layer, layer), kind))
+    return modern if modern in wanted else name

@@ -1,0 +1,207 @@
+"""Where a model's parts come from, and what every place must be able to say and give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...documents import printable, shortened
+from ..errors import PriorError
+from ..networks.text import Tokenizer
+from .configurations import built, network_arguments
+from .finite import check_finite
+
+PriorKind = Literal["image", "multiview", "novel_view", "pixel", "video"]
+VectorKind = Literal["camera", "frame_time"]
+PictureResize = Literal["corners", "antialiased"]
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a model beside its networks.
+
+    Args:
+        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
+        vector: what its class embedding reads, None where it has none.
+        group_attention: self-attention runs over a group (see view_attention.py).
+        known_words: the whole vocabulary of a toy model, None where any prompt will do.
+        negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
+        picture_resize: how a novel-view model's image encoder got its pictures in training (see clip_pixels).
+        notes: sentences on what was assumed of it, to be said once before a run.
+    """
+
+    name: str
+    kind: PriorKind
+    image_size: tuple[int, int]
+    n_frames: int | None = None
+    vector: VectorKind | None = None
+    group_attention: bool = False
+    known_words: frozenset[str] | None = None
+    negative_prompt: str | None = None
+    license: str = "unknown"
+    picture_resize: PictureResize = "corners"
+    notes: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """A folder or a file that holds a model. Networks come frozen, in eval mode."""
+
+    path: Path
+
+    def facts(self, kind: PriorKind | None) -> Facts:
+        """Say what the model is; `kind` overrides what the source says of itself."""
+        ...
+
+    def schedule(self) -> tuple[Tensor, str]:
+        """Return (alphas_bar [T], prediction_type)."""
+        ...
+
+    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        """Load the UNet."""
+        ...
+
+    def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
+        """Load the autoencoder; None where pictures are not encoded."""
+        ...
+
+    def vae_scaling(self) -> float | None:
+        """Return what the autoencoder's latents are multiplied by; None where there is none."""
+        ...
+
+    def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
+        """Load the tokenizer and the text encoder."""
+        ...
+
+    def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        """Load the encoder of reference pictures."""
+        ...
+
+    def projection(self, device: Device) -> tuple[Tensor, Tensor]:
+        """Return (weight, bias), float32, of the layer that turns [embedding, pose] into a token."""
+        ...
+
+
+def frozen(network: nn.Module, device: Device, what: Path | str) -> nn.Module:
+    """Put a network on its device, to be used and not trained, after a look at all of its weights.
+
+    Args:
+        what: where they are from (a file, a folder of files, or words that name it), for the error about one that is
+            no number.
+    """
+    network = network.to(device).eval().requires_grad_(False)
+    check_finite(network.state_dict(), what)
+    return network
+
+
+def filled_network(
+    class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], what: str, device: Device
+) -> nn.Module:
+    """Build a diffusers network of exactly these tensors; they need not be copied, nor others made first.
+
+    Args:
+        what: names the network in the error that lists tensors which are missing, left over or of another shape.
+    """
+    return frozen(filled(empty_network(class_name, config, len(state), what), state, what), device, what)
+
+
+def empty_network(class_name: str, config: Mapping[str, Any], n_tensors: int, where: object) -> nn.Module:
+    """Build a diffusers network without memory for its weights.
+
+    Args:
+        n_tensors: how many the weights have. where: the configuration's file, for the message.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, class_name)
+    arguments = network_arguments(network_class, config, n_tensors, where)
+    return built(lambda: network_class(**arguments), class_name, where)
+
+
+def filled_encoder(model_class: Any, config: Any, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
+    encoder = built(lambda: model_class(config), model_class.__name__, what)
+    return filled(encoder, encoder_state(encoder, state), what)
+
+
+def filled(network: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Give a network that was built without memory exactly these tensors, as they are."""
+    check_names(shapes_of(network.state_dict()), shapes_of(state), what)
+    network.load_state_dict(state, assign=True)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == _COUNTING and buffer.is_meta:  # not stored, as it is the same in every model
+                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise PriorError(f"{what} can't be built of its tensors alone: nothing says what {_some(empty)} should hold")
+    return network
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+_COUNTING = "position_ids"
+_TOWERS = ("text_model.", "vision_model.")
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # of T5: one tensor, stored under either name or both
+
+
+def encoder_state(encoder: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was stored of an encoder (tensors, or anything that stands for them) under its module's own names.
+
+    Versions of transformers differ in whether a tower's name comes first, both in files and in modules.
+    """
+    own = {_bare(name): name for name in encoder.state_dict()}
+    named = {own.get(_bare(name), name): value for name, value in state.items() if not name.endswith(_COUNTING)}
+    for name, other in (_SHARED, _SHARED[::-1]):
+        if name in own and name not in named and other in named:
+            named[name] = named[other]
+    return named
+
+
+def _bare(name: str) -> str:
+    for tower in _TOWERS:
+        name = name.removeprefix(tower)
+    return name
+
+
+def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise PriorError unless the given tensors are those of the network, none missing, none left over."""
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "not known": sorted(given.keys() - wanted.keys()),
+        "of another shape": [k for k in sorted(wanted.keys() & given.keys()) if wanted[k] != given[k]],
+    }
+    found = [f"{_some(names)} {'is' if len(names) == 1 else 'are'} {why}" for why, names in problems.items() if names]
+    if found:
+        raise PriorError(f"{what} does not fit: {'; '.join(found)}")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """A few names, and how many more."""
+    rest = len(names) - most
+    shown = [shortened(printable(name), 100) for name in names[:most]]
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars over ours while it loads weights."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

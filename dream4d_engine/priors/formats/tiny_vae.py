@@ -1,0 +1,55 @@
+"""The tiny autoencoder (diffusers' AutoencoderTiny) in the place of the full one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...documents import printable, shortened
+from ..errors import PriorError
+from .folders import load_network, read_json
+from .sources import Device
+
+
+class TinyVAE(nn.Module):
+    """An AutoencoderTiny with AutoencoderKL's calls, as far as they are used here.
+
+    The tiny one gives latents that are scaled already; this one undoes it, so that whoever multiplies by
+    `config.scaling_factor`, or leaves it away as Zero123 does, gets the same as with the full one.
+    """
+
+    def __init__(self, tiny: nn.Module, scaling_factor: float, block_out_channels: tuple[int, ...]):
+        super().__init__()
+        self.tiny = tiny
+        self.config = SimpleNamespace(scaling_factor=scaling_factor, block_out_channels=block_out_channels)
+
+    def encode(self, pictures: Tensor) -> Any:
+        """Encode pictures in [-1, 1]; `.latent_dist.mode()` of the result are the latents, not scaled."""
+        latents = self.tiny.encode(pictures).latents / self.config.scaling_factor
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    def decode(self, latents: Tensor) -> Any:
+        """Decode latents that are not scaled; `.sample` of the result are pictures in [-1, 1]."""
+        return self.tiny.decode(latents * self.config.scaling_factor)
+
+
+def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype, device: Device) -> TinyVAE:
+    """Load an AutoencoderTiny from its folder (config.json and weights), or one that holds it as vae/.
+
+    Args:
+        scaling_factor: of the full autoencoder that it replaces.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    config = read_json(folder, "config.json")
+    name = str(config.get("_class_name"))
+    if name != "AutoencoderTiny":
+        raise PriorError(f"{folder} holds a {shortened(printable(name), 60)}, not an AutoencoderTiny")
+    tiny = load_network(folder, ".", "AutoencoderTiny", dtype, device)
+    channels = tuple(tiny.config.encoder_block_out_channels)
+    return TinyVAE(tiny, scaling_factor, channels)

@@ -1,0 +1,189 @@
+"""Any diffusers UNet, seen as `denoise(x, sigma, conditions) -> x0`.
+
+The letters are those of guidance/denoiser.py: x = z + sigma * eps. A diffusers model wants the variance preserving
+x_t = x / sqrt(1 + sigma^2) and an integer timestep, and predicts eps, v or z; the conversions are done in float32
+whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...guidance.denoiser import Conditions, split_conditions
+from ...guidance.noise import NoiseSchedule
+from .execution import (
+    PLAIN,
+    Execution,
+    Recorder,
+    bring_back,
+    can_compile,
+    compile_blocks,
+    in_slices,
+    offload,
+    without_autocast,
+)
+from .frozen import speed_up
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+def predicted_clean(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """Turn a model's output into its guess of z; output and x [B, ...], sigma [B].
+
+    With alpha_bar = 1 / (1 + sigma^2): eps-models give x - sigma * eps; v = sqrt(alpha_bar) * eps -
+    sqrt(1 - alpha_bar) * z (2202.00512) gives x / (1 + sigma^2) - v * sigma / sqrt(1 + sigma^2). A flow's velocity
+    eps - z (2209.03003) gives (x - sigma * velocity) / (1 + sigma).
+    """
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    if prediction_type == "epsilon":
+        return x - sigma * output
+    if prediction_type == "v_prediction":
+        variance = 1 + sigma**2
+        return x / variance - output * sigma * variance.rsqrt()
+    if prediction_type == "flow":
+        return (x - sigma * output) / (1 + sigma)
+    return output
+
+
+@dataclass(frozen=True, eq=False)
+class UNetDenoiser:
+    """A frozen UNet2DConditionModel or UNet3DConditionModel as a Denoiser (see guidance/denoiser.py).
+
+    Args:
+        unet: the network, in eval mode. A UNet3DConditionModel gets whole groups [B, c, F, h, w]; its tokens are
+            those of a group's first frame.
+        noise: of T timesteps. prediction_type: what the network's output means.
+        device: where the work is done (the weights may wait elsewhere).
+        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
+        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * picture - 1 is the picture itself.
+        group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
+        execution, recorder: how much runs at once, and how; they change memory and time, nothing else.
+    """
+
+    unet: nn.Module
+    noise: NoiseSchedule
+    prediction_type: PredictionType
+    image_size: tuple[int, int]
+    n_frames: int | None = None
+    vae: nn.Module | None = None
+    group_attention: bool = False
+    execution: Execution = field(default_factory=Execution)
+    recorder: Recorder = PLAIN
+    device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in get_args(PredictionType):
+            raise ValueError(f"prediction_type must be one of {get_args(PredictionType)}, got {self.prediction_type!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Encode [B, F, 3, H, W] in [0, 1]; differentiable. With a VAE: the mean, times its scaling factor."""
+        if self.vae is None:
+            return 2 * pictures - 1
+        with without_autocast(self.device):
+            z = in_slices(self._encode, pictures.flatten(0, 1), self.execution, self.recorder)
+        return z.unflatten(0, pictures.shape[:2])
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        """Encode [n, 3, H, W] in [0, 1]."""
+        z = self.vae.encode((2 * pictures - 1).to(_dtype_of(self.vae))).latent_dist.mode()
+        return z.float() * self.vae.config.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode to [B, F, 3, H, W] in [0, 1] (not clamped); differentiable."""
+        if self.vae is None:
+            return z / 2 + 0.5
+        with without_autocast(self.device):
+            pictures = in_slices(self._decode, z.flatten(0, 1), self.execution, self.recorder)
+        return pictures.unflatten(0, z.shape[:2])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Decode [n, c, h, w]."""
+        scaled = (z / self.vae.config.scaling_factor).to(_dtype_of(self.vae))
+        return self.vae.decode(scaled).sample.float() / 2 + 0.5
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """Predict z [B, F, c, h, w] from x = z + sigma * eps of the same shape; sigma [B]."""
+        at_once = self.execution.groups_at_once or len(x)
+        with without_autocast(self.device):
+            pieces = zip(x.split(at_once), sigma.split(at_once), split_conditions(conditions, at_once), strict=True)
+            parts = [self._denoise(*piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        x, sigma = x.float(), sigma.to(x.device).float()
+        timestep = (self.noise.share_of(sigma) * self.noise.n_levels).round().long()
+        noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
+        if conditions.concat is not None:
+            noisy = torch.cat((noisy, conditions.concat.to(noisy)), 2)
+        inputs = (noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype))
+        if conditions.vector is not None:
+            inputs = (*inputs, conditions.vector.to(self.dtype))
+        # a network whose weights come and go can't be recorded
+        run = PLAIN if self.execution.offload else self.recorder
+        output = run(self._forward, *inputs).float()
+        # models with a learned variance (IF) have it in further channels
+        return predicted_clean(output[:, :, : x.shape[2]], x, sigma, self.prediction_type)
+
+    def _forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, vector: Tensor | None = None) -> Tensor:
+        """Run the network. noisy [B, F, c, h, w], timestep [B], tokens [B, F, L, D], vector [B, F, K] or None."""
+        n_groups, n_frames = noisy.shape[:2]
+        if is_3d(self.unet):
+            output = self.unet(noisy.transpose(1, 2), timestep, tokens[:, 0], return_dict=False)[0]
+            return output.transpose(1, 2)
+        output = self.unet(
+            noisy.flatten(0, 1),
+            timestep.repeat_interleave(n_frames),
+            tokens.flatten(0, 1),
+            class_labels=None if vector is None else vector.flatten(0, 1),
+            cross_attention_kwargs={"n_views": n_frames} if self.group_attention else None,
+            return_dict=False,
+        )[0]
+        return output.unflatten(0, (n_groups, n_frames))
+
+
+def is_3d(unet: nn.Module) -> bool:
+    """Whether the network wants [B, c, F, h, w]: its first convolution does not tell, its class does."""
+    return type(unet).__name__ == "UNet3DConditionModel"
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def with_execution(denoiser: UNetDenoiser, execution: Execution, recorder: Recorder) -> UNetDenoiser:
+    """Return the denoiser run in another way; its weights move to or from main memory if that asks for it."""
+    if execution.offload != denoiser.execution.offload:
+        if execution.offload:
+            offload(denoiser.unet, denoiser.device)
+        else:
+            bring_back(denoiser.unet, denoiser.device)
+    return replace(denoiser, execution=execution, recorder=recorder)
+
+
+WORTH_COMPILING = 10**8
+"""Parameters of a UNet from which on compiling takes less time than it saves."""
+
+
+def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bool = True) -> UNetDenoiser:
+    """Return the denoiser running fast on a GPU; its networks are changed in place and keep their weights.
+
+    `recorder`: to be shared by the denoisers of a run. `compiled`: also compile the transformer blocks of
+    large UNets.
+    """
+    speed_up(denoiser.unet)
+    if denoiser.vae is not None:
+        speed_up(denoiser.vae)
+    n_parameters = sum(p.numel() for p in denoiser.unet.parameters())
+    if compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
+        compile_blocks(denoiser.unet)
+    torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
+    return replace(denoiser, recorder=recorder)

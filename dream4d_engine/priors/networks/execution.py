@@ -1,0 +1,363 @@
+"""How a frozen model's networks are run: how much at once, where the weights wait, what is compiled.
+
+None of it changes what is computed, only how much memory it takes and how long.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from ...kernels.triton_kernels import first_line
+from .fused_norm import has_triton
+
+logger = logging.getLogger(__name__)
+
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to run a denoiser.
+
+    Args:
+        pictures_at_once: that go through the VAE together; None for all.
+        pictures_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
+            others are encoded without it and once more in the backward pass: one forward pass more for them.
+        groups_at_once: that go through the UNet together, each condition's counted; None for all.
+        offload: the UNet's weights wait in main memory and come block by block.
+    """
+
+    pictures_at_once: int | None = None
+    pictures_kept: int | None = None
+    groups_at_once: int | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("pictures_at_once", 1), ("pictures_kept", 0), ("groups_at_once", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def describe(self) -> str:
+        """The plan in words."""
+        if self == Execution():
+            return "everything at once"
+        parts = []
+        if self.pictures_at_once is not None:
+            parts.append(f"{self.pictures_at_once} pictures at once")
+        if self.pictures_kept is not None:
+            kept = f"all but {self.pictures_kept}" if self.pictures_kept else "all"
+            parts.append(f"{kept} encoded twice")
+        if self.groups_at_once is not None:
+            parts.append(f"{self.groups_at_once} group of the UNet at once")
+        if self.offload:
+            parts.append("UNet weights in main memory")
+        return ", ".join(parts)
+
+
+# --- recording ---------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Runs a function of tensors: this one as it is written."""
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return function(*inputs)."""
+        return function(*inputs)
+
+    def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Be told that function will be called with such inputs, from somewhere where recording is impossible."""
+
+    def with_gradient(self, function: Network, x: Tensor) -> Tensor:
+        """Return function(x), differentiable in x; what the backward pass needs is kept."""
+        return function(x)
+
+    def forget(self) -> None:
+        """Be told that weights have moved: what was recorded with them can't be used any more."""
+
+
+PLAIN = Recorder()
+
+
+LAUNCH_BOUND = 12 * 3 * 256**2
+"""Numbers in pictures (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
+gains nothing, and keeps memory."""
+
+
+class GraphRecorder(Recorder):
+    """Records each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
+
+    A replay launches hundreds of kernels at the cost of one. The graphs share one pool of memory: what a graph leaves
+    there is copied away before the next one runs. Functions must be methods, of objects whose weights stay where they
+    are, that use no gradient outside of themselves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+        # one for all: libraries put memory aside for each stream that they work on
+        self._warmup = torch.cuda.Stream(device)
+        self._graphs: dict[tuple, tuple | _Recorded] = {}
+        self.seconds = 0.0
+        """Spent on recording, compiling on the way included."""
+
+    def forget(self) -> None:
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        torch._C._cuda_clearCublasWorkspaces()  # some of them lie in the old pool and would keep it alive
+        torch.cuda.empty_cache()
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        graph, held, output = self._once(self._key(function, inputs), self._record, function, inputs)
+        for mine, given in zip(held, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self._once(self._key(function, inputs), self._record, function, inputs)
+
+    def with_gradient(self, function: Network, x: Tensor) -> Tensor:
+        if x.numel() > LAUNCH_BOUND:
+            return function(x)
+        key = ("with gradient", *self._key(function, (x,)))
+        return _BothWays.apply(self._once(key, self._record_both_ways, function, (x,)), x)
+
+    def _once(self, key: tuple, record: Callable, function: Callable, inputs: tuple[Tensor, ...]):
+        """What record(function, inputs) gave the first time."""
+        if key not in self._graphs:
+            began = time.monotonic()
+            self._graphs[key] = record(function, inputs)
+            seconds = time.monotonic() - began
+            self.seconds += seconds
+            name = getattr(function, "__name__", "function").strip("_")
+            logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], seconds)
+        return self._graphs[key]
+
+    def _record_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Recorded:
+        """Record the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
+        (x,) = inputs
+        held = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            self._warm_up(lambda: torch.autograd.grad(function(held).sum(), held))
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self._pool):
+                output = function(held)
+            grad = torch.zeros_like(output)
+            with torch.cuda.graph(backward, pool=self._pool):
+                # retained: other graphs are not to write where those intermediate results are
+                (grad_x,) = torch.autograd.grad(output, held, grad, retain_graph=True)
+        return _Recorded(forward, backward, held, output, grad, grad_x)
+
+    @staticmethod
+    def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
+        of = getattr(function, "__self__", None)
+        networks = (id(of.unet), id(of.vae)) if hasattr(of, "unet") else (id(function),)
+        return function.__name__, networks, *((t.shape, t.dtype) for t in inputs)
+
+    @torch.no_grad()
+    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
+        held = tuple(t.detach().clone() for t in inputs)
+        self._warm_up(lambda: function(*held))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = function(*held)
+        return graph, held, output
+
+    def _warm_up(self, run: Callable[[], object]) -> None:
+        self._warmup.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._warmup):
+            for _ in range(2):  # what is compiled or chosen on first use is, and all memory is known
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(self._warmup)
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class _Recorded:
+    """A function recorded forward and backward, and where its inputs and results lie.
+
+    turns: forward passes so far.
+    """
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    x: Tensor
+    output: Tensor
+    grad: Tensor
+    grad_x: Tensor
+    turns: int = 0
+
+
+class _BothWays(torch.autograd.Function):
+    """Replay a recorded function forward now, and backward later."""
+
+    @staticmethod
+    def forward(ctx, recorded: _Recorded, x: Tensor) -> Tensor:
+        recorded.x.copy_(x)
+        recorded.forward.replay()
+        recorded.turns += 1
+        ctx.recorded, ctx.turn = recorded, recorded.turns
+        return recorded.output.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        recorded = ctx.recorded
+        if recorded.turns != ctx.turn:
+            raise RuntimeError("called again before its backward pass: the intermediate results are gone")
+        recorded.grad.copy_(grad)
+        recorded.backward.replay()
+        return None, recorded.grad_x.clone()
+
+
+class _EncodedTwice(torch.autograd.Function):
+    """Apply a network keeping only its input; the backward pass applies it once more, with gradient."""
+
+    @staticmethod
+    def forward(ctx, network: Network, recorder: Recorder, pictures: Tensor) -> Tensor:
+        ctx.network, ctx.recorder = network, recorder
+        ctx.save_for_backward(pictures)
+        z = recorder(network, pictures)
+        recorder.prepare(_pulled_back(network), pictures, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (pictures,) = ctx.saved_tensors
+        return None, None, ctx.recorder(_pulled_back(ctx.network), pictures, grad.contiguous())
+
+
+def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, gradient on network(x)) -> gradient on x."""
+
+    def pull_back(x: Tensor, grad: Tensor) -> Tensor:
+        with torch.enable_grad(), without_autocast(x.device):
+            again = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(network(again), again, grad)
+        return found
+
+    pull_back.__self__ = getattr(network, "__self__", network)
+    return pull_back
+
+
+def in_slices(network: Network, pictures: Tensor, execution: Execution, recorder: Recorder = PLAIN) -> Tensor:
+    """Apply a network to pictures [n, ...], slice by slice; the result and its gradient are those of one pass."""
+    at_once, kept = execution.pictures_at_once or len(pictures), execution.pictures_kept
+    if not (torch.is_grad_enabled() and pictures.requires_grad):
+        return _joined([recorder(network, part) for part in pictures.split(at_once)])
+    if kept is None or kept >= len(pictures):
+        if at_once >= len(pictures):
+            return recorder.with_gradient(network, pictures)
+        return _joined([network(part) for part in pictures.split(at_once)])
+    n_twice = len(pictures) - kept
+    # those to be kept come last: the backward pass begins with them, and their memory is free for the others
+    parts = [_EncodedTwice.apply(network, recorder, part) for part in pictures[:n_twice].split(at_once)]
+    return _joined(parts + [network(part) for part in pictures[n_twice:].split(at_once) if len(part)])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# --- weights in main memory --------------------------------------------------------------------------------------
+
+
+def offload(network: nn.Module, device: torch.device) -> None:
+    """Let a network's weights wait in (pinned) main memory and come to `device` part by part, for each forward pass.
+
+    The weights get no gradient. What was compiled is left away: it holds on to weights.
+    """
+    home = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        held = tensor.detach().to("cpu", copy=True)
+        home[tensor] = tensor.data = held.pin_memory() if device.type == "cuda" else held
+
+    def bring(part: nn.Module, _inputs) -> None:
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = home[tensor].to(device, non_blocking=True, copy=True)
+
+    def leave(part: nn.Module, _inputs, _output) -> None:
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = home[tensor]
+
+    hooks = []
+    for part in _parts(network):
+        hooks += [part.register_forward_pre_hook(bring, prepend=True), part.register_forward_hook(leave)]
+    for module in network.modules():
+        module._compiled_call_impl = None
+    network._offload_hooks = hooks
+
+
+def bring_back(network: nn.Module, device: torch.device) -> None:
+    """Undo `offload`."""
+    for hook in network.__dict__.pop("_offload_hooks", ()):
+        hook.remove()
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.to(device)
+
+
+def _parts(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules that bring their own weights, each as a whole when it is called.
+
+    A block with lists of layers can be half of a network, so its layers come one by one. Not so where its forward is
+    one of frozen.py's: those use the weights of their layers without calling them.
+    """
+    for child in network.children():
+        has_lists = any(isinstance(c, nn.ModuleList) for c in child.children())
+        divisible = has_lists and "forward" not in vars(child) and not list(child.parameters(recurse=False))
+        if divisible or isinstance(child, nn.ModuleList):
+            yield from _parts(child)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, tried once on one small function; where not, the log says why.
+
+    It needs more than the Triton that it makes kernels with: a C++ compiler on some systems, a place for its files.
+    """
+    if not has_triton(device):
+        return False
+    try:
+        gated = torch.compile(lambda x: functional.silu(x) * x, dynamic=False)
+        gated(torch.ones(64, 64, device=device, dtype=torch.float16))
+    except Exception as error:  # whatever the compilers raise
+        reason = first_line(error)
+        logger.warning("the models run without being compiled: %s: %s", type(error).__name__, reason)
+        return False
+    return True
+
+
+def compile_blocks(network: nn.Module) -> int:
+    """Let the transformer blocks be compiled on first use and return how many there are.
+
+    They are where compiling pays: their norms, gates and sums fuse. Blocks of one shape share one compilation, and
+    torch keeps it on disk for the next run.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    blocks = [m for m in network.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return len(blocks)
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Frozen networks run in their own precision: autocast would turn their norms to float32 and back."""
+    with torch.autocast(device.type, enabled=False):
+        yield

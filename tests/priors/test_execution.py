@@ -1,0 +1,468 @@
+"""Frozen networks run in other ways compute what they computed before."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from dream4d_engine.cameras import make_cameras, sample_takes
+from dream4d_engine.guidance.denoiser import Conditions, split_conditions, stack_conditions
+from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, distill
+from dream4d_engine.guidance.noise import variance_preserving
+from dream4d_engine.kernels import triton_kernels
+from dream4d_engine.priors import architectures
+from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
+from dream4d_engine.priors.networks import fused_norm
+from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated, with_execution
+from dream4d_engine.priors.networks.execution import (
+    PLAIN,
+    Execution,
+    Recorder,
+    bring_back,
+    can_compile,
+    in_slices,
+    offload,
+)
+from dream4d_engine.priors.networks.frozen import speed_up
+from dream4d_engine.randomness import Draw
+from dream4d_engine.schedules import constant
+from dream4d_engine.training.config import CameraRanges
+from dream4d_engine.training.guidance import recorder_for
+from dream4d_engine.training.memory import LADDER
+
+CPU = torch.device("cpu")
+SMALL_UNET = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
+SMALL_VAE = {**architectures._SD_VAE, "block_out_channels": (32, 32, 64, 64)}
+
+SMALL_IF = {
+    **architectures._IF,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 16,
+    "addition_embed_type_num_heads": 4,
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    """Double precision: networks of random weights make thousands of times more of a rounding error."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def close(ours, theirs, tolerance=1e-8):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return random_network("AutoencoderKL", SMALL_VAE, CPU, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def video_unet():
+    return random_network("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}, CPU, torch.float64)
+
+
+def video_denoiser(unet, vae, **changes):
+    noise = variance_preserving(torch.linspace(0.999, 0.01, 50))
+    return UNetDenoiser(unet, noise, "epsilon", (32, 64), 4, vae, **changes)
+
+
+def tokens_for(cameras):
+    table = randn(2, 5, 16).to(cameras.time.device)
+    return tuple(Conditions(row.expand(*cameras.shape, -1, -1)) for row in table)
+
+
+def video_guidance(denoiser, **changes):
+    config = DistillationConfig(7.0, constant(0.3), constant(0.7), loss="multistep", color_weight=0.1)
+    return Guidance("video", denoiser, tokens_for, replace(config, **changes))
+
+
+def distilled(guidance, n_groups=2, device=CPU):
+    """(loss, gradient on the pictures) of one distillation."""
+    cameras = sample_takes(CameraRanges(), n_groups, 4, 16, 16, seeded()).to(device)
+    pictures = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
+    loss = distill(guidance, pictures, cameras, 0.0, Draw(2)).loss
+    return loss.detach(), torch.autograd.grad(loss, pictures)[0]
+
+
+# ---- the same numbers from fewer passes --------------------------------------------------------------------------
+
+
+def test_a_fast_video_network_predicts_the_same(video_unet):
+    fast = speed_up(copy.deepcopy(video_unet))
+    given = (randn(2, 4, 3, 8, 16), torch.tensor([3, 50]), randn(2, 7, 16))
+    close(fast(*given, return_dict=False)[0], video_unet(*given, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_fast_picture_network_predicts_the_same(linear):
+    config = {**SMALL_UNET, "attention_head_dim": 8, "use_linear_projection": linear}
+    unet = random_network("UNet2DConditionModel", config, CPU, torch.float64)
+    fast = speed_up(copy.deepcopy(unet))
+    given = (randn(2, 4, 8, 16), torch.tensor([3, 50]), randn(2, 7, 16))
+    close(fast(*given, return_dict=False)[0], unet(*given, return_dict=False)[0])
+
+
+def test_a_fast_pixel_network_predicts_the_same():
+    unet = random_network("UNet2DConditionModel", SMALL_IF, CPU, torch.float64)
+    fast = speed_up(copy.deepcopy(unet))
+    given = (randn(2, 3, 16, 16), torch.tensor([3, 50]), randn(2, 7, 16))
+    close(fast(*given, return_dict=False)[0], unet(*given, return_dict=False)[0])
+
+
+def test_a_fast_autoencoder_gives_the_same_latents_gradients_and_pictures(vae):
+    fast = speed_up(copy.deepcopy(vae))
+    pictures, weights = randn(2, 3, 32, 48).requires_grad_(), None
+    for network in (vae, fast):
+        z = network.encode(pictures).latent_dist.mode()
+        weights = randn(*z.shape, seed=5) if weights is None else weights
+        (gradient,) = torch.autograd.grad(z, pictures, weights)
+        decoded = network.decode(z.detach()).sample
+        if network is vae:
+            expected = (z, gradient, decoded)
+    for ours, theirs in zip((z, gradient, decoded), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_speeding_up_keeps_names_and_weights(vae):
+    fast = speed_up(copy.deepcopy(vae)).state_dict()
+    assert fast.keys() == vae.state_dict().keys()
+    assert all(torch.equal(fast[name], value) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(31, 32), (32, 33)])
+def test_odd_sizes_are_padded_as_before(vae, size):
+    fast = speed_up(copy.deepcopy(vae))
+    pictures = randn(1, 3, *size)
+    close(fast.encode(pictures).latent_dist.mode(), vae.encode(pictures).latent_dist.mode())
+
+
+def test_the_fused_norm_is_a_norm_and_a_silu():
+    x, weight, bias, offset = randn(2, 32, 5, 7), randn(32, seed=1), randn(32, seed=2), randn(2, 32, seed=3)
+    ours = fused_norm.norm_silu(x, weight, bias, 8, 1e-5, True, offset)
+    theirs = functional.silu(functional.group_norm(x + offset[..., None, None], 8, weight, bias, 1e-5))
+    close(ours, theirs)
+
+
+@pytest.fixture
+def fresh_answers():
+    """What was found out about this machine is forgotten, before and after."""
+    for asked in (fused_norm.has_triton, can_compile):
+        asked.cache_clear()
+    yield
+    for asked in (fused_norm.has_triton, can_compile):
+        asked.cache_clear()
+
+
+def test_triton_that_finds_no_compiler_is_not_used(fresh_answers, monkeypatch):
+    def fails(device):
+        raise RuntimeError("a first kernel failed: RuntimeError: Failed to find C compiler")
+
+    monkeypatch.setattr(triton_kernels, "check", fails)
+    assert not fused_norm.has_triton(torch.device("cuda"))
+    assert not can_compile(torch.device("cuda"))
+
+
+def test_models_are_not_compiled_where_that_fails(fresh_answers, monkeypatch, caplog):
+    def broken(function, **_):
+        def run(*_):
+            raise RuntimeError("Compiler: cl is not found.\nmore")
+
+        return run
+
+    monkeypatch.setattr(triton_kernels, "check", lambda device: None)
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not can_compile(CPU)
+    assert "run without being compiled: RuntimeError: Compiler: cl is not found." in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the Triton kernels are not tried")
+@pytest.mark.parametrize(("channels", "n_groups", "silu", "n_offsets"), [(128, 32, True, 3), (48, 8, False, 0)])
+def test_the_norm_kernels_against_double_precision(channels, n_groups, silu, n_offsets):
+    def made(*shape, seed):
+        return randn(*shape, seed=seed).float().cuda()
+
+    x, grad = (made(3, channels, 37, 41, seed=s).to(memory_format=torch.channels_last) for s in (0, 1))
+    weight, bias = made(channels, seed=2), made(channels, seed=3)
+    offset = made(n_offsets, channels, seed=4) if n_offsets else None
+    x.requires_grad_()
+    y = fused_norm.norm_silu(x, weight, bias, n_groups, 1e-5, silu, offset)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    exact = x.detach().double().requires_grad_()
+    moved = exact if offset is None else exact + offset.double()[..., None, None]
+    z = functional.group_norm(moved, n_groups, weight.double(), bias.double(), 1e-5)
+    z = functional.silu(z) if silu else z
+    (dz,) = torch.autograd.grad(z, exact, grad.double())
+    for ours, theirs in ((y, z), (dx, dz)):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------
+
+
+class Counted(Recorder):
+    """Notes what it is asked to run."""
+
+    def __init__(self):
+        self.ran = []
+
+    def __call__(self, function, *inputs):
+        self.ran.append((function.__name__, len(inputs[0])))
+        return function(*inputs)
+
+
+PLANS = dict.fromkeys(plan.execution for plan in LADDER)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: no plan is tried on one")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("execution", [*PLANS, Execution(3, 1), Execution(3, 2, 1)], ids=Execution.describe)
+def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution, make_fast, device):
+    device = torch.device(device)
+    networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
+    plain = video_denoiser(*networks, device=device)
+    loss, gradient = distilled(video_guidance(plain), device=device)
+    benchmark = torch.backends.cudnn.benchmark
+    ready = accelerated(plain, recorder_for(device), compiled=False) if make_fast else plain
+    torch.backends.cudnn.benchmark = benchmark
+    planned = with_execution(ready, execution, ready.recorder)
+    for _ in range(2):
+        ours, our_gradient = distilled(video_guidance(planned), device=device)
+        close(ours, loss, 1e-3)
+        close(our_gradient, gradient, 1e-3)
+
+
+def test_slices_are_encoded_twice_and_never_more_than_asked_for_at_once(video_unet, vae):
+    counted = Counted()
+    execution = Execution(pictures_at_once=2, pictures_kept=2, groups_at_once=1)
+    distilled(video_guidance(video_denoiser(video_unet, vae, execution=execution, recorder=counted)))
+    ran = {name: [n for what, n in counted.ran if what == name] for name, _ in counted.ran}
+    assert ran["_encode"] == [2, 2, 2], "six of eight pictures without gradient; two keep it and are not recorded"
+    assert ran["pull_back"] == [2, 2, 2]
+    assert ran["_decode"] == [2, 2, 2, 2]
+    assert ran["_forward"] == [1, 1, 1, 1], "two groups under two conditions"
+
+
+def test_slices_of_a_function_have_its_gradient():
+    x = torch.randn(7, 3, generator=seeded(), dtype=torch.float64).requires_grad_()
+
+    def cube(part):
+        return part**3
+
+    for kept in (None, 0, 2, 7, 100):
+        y = in_slices(cube, x, Execution(pictures_at_once=2, pictures_kept=kept))
+        assert torch.equal(y, x**3)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, 3 * x.detach() ** 2)
+
+
+def test_an_impossible_plan_is_named():
+    with pytest.raises(ValueError, match="pictures_at_once must be at least 1, got 0"):
+        Execution(pictures_at_once=0)
+
+
+def test_conditions_are_split_as_they_were_stacked():
+    one, two = (Conditions(randn(2, 3, 5, 4, seed=s), randn(2, 3, 6, seed=s)) for s in (0, 1))
+    pieces = split_conditions(stack_conditions((one, two)), 2)
+    for piece, whole in zip(pieces, (one, two), strict=True):
+        assert torch.equal(piece.tokens, whole.tokens) and torch.equal(piece.vector, whole.vector)
+        assert piece.concat is None
+
+
+class AtHome(TorchDispatchMode):
+    """Lets no operation but a copy touch the memory where weights wait: it would be the wrong device's on a GPU."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.homes = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default):
+            flat, _ = tree_flatten((args, kwargs or {}))
+            used = [t for t in flat if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in self.homes]
+            assert not used, f"{func} works on weights of {[list(t.shape) for t in used]} that were not brought"
+        return func(*args, **(kwargs or {}))
+
+
+UNETS = {
+    "video": ("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}),
+    "linear": ("UNet2DConditionModel", {**SMALL_UNET, "attention_head_dim": 8, "use_linear_projection": True}),
+    "convolved": ("UNet2DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}),
+    "pixels": ("UNet2DConditionModel", SMALL_IF),
+}
+
+
+@pytest.mark.parametrize("make_fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("kind", UNETS)
+def test_offloaded_weights_come_and_go(kind, make_fast):
+    class_name, config = UNETS[kind]
+    unet = random_network(class_name, config, CPU, torch.float64)
+    unet = speed_up(unet) if make_fast else unet
+    channels, width = unet.config.in_channels, config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    frames = (3,) if kind == "video" else ()
+    given = (randn(1, channels, *frames, 16, 16), torch.tensor([3]), randn(1, 7, width))
+    expected = unet(*given, return_dict=False)[0]
+    offload(unet, CPU)
+    resting = {name: p.data_ptr() for name, p in unet.named_parameters()}
+    for _ in range(2):
+        with AtHome(unet):
+            close(unet(*given, return_dict=False)[0], expected)
+        assert {name: p.data_ptr() for name, p in unet.named_parameters()} == resting, "they are at home again"
+    bring_back(unet, CPU)
+    close(unet(*given, return_dict=False)[0], expected)
+
+
+def test_the_guard_sees_weights_that_are_not_brought(video_unet):
+    unet = copy.deepcopy(video_unet)
+    offload(unet, CPU)
+    unet._offload_hooks[0].remove()
+    with pytest.raises(AssertionError, match="not brought"), AtHome(unet):
+        unet(randn(1, 4, 3, 8, 8), torch.tensor([3]), randn(1, 7, 16), return_dict=False)
+
+
+def test_another_plan_moves_the_weights_only_if_it_has_to(video_unet, vae):
+    denoiser = video_denoiser(copy.deepcopy(video_unet), vae)
+    loss, gradient = distilled(video_guidance(denoiser))
+    away = with_execution(denoiser, LADDER[-1].execution, PLAIN)
+    assert away.execution.offload
+    _, our_gradient = distilled(video_guidance(away))
+    close(our_gradient, gradient, 1e-3)
+    back = with_execution(away, Execution(), PLAIN)
+    assert torch.equal(distilled(video_guidance(back))[0], loss)
+
+
+def test_acceleration_changes_no_number(video_unet, vae):
+    plain = video_denoiser(video_unet, vae)
+    loss, gradient = distilled(video_guidance(plain))
+    copied = replace(plain, unet=copy.deepcopy(video_unet), vae=copy.deepcopy(vae))
+    benchmark = torch.backends.cudnn.benchmark
+    ours, our_gradient = distilled(video_guidance(accelerated(copied, compiled=False)))
+    torch.backends.cudnn.benchmark = benchmark
+    close(ours, loss, 1e-3)
+    close(our_gradient, gradient, 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is recorded as a graph")
+@pytest.mark.parametrize("execution", [Execution(), Execution(2, 2), Execution(2, 0, 1)], ids=Execution.describe)
+def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
+    from dream4d_engine.priors.networks.execution import GraphRecorder
+
+    device = torch.device("cuda")
+    networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
+    plain = video_denoiser(*networks, device=device)
+    _, gradient = distilled(video_guidance(plain), device=device)
+    fast = accelerated(replace(plain, execution=execution), GraphRecorder(device), compiled=False)
+    for _ in range(2):  # recorded, then replayed
+        close(distilled(video_guidance(fast), device=device)[1], gradient, 1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is recorded as a graph")
+def test_functions_recorded_both_ways_keep_apart():
+    from dream4d_engine.priors.networks import execution
+
+    device, generator = torch.device("cuda"), seeded()
+    weights = [torch.randn(64, 64, generator=generator).to(device) for _ in range(2)]
+
+    def first(x):
+        return torch.tanh(x @ weights[0]).square() @ weights[0]
+
+    def second(x):
+        return torch.sigmoid(x @ weights[1]) * x
+
+    recorder = execution.GraphRecorder(device)
+    for _ in range(3):
+        x = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
+        expected = torch.autograd.grad((first(x) + second(x)).square().sum(), x)[0]
+        together = recorder.with_gradient(first, x) + recorder.with_gradient(second, x)
+        recorder(torch.sin, x.detach())  # recorded between: its memory must not be theirs
+        (found,) = torch.autograd.grad(together.square().sum(), x)
+        close(found, expected, 1e-5)
+    earlier = recorder.with_gradient(first, x)
+    recorder.with_gradient(first, x)
+    with pytest.raises(RuntimeError, match="called again before its backward pass"):
+        earlier.sum().backward()
+    large = torch.zeros(execution.LAUNCH_BOUND + 1, device=device, requires_grad=True)
+    recorder.with_gradient(torch.sin, large), recorder.with_gradient(torch.sin, large)  # not recorded: both count
+    assert not any("sin" in key for key in recorder._graphs if key[0] == "with gradient")
+
+
+# ---- architectures -----------------------------------------------------------------------------------------------
+
+PARAMETERS = {
+    "MVDream": 867.6,
+    "Stable Diffusion 2.1 base": 865.9,
+    "Zero123-XL": 859.5,
+    "DeepFloyd IF-I-XL": 4304.7,
+    "ZeroScope v2 576w": 1411.2,
+    "ModelScope 1.7b": 1411.2,
+}
+"""Millions, of the published UNets."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_architectures_have_the_published_sizes(name):
+    import diffusers
+
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        unet = getattr(diffusers, architecture.unet_class)(**architecture.unet)
+    millions = sum(p.numel() for p in unet.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[name], abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["multiview", "image", "novel_view", "video"])
+@pytest.mark.parametrize("vae_kind", ["full", "tiny"])
+def test_a_narrow_copy_of_each_architecture_guides(kind, vae_kind, monkeypatch):
+    architecture = architectures.architecture_for(kind)
+    heads = {"attention_head_dim": 8, "cross_attention_dim": 16, "block_out_channels": (32, 32, 64, 64)}
+    narrow = replace(
+        architecture, unet={**architecture.unet, **heads}, token_width=16, n_tokens=5, image_size=(32, 32), n_frames=2
+    )
+    narrow = narrow if kind in ("multiview", "video") else replace(narrow, n_frames=None)
+    monkeypatch.setattr(architectures, "_SD_VAE", SMALL_VAE)
+    config = DistillationConfig(5.0, constant(0.3), constant(0.7))
+    before = torch.random.get_rng_state()
+    guidance = architectures.random_guidance(narrow, config, CPU, torch.float32, vae_kind)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global generator didn't notice"
+    cameras = make_cameras(torch.tensor([[0.0, 1.0]]), 0.2, 3.0, 0.7, 0.0, 16, 16)
+    pictures = torch.rand(1, 2, 3, 16, 16, generator=seeded()).requires_grad_()
+    distill(guidance, pictures, cameras, 0.0, Draw(0)).loss.backward()
+    assert pictures.grad.isfinite().all() and pictures.grad.any()
+
+
+def test_the_video_architecture_follows_the_frames():
+    assert architectures.architecture_for("video", 16).name == "ModelScope 1.7b"
+    assert architectures.architecture_for("video", 24) is ZEROSCOPE_V2
+    assert architectures.architecture_for("multiview") is MVDREAM
+    with pytest.raises(ValueError, match="'smell'"):
+        architectures.architecture_for("smell")
+
+
+def test_nothing_is_recorded_where_cuda_manages_the_memory(monkeypatch, caplog) -> None:
+    """ComfyUI asks PyTorch for cudaMallocAsync, under which kernels of triton can't be part of a graph."""
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with caplog.at_level("INFO"):
+        assert recorder_for(torch.device("cuda")) is PLAIN
+    assert "--disable-cuda-malloc" in caplog.text
+    assert recorder_for(torch.device("cpu")) is PLAIN
