@@ -38,7 +38,7 @@ def over_rays() -> dict[str, list[Point]]:
 
 
 def over_samples() -> dict[str, list[Point]]:
-    """The kernels by themselves, forward and backward, by the number of samples on 4 pictures' rays."""
+    """The kernels by themselves, forward and backward, by the number of samples on 4 images' rays."""
     scene, rays = static_scene(), rays_from_cameras(views(1, 256 if CUDA else 48))
     grid = scene.canonical.grid
     found: dict[str, list[Point]] = {"march": [], "hash encoding": [], "composite": []}
@@ -91,7 +91,7 @@ def over_resolution() -> dict[str, list[Point]]:
 
 @cache
 def video_guidance() -> Guidance:
-    """With nothing compiled or recorded: that would take minutes for all sizes."""
+    """With nothing compiled or captured: that would take minutes for all sizes."""
     guidance = random_guidance(ZEROSCOPE_V2, ZEROSCOPE.guidance[0].distillation, DEVICE, torch.float16)
     return fast(guidance, PLAIN, compiled=False)
 
@@ -100,10 +100,10 @@ def guidance_milliseconds(n_frames: int, size: tuple[int, int]) -> float:
     """Encode, denoise, decode and go back."""
     denoiser = replace(video_guidance().denoiser, image_size=size, n_frames=n_frames)
     guidance, cameras = replace(video_guidance(), denoiser=denoiser), takes(n_frames, 80, 144)
-    pictures = torch.rand(1, n_frames, 3, 80, 144, device=DEVICE, requires_grad=True)
+    images = torch.rand(1, n_frames, 3, 80, 144, device=DEVICE, requires_grad=True)
 
     def run() -> None:
-        distill(guidance, pictures, cameras, 0.0, Draw(1)).loss.backward()
+        distill(guidance, images, cameras, 0.0, Draw(1)).loss.backward()
 
     return milliseconds(run, 3)
 

@@ -1,8 +1,8 @@
 """The kernels by themselves, every backend that loads in the same run: `python benchmarks/kernels.py`.
 
-Hash encoding, forward and backward, on the samples of the recipes' fresh scenes (4 pictures of 256x256; a take of 24 of
+Hash encoding, forward and backward, on the samples of the recipes' fresh scenes (4 images of 256x256; a take of 24 of
 144x80), and marching + compositing of the same rays. For `cuda`, marching is nerfacc's traverse_grids. Medians in ms.
-On a CPU the pictures are a sixteenth as large.
+On a CPU the images are a sixteenth as large.
 """
 
 from __future__ import annotations

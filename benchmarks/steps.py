@@ -1,8 +1,8 @@
 """What a training step takes without its diffusion models, and frames a second: `python benchmarks/steps.py`.
 
-Fresh scenes of the published recipes: cameras, rendering, a random gradient on the pictures, backward pass, optimizer.
+Fresh scenes of the published recipes: cameras, rendering, a random gradient on the images, backward pass, optimizer.
 On CUDA, with the kernels in use and with parts of them replaced by plain PyTorch, and with the kernels that
-take longest. On a CPU the pictures are a sixteenth as large, and the figures only show that the script works.
+take longest. On a CPU the images are a sixteenth as large, and the figures only show that the script works.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ towards +y; elevation grows upwards. A camera sits at
 backward (an OpenGL camera: it looks down its own -z) and position. Angles are in radians; names that end in
 `_deg` are in degrees and appear only where people write numbers down.
 
-A *relative* distance r means r / tan(fov_y / 2): the object keeps its size in the picture whatever the field of
+A *relative* distance r means r / tan(fov_y / 2): the object keeps its size in the image whatever the field of
 view.
 """
 
@@ -27,7 +27,7 @@ ElevationLaw = Literal["mixed", "uniform", "sphere"]
 
 @dataclass(frozen=True)
 class CameraBatch:
-    """B groups of F cameras: F views of one moment, F moments of one take, or F = 1 for single pictures.
+    """B groups of F cameras: F views of one moment, F moments of one take, or F = 1 for single images.
 
     Args:
         c2w: [B, F, 4, 4] camera-to-world matrices.
@@ -35,7 +35,7 @@ class CameraBatch:
         azimuth, elevation: [B, F], radians.
         distance: [B, F], world units from the origin.
         time: [B, F], animation moments in [0, 1].
-        height, width: picture size in pixels.
+        height, width: image size in pixels.
     """
 
     c2w: Tensor
@@ -53,7 +53,7 @@ class CameraBatch:
         return self.azimuth.shape[0], self.azimuth.shape[1]
 
     def apparent_area(self) -> float:
-        """How much of a picture a thing at the origin takes: mean over the cameras of 1 / (distance tan(fov_y / 2))^2.
+        """How much of an image a thing at the origin takes: mean over the cameras of 1 / (distance tan(fov_y / 2))^2.
 
         In units of a factor that depends on the thing. Waits for a GPU that the cameras are on.
         """
@@ -73,7 +73,7 @@ class CameraBatch:
         return self._map(lambda tensor: send(tensor, device))
 
     def resized(self, height: int, width: int) -> CameraBatch:
-        """The same cameras with pictures of another size (same vertical field of view)."""
+        """The same cameras with images of another size (same vertical field of view)."""
         return replace(self, height=height, width=width)
 
     def reshape(self, n_groups: int, n_frames: int) -> CameraBatch:
@@ -123,7 +123,7 @@ def make_cameras(
 ) -> CameraBatch:
     """Build a CameraBatch from values in radians and world units that broadcast to [B, F]."""
     if height < 1 or width < 1:
-        raise ValueError(f"pictures need at least one pixel, got {width}x{height}")
+        raise ValueError(f"images need at least one pixel, got {width}x{height}")
     values = [torch.as_tensor(v, dtype=torch.float32) for v in (azimuth, elevation, distance, fov_y, time)]
     values = [v.clone() for v in torch.broadcast_tensors(*values, torch.zeros(1, 1))[:5]]
     if values[0].ndim != 2:

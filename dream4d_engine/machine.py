@@ -82,7 +82,7 @@ def limit_memory(device: torch.device, n_bytes: float | None) -> None:
 def has_own_allocator() -> bool:
     """Whether PyTorch manages the GPU's memory itself, not CUDA for it (`backend:cudaMallocAsync`, as ComfyUI asks).
 
-    Triton's kernels can't be recorded as part of a CUDA graph there, and the allocator can't be looked into.
+    Triton's kernels can't be captured as part of a CUDA graph there, and the allocator can't be looked into.
     """
     return torch.cuda.get_allocator_backend() == "native"
 

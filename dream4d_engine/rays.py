@@ -14,7 +14,7 @@ from .transfers import send
 
 @dataclass(frozen=True)
 class RayBundle:
-    """N = B*F*H*W rays in picture order.
+    """N = B*F*H*W rays in image order.
 
     Args:
         origins: [N, 3]. directions: [N, 3], unit length. times: [N], moments in [0, 1].

@@ -130,13 +130,11 @@ def check_priors(recipe: StaticRecipe | MotionRecipe, connected: Mapping[str, st
     return next(missing, True)
 
 
-def check_picture(recipe: StaticRecipe, image: bool, mask: bool, takes_pictures: Mapping[str, StaticRecipe]) -> Verdict:
-    """Refuse a picture where none is looked at, and none where one is needed."""
-    names = ", ".join(takes_pictures)
+def check_image(recipe: StaticRecipe, image: bool, mask: bool, takes_images: Mapping[str, StaticRecipe]) -> Verdict:
+    """Refuse an image where none is looked at, and none where one is needed."""
+    names = ", ".join(takes_images)
     if recipe.reference is None and (image or mask):
-        return (
-            f"the recipe {recipe.name!r} takes no picture: choose {names}, or disconnect reference_image and its mask"
-        )
+        return f"the recipe {recipe.name!r} takes no image: choose {names}, or disconnect reference_image and its mask"
     if recipe.reference is not None and not image:
-        return f"the recipe {recipe.name!r} makes a scene from a picture: connect one to the socket reference_image"
+        return f"the recipe {recipe.name!r} makes a scene from an image: connect one to the socket reference_image"
     return True

@@ -115,7 +115,7 @@ def _check_number(place: str, value: object, kind: str, options: Mapping) -> int
 def _check_pixels(place: str, value: object, n_dims: int, shape: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise DoorError(f"{place} is {describe(value)}: it must be a tensor {shape}")
-    if value.ndim == n_dims - 1:  # one picture without its batch, as some nodes give it
+    if value.ndim == n_dims - 1:  # one image without its batch, as some nodes give it
         value = value[None]
     if value.ndim != n_dims:
         raise DoorError(f"{place} has the shape {list(value.shape)}: it must be {shape}")

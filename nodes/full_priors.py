@@ -16,7 +16,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.formats.identify import open_source
+from ..dream4d_engine.priors.formats.identify import open_loader
 from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
 from ..dream4d_engine.priors.loading import PriorKind, toy_subject
@@ -60,7 +60,7 @@ KINDS = (
         "image",
         "Dream4DLoadImagePrior",
         "Load Image Prior",
-        "Stable Diffusion 1 or 2: single pictures, for Optimize Static Scene. A folder in diffusers' format or a "
+        "Stable Diffusion 1 or 2: single images, for Optimize Static Scene. A folder in diffusers' format or a "
         "checkpoint",
         ("stable diffusion", "sd 2.1"),
     ),
@@ -68,14 +68,14 @@ KINDS = (
         "novel_view",
         "Dream4DLoadNovelViewPrior",
         "Load Novel-View Prior",
-        "Zero123: another view of a given picture, for scenes from pictures. Its checkpoint or a folder",
+        "Zero123: another view of a given image, for scenes from images. Its checkpoint or a folder",
         ("zero123", "novel view"),
     ),
     KindOfLoader(
         "pixel",
         "Dream4DLoadPixelPrior",
         "Load Pixel Prior",
-        "DeepFloyd IF, stage I: small pictures without an autoencoder, for scenes from pictures. A folder",
+        "DeepFloyd IF, stage I: small images without an autoencoder, for scenes from images. A folder",
         ("deepfloyd", "if"),
     ),
     KindOfLoader(
@@ -136,14 +136,14 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             """Find the model, fetch it if that was asked for, and look at what it is."""
             node_id = cls.hidden.unique_id
             path = find_model(wanted(of, model, hub_id), download, lambda text: say_on_node(text, node_id))
-            facts = open_source(path).facts(None)
-            if facts.kind != of.kind:
+            metadata = open_loader(path).metadata(None)
+            if metadata.kind != of.kind:
                 raise RunError(
-                    f"{path.name} is a model of the kind {facts.kind!r}, {of.display_name} takes {of.kind!r}"
+                    f"{path.name} is a model of the kind {metadata.kind!r}, {of.display_name} takes {of.kind!r}"
                 )
-            if facts.notes:
-                say_on_node(say_notes(facts), node_id)
-            source = PriorSource(facts.name, facts.kind, path)
+            if metadata.notes:
+                say_on_node(say_notes(metadata), node_id)
+            source = PriorSource(metadata.name, metadata.kind, path)
             return io.NodeOutput(source if tiny_vae == NO_TINY else replace(source, tiny_vae=_tiny(tiny_vae)))
 
     Loader.__name__ = Loader.__qualname__ = of.node_id
@@ -182,7 +182,7 @@ def _inputs(of: KindOfLoader) -> list[io.Input]:
                 default=NO_TINY,
                 advanced=True,
                 tooltip="A folder below models/diffusers with an AutoencoderTiny, to be used instead of the model's "
-                "own autoencoder: less memory and faster, coarser pictures.",
+                "own autoencoder: less memory and faster, coarser images.",
             )
         )
     return inputs

@@ -120,7 +120,7 @@ class HeldPriors:
     def bring_back(self) -> bool:
         """Between two steps: let others unload the models, and load them again; return whether any were unloaded.
 
-        Their weights are elsewhere then: what was recorded with them (CUDA graphs) has to be forgotten.
+        Their weights are elsewhere then: what was captured with them (CUDA graphs) has to be forgotten.
         """
         self._turns.let_others()
         gone = any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers)

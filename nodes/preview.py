@@ -1,4 +1,4 @@
-"""What is seen of a scene while it is trained: small pictures, made now and then, never in the run's way."""
+"""What is seen of a scene while it is trained: small images, made now and then, never in the run's way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..dream4d_engine.cameras import make_cameras
-from ..dream4d_engine.export.pictures import to_bytes
+from ..dream4d_engine.export.images import to_bytes
 from ..dream4d_engine.rendering import RenderOptions, render_chunked
 from ..dream4d_engine.scene import Scene
 
@@ -58,7 +58,7 @@ class LivePreview:
 
     A moving scene's frames are sent one after another, again and again, until the next ones come: the clip plays.
     Frames that come while the last ones are still on their way are dropped; an error ends the previews, not the run.
-    The pictures' size follows from what the last ones took, so that rendering keeps to its share of the time.
+    The images' size follows from what the last ones took, so that rendering keeps to its share of the time.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class LivePreview:
                 if self._closed:
                     return
                 if frames is not None:
-                    images, shown = [_picture(frame) for frame in frames], 0
+                    images, shown = [_image(frame) for frame in frames], 0
                 self._send(images[shown % len(images)])
                 shown += 1
                 self._on_its_way.clear()
@@ -142,7 +142,7 @@ class LivePreview:
         logging.warning("[Dream4D] the live preview failed and is off for this run", exc_info=True)
 
 
-def _picture(frame: torch.Tensor) -> Image.Image:
+def _image(frame: torch.Tensor) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(to_bytes(frame)).resize((_SHOWN, _SHOWN), Image.Resampling.BILINEAR)

@@ -1,6 +1,6 @@
 """The node that shows a scene in the canvas, to be turned and played.
 
-The browser gets pictures, not the scene: a grid of views around the object and moments of its animation, rendered
+The browser gets images, not the scene: a grid of views around the object and moments of its animation, rendered
 once. A sheet holds all the views of one moment; sheets come one after the other, a coarse one first, and the viewer
 (web/preview4d.js) shows what is there already.
 """
@@ -18,9 +18,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dream4d_engine.cameras import CameraBatch, make_cameras
-from ..dream4d_engine.export.pictures import save_picture
+from ..dream4d_engine.export.images import save_image
 from ..dream4d_engine.rendering import RenderOptions
-from ..dream4d_engine.rendering.shading import depth_picture, normal_picture, surface_normals
+from ..dream4d_engine.rendering.shading import depth_image, normal_image, surface_normals
 from ..dream4d_engine.scene import Scene
 from .checks import check_ranges
 from .render import render_shot, scene_on_device
@@ -34,14 +34,14 @@ EVENT, RESULT = "dream4d.view", "dream4d_view"
 _DISTANCE, _FIELD_OF_VIEW = 3.0, math.radians(40.0)
 _LOWEST_DEG, _HIGHEST_DEG, _ONLY_DEG = 5.0, 50.0, 15.0
 _SAMPLES = 96
-"""Samples along a ray, at most: enough for small pictures."""
-_MOST_PICTURES, _WIDEST_SHEET = 4096, 8192
+"""Samples along a ray, at most: enough for small images."""
+_MOST_IMAGES, _WIDEST_SHEET = 4096, 8192
 _FOLDER = "dream4d_view"
 
 
 @dataclass(frozen=True)
 class ViewGrid:
-    """Which pictures are made: `n_azimuths` around the object for each of `elevations_deg`, at each of `times`."""
+    """Which images are made: `n_azimuths` around the object for each of `elevations_deg`, at each of `times`."""
 
     n_azimuths: int
     elevations_deg: tuple[float, ...]
@@ -50,16 +50,16 @@ class ViewGrid:
 
     @property
     def n_views(self) -> int:
-        """Pictures of one moment."""
+        """Images of one moment."""
         return self.n_azimuths * len(self.elevations_deg)
 
     @property
-    def n_pictures(self) -> int:
-        """Pictures in all, of each pass."""
+    def n_images(self) -> int:
+        """Images in all, of each pass."""
         return self.n_views * len(self.times)
 
     def coarse(self) -> ViewGrid:
-        """A few small pictures of the first moment, which are there at once."""
+        """A few small images of the first moment, which are there at once."""
         middle = self.elevations_deg[(len(self.elevations_deg) - 1) // 2]
         return ViewGrid(max(4, self.n_azimuths // 4), (middle,), self.times[:1], max(32, self.size // 2))
 
@@ -91,10 +91,10 @@ def check_grid(views: int, heights: int, times: int, size: int) -> bool | str:
     in_range = check_ranges(Preview4D, views=views, heights=heights, times=times, size=size)
     if in_range is not True:
         return in_range
-    if views * heights * times > _MOST_PICTURES:
+    if views * heights * times > _MOST_IMAGES:
         return (
-            f"{views} views x {heights} heights x {times} times are {views * heights * times} pictures, more than "
-            f"{_MOST_PICTURES}: lower one of them"
+            f"{views} views x {heights} heights x {times} times are {views * heights * times} images, more than "
+            f"{_MOST_IMAGES}: lower one of them"
         )
     if max(views, heights) * size > _WIDEST_SHEET:
         return f"{views} views of {size} pixels beside each other are wider than {_WIDEST_SHEET} pixels: lower one"
@@ -116,9 +116,7 @@ class Preview4D(io.ComfyNode):
             search_aliases=["view 4d", "view 3d", "preview 3d", "turntable", "scene viewer", "dream4d"],
             inputs=[
                 ScenePort.Input("scene", tooltip="A still or a moving scene."),
-                io.Int.Input(
-                    "views", default=16, min=4, max=64, tooltip="Pictures around the object, for each height."
-                ),
+                io.Int.Input("views", default=16, min=4, max=64, tooltip="Images around the object, for each height."),
                 io.Int.Input("times", default=8, min=1, max=64, tooltip="Moments of the animation."),
                 io.Int.Input(
                     "heights", default=2, min=1, max=7, advanced=True, tooltip="Heights of the camera, low to high."
@@ -130,7 +128,7 @@ class Preview4D(io.ComfyNode):
                     max=512,
                     step=16,
                     advanced=True,
-                    tooltip="Height and width of the pictures, pixels.",
+                    tooltip="Height and width of the images, pixels.",
                 ),
             ],
             outputs=[],
@@ -169,7 +167,7 @@ def show(scene: SceneValue, grid: ViewGrid, node_id: str | None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     name = digest([scene.fingerprint(), asdict(grid)])[:20]
     steps = ((grid.coarse(), f"{name}-coarse"), (grid, name))
-    bar = ProgressBar(sum(part.n_pictures for part, _ in steps), node_id=node_id)
+    bar = ProgressBar(sum(part.n_images for part, _ in steps), node_id=node_id)
     with scene_on_device(scene) as there:
         for part, part_name in steps:
             ready: list[int] = []
@@ -185,7 +183,7 @@ def show(scene: SceneValue, grid: ViewGrid, node_id: str | None) -> dict:
                             "more steps, or load another one"
                         )
                     for kind, sheet in sheets.items():
-                        save_picture(paths[kind], sheet)
+                        save_image(paths[kind], sheet)
                 ready.append(index)
                 _tell(node_id, describe_view(part, part_name, ready, coarse=part is not grid))
     return describe_view(grid, name, ready)
@@ -212,27 +210,27 @@ def sheet_path(folder: Path, name: str, kind: str, index: int) -> Path:
     return folder / f"{name}-{kind}-{index}.jpg"
 
 
-def make_sheets(scene: Scene, grid: ViewGrid, index: int, on_picture: Callable[[], None]) -> dict[str, Tensor]:
+def make_sheets(scene: Scene, grid: ViewGrid, index: int, on_image: Callable[[], None]) -> dict[str, Tensor]:
     """Render all views of a moment: for each of PASSES a sheet [heights * size, views * size, 3], lowest view first."""
     cameras = grid.cameras(grid.times[index])
     rows: dict[str, list[Tensor]] = {kind: [] for kind in PASSES}
     for row in range(len(grid.elevations_deg)):
         line = []
         for shot in range(grid.n_azimuths):
-            line.append(view_pictures(scene, cameras.groups(slice(row, row + 1)).frames(shot, shot + 1)))
-            on_picture()
-        for kind, pictures in zip(PASSES, zip(*line, strict=True), strict=True):
-            rows[kind].append(torch.cat(pictures, 1))
+            line.append(view_images(scene, cameras.groups(slice(row, row + 1)).frames(shot, shot + 1)))
+            on_image()
+        for kind, images in zip(PASSES, zip(*line, strict=True), strict=True):
+            rows[kind].append(torch.cat(images, 1))
     return {kind: torch.cat(lines, 0) for kind, lines in rows.items()}
 
 
-def view_pictures(scene: Scene, cameras: CameraBatch) -> tuple[Tensor, Tensor, Tensor]:
+def view_images(scene: Scene, cameras: CameraBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Render one camera as the three passes, [H, W, 3] each; distances keep one range whatever the camera."""
     options = RenderOptions(n_samples=min(_SAMPLES, scene.config.n_samples))
     output = render_shot(scene, cameras, options)
     radius = scene.config.radius
-    depth = depth_picture(output.depth, output.opacity, (_DISTANCE - radius, _DISTANCE + radius))
-    normals = normal_picture(surface_normals(cameras, output), output.opacity)
+    depth = depth_image(output.depth, output.opacity, (_DISTANCE - radius, _DISTANCE + radius))
+    normals = normal_image(surface_normals(cameras, output), output.opacity)
     return output.rgb.clamp(0, 1)[0, 0], depth[0, 0], normals[0, 0]
 
 

@@ -13,8 +13,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.formats.checkpoints import SUFFIXES
-from ..dream4d_engine.priors.formats.identify import identify, open_source
-from ..dream4d_engine.priors.formats.sources import Facts
+from ..dream4d_engine.priors.formats.identify import identify, open_loader
+from ..dream4d_engine.priors.formats.loaders import Metadata
 from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
 from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
 
@@ -45,7 +45,7 @@ class LoadToyPrior(io.ComfyNode):
                     options=_KINDS,
                     default="multiview",
                     tooltip="multiview: four views of a still object, for Optimize Static Scene. video: eight frames, "
-                    "for Animate Scene. image and pixel: single pictures. novel_view: another view of a picture.",
+                    "for Animate Scene. image and pixel: single images. novel_view: another view of an image.",
                 ),
             ],
             outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model, loaded when it is needed.")],
@@ -55,7 +55,7 @@ class LoadToyPrior(io.ComfyNode):
     def execute(cls, kind: str) -> io.NodeOutput:
         """Point at the model's folder."""
         path = toy_folder(kind)
-        return io.NodeOutput(PriorSource(open_source(path).facts(kind).name, kind, path))
+        return io.NodeOutput(PriorSource(open_loader(path).metadata(kind).name, kind, path))
 
 
 class LoadPrior(io.ComfyNode):
@@ -106,9 +106,9 @@ class LoadPrior(io.ComfyNode):
         found = models().get(folder)
         if found is None:
             raise PriorError(not_there(folder))
-        facts = open_source(found).facts(None if kind == _FROM_FOLDER else kind)
-        say_notes(facts)
-        return io.NodeOutput(PriorSource(facts.name, facts.kind, found))
+        metadata = open_loader(found).metadata(None if kind == _FROM_FOLDER else kind)
+        say_notes(metadata)
+        return io.NodeOutput(PriorSource(metadata.name, metadata.kind, found))
 
 
 def model_roots() -> list[Path]:
@@ -149,11 +149,11 @@ def tiny_autoencoders() -> dict[str, Path]:
     return found
 
 
-def say_notes(facts: Facts) -> str:
+def say_notes(metadata: Metadata) -> str:
     """Log what was assumed of a model; return it as the text of a node."""
-    for note in facts.notes:
+    for note in metadata.notes:
         logger.warning("%s", note)
-    return "\n".join(facts.notes)
+    return "\n".join(metadata.notes)
 
 
 def not_there(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The node that turns a scene into pictures."""
+"""The node that turns a scene into images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from comfy_api.latest import InputImpl, Types, io
 from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.machine import check_memory
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
-from ..dream4d_engine.rendering.shading import picture
+from ..dream4d_engine.rendering.shading import image_of
 from ..dream4d_engine.scene import Scene
-from ..dream4d_engine.training.needs import film_bytes
+from ..dream4d_engine.training.estimate import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint
 from .session import RunError, gradients, interrupt_if_asked
@@ -60,8 +60,8 @@ class Render(io.ComfyNode):
                     max=2000,
                     tooltip=f"Frames for once through the animation; the final path has {FINAL_PARTS} times as many.",
                 ),
-                io.Int.Input("width", default=128, min=1, max=4096, tooltip="Width of the pictures, pixels."),
-                io.Int.Input("height", default=128, min=1, max=4096, tooltip="Height of the pictures, pixels."),
+                io.Int.Input("width", default=128, min=1, max=4096, tooltip="Width of the images, pixels."),
+                io.Int.Input("height", default=128, min=1, max=4096, tooltip="Height of the images, pixels."),
                 io.Float.Input(
                     "frame_rate", default=24.0, min=0.1, max=1000.0, step=0.1, tooltip="Frames per second of the video."
                 ),
@@ -190,15 +190,15 @@ class Render(io.ComfyNode):
                 fov_deg=field_of_view,
             )
         output = render_passes(scene, batch, normals, cls.hidden.unique_id)
-        images = picture(output, "rgb")[0]
+        images = image_of(output, "rgb")[0]
         rate = Fraction(frame_rate).limit_denominator(1000)
         film = Types.VideoComponents(images=even_sides(images), audio=None, frame_rate=rate)
         return io.NodeOutput(
             images,
             output.opacity[0, ..., 0].clamp(0, 1),
-            picture(output, "depth")[0],
-            picture(output, "normals")[0] if normals else _nothing("normals are switched off in Render Scene"),
-            torch.full_like(images, 0.5) if output.displacement is None else picture(output, "displacement")[0],
+            image_of(output, "depth")[0],
+            image_of(output, "normals")[0] if normals else _nothing("normals are switched off in Render Scene"),
+            torch.full_like(images, 0.5) if output.displacement is None else image_of(output, "displacement")[0],
             frame_rate,
             InputImpl.VideoFromComponents(film),
         )
@@ -233,7 +233,7 @@ def even_sides(images: torch.Tensor) -> torch.Tensor:
 def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_id: str | None) -> RenderOutput:
     """Render frame by frame on ComfyUI's device with a progress bar; Cancel stops between chunks of rays.
 
-    The pictures are on the device where ComfyUI wants them, usually the CPU.
+    The images are on the device where ComfyUI wants them, usually the CPU.
     """
     from comfy.utils import ProgressBar
 

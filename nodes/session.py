@@ -26,8 +26,8 @@ from ..dream4d_engine.priors.loading import Prior, PriorExtras, PriorKind
 from ..dream4d_engine.scene import Scene, SceneConfig
 from ..dream4d_engine.training.checkpoint import CheckpointError, set_aside
 from ..dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe
+from ..dream4d_engine.training.estimate import disk_bytes, memory_bytes
 from ..dream4d_engine.training.guidance import active_terms, explain_silence, load_guidance
-from ..dream4d_engine.training.limits import check_recipe
 from ..dream4d_engine.training.loop import (
     FitSummary,
     Interrupted,
@@ -36,10 +36,10 @@ from ..dream4d_engine.training.loop import (
     RunControl,
     StepReport,
 )
-from ..dream4d_engine.training.needs import disk_bytes, memory_bytes
 from ..dream4d_engine.training.reference import Reference
+from ..dream4d_engine.training.validate import check_recipe
+from .images import small_image
 from .memory import HeldPriors
-from .pictures import small_picture
 from .preview import LivePreview
 from .sockets import PriorSource, SceneValue, digest
 
@@ -122,14 +122,14 @@ def say_on_node(text: str, node_id: str | None) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
-def show_taken(text: str, picture: torch.Tensor, node_id: str | None) -> None:
-    """Say, on the node and in the log, and show what was taken from a picture, before anything is counted there."""
+def show_taken(text: str, image: torch.Tensor, node_id: str | None) -> None:
+    """Say, on the node and in the log, and show what was taken from an image, before anything is counted there."""
     from comfy_execution.progress import get_progress_state
 
     logging.info("[Dream4D] %s", text)
     say_on_node(text, node_id)
     if node_id is not None:
-        get_progress_state().update_progress(node_id, 0, 1, ("JPEG", small_picture(picture), None))
+        get_progress_state().update_progress(node_id, 0, 1, ("JPEG", small_image(image), None))
 
 
 class Reporter:
@@ -141,7 +141,7 @@ class Reporter:
         self._latest = -1.0
         self._began = time.monotonic()
         self._note = ""
-        self._preview = LivePreview(self._send_picture, preview_seconds if node_id is not None else 0)
+        self._preview = LivePreview(self._send_image, preview_seconds if node_id is not None else 0)
 
     def say(self, text: str) -> None:
         """Put a line on the node."""
@@ -177,7 +177,7 @@ class Reporter:
             share = (cost.rendering + cost.showing) / max(seconds, 1e-9)
             logging.info("[Dream4D] %d live previews took %.1f %% of %.0f s", cost.made, 100 * share, seconds)
 
-    def _send_picture(self, image) -> None:
+    def _send_image(self, image) -> None:
         self._progress(("JPEG", image, None))
 
     def _progress(self, image) -> None:

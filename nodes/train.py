@@ -23,7 +23,7 @@ from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMa
 from ..dream4d_engine.training.static import train_static
 from .checks import (
     check_budget,
-    check_picture,
+    check_image,
     check_priors,
     check_prompt,
     check_ranges,
@@ -32,7 +32,7 @@ from .checks import (
     first_complaint,
     recipe_name,
 )
-from .pictures import reference_of
+from .images import reference_of
 from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_sources, show_taken
 from .sockets import CATEGORY, PriorPort, PriorSource, ScenePort, SceneValue
 
@@ -129,21 +129,21 @@ class OptimizeStaticScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        from_pictures = ", ".join(IMAGE_RECIPES)
+        from_images = ", ".join(IMAGE_RECIPES)
         return _schema(
             "Dream4DOptimizeStaticScene",
             "Optimize Static Scene",
-            "Makes a still 3D object from a sentence, or from a picture and a sentence, by score distillation.",
+            "Makes a still 3D object from a sentence, or from an image and a sentence, by score distillation.",
             ["text to 3d", "image to 3d", "dreamfusion", "nerf"],
             [
                 _prior("multiview", "; the recipes that start from a sentence need it."),
                 _prior("image", "; text-to-3d and the personalised recipes need it."),
-                _prior("novel_view", "; the recipes that start from a picture need it."),
-                _prior("pixel", "; the recipes that start from a picture need it."),
+                _prior("novel_view", "; the recipes that start from an image need it."),
+                _prior("pixel", "; the recipes that start from an image need it."),
                 io.Image.Input(
                     "reference_image",
                     optional=True,
-                    tooltip=f"One picture of the object, for the recipes {from_pictures}: cut out (with alpha), or "
+                    tooltip=f"One image of the object, for the recipes {from_images}: cut out (with alpha), or "
                     "with reference_mask. What is taken as the object is shown on the node before training begins.",
                 ),
                 io.Mask.Input(
@@ -161,7 +161,7 @@ class OptimizeStaticScene(io.ComfyNode):
                 "recipe",
                 options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STILL_RECIPES.values()],
                 tooltip="All numbers of the run. The toy ones: for the toy priors, some minutes on a CPU. The others: "
-                f"the published settings, for full-size models and a GPU. {from_pictures} start from a picture.",
+                f"the published settings, for full-size models and a GPU. {from_images} start from an image.",
             ),
             ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene."),
             last=[
@@ -195,7 +195,7 @@ class OptimizeStaticScene(io.ComfyNode):
             check_prompt(prompt),
             check_budget(cls, memory_budget),
             check_ranges(cls, preview_seconds=preview_seconds),
-            check_picture(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
+            check_image(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
             check_priors(STILL_RECIPES[name], input_types),
         )
 
@@ -383,11 +383,11 @@ def motion_recipe(name: str, steps: int, hifa_steps: int) -> MotionRecipe:
 def _reference(
     recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str, node_id: str | None
 ) -> Reference | None:
-    """The prepared picture that the recipe needs, shown on the node, or None where it needs none.
+    """The prepared image that the recipe needs, shown on the node, or None where it needs none.
 
-    Raises RunError or PictureError for what doesn't fit it.
+    Raises RunError or ImageError for what doesn't fit it.
     """
-    _require(check_picture(recipe, image is not None, mask is not None, IMAGE_RECIPES))
+    _require(check_image(recipe, image is not None, mask is not None, IMAGE_RECIPES))
     if image is None:
         return None
     with gradients():

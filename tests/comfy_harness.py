@@ -204,7 +204,7 @@ class Server:
 
 
 class Listener:
-    """A websocket: events as (kind, content), where binary ones are ("text", str) and ("picture", bytes)."""
+    """A websocket: events as (kind, content), where binary ones are ("text", str) and ("image", bytes)."""
 
     def __init__(self, port: int) -> None:
         self.client = uuid.uuid4().hex
@@ -249,7 +249,7 @@ class Listener:
         (size,) = struct.unpack(">I", rest[:4])
         if kind == 3:  # a node's line of text
             return "text", rest[4 + size :].decode()
-        return "picture", rest[4 + size :] if kind == 4 else rest[4:]
+        return "image", rest[4 + size :] if kind == 4 else rest[4:]
 
     def _message(self) -> tuple[int, bytes]:
         """Read one message, of one frame or several."""

@@ -20,13 +20,13 @@ def recipe_and_guidance(n_groups: int, stage: str):
     from dream4d_engine.training.config import GuidanceTerm, RandomBackground
 
     class Leaning:
-        """Predicts the noisy pictures, shrunk."""
+        """Predicts the noisy images, shrunk."""
 
         image_size, n_frames = (8, 8), None
         noise = variance_preserving(torch.linspace(0.999, 0.01, 50))
 
-        def encode(self, pictures):
-            return 2 * pictures - 1
+        def encode(self, images):
+            return 2 * images - 1
 
         def decode(self, z):
             return z / 2 + 0.5
@@ -56,7 +56,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
     return recipe, {kind: Guidance("leaning", Leaning(), conditions, config)}
 
 
-def train(n_groups: int, stage: str, team, folder: Path):
+def train(n_groups: int, stage: str, processes, folder: Path):
     """Train and return (scene, losses seen)."""
     from test_training import solid_ball
 
@@ -67,7 +67,7 @@ def train(n_groups: int, stage: str, team, folder: Path):
     recipe, guidance = recipe_and_guidance(n_groups, stage)
     steps = []
     checkpoint = folder / "run.checkpoint" if folder.is_dir() else None
-    control = RunControl(checkpoint, {}, lambda report, scene: steps.append(report.step), team=team)
+    control = RunControl(checkpoint, {}, lambda report, scene: steps.append(report.step), processes=processes)
     if stage == "static":
         scene, _ = train_static(recipe, guidance, seed=3, device=torch.device("cpu"), control=control)
     else:
@@ -78,17 +78,17 @@ def train(n_groups: int, stage: str, team, folder: Path):
 
 def main() -> None:
     """Join the others, train, and save this process's scene."""
-    from dream4d_engine.training.distributed import join_team, leave_team
+    from dream4d_engine.training.processes import join_processes, leave_processes
 
     torch.set_num_threads(1)
-    team, _ = join_team(torch.device("cpu"))
+    processes, _ = join_processes(torch.device("cpu"))
     for stage in ("static", "motion"):
-        own = Path(sys.argv[1]) / stage / str(team.rank)
+        own = Path(sys.argv[1]) / stage / str(processes.rank)
         own.mkdir(parents=True)
-        scene, steps = train(1, stage, team, own)
+        scene, steps = train(1, stage, processes, own)
         torch.save({"scene": scene.state_dict(), "steps": steps}, own / "result.pt")
-    team.wait()
-    leave_team()
+    processes.wait()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ _TEXT = tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
 _INT = tyro.conf.arg(metavar="INT", help_behavior_hint="")
 _FLOAT = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
 
-Picture = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
+Image = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
 Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")]
 SceneFile = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SCENE", help_behavior_hint="")]
 
 
 MOST_FRAMES, MOST_SIDE = 100_000, 8192
-"""Of a video: more is a slip of the finger, found out after the training; H.264 has no much larger pictures."""
+"""Of a video: more is a slip of the finger, found out after the training; H.264 has no much larger images."""
 _RANGES = {
     "seed": (0, 2**63 - 1),
     "steps": (1, 10**9),
@@ -100,7 +100,7 @@ class PriorOptions:
     download: bool = False
     """Fetch a model that is named by a hub id (or an id that `dream4d priors` lists) and is not here yet."""
     tiny_vae: Annotated[str | None, _FOLDER] = None
-    """AutoencoderTiny that takes the place of the models' own autoencoder: less memory, coarser pictures."""
+    """AutoencoderTiny that takes the place of the models' own autoencoder: less memory, coarser images."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,24 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class MapOptions:
-    """What is known of the picture beside its colours."""
+    """What is known of the image beside its colours."""
 
     mask: Annotated[str | None, _FILE] = None
-    """Picture of the same size, black and white (default: the picture's alpha)."""
+    """Image of the same size, black and white (default: the image's alpha)."""
     mask_shows: Annotated[Literal["automatic", "subject", "background"], tyro.conf.arg(metavar="PART")] = "automatic"
     """What is white in --mask: subject, background, or automatic, which tells it by what lies under the mask and where,
     and asks where that can't be told."""
     depth_map: Annotated[str | None, _FILE] = None
-    """Grey picture of the same size, bright where the object is near (--static.reference.depth-near); it needs
+    """Grey image of the same size, bright where the object is near (--static.reference.depth-near); it needs
     --static.reference.depth or .relative-depth above 0."""
     normal_map: Annotated[str | None, _FILE] = None
-    """Picture of the same size with the camera's normals as colours (red to the right, green up, blue towards the
+    """Image of the same size with the camera's normals as colours (red to the right, green up, blue towards the
     camera); it needs --static.reference.normal above 0."""
 
 
 @dataclass(frozen=True)
-class PictureOptions:
-    """The videos and pictures made of the result."""
+class ImageOptions:
+    """The videos and images made of the result."""
 
     size: int = 128
     """Height and width of the videos, pixels."""
@@ -173,7 +173,7 @@ class TextTo3D:
     """Text-to-image model."""
     lora: Annotated[LoraOptions, Flat] = field(default_factory=LoraOptions)
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
-    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    images: Annotated[ImageOptions, Flat] = field(default_factory=ImageOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -202,7 +202,7 @@ class Animate:
     video_prior: Annotated[str | None, _MODEL] = None
     """Text-to-video model (default with the recipe toy: the one in the package)."""
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
-    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    images: Annotated[ImageOptions, Flat] = field(default_factory=ImageOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -245,7 +245,7 @@ class TextTo4D:
     """Text-to-video model (default with the recipe toy: the one in the package)."""
     lora: Annotated[LoraOptions, Flat] = field(default_factory=LoraOptions)
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
-    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    images: Annotated[ImageOptions, Flat] = field(default_factory=ImageOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -255,12 +255,12 @@ class TextTo4D:
 
 @dataclass(frozen=True)
 class ImageTo3D:
-    """Make a still object from a picture."""
+    """Make a still object from an image."""
 
-    image: Picture = None
-    """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
+    image: Image = None
+    """An image of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
     prompt: Annotated[str | None, _TEXT] = None
-    """What the picture shows, for example "a red cube"; not needed with --static.guidance.1.weight 0."""
+    """What the image shows, for example "a red cube"; not needed with --static.guidance.1.weight 0."""
     maps: Annotated[MapOptions, Flat] = field(default_factory=MapOptions)
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
     """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
@@ -273,7 +273,7 @@ class ImageTo3D:
     pixel_prior: Annotated[str | None, _MODEL] = None
     """Text-to-pixels model (default with the recipe toy-image: the one in the package)."""
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
-    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    images: Annotated[ImageOptions, Flat] = field(default_factory=ImageOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -283,12 +283,12 @@ class ImageTo3D:
 
 @dataclass(frozen=True)
 class ImageTo4D:
-    """Make a moving object from a picture: first the object, then its motion."""
+    """Make a moving object from an image: first the object, then its motion."""
 
-    image: Picture = None
-    """A picture of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
+    image: Image = None
+    """An image of the object, cut out (with alpha); it is centred and brought to the size that the recipe wants."""
     prompt: Annotated[str | None, _TEXT] = None
-    """What the picture shows and what it does, for example "a red cube is jumping"."""
+    """What the image shows and what it does, for example "a red cube is jumping"."""
     maps: Annotated[MapOptions, Flat] = field(default_factory=MapOptions)
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME")] = "toy-image"
     """toy-image (small models that come with the package) or image-to-3d (the published settings)."""
@@ -314,7 +314,7 @@ class ImageTo4D:
     video_prior: Annotated[str | None, _MODEL] = None
     """Text-to-video model (default with the recipe toy: the one in the package)."""
     priors: Annotated[PriorOptions, Flat] = field(default_factory=PriorOptions)
-    pictures: Annotated[PictureOptions, Flat] = field(default_factory=PictureOptions)
+    images: Annotated[ImageOptions, Flat] = field(default_factory=ImageOptions)
     folders: Annotated[FolderOptions, Flat] = field(default_factory=FolderOptions)
     gpu: Annotated[GpuOptions, Flat] = field(default_factory=GpuOptions)
     machine: Annotated[MachineOptions, Flat] = field(default_factory=MachineOptions)
@@ -369,7 +369,7 @@ Pass = Literal["rgb", "depth", "normals", "opacity", "displacement"]
 
 @dataclass(frozen=True)
 class Render:
-    """Make videos or pictures of a scene file."""
+    """Make videos or images of a scene file."""
 
     scene: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SCENE")]
     """The scene file."""
@@ -378,7 +378,7 @@ class Render:
     path: Literal["orbit", "fixed", "final"] = "orbit"
     """orbit: once around; fixed: one camera films the animation; final: four times each, in turns."""
     passes: tuple[Pass, ...] = ("rgb",)
-    """What to make pictures of: rgb, depth, normals, opacity, displacement."""
+    """What to make images of: rgb, depth, normals, opacity, displacement."""
     size: tuple[int, int] = (256, 256)
     """Width and height, pixels."""
     frames: int = 48

@@ -29,10 +29,10 @@ from ..training.config import (
     find_recipe,
     is_toy,
 )
-from ..training.guidance import active_terms, fast, load_guidance, recorder_for, working_dtype
+from ..training.guidance import active_terms, capture_for, fast, load_guidance, working_dtype
 from ..training.loop import RunControl, StepReport
-from ..training.memory import parse_bytes
 from ..training.motion import train_motion
+from ..training.plan import parse_bytes
 from ..training.reference import Reference
 from ..training.static import train_static
 from .arguments import Bench
@@ -68,20 +68,20 @@ class Measured:
 
     Args:
         seconds_per_step: median after the warm-up; None where it failed, see `error`.
-        guidance_seconds: of that, asking the priors about pictures that are there already, forward and backward.
-        preparing_seconds: of the first step, in which networks are compiled, tuned and recorded.
+        guidance_seconds: of that, asking the priors about images that are there already, forward and backward.
+        preparing_seconds: of the first step, in which networks are compiled, tuned and captured.
         peak_memory_bytes: the GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on
             a CPU. reserved_bytes: what the process took of the GPU in all.
         plan: how the memory budget is kept to.
-        gradient_cosine: of a step's gradient on the pictures through the tiny autoencoder with that through the full
-            one, same pictures, timestep and noise; only for trained models.
+        gradient_cosine: of a step's gradient on the images through the tiny autoencoder with that through the full
+            one, same images, timestep and noise; only for trained models.
         profile: where the time of steps after the measured ones goes, if it was asked for.
     """
 
     recipe: str
     variant: str
     models: dict[str, str]
-    pictures: str
+    images: str
     steps: int
     seconds_per_step: float | None
     guidance_seconds: float | None = None
@@ -167,9 +167,9 @@ def _measure(
     found = []
     for number, phase in enumerate(recipe.phases):
         fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps + PROFILED * options.profile)
-        n_pictures = phase.n_groups * getattr(fitted, fitted.group_field)
-        pictures = f"{n_pictures} of {phase.width}x{phase.height}"
-        blank = Measured(name, variant.name, models, pictures, options.steps, None)
+        n_images = phase.n_groups * getattr(fitted, fitted.group_field)
+        images = f"{n_images} of {phase.width}x{phase.height}"
+        blank = Measured(name, variant.name, models, images, options.steps, None)
         label = f"{name} {variant.name}" + (f" {number + 1}" if len(recipe.phases) > 1 else "")
         progress.begin(label, fitted.steps)
         try:
@@ -265,23 +265,23 @@ class _Clock:
 
 
 class _Distilled:
-    """Distilling random pictures of a phase's size, which are there already, forward and backward."""
+    """Distilling random images of a phase's size, which are there already, forward and backward."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
         self.cameras = recipe.sample_cameras(phase, generator).to(device)
         shape = self.cameras.shape
-        # coarse and fine structure, as pictures have it
+        # coarse and fine structure, as images have it
         coarse = torch.rand(*shape, 3, 4, 4, generator=generator).flatten(0, 1)
         coarse = torch.nn.functional.interpolate(coarse, (phase.height, phase.width), mode="bilinear")
         fine = torch.rand(*shape, 3, phase.height, phase.width, generator=generator)
-        self.pictures = (0.9 * coarse.view_as(fine) + 0.1 * fine).to(device)
+        self.images = (0.9 * coarse.view_as(fine) + 0.1 * fine).to(device)
 
     def gradient(self, guidance: Mapping[PriorKind, Guidance]) -> torch.Tensor:
-        """The gradient on the pictures; timesteps and noise are the same every time."""
-        pictures = self.pictures.clone().requires_grad_()
-        sum(distill(g, pictures, self.cameras, 0.0, Draw(1)).loss for g in guidance.values()).backward()
-        return pictures.grad
+        """The gradient on the images; timesteps and noise are the same every time."""
+        images = self.images.clone().requires_grad_()
+        sum(distill(g, images, self.cameras, 0.0, Draw(1)).loss for g in guidance.values()).backward()
+        return images.grad
 
 
 def _guidance_seconds(recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device) -> float:
@@ -327,20 +327,20 @@ def _guidance(
             accelerate=variant.kind != "plain",
         )
         return guidance, {kind: str(folder) for kind, folder in folders.items()}
-    dtype, recorder = working_dtype(recipe.loop, device), recorder_for(device)
+    dtype, capture = working_dtype(recipe.loop, device), capture_for(device)
     guidance, models = {}, {}
     for term in active_terms(recipe):
         architecture = architecture_for(term.prior, getattr(recipe, "n_frames", None))
         vae = "tiny" if variant.kind == "tiny" else "full"
         one = random_guidance(architecture, term.distillation, device, dtype, vae)
         accelerates = device.type == "cuda" and variant.kind != "plain"
-        guidance[term.prior] = fast(one, recorder) if accelerates else one
+        guidance[term.prior] = fast(one, capture) if accelerates else one
         models[term.prior] = f"{architecture.name}, random weights"
     return guidance, models
 
 
 def _reference(recipe: Recipe) -> Reference | None:
-    """A grey disc, for recipes that look at a picture."""
+    """A grey disc, for recipes that look at an image."""
     if recipe.reference is None:
         return None
     size = max(phase.size for phase in recipe.reference.phases)
@@ -353,7 +353,7 @@ def _fitting(recipe: Recipe, phase: Phase, guidance: Mapping[PriorKind, Guidance
     """The recipe with so many steps of one phase, and as many views or frames as its models take."""
     counts = [g.denoiser.n_frames for g in guidance.values() if g.denoiser.n_frames]
     changes = {recipe.group_field: counts[0]} if counts else {}
-    if recipe.reference is not None:  # the last and largest size of the picture all the time
+    if recipe.reference is not None:  # the last and largest size of the image all the time
         last = replace(recipe.reference.phases[-1], start=0.0)
         changes["reference"] = replace(recipe.reference, phases=(last,))
     return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
@@ -364,11 +364,11 @@ def _fitting(recipe: Recipe, phase: Phase, guidance: Mapping[PriorKind, Guidance
 
 def table(measured: list[Measured], device: torch.device) -> list[str]:
     """The measurements as lines of text."""
-    head = f"{'recipe':<26}{'variant':<12}{'pictures':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
+    head = f"{'recipe':<26}{'variant':<12}{'images':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
     lines = [f"{head}   ({_device_name(device)})"]
     for m in measured:
         peak = "unknown" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / 2**30:.2f} GiB"
-        start = f"{m.recipe:<26}{m.variant:<12}{m.pictures:<16}"
+        start = f"{m.recipe:<26}{m.variant:<12}{m.images:<16}"
         if m.seconds_per_step is None:
             lines.append(f"{start}{'failed: ' + (m.error or '')}")
             continue
@@ -379,7 +379,7 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
     for m in (m for m in measured if m.profile is not None):
-        lines += ["", f"a step of {m.recipe}, {m.variant}, {m.pictures}:", *(f"  {x}" for x in m.profile.lines())]
+        lines += ["", f"a step of {m.recipe}, {m.variant}, {m.images}:", *(f"  {x}" for x in m.profile.lines())]
     return lines
 
 

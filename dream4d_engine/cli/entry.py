@@ -140,6 +140,6 @@ def _out_of_memory(error: Exception) -> str | None:
     if not is_memory and not ("DefaultCPUAllocator" in text or "out of memory" in text.lower()):
         return None
     return (
-        "out of memory: lower the pictures' size (--static.phases.N.height and .width, or --motion...), "
+        "out of memory: lower the images' size (--static.phases.N.height and .width, or --motion...), "
         "the samples (--static.scene.n-samples), the grids (log2-entries), or --size for videos"
     )

@@ -16,12 +16,12 @@ from .. import locks
 from ..assets import AssetError, load_scene, opened, read_info, save_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..dream_in_4d import import_checkpoint
-from ..export import VideoWriter, save_picture
+from ..export import VideoWriter, save_image
 from ..kernels import kernel_status
 from ..machine import check_folder, check_memory, pick_device, versions
 from ..training.checkpoint import load_checkpoint
+from ..training.estimate import film_bytes
 from ..training.loop import Interrupted
-from ..training.needs import film_bytes
 from . import results
 from .arguments import Import, Info, Render
 from .interrupts import stop_on_interrupt
@@ -32,7 +32,7 @@ from .terminal import say, say_json
 
 
 def render(options: Render) -> int:
-    """Make videos and pictures of a scene file."""
+    """Make videos and images of a scene file."""
     width, height = options.size
     passes = tuple(dict.fromkeys(options.passes))
     if not passes or not (options.video or options.png):
@@ -59,12 +59,12 @@ def render(options: Render) -> int:
 
         for index, output in enumerate(results.frames_of(scene, cameras, render_options, on_frame)):
             for name in passes:
-                picture = results.pass_picture(output, name, span)
+                image = results.pass_image(output, name, span)
                 if name in writers:
-                    writers[name].add(picture)
+                    writers[name].add(image)
                 if name in folders:
                     folders[name].mkdir(exist_ok=True)
-                    save_picture(folders[name] / f"{index:04}.png", picture)
+                    save_image(folders[name] / f"{index:04}.png", image)
         for folder in folders.values():
             _remove_later(folder, n_frames)
     say(f"{out}: {', '.join(path.name for path in [*videos.values(), *folders.values()])}")

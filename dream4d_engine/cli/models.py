@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 from ..priors.conditioning import words_for
-from ..priors.formats.folders import FolderSource
-from ..priors.formats.identify import identify, open_source
+from ..priors.formats.folders import FolderLoader
+from ..priors.formats.identify import identify, open_loader
 from ..priors.formats.lora_files import read_lora
 from ..priors.formats.weights import find_weights
 from ..priors.loading import PriorError, PriorExtras, check_prompt, load_prior, toy_folder, toy_subject
@@ -39,10 +39,10 @@ def prior_folders(recipe: StaticRecipe | MotionRecipe, options: object, toys: bo
 def _find(given: str, kind: PriorKind, options: object) -> Path:
     """Return where a model is, after a look at what it is."""
     path = find_weights(given, download=options.priors.download, say=lambda text: say(text, error=True))
-    source = open_source(path)
-    if isinstance(source, FolderSource):
+    source = open_loader(path)
+    if isinstance(source, FolderLoader):
         source.check()
-    for note in source.facts(kind).notes:
+    for note in source.metadata(kind).notes:
         say(f"note: {note}", error=True)
     return path
 
@@ -64,7 +64,7 @@ def prior_extras(options: object) -> dict[PriorKind, PriorExtras]:
 def check_words(folders: Folders, prompt: str) -> None:
     """Say before any work is done that a toy model wasn't taught a word of the prompt."""
     for kind, folder in folders.items():
-        if kind == "novel_view":  # it is told a picture
+        if kind == "novel_view":  # it is told an image
             continue
-        if open_source(folder).facts(kind).known_words is not None:  # such models load at once
+        if open_loader(folder).metadata(kind).known_words is not None:  # such models load at once
             check_prompt(load_prior(folder, kind), words_for(kind, prompt))

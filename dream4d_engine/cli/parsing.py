@@ -59,7 +59,7 @@ class UsageError(ValueError):
 
 def _text_recipe(name: str) -> StaticRecipe:
     if name in IMAGE_RECIPES:
-        raise UsageError(f"the recipe {name!r} starts from a picture: use dream4d image-to-3d or image-to-4d")
+        raise UsageError(f"the recipe {name!r} starts from an image: use dream4d image-to-3d or image-to-4d")
     return find_recipe(name, STATIC_RECIPES)
 
 
@@ -127,7 +127,7 @@ def help_text() -> str:
     lines = [f"  {name:<12}{(command.options.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "dream4d: from a sentence or a picture to a moving object.",
+            "dream4d: from a sentence or an image to a moving object.",
             "",
             "usage: dream4d COMMAND ... (dream4d COMMAND --help says more)",
             "",
@@ -198,7 +198,7 @@ def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Pa
             "start over with another --out"
         )
     try:
-        default = config_from_dict(command.call, saved.get("settings"), "settings")
+        default = config_from_dict(command.call, _renewed(saved.get("settings")), "settings")
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
@@ -213,6 +213,14 @@ def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Pa
         what = difference.removeprefix("options.")
         raise ResumeMismatch(f"{what}: resume with the same settings, or start over with another --out")
     return call
+
+
+def _renewed(settings: Any) -> Any:
+    """Settings of before under today's names."""
+    options = settings.get("options") if isinstance(settings, dict) else None
+    if not isinstance(options, dict) or "pictures" not in options:
+        return settings
+    return settings | {"options": {{"pictures": "images"}.get(name, name): value for name, value in options.items()}}
 
 
 def settings_tree(call: Any) -> dict:

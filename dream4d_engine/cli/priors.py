@@ -58,5 +58,5 @@ def convert_checkpoint(options: Convert) -> int:
         say(f"note: {note}")
     say(f"{done.folder}: a model of kind {done.kind} ({', '.join(done.parts)}), {human_size(done.n_bytes)}")
     if not {"text_encoder", "image_encoder"} & set(done.parts):
-        say("(the checkpoint has no encoder of prompts or pictures: the folder can't be told anything)")
+        say("(the checkpoint has no encoder of prompts or images: the folder can't be told anything)")
     return 0

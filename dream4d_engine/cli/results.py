@@ -1,4 +1,4 @@
-"""What a run shows of its result: videos, a sheet of pictures, measures."""
+"""What a run shows of its result: videos, a sheet of images, measures."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, final_path, make_cameras, orbit
-from ..export import contact_sheet, save_picture, write_video
+from ..export import contact_sheet, save_image, write_video
 from ..rendering import RenderOptions, RenderOutput, render_chunked
-from ..rendering.shading import displacement_picture, picture
+from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_scene, reference_match
 from ..training.config import ReferenceConfig
 from ..training.reference import Reference
-from .arguments import PictureOptions
+from .arguments import ImageOptions
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
 SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), (0.0, 0.25, 0.5, 0.75, 1.0), 96
@@ -71,8 +71,8 @@ def measure_range(scene: Scene, cameras: CameraBatch, options: RenderOptions) ->
     return PassRange(near, far, largest) if near < math.inf else PassRange(0.0, 1.0, largest)
 
 
-def pass_picture(output: RenderOutput, name: str, span: PassRange) -> Tensor:
-    """One pass of a rendered frame as a picture [H, W, 3] in [0, 1]."""
+def pass_image(output: RenderOutput, name: str, span: PassRange) -> Tensor:
+    """One pass of a rendered frame as an image [H, W, 3] in [0, 1]."""
     if name == "depth":  # near bright, far dark, nothing black
         distance = output.depth / output.opacity.clamp_min(1e-6)
         bright = 1 - 0.8 * (distance - span.near) / max(span.far - span.near, 1e-6)
@@ -80,8 +80,8 @@ def pass_picture(output: RenderOutput, name: str, span: PassRange) -> Tensor:
     if name == "displacement":
         if output.displacement is None:
             raise ValueError("the rendering holds no displacement")
-        return displacement_picture(output.displacement, span.largest)[0, 0]
-    return picture(output, name)[0, 0]
+        return displacement_image(output.displacement, span.largest)[0, 0]
+    return image_of(output, name)[0, 0]
 
 
 def save_scene_video(
@@ -93,16 +93,14 @@ def save_scene_video(
     write_video(path, frames, fps, title)
 
 
-def orbit_cameras(pictures: PictureOptions) -> CameraBatch:
+def orbit_cameras(images: ImageOptions) -> CameraBatch:
     """Once around the still object."""
-    return orbit(pictures.orbit_frames, pictures.size, pictures.size, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
+    return orbit(images.orbit_frames, images.size, images.size, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
 
 
-def final_cameras(pictures: PictureOptions) -> CameraBatch:
+def final_cameras(images: ImageOptions) -> CameraBatch:
     """The final video's path."""
-    return final_path(
-        pictures.size, pictures.size, FINAL_PARTS, pictures.part_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG
-    )
+    return final_path(images.size, images.size, FINAL_PARTS, images.part_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
 
 
 def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None) -> None:
@@ -118,9 +116,9 @@ def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None
         SHEET_SIZE,
         SHEET_SIZE,
     )
-    pictures = render_chunked(scene, cameras, RenderOptions(n_samples=samples)).rgb
+    images = render_chunked(scene, cameras, RenderOptions(n_samples=samples)).rgb
     rows = [f"azimuth {azimuth}°" for azimuth in SHEET_AZIMUTHS_DEG]
-    save_picture(path, contact_sheet(pictures, rows, [f"time {t:g}" for t in times], title))
+    save_image(path, contact_sheet(images, rows, [f"time {t:g}" for t in times], title))
 
 
 def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
@@ -132,19 +130,19 @@ def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
     try:
         caption = parse_caption(prompt)
     except ValueError:
-        return found, f"the object covers {found['scene']['coverage']:.0%} of the picture"
+        return found, f"the object covers {found['scene']['coverage']:.0%} of the image"
     truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
     return found | {"truth": truth.to_dict()}, truth.summary()
 
 
 def measure_reference(scene: Scene, reference: Reference, config: ReferenceConfig) -> dict:
-    """How near the scene, seen by the reference's camera, is to the picture: PSNR and the silhouettes' IoU."""
+    """How near the scene, seen by the reference's camera, is to the image: PSNR and the silhouettes' IoU."""
     psnr, iou = reference_match(scene, reference, config)
     return {"psnr": psnr, "iou": iou}
 
 
 def _scene_measures(scene: Scene) -> dict:
-    """How much of the pictures the object covers, and how far what is seen moves (in shares of the box)."""
+    """How much of the images the object covers, and how far what is seen moves (in shares of the box)."""
     cameras = orbit(8, 64, 64, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
     moving = scene.deformation is not None
     times = torch.linspace(0, 1, 8)[None] if moving else cameras.time

@@ -14,21 +14,21 @@ import torch
 from ..assets import AssetError, Provenance, check_header, load_scene, save_scene
 from ..cameras import CameraBatch
 from ..documents import document_bytes, first_line
-from ..export import save_picture
+from ..export import save_image
 from ..machine import WriteError, check_memory, pick_device, versions, write_atomically
 from ..priors.loading import PriorExtras, PriorKind
 from ..scene import Scene, SceneConfig
 from ..training.checkpoint import CheckpointError, set_aside
 from ..training.config import MotionRecipe, StaticRecipe
-from ..training.distributed import ALONE, Team, join_team, leave_team
+from ..training.estimate import disk_bytes, film_bytes, memory_bytes
 from ..training.guidance import Folders, active_terms, explain_silence, load_guidance
-from ..training.limits import check_recipe
 from ..training.loop import FitSummary, Interrupted, PriorSilent, ResumeMismatch, RunControl, StepReport
-from ..training.memory import parse_bytes
 from ..training.motion import check_scale, train_motion
-from ..training.needs import disk_bytes, film_bytes, memory_bytes
+from ..training.plan import parse_bytes
+from ..training.processes import SINGLE, Processes, join_processes, leave_processes
 from ..training.reference import Reference, check_reference, load_reference
 from ..training.static import train_static
+from ..training.validate import check_recipe
 from . import results
 from .arguments import (
     Animate,
@@ -72,7 +72,7 @@ class Session:
     run: RunFolder
     progress: Progress
     should_stop: Callable[[], bool]
-    team: Team = ALONE
+    processes: Processes = SINGLE
 
     @property
     def device(self) -> torch.device:
@@ -98,12 +98,18 @@ class Session:
         asked = self.call.options.gpu.memory_budget
         budget = None if asked is None else parse_bytes(asked)
         return RunControl(
-            path, identity, on_step, self.should_stop, team=self.team, memory_budget=budget, on_plan=self.progress.say
+            path,
+            identity,
+            on_step,
+            self.should_stop,
+            processes=self.processes,
+            memory_budget=budget,
+            on_plan=self.progress.say,
         )
 
     def pause(self, stage: str, alone: bool = False) -> None:
         """Stop here if Ctrl-C was pressed; `alone`: the other processes aren't here."""
-        if self.should_stop() if alone else self.team.any(self.should_stop()):
+        if self.should_stop() if alone else self.processes.any(self.should_stop()):
             raise Interrupted(stage, 0, None)
 
 
@@ -119,14 +125,14 @@ def text_to_3d(call: TextTo3DCall) -> int:
 
     def work(session: Session) -> None:
         scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE)
-        film(session, ORBIT, scene, results.orbit_cameras(options.pictures), prompt)
+        film(session, ORBIT, scene, results.orbit_cameras(options.images), prompt)
         show(session, scene, prompt)
 
     return _carry_out(call, (recipe,), recipe.scene, work)
 
 
 def image_to_3d(call: ImageTo3DCall) -> int:
-    """Stage 1 alone, from a picture."""
+    """Stage 1 alone, from an image."""
     options, recipe = call.options, call.static
     reference = _reference(call)
     prompt = _object_prompt(recipe, options.prompt, "--prompt")
@@ -136,7 +142,7 @@ def image_to_3d(call: ImageTo3DCall) -> int:
     def work(session: Session) -> None:
         keep_reference(session, reference)
         scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE, reference)
-        film(session, ORBIT, scene, results.orbit_cameras(options.pictures), prompt)
+        film(session, ORBIT, scene, results.orbit_cameras(options.images), prompt)
         show(session, scene, prompt, reference, scene)
 
     return _carry_out(call, (recipe,), recipe.scene, work)
@@ -157,7 +163,7 @@ def animate(call: AnimateCall) -> int:
         if session.run.record.setdefault("source", source) != source:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")
         scene, provenance = motion_stage(session, recipe, folders, prompt, still, parent)
-        film(session, VIDEO, scene, results.final_cameras(options.pictures), prompt)
+        film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
         show(session, scene, prompt)
 
     return _carry_out(call, (recipe,), still.config, work)
@@ -169,7 +175,7 @@ def text_to_4d(call: TextTo4DCall) -> int:
 
 
 def image_to_4d(call: ImageTo4DCall) -> int:
-    """Both stages, the first one from a picture."""
+    """Both stages, the first one from an image."""
     return _both_stages(call, _reference(call))
 
 
@@ -189,18 +195,18 @@ def _both_stages(call: TextTo4DCall | ImageTo4DCall, reference: Reference | None
         still_file = session.run.unfinished / "static.safetensors"
         still, parent = static_stage(session, call.static, static_folders, object_prompt, still_file, reference)
         scene, provenance = motion_stage(session, call.motion, motion_folders, prompt, still, parent)
-        film(session, ORBIT, still, results.orbit_cameras(options.pictures), prompt)
-        film(session, VIDEO, scene, results.final_cameras(options.pictures), prompt)
+        film(session, ORBIT, still, results.orbit_cameras(options.images), prompt)
+        film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
         show(session, scene, prompt, reference, still)
 
     return _carry_out(call, (call.static, call.motion), call.static.scene, work)
 
 
 def _reference(call: ImageTo3DCall | ImageTo4DCall) -> Reference:
-    """Read and check the picture that a run starts from."""
+    """Read and check the image that a run starts from."""
     options, recipe = call.options, call.static
     if options.image is None:
-        raise UsageError(f"say which picture to start from: dream4d {command_of(call)} IMAGE --out FOLDER")
+        raise UsageError(f"say which image to start from: dream4d {command_of(call)} IMAGE --out FOLDER")
     check_recipe(recipe, "static")
     maps = options.maps
     reference = load_reference(
@@ -223,7 +229,7 @@ def _object_prompt(recipe: StaticRecipe, prompt: str | None, name: str) -> str:
     if prompt is None:
         index = [term.prior for term in recipe.guidance].index(readers[0])
         raise UsageError(
-            f"the {readers[0]} model wants to know what the picture shows: say it with {name}, or leave that model "
+            f"the {readers[0]} model wants to know what the image shows: say it with {name}, or leave that model "
             f"out with --static.guidance.{index}.weight 0"
         )
     return _said(prompt, name)
@@ -260,15 +266,15 @@ def _carry_out(
     """Check what can be checked, then do the work in its folder; return the exit code."""
     device = pick_device(call.options.machine.device)
     _check_budget(call.options.gpu, device)
-    team, device = join_team(device)
+    processes, device = join_processes(device)
     try:
-        return _carry_out_in(team, call, recipes, scene, device, work)
+        return _carry_out_in(processes, call, recipes, scene, device, work)
     finally:
-        leave_team()
+        leave_processes()
 
 
 def _carry_out_in(
-    team: Team,
+    processes: Processes,
     call: Call,
     recipes: tuple[StaticRecipe | MotionRecipe, ...],
     scene: SceneConfig,
@@ -276,16 +282,16 @@ def _carry_out_in(
     work: Callable[[Session], None],
 ) -> int:
     with stop_on_interrupt() as should_stop:
-        run = _open_together(team, call, recipes, scene, device)
+        run = _open_together(processes, call, recipes, scene, device)
         if run is None:
             return 0
         began = time.monotonic()
         try:
-            with make_progress() if team.writes else Quiet() as progress:
-                work(Session(call, run, progress, should_stop, team))
+            with make_progress() if processes.is_main else Quiet() as progress:
+                work(Session(call, run, progress, should_stop, processes))
             run.finish()
         except Interrupted as stop:
-            if not team.writes:  # the first process says it
+            if not processes.is_main:  # the first process says it
                 return should_stop.code
             run.end("interrupted", stage=stop.stage, step=stop.step or None)
             where = f"{stop.stage}, step {stop.step}" if stop.step else stop.stage
@@ -294,12 +300,12 @@ def _carry_out_in(
             raise Stopped(text, should_stop.code) from stop
         except BaseException as error:
             run.end("failed", error=first_line(error))
-            if team.writes and isinstance(error, WriteError | AssetError | CheckpointError):
+            if processes.is_main and isinstance(error, WriteError | AssetError | CheckpointError):
                 raise type(error)(f"{error}; {_way_on(run, error)}") from error
             raise
         finally:
             run.release()
-    if team.writes:
+    if processes.is_main:
         _say_finished(run, time.monotonic() - began)
     return 0
 
@@ -325,21 +331,21 @@ def _check_budget(gpu: GpuOptions, device: torch.device) -> None:
 
 
 def _open_together(
-    team: Team,
+    processes: Processes,
     call: Call,
     recipes: tuple[StaticRecipe | MotionRecipe, ...],
     scene: SceneConfig,
     device: torch.device,
 ) -> RunFolder | None:
     """Let the first process open the run's folder and the others look into it; None where there is nothing to do."""
-    if team.writes:
+    if processes.is_main:
         run = None
         try:
             run = _open_run(call, recipes, scene, device)
         finally:
-            team.any(run is None)  # so that nobody waits for a run that isn't made
+            processes.any(run is None)  # so that nobody waits for a run that isn't made
         return run
-    if team.any(False):
+    if processes.any(False):
         return None
     folders = call.options.folders
     return follow_run(Path(folders.resume or folders.out), device)
@@ -379,7 +385,7 @@ def _open_run(
                 f"lower --{recipe.stage}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
             )
             check_memory(memory_bytes(recipe, scene), f"training by the recipe {recipe.name!r}", way_out)
-    size = call.options.pictures.size
+    size = call.options.images.size
     check_memory(film_bytes(size, size), f"filming at --size {size}", "lower --size")
     room = disk_bytes(recipes, scene)
     if folders.resume is not None:
@@ -406,7 +412,7 @@ def _say_finished(run: RunFolder, seconds: float) -> None:
 
 
 def keep_reference(session: Session, reference: Reference) -> None:
-    """Say and show what was made of the picture; a resumed run must go on with the same one."""
+    """Say and show what was made of the image; a resumed run must go on with the same one."""
     run, name = session.run, reference.fingerprint()
     if run.record.setdefault("reference", name) != name:
         raise ResumeMismatch(
@@ -414,7 +420,7 @@ def keep_reference(session: Session, reference: Reference) -> None:
             "start over"
         )
     session.progress.say(reference.statement)
-    save_picture(run.path / REFERENCE, reference.over())
+    save_image(run.path / REFERENCE, reference.over())
     run.save(prepared=reference.statement)
 
 
@@ -497,17 +503,17 @@ def _stage(
 ) -> Made:
     """Train and save a scene. It is read back, so that a resumed run goes on from the very same one."""
     made = _made_before(session, stage, provenance, path)
-    if session.team.any(made is None):
+    if session.processes.any(made is None):
         scene, summary = train()
-        if session.team.writes:
+        if session.processes.is_main:
             save_scene(path, scene, provenance)
         fits = session.run.record.setdefault("fits", {})
         fits[stage] = asdict(summary)
         session.run.save()
-        session.team.wait()  # until it is written
+        session.processes.wait()  # until it is written
         made = load_scene(path, session.device)
     session.progress.update(stage, provenance.steps)
-    session.team.wait()  # until all have it: what is unfinished is removed at the end
+    session.processes.wait()  # until all have it: what is unfinished is removed at the end
     return made
 
 
@@ -522,12 +528,12 @@ def _made_before(session: Session, stage: str, provenance: Provenance, path: Pat
         why = f"{path} is the result of other settings"
     except AssetError as error:
         why = str(error)
-    session.team.wait()  # until all have seen it
-    if session.team.writes:
+    session.processes.wait()  # until all have seen it
+    if session.processes.is_main:
         kept = set_aside(path)
         name = f" (it is kept as {kept.name})" if kept else ""
         session.progress.say(f"{why}{name}: the stage {stage} is done again")
-    session.team.wait()
+    session.processes.wait()
     return None
 
 
@@ -543,9 +549,9 @@ def _explained(session: Session, recipe: StaticRecipe | MotionRecipe, folders: F
 
 def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:
     """Make a video, unless it is there already."""
-    if not session.team.writes:
+    if not session.processes.is_main:
         return
-    path, pictures, stage = session.run.path / name, session.call.options.pictures, name.partition(".")[0]
+    path, images, stage = session.run.path / name, session.call.options.images, name.partition(".")[0]
     n_frames = cameras.shape[1]
     session.progress.begin(stage, n_frames)
     if path.exists():
@@ -558,17 +564,17 @@ def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title:
         session.progress.update(stage, done, None, (time.monotonic() - began) / done * (n_frames - done))
 
     with session.run.timed(stage):
-        results.save_scene_video(path, scene, cameras, pictures.fps, pictures.samples, title, on_frame)
+        results.save_scene_video(path, scene, cameras, images.fps, images.samples, title, on_frame)
 
 
 def show(
     session: Session, scene: Scene, prompt: str, reference: Reference | None = None, still: Scene | None = None
 ) -> None:
-    """Make the sheet of pictures and the measures; those of a picture are the `still` scene's."""
-    if not session.team.writes:
+    """Make the sheet of images and the measures; those of an image are the `still` scene's."""
+    if not session.processes.is_main:
         return
     with session.run.timed("measures"):
-        results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.call.options.pictures.samples)
+        results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.call.options.images.samples)
         session.pause("measures", alone=True)
         measures, line = results.measure(scene, prompt)
         if reference is not None:

@@ -1,6 +1,6 @@
-"""Pictures and videos as files."""
+"""Images and videos as files."""
 
-from .pictures import contact_sheet, save_picture, to_bytes
+from .images import contact_sheet, save_image, to_bytes
 from .video import Video, VideoWriter, read_video, write_video
 
-__all__ = ["Video", "VideoWriter", "contact_sheet", "read_video", "save_picture", "to_bytes", "write_video"]
+__all__ = ["Video", "VideoWriter", "contact_sheet", "read_video", "save_image", "to_bytes", "write_video"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..documents import printable, shortened
 from ..machine import write_error
-from .pictures import to_bytes
+from .images import to_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,12 +49,12 @@ def _pick_codec() -> str:
     raise ValueError(f"this build of PyAV has none of the encoders {', '.join(_CODECS)}: reinstall the package av")
 
 
-def _pad_to_even(picture: np.ndarray) -> np.ndarray:
-    """Repeat the last row or column where a side is odd: 4:2:0 pictures have even sides."""
+def _pad_to_even(image: np.ndarray) -> np.ndarray:
+    """Repeat the last row or column where a side is odd: 4:2:0 images have even sides."""
     import numpy as np
 
-    height, width = picture.shape[:2]
-    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 class VideoWriter:
@@ -88,17 +88,17 @@ class VideoWriter:
         """Encode one more frame."""
         import av
 
-        picture = to_bytes(frame)
+        image = to_bytes(frame)
         if self._stream is None:
-            self._shape = picture.shape
-            self._stream = _add_stream(self._container, _pick_codec(), _pad_to_even(picture).shape, self.fps)
-        if picture.shape != self._shape:
-            raise ValueError(f"frame {self.count} has the shape {list(picture.shape)}, the first {list(self._shape)}")
-        image = av.VideoFrame.from_ndarray(_pad_to_even(picture), format="rgb24")
-        image = image.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-        image.pts, image.time_base = self.count, 1 / self._stream.codec_context.framerate
+            self._shape = image.shape
+            self._stream = _add_stream(self._container, _pick_codec(), _pad_to_even(image).shape, self.fps)
+        if image.shape != self._shape:
+            raise ValueError(f"frame {self.count} has the shape {list(image.shape)}, the first {list(self._shape)}")
+        frame = av.VideoFrame.from_ndarray(_pad_to_even(image), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame.pts, frame.time_base = self.count, 1 / self._stream.codec_context.framerate
         with _named(self.path):
-            self._container.mux(self._stream.encode(image))
+            self._container.mux(self._stream.encode(frame))
         self.count += 1
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -138,7 +138,7 @@ def write_video(path: Path | str, frames: Iterable[Tensor | np.ndarray], fps: fl
 
 
 def _add_stream(container, codec: str, shape: tuple[int, ...], fps: float):
-    """Add a video stream for pictures [H, W, 3] whose quality is high enough to judge details by."""
+    """Add a video stream for images [H, W, 3] whose quality is high enough to judge details by."""
     rate = Fraction(fps).limit_denominator(1001)
     quality = {"crf": "16", "preset": "medium"} if codec == "libx264" else {}
     stream = container.add_stream(codec, rate=rate, options=quality)
@@ -159,12 +159,12 @@ def read_video(path: Path) -> Video:
             stream = container.streams.video[0]
             # with a range asked for, PyAV before 17 takes the file's own color matrix too
             frames = (frame.reformat(format="rgb24", dst_color_range="JPEG") for frame in container.decode(stream))
-            pictures = [torch.from_numpy(frame.to_ndarray()) for frame in frames]
+            images = [torch.from_numpy(frame.to_ndarray()) for frame in frames]
             title = container.metadata.get("title", "")
             fps = float(stream.average_rate or 0)
             codec = stream.codec_context.codec.canonical_name
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} can't be read as a video: {error}") from error
-    if not pictures:
+    if not images:
         raise ValueError(f"{path} holds no frames")
-    return Video(torch.stack(pictures), fps, title, codec)
+    return Video(torch.stack(images), fps, title, codec)

@@ -1,1 +1,1 @@
-"""Guidance: what a diffusion model thinks of a picture, as a loss."""
+"""Guidance: what a diffusion model thinks of an image, as a loss."""

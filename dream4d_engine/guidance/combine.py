@@ -25,7 +25,7 @@ def published_scale(scale: float) -> float:
 
 
 def perpendicular(vector: Tensor, direction: Tensor) -> Tensor:
-    """Return the part of `vector` perpendicular to `direction`, each picture [c, h, w] taken as one vector.
+    """Return the part of `vector` perpendicular to `direction`, each image [c, h, w] taken as one vector.
 
     Where the direction is zero there is nothing to be perpendicular to, and the vector comes back whole.
     """

@@ -1,12 +1,12 @@
 """What the method needs to know of a diffusion model.
 
-Letters: z is an encoded picture, sigma the noise level, x = z + sigma * eps the noisy one (variance exploding
+Letters: z is an encoded image, sigma the noise level, x = z + sigma * eps the noisy one (variance exploding
 scale), x0 the model's guess of z. With alpha_bar the usual diffusion product, sigma = sqrt((1 - alpha_bar) /
 alpha_bar), and the variance preserving x_t of the papers is x / sqrt(1 + sigma^2). Since
 eps_hat - eps = (z - x0) / sigma, every formula of score distillation can be written with x0 alone, whatever the
 model predicts.
 
-Shapes: pictures [B, F, 3, H, W] in [0, 1]; encoded ones [B, f, c, h, w] with f = F, or fewer where an autoencoder
+Shapes: images [B, F, 3, H, W] in [0, 1]; encoded ones [B, f, c, h, w] with f = F, or fewer where an autoencoder
 compresses time; sigma [B].
 """
 
@@ -24,7 +24,7 @@ from .noise import NoiseSchedule
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a denoiser is told about each of B x F pictures.
+    """What a denoiser is told about each of B x F images.
 
     Args:
         tokens: [B, F, L, D] what the cross-attention reads (text or image tokens).
@@ -41,13 +41,13 @@ class Denoiser(Protocol):
     """A frozen diffusion model, seen as a function from noisy to clean."""
 
     image_size: tuple[int, int]
-    """(height, width) in pixels of the pictures that `encode` takes."""
+    """(height, width) in pixels of the images that `encode` takes."""
     n_frames: int | None
-    """How many views or frames belong together in one group; None where pictures are independent."""
+    """How many views or frames belong together in one group; None where images are independent."""
     noise: NoiseSchedule
     """The noise levels that it was trained on."""
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
         ...
 

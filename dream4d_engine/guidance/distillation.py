@@ -1,6 +1,6 @@
-"""Score distillation: the loss that makes pictures look the way a diffusion model expects.
+"""Score distillation: the loss that makes images look the way a diffusion model expects.
 
-Letters as in denoiser.py: z encoded pictures, x = z + sigma * eps, x0 the (guided) prediction of z. Each way of
+Letters as in denoiser.py: z encoded images, x = z + sigma * eps, x0 the (guided) prediction of z. Each way of
 distilling names a target for z and pulls it there with 0.5 * |z - stop(target)|^2, so the gradient on z is
 (z - target) / n:
 
@@ -30,7 +30,7 @@ from .noise import NoiseSchedule
 from .prompts import PerpNegConditions
 
 LossForm = Literal["sds", "x0", "multistep"]
-BatchUnit = Literal["pictures", "groups"]
+BatchUnit = Literal["images", "groups"]
 NONFINITE = "nonfinite"
 """The name of a term: the share of a prior's answer that is not finite."""
 
@@ -45,13 +45,13 @@ class DistillationConfig:
         loss: see the module's docstring.
         rescale: share of the guided x0 whose standard deviation is brought to that of the text prediction.
         n_steps: of the multistep walk over the whole schedule (from a share s it takes about n_steps * s).
-        color_weight: of the squared distance between the pictures and the decoded target.
+        color_weight: of the squared distance between the images and the decoded target.
         perp_neg: use Guidance.perp_neg instead of plain guidance.
         shared_timestep: one noise level for all groups instead of one for each.
         batch: what the summed loss is divided by the number of. None: what the published recipes do, groups for
-            multistep (a video is one sample) and pictures otherwise (each of a group's views is one).
-        max_azimuth_deg: pictures whose camera is this far from the front or farther are left out (180: none is).
-            For priors that see single pictures.
+            multistep (a video is one sample) and images otherwise (each of a group's views is one).
+        max_azimuth_deg: images whose camera is this far from the front or farther are left out (180: none is).
+            For priors that see single images.
     """
 
     guidance_scale: float
@@ -105,7 +105,7 @@ class DistillationOutput:
     """What one distillation gives.
 
     Args:
-        loss: scalar, with gradient to the pictures.
+        loss: scalar, with gradient to the images.
         terms: detached scalars to log: "distillation" and "color" (the parts of the loss, weighted),
             "gradient_norm" (of the loss with respect to z), NONFINITE (the share of the gradient's values that were
             not finite and counted as 0), "noise" (mean share).
@@ -141,19 +141,19 @@ def half_squared_distance(z: Tensor, target: Tensor, n: int) -> tuple[Tensor, Te
 
 
 def distillation_loss(z: Tensor, target: Tensor, n: int | None = None) -> Tensor:
-    """Return 0.5 * |z - stop(target)|^2 summed and divided by `n`, by default the number of pictures B * F.
+    """Return 0.5 * |z - stop(target)|^2 summed and divided by `n`, by default the number of images B * F.
 
     Its gradient on z is (z - target) / n; values that are not finite count as 0.
     """
     return half_squared_distance(z, target, n or z.shape[0] * z.shape[1])[0]
 
 
-def color_loss(pictures: Tensor, target: Tensor, n: int | None = None) -> Tensor:
-    """Return |pictures - stop(target)|^2 summed and divided by `n`, by default the number of groups B.
+def color_loss(images: Tensor, target: Tensor, n: int | None = None) -> Tensor:
+    """Return |images - stop(target)|^2 summed and divided by `n`, by default the number of groups B.
 
     [B, F, 3, H, W] in [0, 1]; values that are not finite count as 0. HiFA (2305.18766), section 3.1.
     """
-    return 2 * half_squared_distance(pictures, target, n or pictures.shape[0])[0]
+    return 2 * half_squared_distance(images, target, n or images.shape[0])[0]
 
 
 def ancestral_step(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
@@ -225,12 +225,12 @@ def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Ten
     return predict
 
 
-def resize_pictures(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize [B, F, 3, H, W] bilinearly to (height, width); pixels are areas (align_corners off), no antialiasing."""
-    if tuple(pictures.shape[-2:]) == tuple(size):
-        return pictures
-    resized = functional.interpolate(pictures.flatten(0, 1), tuple(size), mode="bilinear", align_corners=False)
-    return resized.unflatten(0, pictures.shape[:2])
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    resized = functional.interpolate(images.flatten(0, 1), tuple(size), mode="bilinear", align_corners=False)
+    return resized.unflatten(0, images.shape[:2])
 
 
 def noise_bounds(config: DistillationConfig, schedule: NoiseSchedule, progress: float) -> tuple[float, float]:
@@ -268,22 +268,22 @@ def draw_shares(
     return torch.cat([one(generator) for generator in draw.groups(purpose, n_groups)])
 
 
-def _group_for(guidance: Guidance, pictures: Tensor, cameras: CameraBatch) -> tuple[Tensor, CameraBatch, Tensor | None]:
-    """Return the pictures and cameras grouped as the denoiser sees them, and which groups it is to see (None: all)."""
+def _group_for(guidance: Guidance, images: Tensor, cameras: CameraBatch) -> tuple[Tensor, CameraBatch, Tensor | None]:
+    """Return the images and cameras grouped as the denoiser sees them, and which groups it is to see (None: all)."""
     if guidance.denoiser.n_frames is not None:
-        return pictures, cameras, None
-    pictures, cameras = pictures.flatten(0, 1)[:, None], cameras.reshape(-1, 1)
+        return images, cameras, None
+    images, cameras = images.flatten(0, 1)[:, None], cameras.reshape(-1, 1)
     if guidance.config.max_azimuth_deg >= 180:
-        return pictures, cameras, None
+        return images, cameras, None
     azimuth = cameras.azimuth[:, 0]
     away = torch.rad2deg(torch.atan2(azimuth.sin(), azimuth.cos())).abs()
     keep = away < guidance.config.max_azimuth_deg
-    return pictures, cameras, keep.cpu()
+    return images, cameras, keep.cpu()
 
 
 def distill_at(
     guidance: Guidance,
-    pictures: Tensor,
+    images: Tensor,
     cameras: CameraBatch,
     share: Tensor,
     noise: Callable[[torch.Size], Tensor],
@@ -291,11 +291,11 @@ def distill_at(
     """Distil at given noise levels, with given noise; nothing else is random.
 
     Args:
-        pictures: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. share: [B] of the schedule, on the CPU.
+        images: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. share: [B] of the schedule, on the CPU.
         noise: shape of z -> standard normal noise; called for x first, then once for each step of a walk.
     """
     denoiser, config = guidance.denoiser, guidance.config
-    resized = resize_pictures(pictures, denoiser.image_size)
+    resized = resize_images(images, denoiser.image_size)
     z = denoiser.encode(resized)
     sigma = send(denoiser.noise.sigma_of(share), z.device)
     predict = guided_prediction(guidance, cameras)
@@ -325,26 +325,26 @@ def distill_at(
 
 def _batch_size(config: DistillationConfig, shape: torch.Size) -> int:
     """Return what the summed loss is divided by; shape (B, F, ...)."""
-    unit = config.batch or ("groups" if config.loss == "multistep" else "pictures")
+    unit = config.batch or ("groups" if config.loss == "multistep" else "images")
     return shape[0] if unit == "groups" else shape[0] * shape[1]
 
 
 def distill(
-    guidance: Guidance, pictures: Tensor, cameras: CameraBatch, progress: float, draw: Draw
+    guidance: Guidance, images: Tensor, cameras: CameraBatch, progress: float, draw: Draw
 ) -> DistillationOutput:
-    """Score pictures by a prior; the gradient reaches them through the encoder only, never through the denoiser.
+    """Score images by a prior; the gradient reaches them through the encoder only, never through the denoiser.
 
     Args:
-        pictures: [B, F, 3, H, W] in [0, 1], with gradient, of any size: they are resized for the encoder.
+        images: [B, F, 3, H, W] in [0, 1], with gradient, of any size: they are resized for the encoder.
         cameras: [B, F]. draw: of this step; noise level and noise of each group that the denoiser sees are its own.
     """
-    if pictures.ndim != 5 or pictures.shape[2] != 3 or tuple(pictures.shape[:2]) != cameras.shape:
+    if images.ndim != 5 or images.shape[2] != 3 or tuple(images.shape[:2]) != cameras.shape:
         raise ValueError(
-            f"pictures must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(pictures.shape)}"
+            f"images must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(images.shape)}"
         )
-    seen, cameras, keep = _group_for(guidance, pictures, cameras)
+    seen, cameras, keep = _group_for(guidance, images, cameras)
     if keep is not None and not keep.any():
-        return _nothing_seen(pictures)
+        return _nothing_seen(images)
     n_groups, turns = seen.shape[0], itertools.count()
     share = draw_shares(guidance.config, guidance.denoiser.noise, n_groups, progress, draw, guidance.name)
 
@@ -358,9 +358,9 @@ def distill(
     return distill_at(guidance, seen, cameras, share, noise)
 
 
-def _nothing_seen(pictures: Tensor) -> DistillationOutput:
-    """The output where every picture was left out: a loss of 0 that still has a gradient, of 0."""
-    zero = pictures.new_zeros(())
+def _nothing_seen(images: Tensor) -> DistillationOutput:
+    """The output where every image was left out: a loss of 0 that still has a gradient, of 0."""
+    zero = images.new_zeros(())
     terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
-    empty = pictures.new_zeros((0, 1, 1, 1, 1))
-    return DistillationOutput(0.0 * pictures.sum(), terms, torch.zeros(0), empty)
+    empty = images.new_zeros((0, 1, 1, 1, 1))
+    return DistillationOutput(0.0 * images.sum(), terms, torch.zeros(0), empty)

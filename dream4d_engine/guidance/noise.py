@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LAST_FLOW_TIME = 0.999
-"""At t = 1 a flow's picture is noise alone: there is no sigma."""
+"""At t = 1 a flow's image is noise alone: there is no sigma."""
 
 
 @dataclass(frozen=True, eq=False)

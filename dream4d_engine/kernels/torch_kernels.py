@@ -214,28 +214,28 @@ def march_rays(
     radius: float,
     step: float,
     occupied: Tensor | None = None,
-    shift: Tensor | None = None,
+    jitter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the intervals of rays that lie in the box [-radius, radius]^3 and in occupied cells.
 
-    Intervals begin at (k + shift) * step from the ray's origin, k = 0, 1, ...; an interval counts if its middle is
+    Intervals begin at (k + jitter) * step from the ray's origin, k = 0, 1, ...; an interval counts if its middle is
     in the box and in an occupied cell.
 
     Args:
         origins, directions: [N, 3], directions of unit length. occupied: [R, R, R] bool, axes x, y, z, or None.
-        shift: [N] in [0, 1), or None for 0.
+        jitter: [N] in [0, 1), or None for 0.
     Returns:
         ray_indices [S] int64, ascending; t_starts, t_ends [S]. No gradient.
     """
     with torch.no_grad():
-        first, last = _lattice_range(origins, directions, radius, step, shift)
+        first, last = _lattice_range(origins, directions, radius, step, jitter)
         longest = int((last - first).max().clamp_min(0)) + 1 if len(origins) else 1
         marks = _lattice(int(last.max().clamp_min(0)) + 2 if len(origins) else 1, step).to(origins)
         rays_at_once = max(1, _MAX_CANDIDATES // longest)
         parts = []
         for start in range(0, len(origins), rays_at_once):
             rows = slice(start, start + rays_at_once)
-            moved = None if shift is None else shift[rows]
+            moved = None if jitter is None else jitter[rows]
             ray, k = _march_part(
                 origins[rows], directions[rows], radius, step, marks, occupied, moved, first[rows], last[rows]
             )
@@ -243,7 +243,7 @@ def march_rays(
         if not parts:
             return origins.new_zeros(0, dtype=torch.long), origins.new_zeros(0), origins.new_zeros(0)
         rays, k = (torch.cat(column) for column in zip(*parts, strict=True))
-        moved = 0.0 if shift is None else shift[rays] * step
+        moved = 0.0 if jitter is None else jitter[rays] * step
         return rays, marks[k] + moved, marks[k + 1] + moved
 
 
@@ -253,19 +253,19 @@ def march_into(
     radius: float,
     step: float,
     occupied: Tensor | None,
-    shift: Tensor | None,
-    room: int,
+    jitter: Tensor | None,
+    capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the intervals of `march_rays` in lists of a length that is known beforehand.
 
     Returns:
-        ray_indices, t_starts, t_ends [room], and how many intervals there are [] int64, on the device. Where that is
-        less than `room`, what follows them is of length 0; where it is more, the lists hold some of them only. -1
+        ray_indices, t_starts, t_ends [capacity], and how many intervals there are [] int64, on the device. Where that
+        is less than `capacity`, what follows them is of length 0; where it is more, the lists hold some of them. -1
         where a backend can't say.
     """
-    columns = march_rays(origins, directions, radius, step, occupied, shift)
+    columns = march_rays(origins, directions, radius, step, occupied, jitter)
     n_found = len(columns[0])
-    ray, t_starts, t_ends = (F.pad(column[:room], (0, max(0, room - n_found))) for column in columns)
+    ray, t_starts, t_ends = (F.pad(column[:capacity], (0, max(0, capacity - n_found))) for column in columns)
     return ray, t_starts, t_ends, torch.tensor(n_found, device=origins.device)
 
 
@@ -273,24 +273,24 @@ def _lattice(n: int, step: float) -> Tensor:
     """Return the first n multiples of the step as fp32 has them when a ray is walked step by step.
 
     After hundreds of additions they differ from true multiples in the fifth digit. The published renderer walks like
-    that, and pictures of fine grids agree with its own only if the samples lie in the same places.
+    that, and images of fine grids agree with its own only if the samples lie in the same places.
     """
     steps = np.full(n, step, dtype=np.float32)
     steps[0] = 0
     return torch.from_numpy(np.add.accumulate(steps, dtype=np.float32))
 
 
-def _lattice_range(origins, directions, radius: float, step: float, shift) -> tuple[Tensor, Tensor]:
+def _lattice_range(origins, directions, radius: float, step: float, jitter) -> tuple[Tensor, Tensor]:
     """Return the first and last k [N] (float) whose interval's middle can be in the box; last < first where none."""
     safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
     a, b = (-radius - origins) / safe, (radius - origins) / safe
     near = torch.minimum(a, b).amax(-1).clamp_min(0.0)
     far = torch.maximum(a, b).amin(-1)
-    middle = 0.5 if shift is None else 0.5 + shift
+    middle = 0.5 if jitter is None else 0.5 + jitter
     return (near / step - middle).ceil().clamp_min(0), (far / step - middle).floor()
 
 
-def _march_part(origins, directions, radius, step, marks, occupied, shift, first, last) -> tuple[Tensor, Tensor]:
+def _march_part(origins, directions, radius, step, marks, occupied, jitter, first, last) -> tuple[Tensor, Tensor]:
     """`march_rays` for some rays at once: (ray numbers within the part [S], lattice numbers k [S])."""
     first, last = first.long(), last.long()
     longest = int((last - first).max().clamp_min(-1)) + 1
@@ -301,8 +301,8 @@ def _march_part(origins, directions, radius, step, marks, occupied, shift, first
         cells_per_unit = resolution / (2 * radius)
         start, slope = (origins + radius) * cells_per_unit, directions * cells_per_unit
         middle = marks[k.clamp_max(len(marks) - 1)] + 0.5 * step
-        if shift is not None:
-            middle = middle + shift[:, None] * step
+        if jitter is not None:
+            middle = middle + jitter[:, None] * step
         cell = torch.zeros_like(k)
         for d in range(3):
             along = torch.addcmul(start[:, d, None], middle, slope[:, d, None])

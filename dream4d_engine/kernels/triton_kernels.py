@@ -192,7 +192,7 @@ def march_rays(
     radius: float,
     step: float,
     occupied: Tensor | None = None,
-    shift: Tensor | None = None,
+    jitter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the intervals of rays that lie in the box and in occupied cells; see `torch_kernels.march_rays`.
 
@@ -200,7 +200,7 @@ def march_rays(
     """
     if not len(origins):
         return origins.new_zeros(0, dtype=torch.long), origins.new_zeros(0), origins.new_zeros(0)
-    walk, needed = _walk(origins, directions, radius, step, occupied, shift)
+    walk, needed = _walk(origins, directions, radius, step, occupied, jitter)
     marks = _marks(_MARKS, step, origins.device)
     ends = walk.count(marks).cumsum(0)
     total, n_needed = torch.stack((ends[-1], needed)).tolist()
@@ -218,35 +218,35 @@ def march_into(
     radius: float,
     step: float,
     occupied: Tensor | None,
-    shift: Tensor | None,
-    room: int,
+    jitter: Tensor | None,
+    capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the intervals in lists of a length that is known beforehand; see `torch_kernels.march_into`.
 
     The host never waits. Where a ray is longer than the kernel's list of marks, the number of intervals is given as -1.
     """
     if not len(origins):
-        return torch_kernels.march_into(origins, directions, radius, step, occupied, shift, room)
-    walk, needed = _walk(origins, directions, radius, step, occupied, shift)
+        return torch_kernels.march_into(origins, directions, radius, step, occupied, jitter, capacity)
+    walk, needed = _walk(origins, directions, radius, step, occupied, jitter)
     marks = _marks(_MARKS, step, origins.device)
     ends = walk.count(marks).cumsum(0)
-    walk.leave_out(ends > room)
+    walk.leave_out(ends > capacity)
     n_found = torch.where(needed > len(marks), -1, ends[-1])
-    return *walk.write(marks, ends, room, torch.zeros), n_found
+    return *walk.write(marks, ends, capacity, torch.zeros), n_found
 
 
 def _walk(
-    origins: Tensor, directions: Tensor, radius: float, step: float, occupied: Tensor | None, shift: Tensor | None
+    origins: Tensor, directions: Tensor, radius: float, step: float, occupied: Tensor | None, jitter: Tensor | None
 ) -> tuple[_Walk, Tensor]:
     """Set out: (the walk, the number of marks it needs [] int64)."""
     _require_float32(origins=origins, directions=directions)
-    first, last = _lattice_range(origins, directions, radius, step, shift)
+    first, last = _lattice_range(origins, directions, radius, step, jitter)
     met = last >= first
     first = torch.where(met, first, 0).clamp_(max=2**30).int()
     last = torch.where(met, last, -1).clamp_(max=2**30).int()
     cells_per_unit = 1.0 if occupied is None else occupied.shape[0] / (2 * radius)
     start, slope = ((origins + radius) * cells_per_unit).contiguous(), (directions * cells_per_unit).contiguous()
-    moved = None if shift is None else (shift * step).contiguous()
+    moved = None if jitter is None else (jitter * step).contiguous()
     cells = None if occupied is None else occupied.contiguous().view(torch.uint8)
     return _Walk(first, last, start, slope, moved, cells, step), last.max().long() + 2
 

@@ -21,7 +21,7 @@ from ..guidance.prompts import (
     without_word,
 )
 from .formats.finite import check_finite
-from .formats.sources import PictureResize
+from .formats.loaders import ImageResize
 from .loading import Prior, PriorError, PriorKind, check_prompt
 
 ConditionsOf = Callable[[CameraBatch], tuple[Conditions, Conditions]]
@@ -30,7 +30,7 @@ _SINGLE_VIEWS = ("image", "pixel")
 
 FRAME_TURNS, MAX_TIMED_FRAMES = 4, 8
 
-# the mean and deviation that CLIP's pictures are normalised with (2103.00020)
+# the mean and deviation that CLIP's images are normalised with (2103.00020)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -128,35 +128,35 @@ def table_conditions(prior: Prior, table: Tensor, negative_table: Tensor) -> Con
     return conditions
 
 
-def image_conditions(prior: Prior, picture: Tensor, reference: CameraBatch) -> ConditionsOf:
+def image_conditions(prior: Prior, image: Tensor, reference: CameraBatch) -> ConditionsOf:
     """Return what gives a novel-view prior its conditions for cameras [B, F].
 
     Args:
-        picture: [3, H, W] in [0, 1], what the `reference` camera ([1, 1]) sees. The negative branch gets zeros for
-            both the token and the picture.
+        image: [3, H, W] in [0, 1], what the `reference` camera ([1, 1]) sees. The negative branch gets zeros for
+            both the token and the image.
     """
     if prior.kind != "novel_view":
         raise PriorError(f"the {prior.name} prior is told a prompt, not an image: use text_guidance")
     denoiser = prior.denoiser
-    picture = picture.to(denoiser.device)
-    projection = prior.source.projection(denoiser.device)
-    check_finite(dict(zip(("weight", "bias"), projection, strict=True)), f"{prior.source.path}: its pose projection")
-    resized = functional.interpolate(picture[None], denoiser.image_size, mode="bilinear", antialias=True)
-    # what was trained with antialiased pictures took them as they came, Zero123 at its own size
-    embedding = embed_picture(prior, picture[None] if prior.picture_resize == "antialiased" else resized)
+    image = image.to(denoiser.device)
+    projection = prior.loader.projection(denoiser.device)
+    check_finite(dict(zip(("weight", "bias"), projection, strict=True)), f"{prior.loader.path}: its pose projection")
+    resized = functional.interpolate(image[None], denoiser.image_size, mode="bilinear", antialias=True)
+    # what was trained with antialiased images took them as they came, Zero123 at its own size
+    embedding = embed_image(prior, image[None] if prior.image_resize == "antialiased" else resized)
     concat = _reference_latent(prior, resized)
-    return picture_conditions(embedding, concat, projection, reference.to(denoiser.device))
+    return embedded_conditions(embedding, concat, projection, reference.to(denoiser.device))
 
 
-def picture_conditions(
+def embedded_conditions(
     embedding: Tensor, concat: Tensor, projection: tuple[Tensor, Tensor], reference: CameraBatch
 ) -> ConditionsOf:
     """Return what gives Zero123's conditions for cameras [B, F].
 
     Args:
-        embedding: [1, D] of the reference picture. concat: [1, 1, c, h, w], its latent, not scaled.
+        embedding: [1, D] of the reference image. concat: [1, 1, c, h, w], its latent, not scaled.
         projection: weight [D', D + 4] and bias of the layer that turns [embedding, pose] into a token.
-        reference: [1, 1], the camera that sees the picture.
+        reference: [1, 1], the camera that sees the image.
     """
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
@@ -170,31 +170,31 @@ def picture_conditions(
     return conditions
 
 
-def image_guidance(prior: Prior, picture: Tensor, reference: CameraBatch, config: DistillationConfig) -> Guidance:
-    """Return the guidance of a novel-view prior by one picture [3, H, W] seen from `reference` [1, 1]."""
-    return Guidance(prior.name, prior.denoiser, image_conditions(prior, picture, reference), config)
+def image_guidance(prior: Prior, image: Tensor, reference: CameraBatch, config: DistillationConfig) -> Guidance:
+    """Return the guidance of a novel-view prior by one image [3, H, W] seen from `reference` [1, 1]."""
+    return Guidance(prior.name, prior.denoiser, image_conditions(prior, image, reference), config)
 
 
-def clip_pixels(pictures: Tensor, size: int, resize: PictureResize = "antialiased") -> Tensor:
-    """Resize and normalise pictures [n, 3, H, W] in [0, 1] for a CLIP image encoder.
+def clip_pixels(images: Tensor, size: int, resize: ImageResize = "antialiased") -> Tensor:
+    """Resize and normalise images [n, 3, H, W] in [0, 1] for a CLIP image encoder.
 
-    Zero123 was trained on pictures that were resized with their corners in place and without antialiasing.
+    Zero123 was trained on images that were resized with their corners in place and without antialiasing.
     """
     antialiased = resize == "antialiased"
     resized = functional.interpolate(
-        pictures, (size, size), mode="bicubic", antialias=antialiased, align_corners=not antialiased
+        images, (size, size), mode="bicubic", antialias=antialiased, align_corners=not antialiased
     )
     # numbers, not tensors: a step that is recorded as a CUDA graph can't copy constants to the device
     channels = zip(resized.unbind(-3), CLIP_MEAN, CLIP_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], -3)
 
 
-def embed_picture(prior: Prior, pictures: Tensor) -> Tensor:
-    """Return CLIP's embeddings [n, D] of pictures [n, 3, H, W] in [0, 1]; the encoder is freed afterwards."""
+def embed_image(prior: Prior, images: Tensor) -> Tensor:
+    """Return CLIP's embeddings [n, D] of images [n, 3, H, W] in [0, 1]; the encoder is freed afterwards."""
     denoiser = prior.denoiser
-    encoder = prior.source.image_encoder(denoiser.dtype, denoiser.device)
+    encoder = prior.loader.image_encoder(denoiser.dtype, denoiser.device)
     with torch.no_grad():
-        pixels = clip_pixels(pictures, encoder.config.image_size, prior.picture_resize).to(denoiser.dtype)
+        pixels = clip_pixels(images, encoder.config.image_size, prior.image_resize).to(denoiser.dtype)
         return encoder(pixels).image_embeds.float()
 
 
@@ -214,9 +214,9 @@ def _vector(prior: Prior, cameras: CameraBatch) -> Tensor | None:
     return None
 
 
-def _reference_latent(prior: Prior, pictures: Tensor) -> Tensor:
-    """Encode reference pictures [n, 3, H, W] as Zero123 does: the VAE's mode, not scaled."""
+def _reference_latent(prior: Prior, images: Tensor) -> Tensor:
+    """Encode reference images [n, 3, H, W] as Zero123 does: the VAE's mode, not scaled."""
     denoiser = prior.denoiser
     with torch.no_grad():
-        z = denoiser.encode(pictures[:, None])
+        z = denoiser.encode(images[:, None])
     return z if denoiser.vae is None else z / denoiser.vae.config.scaling_factor

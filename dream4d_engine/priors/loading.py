@@ -1,7 +1,7 @@
 """Diffusion models from folders and files, as priors.
 
 Nothing is ever downloaded here (weights.py does that, where it is asked for): a folder has everything or the error
-says which file is missing. All kinds of source are loaded by the same code, the toy folders too.
+says which file is missing. Files of all kinds are loaded by the same code, the toy folders too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..guidance.noise import variance_preserving
 from .errors import PriorError
 from .formats.folders import guess_kind, read_json, read_schedule
-from .formats.identify import open_source
-from .formats.sources import PictureResize, PriorKind, Source, VectorKind, no_progress_bars
+from .formats.identify import open_loader
+from .formats.loaders import ImageResize, Loader, PriorKind, VectorKind, no_progress_bars
 from .formats.tiny_vae import load_tiny_vae
 from .lora import TextLora, add_text_loras, apply_lora
 from .networks.denoisers import UNetDenoiser
@@ -48,24 +48,24 @@ class Prior:
     """A frozen diffusion model with what must be known to condition it.
 
     Args:
-        kind: how it is conditioned. folder: the folder or file that it came from; source: the same, to read.
+        kind: how it is conditioned. folder: the folder or file that it came from; loader: the same, to read.
         vector: what its class embedding reads, None where it has none.
         known_words: the whole vocabulary of a toy model, None where any prompt will do.
         negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
-        picture_resize: see conditioning.clip_pixels.
+        image_resize: see conditioning.clip_pixels.
         text_loras: what is added to the text encoder whenever it is loaded (see lora.apply_lora).
     """
 
     name: str
     kind: PriorKind
     folder: Path
-    source: Source
+    loader: Loader
     denoiser: UNetDenoiser
     vector: VectorKind | None = None
     known_words: frozenset[str] | None = None
     negative_prompt: str | None = None
     license: str = "unknown"
-    picture_resize: PictureResize = "corners"
+    image_resize: ImageResize = "corners"
     text_loras: tuple[TextLora, ...] = ()
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -73,7 +73,7 @@ class Prior:
 
         The encoder is loaded for this call and freed afterwards: it is not needed again in a run.
         """
-        tokenizer, encoder = self.source.text_encoder(self.denoiser.dtype, self.denoiser.device)
+        tokenizer, encoder = self.loader.text_encoder(self.denoiser.dtype, self.denoiser.device)
         add_text_loras(encoder, self.text_loras)
         hidden = encode_prompts(tokenizer, encoder, prompts)
         del encoder
@@ -98,41 +98,41 @@ def load_prior(
     Args:
         path: a folder in diffusers' format, a checkpoint of Stable Diffusion 1 or 2, MVDream or Zero123, or a file of
             networks under diffusers' names.
-        kind: overrides what the source says of itself.
+        kind: overrides what the files say of themselves.
         config: for files, the model's configuration or where it is; None: the .json or .yaml of the file's name
             beside it, if there is one (see single_file.py).
         tiny_vae: folder of an AutoencoderTiny that takes the autoencoder's place.
-        image_size, n_frames: (height, width) of the model's pictures, frames of its videos, instead of its own.
+        image_size, n_frames: (height, width) of the model's images, frames of its videos, instead of its own.
     """
-    source = open_source(path, config)
-    facts = source.facts(kind)
-    facts = facts if image_size is None else replace(facts, image_size=image_size)
-    facts = facts if n_frames is None else replace(facts, n_frames=n_frames)
-    alphas_bar, prediction_type = source.schedule()
-    unet = source.unet(dtype, device)
-    if facts.group_attention:
+    loader = open_loader(path, config)
+    metadata = loader.metadata(kind)
+    metadata = metadata if image_size is None else replace(metadata, image_size=image_size)
+    metadata = metadata if n_frames is None else replace(metadata, n_frames=n_frames)
+    alphas_bar, prediction_type = loader.schedule()
+    unet = loader.unet(dtype, device)
+    if metadata.group_attention:
         attend_across_views(unet)
     denoiser = UNetDenoiser(
         unet=unet,
         noise=variance_preserving(alphas_bar),
         device=torch.device(device),
         prediction_type=prediction_type,
-        image_size=facts.image_size,
-        n_frames=facts.n_frames,
-        vae=_load_vae(source, tiny_vae, dtype, device),
-        group_attention=facts.group_attention,
+        image_size=metadata.image_size,
+        n_frames=metadata.n_frames,
+        vae=_load_vae(loader, tiny_vae, dtype, device),
+        group_attention=metadata.group_attention,
     )
     return Prior(
-        name=facts.name,
-        kind=facts.kind,
-        folder=source.path,
-        source=source,
+        name=metadata.name,
+        kind=metadata.kind,
+        folder=loader.path,
+        loader=loader,
         denoiser=denoiser,
-        vector=facts.vector,
-        known_words=facts.known_words,
-        negative_prompt=facts.negative_prompt,
-        license=facts.license,
-        picture_resize=facts.picture_resize,
+        vector=metadata.vector,
+        known_words=metadata.known_words,
+        negative_prompt=metadata.negative_prompt,
+        license=metadata.license,
+        image_resize=metadata.image_resize,
     )
 
 
@@ -142,7 +142,7 @@ class PriorExtras:
 
     Args:
         image_lora: a LoRA file for the text-to-image model, and its strength.
-        tiny_vae: folder of an AutoencoderTiny for all models that encode pictures.
+        tiny_vae: folder of an AutoencoderTiny for all models that encode images.
     """
 
     image_lora: Path | str | None = None
@@ -154,19 +154,19 @@ def load_prior_with(
     path: Path | str, kind: PriorKind, device: torch.device | str, dtype: torch.dtype, extras: PriorExtras
 ) -> Prior:
     """Load a model with the extras that are for its kind."""
-    tiny_vae = extras.tiny_vae if open_source(path).vae_scaling() is not None else None
+    tiny_vae = extras.tiny_vae if open_loader(path).vae_scaling() is not None else None
     prior = load_prior(path, kind, device, dtype, tiny_vae=tiny_vae)
     if kind == "image" and extras.image_lora is not None:
         prior = apply_lora(prior, extras.image_lora, extras.image_lora_strength)
     return prior
 
 
-def _load_vae(source: Source, tiny_vae: Path | str | None, dtype: torch.dtype, device: torch.device | str):
+def _load_vae(loader: Loader, tiny_vae: Path | str | None, dtype: torch.dtype, device: torch.device | str):
     if tiny_vae is None:
-        return source.vae(dtype, device)
-    scaling = source.vae_scaling()
+        return loader.vae(dtype, device)
+    scaling = loader.vae_scaling()
     if scaling is None:
-        raise PriorError(f"{source.path} works on pixels: there is no autoencoder that a tiny one could replace")
+        raise PriorError(f"{loader.path} works on pixels: there is no autoencoder that a tiny one could replace")
     return load_tiny_vae(tiny_vae, scaling, dtype, device)
 
 

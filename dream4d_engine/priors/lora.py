@@ -47,7 +47,7 @@ def apply_lora(prior: Prior, path: Path | str, strength: float = 1.0) -> Prior:
     parts = read_lora(path)
     text = TextLora(Path(path), parts["text_encoder"], strength)
     if text.layers:
-        _, encoder = prior.source.text_encoder(prior.denoiser.dtype, prior.denoiser.device)
+        _, encoder = prior.loader.text_encoder(prior.denoiser.dtype, prior.denoiser.device)
         add_text_loras(encoder, (*prior.text_loras, text))  # a trial, for what it says
         del encoder
     add_layers(prior.denoiser.unet, parts["unet"], strength, f"{path} does not fit the model {prior.name!r}")

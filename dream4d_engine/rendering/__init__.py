@@ -1,11 +1,11 @@
-"""From cameras and a scene to pictures: march, query, composite, in one go or in chunks."""
+"""From cameras and a scene to images: march, query, composite, in one go or in chunks."""
 
-from .march import SamplesAhead
+from .march import PrefetchedSamples
 from .render import (
     RenderOptions,
     RenderOutput,
     View,
-    find_samples_ahead,
+    prefetch_samples,
     prepare_view,
     render,
     render_chunked,
@@ -15,9 +15,9 @@ from .render import (
 __all__ = [
     "RenderOptions",
     "RenderOutput",
-    "SamplesAhead",
+    "PrefetchedSamples",
     "View",
-    "find_samples_ahead",
+    "prefetch_samples",
     "prepare_view",
     "render",
     "render_chunked",

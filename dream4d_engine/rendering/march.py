@@ -20,25 +20,25 @@ def points_of(rays: RayBundle, samples: RaySamples) -> tuple[Tensor, Tensor]:
 
 
 def sample_rays(
-    scene: Scene, rays: RayBundle, n_samples: int | None = None, shift: Tensor | None = None, skip_empty: bool = True
+    scene: Scene, rays: RayBundle, n_samples: int | None = None, jitter: Tensor | None = None, skip_empty: bool = True
 ) -> RaySamples:
     """Put samples on the rays, inside the box and (`skip_empty`) in occupied cells.
 
     Args:
-        n_samples: what fixes the step, None for the scene's own. shift: [N] in [0, 1), moves a ray's lattice.
+        n_samples: what fixes the step, None for the scene's own. jitter: [N] in [0, 1), moves a ray's lattice.
     """
-    columns = scene.kernels.march_rays(*_where_to_march(scene, rays, n_samples, shift, skip_empty))
+    columns = scene.kernels.march_rays(*_where_to_march(scene, rays, n_samples, jitter, skip_empty))
     return RaySamples(*columns, len(rays.origins))
 
 
-def _where_to_march(scene: Scene, rays: RayBundle, n_samples: int | None, shift: Tensor | None, skip_empty: bool):
+def _where_to_march(scene: Scene, rays: RayBundle, n_samples: int | None, jitter: Tensor | None, skip_empty: bool):
     """What the marching kernels are told of a scene and its rays."""
     config, occupied = scene.config, scene.occupancy.occupied if skip_empty else None
-    return rays.origins, rays.directions, config.radius, config.step_size(n_samples), occupied, shift
+    return rays.origins, rays.directions, config.radius, config.step_size(n_samples), occupied, jitter
 
 
 @torch.no_grad()
-def drop_transparent(
+def cull_invisible(
     scene: Scene, rays: RayBundle, samples: RaySamples, alpha_threshold: float, samples_at_once: int
 ) -> RaySamples:
     """Keep the samples whose opacity reaches `alpha_threshold`, from a first look at their density without gradient."""
@@ -59,11 +59,12 @@ def is_visible(density: Tensor, samples: RaySamples, alpha_threshold: float) -> 
 
 
 @dataclass(frozen=True)
-class SamplesAhead:
+class PrefetchedSamples:
     """Samples that were looked for before anyone needs them, so that nobody has to wait for their number.
 
     Args:
-        samples: [room] of them; those after the ones that were found are of length 0. visible: [room], those to keep.
+        samples: [capacity] of them; those after the ones that were found are of length 0. visible: [capacity], which
+            to keep.
         counts: how many intervals there are on the rays, and how many of the samples are visible.
     """
 
@@ -72,24 +73,24 @@ class SamplesAhead:
     counts: Fetched
 
     def take(self) -> tuple[RaySamples | None, int]:
-        """Return the visible samples (None: there was no room for all) and the number of intervals (-1: unknown)."""
+        """Return the visible samples (None: they were more than fit) and the number of intervals (-1: unknown)."""
         n_found, n_visible = self.counts.read()
         fits = 0 <= n_found <= len(self.visible)
         return self.samples.select(self.visible, n_visible) if fits else None, n_found
 
 
 @torch.no_grad()
-def look_ahead(
+def prefetch_visible(
     scene: Scene,
     rays: RayBundle,
     n_samples: int | None,
-    shift: Tensor | None,
+    jitter: Tensor | None,
     alpha_threshold: float,
     samples_at_once: int,
-    room: int,
-) -> SamplesAhead:
-    """Do what `sample_rays` and `drop_transparent` do with `room` for the samples, and without waiting for a GPU."""
-    *columns, n_found = scene.kernels.march_into(*_where_to_march(scene, rays, n_samples, shift, True), room)
+    capacity: int,
+) -> PrefetchedSamples:
+    """Do what `sample_rays` and `cull_invisible` do with `capacity` for the samples, and without waiting for a GPU."""
+    *columns, n_found = scene.kernels.march_into(*_where_to_march(scene, rays, n_samples, jitter, True), capacity)
     samples = RaySamples(*columns, len(rays.origins))
     visible = _first_look(scene, rays, samples, alpha_threshold, samples_at_once)
-    return SamplesAhead(samples, visible, fetch(torch.stack((n_found, visible.sum()))))
+    return PrefetchedSamples(samples, visible, fetch(torch.stack((n_found, visible.sum()))))

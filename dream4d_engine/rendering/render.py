@@ -18,11 +18,11 @@ from ..randomness import Source, draw_rows
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
 from ..transfers import send
-from .march import SamplesAhead, drop_transparent, is_visible, look_ahead, points_of, sample_rays
+from .march import PrefetchedSamples, cull_invisible, is_visible, points_of, prefetch_visible, sample_rays
 
 SAMPLES_AT_ONCE = 2**18
 """Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
-AHEAD_AT_ONCE = 2**19
+PREFETCH_AT_ONCE = 2**19
 """Points queried together ahead of a step, while the step before still holds its memory."""
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
@@ -36,7 +36,7 @@ class RenderOptions:
 
     Args:
         n_samples: fixes the step (1.732 * 2 * radius / n_samples); None for the scene's own.
-        stratified: shift each ray's lattice by a random share of the step (needs a generator).
+        stratified: jitter each ray's lattice by a random share of the step (needs a generator).
         prune: skip empty cells, and samples less opaque than `alpha_threshold` (0 skips that second look).
         normals, displacement: composite these too.
         background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
@@ -67,7 +67,7 @@ class RenderOptions:
 
 @dataclass(frozen=True)
 class RenderOutput:
-    """Pictures [B, F, H, W, channels]; `samples` and their `weights` [S] only where all rays went at once.
+    """Images [B, F, H, W, channels]; `samples` and their `weights` [S] only where all rays went at once.
 
     rgb and background have 3 channels, opacity, depth and z_variance 1, normals and displacement 3. `displacement`
     is None for a static scene. Sums along rays are not divided by the opacity.
@@ -84,7 +84,7 @@ class RenderOutput:
     weights: Tensor | None = None
 
 
-_PICTURES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples", "weights"))
+_IMAGES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples", "weights"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class View:
     """What cameras [B, F] are going to see: all that is random about it has been drawn.
 
     Args:
-        background: [N, 3], or None for the scene's own. shift: [N], of each ray's lattice, or None.
+        background: [N, 3], or None for the scene's own. jitter: [N], of each ray's lattice, or None.
         apparent_area: of the cameras, see there, to which the number of samples is about proportional; 1 where the
             cameras given were on a GPU already, which would have to be asked.
         samples: what is on the rays, if that is known already.
@@ -102,7 +102,7 @@ class View:
     options: RenderOptions
     rays: RayBundle
     background: Tensor | None
-    shift: Tensor | None
+    jitter: Tensor | None
     apparent_area: float = 1.0
     samples: RaySamples | None = None
 
@@ -114,24 +114,26 @@ def prepare_view(scene: Scene, cameras: CameraBatch, options: RenderOptions, sou
     apparent_area = cameras.apparent_area() if cameras.c2w.device.type == "cpu" else 1.0
     cameras = cameras.to(scene.device)
     rays = rays_from_cameras(cameras, options.ray_jitter, source)
-    shift = None
+    jitter = None
     if options.stratified:
-        shift = send(draw_rows(torch.rand, (len(rays.origins),), source), scene.device)
-    return View(cameras, options, rays, _given_background(rays, options), shift, apparent_area)
+        jitter = send(draw_rows(torch.rand, (len(rays.origins),), source), scene.device)
+    return View(cameras, options, rays, _given_background(rays, options), jitter, apparent_area)
 
 
-def find_samples_ahead(scene: Scene, view: View, room: int | None) -> SamplesAhead:
+def prefetch_samples(scene: Scene, view: View, capacity: int | None) -> PrefetchedSamples:
     """Begin to find the samples of a view that is rendered later, with the scene as it is now.
 
-    `room`: how many intervals there may be on the rays, None: as many as there are, for which a GPU is waited for.
+    `capacity`: how many intervals there may be on the rays, None: as many as there are, for which a GPU is waited for.
     Raises a ValueError where samples aren't chosen by a first look, or are found again for each part of the rays.
     """
     options, rays = view.options, view.rays
     if not (options.prune and options.alpha_threshold > 0) or options.rays_at_once is not None:
         raise ValueError("samples are found ahead only where rays are pruned by a first look and rendered all at once")
-    if room is None:
-        room = len(sample_rays(scene, rays, options.n_samples, view.shift).t_starts)
-    return look_ahead(scene, rays, options.n_samples, view.shift, options.alpha_threshold, AHEAD_AT_ONCE, room)
+    if capacity is None:
+        capacity = len(sample_rays(scene, rays, options.n_samples, view.jitter).t_starts)
+    return prefetch_visible(
+        scene, rays, options.n_samples, view.jitter, options.alpha_threshold, PREFETCH_AT_ONCE, capacity
+    )
 
 
 def render_view(scene: Scene, view: View) -> RenderOutput:
@@ -140,7 +142,7 @@ def render_view(scene: Scene, view: View) -> RenderOutput:
         output = _render_rays(scene, view)
     else:
         output = _rendered_twice(scene, view)
-    return _map_pictures(output, lambda picture: picture.view(*view.rays.shape, picture.shape[-1]))
+    return _map_images(output, lambda image: image.view(*view.rays.shape, image.shape[-1]))
 
 
 def render(
@@ -162,7 +164,7 @@ def render_chunked(
     on_progress: Callable[[float], None] | None = None,
     source: Source | None = None,
 ) -> RenderOutput:
-    """Render pictures of any size in bounded memory, without gradient; the pictures are on CPU.
+    """Render images of any size in bounded memory, without gradient; the images are on CPU.
 
     `chunk_rays` None: as many rays at once as suit the device. `on_progress` is called with the share of the rays done.
     """
@@ -175,12 +177,12 @@ def render_chunked(
     parts = []
     for start in range(0, n_rays, size):
         with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
-            pictures = _pictures(_render_rays(scene, _slice(view, slice(start, start + size))))
-        parts.append(torch.cat(list(pictures.values()), -1).cpu())  # one copy: each makes the host wait
+            images = _images(_render_rays(scene, _slice(view, slice(start, start + size))))
+        parts.append(torch.cat(list(images.values()), -1).cpu())  # one copy: each makes the host wait
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / n_rays))
-    columns = torch.cat(parts).split([picture.shape[-1] for picture in pictures.values()], -1)
-    whole = {name: column.reshape(*view.rays.shape, -1) for name, column in zip(pictures, columns, strict=True)}
+    columns = torch.cat(parts).split([image.shape[-1] for image in images.values()], -1)
+    whole = {name: column.reshape(*view.rays.shape, -1) for name, column in zip(images, columns, strict=True)}
     return RenderOutput(**whole)
 
 
@@ -188,7 +190,7 @@ def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
     """Render slices of the rays now, and once more when the backward pass comes to them."""
 
     def draw(part: View) -> dict[str, Tensor]:
-        return _pictures(_render_rays(scene, part))
+        return _images(_render_rays(scene, part))
 
     parts, size = [], view.options.rays_at_once
     for start in range(0, len(view.rays.origins), size):
@@ -199,19 +201,19 @@ def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
 
 def _slice(view: View, rows: slice) -> View:
     """Some of a view's rays; their samples are to be found."""
-    rays, background, shift = view.rays, view.background, view.shift
+    rays, background, jitter = view.rays, view.background, view.jitter
     return replace(
         view,
         rays=replace(rays, origins=rays.origins[rows], directions=rays.directions[rows], times=rays.times[rows]),
         background=None if background is None else background[rows],
-        shift=None if shift is None else shift[rows],
+        jitter=None if jitter is None else jitter[rows],
         samples=None,
     )
 
 
-def _pictures(output: RenderOutput) -> dict[str, Tensor]:
-    """The pictures that there are, by name."""
-    return {name: getattr(output, name) for name in _PICTURES if getattr(output, name) is not None}
+def _images(output: RenderOutput) -> dict[str, Tensor]:
+    """The images that there are, by name."""
+    return {name: getattr(output, name) for name in _IMAGES if getattr(output, name) is not None}
 
 
 def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
@@ -226,14 +228,14 @@ def _given_background(rays: RayBundle, options: RenderOptions) -> Tensor | None:
 
 
 def _render_rays(scene: Scene, view: View) -> RenderOutput:
-    """Render N rays to flat pictures [N, channels]."""
+    """Render N rays to flat images [N, channels]."""
     options, rays, samples = view.options, view.rays, view.samples
     thin_out = options.prune and options.alpha_threshold > 0
     look_first = thin_out and (torch.is_grad_enabled() or options.normals)
     if samples is None:
-        samples = sample_rays(scene, rays, options.n_samples, view.shift, options.prune)
+        samples = sample_rays(scene, rays, options.n_samples, view.jitter, options.prune)
         if look_first:
-            samples = drop_transparent(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
+            samples = cull_invisible(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
     found = _query(scene, rays, samples, options)
     density = found.density
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
@@ -299,5 +301,5 @@ def _composite(
     )
 
 
-def _map_pictures(output: RenderOutput, change: Callable[[Tensor], Tensor]) -> RenderOutput:
-    return replace(output, **{name: change(picture) for name, picture in _pictures(output).items()})
+def _map_images(output: RenderOutput, change: Callable[[Tensor], Tensor]) -> RenderOutput:
+    return replace(output, **{name: change(image) for name, image in _images(output).items()})

@@ -1,4 +1,4 @@
-"""Rendered quantities as pictures for people: all return [..., 3] in [0, 1]."""
+"""Rendered quantities as images for people: all return [..., 3] in [0, 1]."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .render import RenderOutput
 KINDS = ("rgb", "depth", "normals", "opacity", "displacement")
 
 
-def depth_picture(depth: Tensor, opacity: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
+def depth_image(depth: Tensor, opacity: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
     """Grey by distance, near bright, over black; depth (sum w t) and opacity [..., 1].
 
-    `bounds` (near, far) None: the range is that of all the pictures given together, so a video does not flicker.
+    `bounds` (near, far) None: the range is that of all the images given together, so a video does not flicker.
     """
     solid = opacity[..., 0] > 0.5
     if not solid.any():
@@ -38,8 +38,8 @@ def surface_normals(cameras: CameraBatch, output: RenderOutput, smoothing: int =
     rays = rays_from_cameras(cameras.to(output.depth.device))
     opacity, depth = (value.flatten(0, 1).movedim(-1, 1) for value in (output.opacity, output.depth))
 
-    def blurred(picture: Tensor) -> Tensor:
-        return F.avg_pool2d(picture, smoothing, 1, smoothing // 2, count_include_pad=False)
+    def blurred(image: Tensor) -> Tensor:
+        return F.avg_pool2d(image, smoothing, 1, smoothing // 2, count_include_pad=False)
 
     distance = blurred(depth) / blurred(opacity).clamp_min(1e-6)
     distance = distance.movedim(1, -1).view(*rays.shape, 1)
@@ -49,35 +49,35 @@ def surface_normals(cameras: CameraBatch, output: RenderOutput, smoothing: int =
     return normals * (output.opacity > 0.5)
 
 
-def normal_picture(normals: Tensor, opacity: Tensor) -> Tensor:
+def normal_image(normals: Tensor, opacity: Tensor) -> Tensor:
     """World normals (sums along rays) [..., 3] as colours (n + 1) / 2 over black."""
     unit = F.normalize(normals, dim=-1, eps=1e-6)
     return ((unit + 1) / 2 * opacity).clamp(0, 1)
 
 
-def opacity_picture(opacity: Tensor) -> Tensor:
+def opacity_image(opacity: Tensor) -> Tensor:
     """Opacity [..., 1] as grey."""
     return opacity.clamp(0, 1).expand(*opacity.shape[:-1], 3).clone()
 
 
-def displacement_picture(displacement: Tensor, largest: float | None = None) -> Tensor:
+def displacement_image(displacement: Tensor, largest: float | None = None) -> Tensor:
     """Displacements [..., 3] as colours around mid grey; `largest` maps to full colour (None: the largest there is)."""
     if largest is None:
         largest = float(displacement.abs().max()) if displacement.numel() else 0.0
     return (0.5 + 0.5 * displacement / max(largest, 1e-6)).clamp(0, 1)
 
 
-def picture(output: RenderOutput, kind: str) -> Tensor:
-    """Return one of `KINDS` of a rendering as pictures [B, F, H, W, 3]."""
+def image_of(output: RenderOutput, kind: str) -> Tensor:
+    """Return one of `KINDS` of a rendering as images [B, F, H, W, 3]."""
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of picture {kind!r}: choose one of {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind of image {kind!r}: choose one of {', '.join(KINDS)}")
     if kind == "rgb":
         return output.rgb.clamp(0, 1)
     if kind == "depth":
-        return depth_picture(output.depth, output.opacity)
+        return depth_image(output.depth, output.opacity)
     if kind == "opacity":
-        return opacity_picture(output.opacity)
+        return opacity_image(output.opacity)
     value = getattr(output, kind)
     if value is None:
         raise ValueError(f"the rendering holds no {kind}: ask for it in RenderOptions (a static scene never moves)")
-    return normal_picture(value, output.opacity) if kind == "normals" else displacement_picture(value)
+    return normal_image(value, output.opacity) if kind == "normals" else displacement_image(value)

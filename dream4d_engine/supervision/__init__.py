@@ -1,4 +1,4 @@
-"""Supervision: what a training step looks at, and what it thinks of the picture."""
+"""Supervision: what a training step looks at, and what it thinks of the image."""
 
 from .distil import distillation
 from .record import Supervision, Terms, ViewFunction, Views, supervise, views_of

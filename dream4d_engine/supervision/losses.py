@@ -1,6 +1,6 @@
 """The terms of a loss beside score distillation, a function each.
 
-Every function returns a scalar. Pictures are [B, F, H, W, c], as in RenderOutput; its fields can be passed as they
+Every function returns a scalar. Images are [B, F, H, W, c], as in RenderOutput; its fields can be passed as they
 are. Functions named after a prior belief take only the rendering, the others compare it with a reference.
 """
 
@@ -92,7 +92,7 @@ def displacement_tv(displacement: Tensor) -> Tensor:
 
 
 def reference_rgb(render: RenderOutput, rgb: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error to a reference picture put over the rendering's own background.
+    """Mean squared error to a reference image put over the rendering's own background.
 
     rgb [B, F, H, W, 3], mask [B, F, H, W, 1] in [0, 1].
     """
@@ -105,7 +105,7 @@ def reference_mask(opacity: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masked_moments(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (centred a, centred b, var a, var b, cov) for each picture, over the mask.
+    """Return (centred a, centred b, var a, var b, cov) for each image, over the mask.
 
     Inputs [..., H, W, 1]; the first two outputs are [P, H*W] and 0 outside of the mask, the others [P, 1].
     """
@@ -117,22 +117,22 @@ def _masked_moments(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
 
 
 def depth(rendered: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error to a reference depth after the scale and shift of the reference that suit best.
+    """Mean squared error to a reference depth after the scale and jitter of the reference that suit best.
 
-    The least-squares fit is one for each picture and has no gradient: a monocular depth estimate says nothing of
+    The least-squares fit is one for each image and has no gradient: a monocular depth estimate says nothing of
     either. All [B, F, H, W, 1], mask in {0, 1}; only pixels in the mask count.
     """
     centred, reference, _, variance, covariance = _masked_moments(rendered, reference, mask)
     scale = (covariance / variance.clamp_min(1e-12)).detach()
-    # The fitted shift makes the means equal, which is what centring both does; the residuals sum to 0, so centring
+    # The fitted jitter makes the means equal, which is what centring both does; the residuals sum to 0, so centring
     # the rendered depth adds nothing to its gradient.
     return (centred - scale * reference).square().sum() / mask.expand(rendered.shape).sum().clamp_min(1)
 
 
 def relative_depth(rendered: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """1 - Pearson's correlation with a reference depth over the mask, mean over the pictures; all [B, F, H, W, 1]."""
+    """1 - Pearson's correlation with a reference depth over the mask, mean over the images; all [B, F, H, W, 1]."""
     _, _, var_rendered, var_reference, covariance = _masked_moments(rendered, reference, mask)
-    # the clamps keep the gradient finite on a flat picture
+    # the clamps keep the gradient finite on a flat image
     correlation = covariance * (var_rendered.clamp_min(1e-8) * var_reference.clamp_min(1e-8)).rsqrt()
     return (1 - correlation).mean()
 

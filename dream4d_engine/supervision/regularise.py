@@ -1,4 +1,4 @@
-"""Supervision that knows no prior and no picture: what scenes look like in general."""
+"""Supervision that knows no prior and no image: what scenes look like in general."""
 
 from __future__ import annotations
 

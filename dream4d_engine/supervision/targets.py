@@ -1,4 +1,4 @@
-"""Supervision by pictures that are there: one picture of the subject, a film, or renderings of a mesh."""
+"""Supervision by images that are there: one image of the subject, a film, or renderings of a mesh."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .record import Supervision, Terms
 
 @dataclass(frozen=True)
 class Targets:
-    """What cameras [B, F] should see: F = 1 for a picture, F = T for a film, B many for views of a mesh.
+    """What cameras [B, F] should see: F = 1 for an image, F = T for a film, B many for views of a mesh.
 
     Args:
         rgb: [B, F, H, W, 3] in [0, 1], of no meaning outside of the mask. mask: [B, F, H, W, 1], the share of each
             pixel that the subject covers.
-        depth: as the mask, growing away from the camera, right up to a scale and a shift for each picture; or None.
+        depth: as the mask, growing away from the camera, right up to a scale and a jitter for each image; or None.
         normals: [B, F, H, W, 3] unit vectors in the world's frame, or None.
     """
 

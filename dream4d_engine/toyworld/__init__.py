@@ -1,1 +1,1 @@
-"""A procedural world whose truth is known: captions, pictures, the score of a result, and an ideal denoiser."""
+"""A procedural world whose truth is known: captions, images, the score of a result, and an ideal denoiser."""

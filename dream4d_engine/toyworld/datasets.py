@@ -1,4 +1,4 @@
-"""What the toy priors see in training: banks of rendered pictures, and the batches drawn from them."""
+"""What the toy priors see in training: banks of rendered images, and the batches drawn from them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CAPTION_DROPOUT = 0.12
 
 @dataclass(frozen=True)
 class Bank:
-    """N groups of F rendered pictures on the training device.
+    """N groups of F rendered images on the training device.
 
     Args:
         rgba: [N, F, 4, H, W] uint8, colours multiplied by the mask.
         objects: [N, 3] places in COLORS, SHAPES, MOTIONS.
         view: [N] place in VIEWS of the first camera.
-        vector: [N, F, 16] the class embedding's input, or None. pose: [N, 4] from picture 0 to 1, or None.
+        vector: [N, F, 16] the class embedding's input, or None. pose: [N, 4] from image 0 to 1, or None.
     """
 
     rgba: Tensor
@@ -43,7 +43,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads; pictures are in [-1, 1].
+    """What one training step reads; images are in [-1, 1].
 
     Args:
         clean, noise: [B, F, 3, H, W]. timestep: [B].
@@ -142,13 +142,13 @@ def _render_groups(objects: Tensor, cameras: CameraBatch, device: torch.device |
     color, shape, motion = objects.to(device).repeat_interleave(n_frames, 0).unbind(-1)
     table = torch.tensor(list(COLORS.values()), device=device)
     moved = world_from_canonical(motion, shape, cameras.time.reshape(-1))
-    picture = render_objects(shape, table[color], torch.linalg.inv(moved), cameras, background=(0.0, 0.0, 0.0))
-    rgba = torch.cat((picture.rgb, picture.mask), -1)
+    image = render_objects(shape, table[color], torch.linalg.inv(moved), cameras, background=(0.0, 0.0, 0.0))
+    rgba = torch.cat((image.rgb, image.mask), -1)
     return (rgba * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def composite(rgba: Tensor, grey: Tensor) -> Tensor:
-    """Return pictures [B, F, 3, H, W] in [0, 1] from uint8 RGBA over one grey a group, grey [B]."""
+    """Return images [B, F, 3, H, W] in [0, 1] from uint8 RGBA over one grey a group, grey [B]."""
     values = rgba.float() / 255
     return values[:, :, :3] + (1 - values[:, :, 3:]) * grey[:, None, None, None, None]
 
@@ -173,7 +173,7 @@ def caption_table() -> list[str]:
 def draw_captions(kind: PriorKind, bank: Bank, index: Tensor, generator: torch.Generator) -> Tensor:
     """Return places [B] in `caption_table` of what is said of the bank's groups `index`.
 
-    Moving pictures are told their motion (one in seven still ones is not). Resting ones are told any motion or none:
+    Moving images are told their motion (one in seven still ones is not). Resting ones are told any motion or none:
     they show the moment 0, where all motions agree. The view is named for image and pixel priors, for videos more
     often than not, never for multi-view groups.
     """
@@ -211,13 +211,13 @@ def batch_maker(kind: PriorKind, bank: Bank, n_timesteps: int = 1000) -> BatchMa
         grey = GREY[0] + (GREY[1] - GREY[0]) * torch.rand(n, generator=generator, device=device)
         if kind == "novel_view":
             grey = torch.ones_like(grey)  # the recipes show this prior white backgrounds only
-        pictures = 2 * composite(bank.rgba[index], grey) - 1
+        images = 2 * composite(bank.rgba[index], grey) - 1
         timestep = torch.randint(n_timesteps, (n,), generator=generator, device=device)
-        shown = pictures[:, 1:] if kind == "novel_view" else pictures
+        shown = images[:, 1:] if kind == "novel_view" else images
         noise = torch.randn(shown.shape, generator=generator, device=device)
         if kind == "novel_view":
             keep = (torch.rand(n, generator=generator, device=device) >= CAPTION_DROPOUT).float()
-            pose, reference = bank.pose[index], pictures[:, 0]
+            pose, reference = bank.pose[index], images[:, 0]
             return Batch(shown, noise, timestep, reference=reference, pose=pose, keep=keep)
         caption = draw_captions(kind, bank, index, generator)
         vector = None if bank.vector is None else bank.vector[index]

@@ -1,6 +1,6 @@
 """How near a result is to the truth of its caption: colour, silhouette, faces, motion.
 
-A result is a function from cameras to pictures over black; the truth is the toy world's own pictures from the same
+A result is a function from cameras to images over black; the truth is the toy world's own images from the same
 cameras. Everything is measured at fov_y 40 degrees and distance 3, where the world's captions are drawn.
 
 An empty result (no pixel is half covered) scores 0 everywhere: no view has the right colour, every IoU is 0, there
@@ -30,15 +30,15 @@ SCALES = tuple(round(0.75 + 0.025 * i, 3) for i in range(25))
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """What a result shows: rgb [B, F, H, W, 3] composited over black, opacity [B, F, H, W, 1]."""
 
     rgb: Tensor
     opacity: Tensor
 
 
-Renderer = Callable[[CameraBatch], Pictures]
-"""From cameras to anything with the fields of `Pictures`; a function of the cameras' times too."""
+Renderer = Callable[[CameraBatch], Images]
+"""From cameras to anything with the fields of `Images`; a function of the cameras' times too."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Evaluation:
         return f"{line}, motion {correlation}amplitude {self.motion_amplitude:.2f}, clip IoU {self.clip_iou:.2f}"
 
 
-# --- pictures
+# --- images
 
 
 def true_renderer(
@@ -106,27 +106,27 @@ def true_renderer(
 ) -> Renderer:
     """The toy world itself as a result; the arguments are those of `render_caption`."""
 
-    def renderer(cameras: CameraBatch) -> Pictures:
-        picture = render_caption(
+    def renderer(cameras: CameraBatch) -> Images:
+        image = render_caption(
             caption, cameras, supersample, (0.0, 0.0, 0.0), strength, mark_azimuths_deg=mark_azimuths_deg
         )
-        return Pictures(picture.rgb, picture.mask)
+        return Images(image.rgb, image.mask)
 
     return renderer
 
 
 def frames_of(renderer: Renderer, cameras: CameraBatch) -> tuple[Tensor, Tensor]:
     """Render one group [1, F]; return the object's own colour [F, H, W, 3] and opacity [F, H, W] on the CPU, no NaN."""
-    pictures = renderer(cameras)
-    opacity = pictures.opacity[0, ..., 0].detach().float().cpu().nan_to_num(0).clamp(0, 1)
-    rgb = pictures.rgb[0].detach().float().cpu().nan_to_num(0)
+    images = renderer(cameras)
+    opacity = images.opacity[0, ..., 0].detach().float().cpu().nan_to_num(0).clamp(0, 1)
+    rgb = images.rgb[0].detach().float().cpu().nan_to_num(0)
     return (rgb / opacity.clamp(min=1e-3)[..., None]).clamp(0, 1), opacity
 
 
 def darkness(color: Tensor, opacity: Tensor) -> Tensor:
     """Return [F, H, W] how much of a dark mark each pixel is, in [0, 1]; 0 where it is not half covered.
 
-    By the pixel's largest channel as a share of the body's (the 80 % quantile over the silhouettes of all pictures
+    By the pixel's largest channel as a share of the body's (the 80 % quantile over the silhouettes of all images
     together, so that an object darker than the truth is not all mark): 1 below 0.3, 0 above 0.65, linear between,
     so that a blurred or greyish mark still counts in part. The baked light's shades are above 0.7.
     """
@@ -164,11 +164,11 @@ def nearest_color(rgb: tuple[float, float, float]) -> str:
 
 
 def view_colors(color: Tensor, opacity: Tensor) -> tuple[str, ...]:
-    """Return the named colour of each picture: of the mean over its silhouette without the mark."""
+    """Return the named colour of each image: of the mean over its silhouette without the mark."""
     body = (opacity > 0.5) & (darkness(color, opacity) < 0.1)
     return tuple(
-        nearest_color(tuple(picture[mask].mean(0).tolist())) if mask.any() else "none"
-        for picture, mask in zip(color, body, strict=True)
+        nearest_color(tuple(image[mask].mean(0).tolist())) if mask.any() else "none"
+        for image, mask in zip(color, body, strict=True)
     )
 
 
@@ -176,7 +176,7 @@ def view_colors(color: Tensor, opacity: Tensor) -> tuple[str, ...]:
 
 
 def _scaled(opacity: Tensor, scale: float) -> Tensor:
-    """Magnify pictures [F, H, W] about their middle."""
+    """Magnify images [F, H, W] about their middle."""
     if scale == 1.0:
         return opacity
     theta = torch.tensor([[1 / scale, 0, 0], [0, 1 / scale, 0]]).expand(len(opacity), 2, 3)
@@ -185,7 +185,7 @@ def _scaled(opacity: Tensor, scale: float) -> Tensor:
 
 
 def _best_shift(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each picture's best IoU [F] over all whole-pixel shifts and that shift [F, 2] (rows, columns).
+    """Return each image's best IoU [F] over all whole-pixel shifts and that shift [F, 2] (rows, columns).
 
     By Fourier cross correlation of the masks [F, H, W] (0 or 1), padded so that nothing wraps around.
     """
@@ -209,7 +209,7 @@ def _iou(mask: Tensor, truth: Tensor) -> Tensor:
 
 
 def _moved(mask: Tensor, shift: Tensor) -> Tensor:
-    """Shift pictures [F, H, W] by (rows, columns), filling with 0."""
+    """Shift images [F, H, W] by (rows, columns), filling with 0."""
     down, right = (int(s) for s in shift)
     height, width = mask.shape[1:]
     padded = torch.nn.functional.pad(mask, (width, width, height, height))
@@ -232,7 +232,7 @@ def best_scale(opacity: Tensor, truth: Tensor) -> tuple[float, Tensor]:
 
 
 def align(color: Tensor, opacity: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring pictures [F, H, W, 3], opacities [F, H, W] over true ones: the best scale, each view's best shift.
+    """Bring images [F, H, W, 3], opacities [F, H, W] over true ones: the best scale, each view's best shift.
 
     Returns both and the IoU of each view [F].
     """
@@ -252,9 +252,9 @@ def align(color: Tensor, opacity: Tensor, truth: Tensor) -> tuple[Tensor, Tensor
 
 
 def face_profile(color: Tensor, opacity: Tensor) -> Tensor:
-    """Return the dark area of each picture [F] (the sum of `darkness`) over the silhouettes' mean area.
+    """Return the dark area of each image [F] (the sum of `darkness`) over the silhouettes' mean area.
 
-    The mean over all pictures, not each one's own area: a ring seen from its side is so thin that the rest of its
+    The mean over all images, not each one's own area: a ring seen from its side is so thin that the rest of its
     mark would look large.
     """
     area = (opacity > 0.5).float().sum((1, 2)).mean()
@@ -305,7 +305,7 @@ def find_faces(profile: Tensor, true_peak: float) -> tuple[int, float | None, fl
 def motion_signals(color: Tensor, opacity: Tensor) -> dict[str, Tensor]:
     """Return for each motion a number at each time [F] that this motion moves, seen from the front.
 
-    In units of the picture's height, with weights clamp(2 opacity - 0.5, 0, 1), so that thin fog has no part in it:
+    In units of the image's height, with weights clamp(2 opacity - 0.5, 0, 1), so that thin fog has no part in it:
     - jumping: height of the silhouette's centroid. sliding: how far right it is.
     - stretching: standard deviation of the silhouette's heights.
     - swaying: regression slope of the silhouette's columns on its heights (its lean).
@@ -402,7 +402,7 @@ def evaluate(
     """Compare a result with the truth of its caption.
 
     Args:
-        renderer: the result. size: pixels of the square pictures. n_views: on a circle at elevation 15 degrees and
+        renderer: the result. size: pixels of the square images. n_views: on a circle at elevation 15 degrees and
             time 0, for colour and silhouettes. n_times: of the clip from the front at elevation 15 degrees, from
             time 0 to 1; 0 leaves the motion out. n_azimuths: on a circle at elevation 10 degrees, for the faces.
     """
@@ -452,9 +452,9 @@ def evaluate_scene(
     """`evaluate` for a scene, rendered over black on its own device."""
     options = RenderOptions(background=torch.zeros(3, device=scene.device))
 
-    def renderer(cameras: CameraBatch) -> Pictures:
+    def renderer(cameras: CameraBatch) -> Images:
         output = render_chunked(scene, cameras, options)
-        return Pictures(output.rgb, output.opacity)
+        return Images(output.rgb, output.opacity)
 
     return evaluate(renderer, caption, size, n_views, n_times, n_azimuths)
 
@@ -463,7 +463,7 @@ def evaluate_scene(
 
 
 def reference_match(scene: Scene, reference: Reference, config: ReferenceConfig, size: int = 64) -> tuple[float, float]:
-    """Compare what the reference's camera sees with its picture, both over white at `size` pixels.
+    """Compare what the reference's camera sees with its image, both over white at `size` pixels.
 
     Returns (PSNR in dB of the colours, IoU of the silhouettes).
     """

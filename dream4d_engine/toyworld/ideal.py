@@ -2,7 +2,7 @@
 
 With the bank's members v_i equally likely and x = z + sigma * eps, the posterior mean of z is
 sum_i w_i v_i with w = softmax(-|x - v_i|^2 / (2 sigma^2)). It separates what distillation does from what a trained
-prior knows. Pixel space: z = 2 * picture - 1. A member is a whole group of F views or frames.
+prior knows. Pixel space: z = 2 * image - 1. A member is a whole group of F views or frames.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class IdealDenoiser:
     """The posterior mean over a bank, as a `Denoiser`.
 
     Args:
-        bank: [N, F, 3, H, W] true pictures (F = 1), groups of views or videos in [0, 1]. With F = 1 the pictures of
+        bank: [N, F, 3, H, W] true images (F = 1), groups of views or videos in [0, 1]. With F = 1 the images of
             a group are denoised independently.
         alphas_bar: [T]; the schedule of latent diffusion models if None.
         allowed: from Conditions of B groups to [B, N] bool, the members that the conditions leave possible (at
@@ -47,12 +47,12 @@ class IdealDenoiser:
         self.image_size = (bank.shape[3], bank.shape[4])
         self.n_frames = bank.shape[1] if bank.shape[1] > 1 else None
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to z in [-1, 1]."""
-        return 2 * pictures - 1
+        return 2 * images - 1
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode z to pictures in [0, 1] (not clamped)."""
+        """Decode z to images in [0, 1] (not clamped)."""
         return (z + 1) / 2
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class IdealDenoiser:
         n_frames = x.shape[1]
         if self.n_frames is None and n_frames > 1:
             if self.allowed is not None:
-                raise ValueError(f"with `allowed`, a bank of single pictures takes groups of 1 picture, got {n_frames}")
+                raise ValueError(f"with `allowed`, a bank of single images takes groups of 1 image, got {n_frames}")
             each = self.denoise(x.flatten(0, 1)[:, None], sigma.repeat_interleave(n_frames))
             return each.reshape(x.shape)
         weights = self.weights(x, sigma, conditions)

@@ -1,7 +1,7 @@
-"""Measure the toy recipes that start from a picture or a personal subject, what multi-step targets are worth, and
+"""Measure the toy recipes that start from an image or a personal subject, what multi-step targets are worth, and
 whether what makes runs fast changes their results: `python -m dream4d_engine.toyworld.measure --out DIR`.
 
-- pictures: image-to-4d from one picture of the front of each of six objects, against the truth.
+- images: image-to-4d from one image of the front of each of six objects, against the truth.
 - subject: the personal subject of subject.py with its LoRA and without.
 - targets: how steady the films are that targets of one and of four denoising steps show.
 - films: how steady a film is that is distilled from the video prior by such targets, without a scene.
@@ -10,7 +10,7 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 - autoencoders: text-to-4d with a video prior on latents (--latent, see train_latent.py), through the full autoencoder
   and through the tiny one.
 
-Writes DIR/measures.json, a sheet of pictures DIR/PART.png for each part, and prints tables.
+Writes DIR/measures.json, a sheet of images DIR/PART.png for each part, and prints tables.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from ..training.motion import train_motion
 from ..training.reference import Reference, prepare_reference
 from ..training.static import train_static
 from .captions import as_caption
-from .evaluate import Pictures, change_error, evaluate_scene, frame_error, reference_match
+from .evaluate import Images, change_error, evaluate_scene, frame_error, reference_match
 from .models import write_json
 from .samples import CAPTIONS, sheet
 from .subject import SUBJECT_PROMPT, scene_likeness
 from .world import render_caption
 
-PICTURE_CAPTIONS = CAPTIONS[:6]
+IMAGE_CAPTIONS = CAPTIONS[:6]
 ONE_OF_EACH = CAPTIONS[:5]
 """Captions, one of each motion."""
 STEADINESS_RECIPE = replace(
@@ -99,21 +99,21 @@ class Case:
 
 
 Result = tuple[Case, dict[str, Any], Tensor]
-"""(case, its measures, pictures [n, H, W, 3])."""
+"""(case, its measures, images [n, H, W, 3])."""
 
 
 def photograph(caption: str, size: int = 128) -> Tensor:
-    """A picture of an object at rest from the front, cut out, as the recipe toy-image expects it: [H, W, 4]."""
+    """An image of an object at rest from the front, cut out, as the recipe toy-image expects it: [H, W, 4]."""
     camera = make_cameras(0.0, 0.0, TOY_DISTANCE, math.radians(TOY_FOV_DEG), 0.0, size, size)
-    picture = render_caption(replace(as_caption(caption), motion="still"), camera, 4)
-    return torch.cat((picture.rgb, picture.mask), -1)[0, 0]
+    image = render_caption(replace(as_caption(caption), motion="still"), camera, 4)
+    return torch.cat((image.rgb, image.mask), -1)[0, 0]
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
-def measure_picture(case: Case) -> Result:
-    """image-to-4d from one picture of the toy world."""
+def measure_image(case: Case) -> Result:
+    """image-to-4d from one image of the toy world."""
     recipe, motion = _shortened(TOY_IMAGE, case), _shortened(TOY_MOTION, case)
     reference = prepare_reference(photograph(case.caption), recipe.reference)
     still, first = _static(recipe, as_caption(case.caption).object_text, case, reference=reference)
@@ -150,12 +150,12 @@ def measure_target(case: Case) -> Result:
     """
     told = _told(case)
     generator, measures, began = torch.Generator().manual_seed(case.seed), {}, time.monotonic()
-    for start, pictures in (("still", told.still), ("moving", told.moving)):
+    for start, images in (("still", told.still), ("moving", told.moving)):
         for timestep in TARGET_TIMESTEPS:
             errors = []
             for _ in range(3):
                 share, noise = torch.tensor([timestep / 1000]), partial(_normal, generator)
-                target = distill_at(told.guidance, pictures, told.cameras, share, noise).x0
+                target = distill_at(told.guidance, images, told.cameras, share, noise).x0
                 film = told.guidance.denoiser.decode(target)
                 errors.append(told.error(film))
             measures[f"{start}, {timestep}"] = mean(errors)
@@ -200,7 +200,7 @@ def _told(case: Case) -> _Told:
     moving, still = (
         render_caption(true, cameras, 4, (_SHEET_GREY,) * 3) for true in (caption, replace(caption, motion="still"))
     )
-    films = (picture.rgb.movedim(-1, 2).to(device) for picture in (moving, still))
+    films = (image.rgb.movedim(-1, 2).to(device) for image in (moving, still))
     return _Told(guidance, cameras.to(device), *films, (moving.mask > 0.5)[0, ..., 0].any(0))
 
 
@@ -230,7 +230,7 @@ def measure_steadiness(case: Case) -> Result:
 
 
 def measure_path(case: Case) -> Result:
-    """text-to-4d by plain PyTorch, or (`option` "fast") with kernels, half precision, compiled and recorded models."""
+    """text-to-4d by plain PyTorch, or (`option` "fast") with kernels, half precision, compiled and captured models."""
     fast = case.option == "fast"
     kernels = None if fast else select_kernels(case.device, "torch")
     static, motion = (
@@ -277,18 +277,18 @@ def measure_autoencoder(case: Case) -> Result:
 
 
 def _gradient(guidance: Guidance, scene: Scene, seed: int) -> Tensor:
-    """The gradient of four steps on the pictures of a take; timesteps and noise depend on the seed alone."""
+    """The gradient of four steps on the images of a take; timesteps and noise depend on the seed alone."""
     cameras = fixed_take(TOY_MOTION.n_frames, 32, 32)
-    pictures = _render(scene, cameras, _SHEET_GREY).rgb.movedim(-1, 2).to(scene.device).requires_grad_()
-    total = torch.zeros_like(pictures)
+    images = _render(scene, cameras, _SHEET_GREY).rgb.movedim(-1, 2).to(scene.device).requires_grad_()
+    total = torch.zeros_like(images)
     for step, progress in enumerate((0.25, 0.5, 0.75, 1.0)):
-        loss = distill(guidance, pictures, cameras.to(scene.device), progress, Draw(seed, step)).loss
-        total += torch.autograd.grad(loss, pictures)[0]
+        loss = distill(guidance, images, cameras.to(scene.device), progress, Draw(seed, step)).loss
+        total += torch.autograd.grad(loss, images)[0]
     return total
 
 
 PARTS: dict[str, Callable[[Case], Result]] = {
-    "pictures": measure_picture,
+    "images": measure_image,
     "subject": measure_subject,
     "targets": measure_target,
     "films": measure_film,
@@ -302,10 +302,10 @@ def all_cases(
     parts: list[str], lora: Path, device: str, seeds: list[int], share: float, latent: Path | None = None
 ) -> list[Case]:
     """Every run of the parts."""
-    pictures = [Case("pictures", caption, caption) for caption in PICTURE_CAPTIONS]
+    images = [Case("images", caption, caption) for caption in IMAGE_CAPTIONS]
     subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
     paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
-    known = {"pictures": pictures, "subject": subject, "paths": paths}
+    known = {"images": images, "subject": subject, "paths": paths}
     for part in ("targets", "films", "steadiness"):
         known[part] = [Case(part, f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
     ways = ("full", "tiny")
@@ -354,9 +354,9 @@ def _motion(
     return train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
 
 
-def _render(scene: Scene, cameras: CameraBatch, grey: float) -> Pictures:
+def _render(scene: Scene, cameras: CameraBatch, grey: float) -> Images:
     output = render_chunked(scene, cameras, RenderOptions(background=torch.full((3,), grey)))
-    return Pictures(output.rgb, output.opacity)
+    return Images(output.rgb, output.opacity)
 
 
 def _around(scene: Scene) -> Tensor:
@@ -413,8 +413,8 @@ def write_results(out: Path, results: list[Result]) -> None:
     numbers = {part: {label(case): found for case, found, _ in results if case.part == part} for part in parts}
     write_json(out / "measures.json", numbers)
     for part in parts:
-        rows = [(label(case), pictures) for case, _, pictures in results if case.part == part]
-        pixels = torch.stack([pictures for _, pictures in rows]).movedim(-1, 2)
+        rows = [(label(case), images) for case, _, images in results if case.part == part]
+        pixels = torch.stack([images for _, images in rows]).movedim(-1, 2)
         sheet([name for name, _ in rows], pixels, zoom=1).save(out / f"{part}.png")
 
 

@@ -68,7 +68,7 @@ class ToyPrior(nn.Module):
 def build_prior(kind: PriorKind, size: ToySize | None = None, latent: bool = False) -> ToyPrior:
     """Build the freshly initialised networks of one kind (from torch's global generator, as diffusers does).
 
-    `latent`: for what `build_autoencoder` makes of the pictures.
+    `latent`: for what `build_autoencoder` makes of the images.
     """
     size = size or SIZES[kind]
     grouped = kind in ("multiview", "video")
@@ -81,7 +81,7 @@ def build_prior(kind: PriorKind, size: ToySize | None = None, latent: bool = Fal
 
 
 def build_autoencoder() -> nn.Module:
-    """A small AutoencoderKL: pictures [n, 3, H, W] to 4 channels of half the size."""
+    """A small AutoencoderKL: images [n, 3, H, W] to 4 channels of half the size."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(

@@ -50,7 +50,7 @@ def sample(
     n_steps: int = 30,
     scale: float = GUIDANCE_SCALE,
 ) -> Tensor:
-    """Draw pictures [B, F, 3, H, W] in [0, 1] by deterministic DDIM (2010.02502) with classifier-free guidance."""
+    """Draw images [B, F, 3, H, W] in [0, 1] by deterministic DDIM (2010.02502) with classifier-free guidance."""
     text, negative = conditions
     n_groups, n_frames = text.tokens.shape[:2]
     device = text.tokens.device
@@ -71,33 +71,33 @@ def guided(
     return negative + scale * (text - negative)
 
 
-# --- What a picture shows --------------------------------------------------------------------------------------
+# --- What an image shows --------------------------------------------------------------------------------------
 
 
-def wall_of(pictures: Tensor) -> Tensor:
-    """Return the background [..., 3, 1, 1] of pictures [..., 3, H, W]: the median of their border."""
-    border = torch.cat((pictures[..., 0, :], pictures[..., -1, :], pictures[..., :, 0], pictures[..., :, -1]), -1)
+def wall_of(images: Tensor) -> Tensor:
+    """Return the background [..., 3, 1, 1] of images [..., 3, H, W]: the median of their border."""
+    border = torch.cat((images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]), -1)
     return border.median(-1).values[..., None, None]
 
 
-def foreground(pictures: Tensor, threshold: float = 0.05, softness: float = 0.15) -> Tensor:
+def foreground(images: Tensor, threshold: float = 0.05, softness: float = 0.15) -> Tensor:
     """Return [..., H, W] how surely a pixel differs from the background, 0 to 1."""
-    difference = (pictures - wall_of(pictures)).abs().amax(-3)
+    difference = (images - wall_of(images)).abs().amax(-3)
     return ((difference - threshold) / softness).clamp(0, 1)
 
 
-def darkness(pictures: Tensor) -> Tensor:
+def darkness(images: Tensor) -> Tensor:
     """Return [..., H, W] how surely a pixel is the dark mark; backgrounds are never as dark."""
-    return ((0.14 - pictures.amax(-3)) / 0.06).clamp(0, 1)
+    return ((0.14 - images.amax(-3)) / 0.06).clamp(0, 1)
 
 
-def nearest_color(picture: Tensor) -> str:
-    """Return the named colour of the object in a picture [3, H, W], "none" where there is no object."""
-    weight = (foreground(picture) > 0.9).float() * (1 - darkness(picture))
+def nearest_color(image: Tensor) -> str:
+    """Return the named colour of the object in an image [3, H, W], "none" where there is no object."""
+    weight = (foreground(image) > 0.9).float() * (1 - darkness(image))
     if weight.sum() < 12:
         return "none"
-    mean = (picture * weight).sum((-1, -2)) / weight.sum()
-    named = torch.tensor(list(COLORS.values()), device=picture.device)
+    mean = (image * weight).sum((-1, -2)) / weight.sum()
+    named = torch.tensor(list(COLORS.values()), device=image.device)
     # the light changes the brightness alone
     distance = (mean / mean.amax() - named / named.amax(-1, keepdim=True)).norm(dim=-1)
     return list(COLORS)[int(distance.argmin())]
@@ -168,14 +168,14 @@ def captions_conditions(prior: Prior, captions: Sequence[str], cameras: CameraBa
     return _stack([text_conditions(prior, caption)(cameras) for caption in captions])
 
 
-def measure_views(pictures: Tensor, captions: Sequence[str]) -> dict[str, Any]:
-    """Score pictures [N, 4, 3, H, W] of `view_cameras`: colours, silhouettes, and the mark in front alone."""
-    colors = [[nearest_color(view) for view in group] for group in pictures]
+def measure_views(images: Tensor, captions: Sequence[str]) -> dict[str, Any]:
+    """Score images [N, 4, 3, H, W] of `view_cameras`: colours, silhouettes, and the mark in front alone."""
+    colors = [[nearest_color(view) for view in group] for group in images]
     asked = [parse_caption(caption).color for caption in captions]
     right = [[color == wanted for color in group] for group, wanted in zip(colors, asked, strict=True)]
-    marks = darkness(pictures).sum((-1, -2))
+    marks = darkness(images).sum((-1, -2))
     truth = render_captions(captions, view_cameras(len(captions))).mask[..., 0] > 0.5
-    found = foreground(pictures).cpu() > 0.5
+    found = foreground(images).cpu() > 0.5
     iou = (truth & found).sum((-1, -2)) / (truth | found).sum((-1, -2)).clamp(min=1)
     return {
         "colors_right": sum(map(sum, right)) / sum(map(len, right)),
@@ -188,10 +188,10 @@ def measure_views(pictures: Tensor, captions: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def measure_takes(pictures: Tensor, captions: Sequence[str], cameras: CameraBatch) -> dict[str, Any]:
+def measure_takes(images: Tensor, captions: Sequence[str], cameras: CameraBatch) -> dict[str, Any]:
     """Score clips [N, F, 3, H, W] of one caption each from cameras [1, F]: motion and colour."""
     rows, right = [], []
-    for clip, caption in zip(pictures, captions, strict=True):
+    for clip, caption in zip(images, captions, strict=True):
         truth = render_captions([caption], cameras, background=(GATE_GREY,) * 3).rgb[0].permute(0, 3, 1, 2)
         motion = parse_caption(caption).motion
         signals, true_signals = motion_signals(clip.cpu()), motion_signals(truth)
@@ -246,12 +246,12 @@ def _repeat(cameras: CameraBatch, n: int) -> CameraBatch:
 # --- Sheets ----------------------------------------------------------------------------------------------------
 
 
-def sheet(labels: Sequence[str], pictures: Tensor, zoom: int = 3):
-    """Return a PIL image with a labelled row for each of pictures [R, C, 3, H, W] in [0, 1]."""
+def sheet(labels: Sequence[str], images: Tensor, zoom: int = 3):
+    """Return a PIL image with a labelled row for each of images [R, C, 3, H, W] in [0, 1]."""
     from PIL import Image, ImageDraw
 
-    n_rows, n_columns, _, height, width = pictures.shape
-    pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    n_rows, n_columns, _, height, width = images.shape
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     grid = pixels.permute(0, 3, 1, 4, 2).reshape(n_rows * height, n_columns * width, 3).numpy()
     grid = Image.fromarray(grid).resize((n_columns * width * zoom, n_rows * height * zoom), Image.NEAREST)
     margin = 190
@@ -264,14 +264,14 @@ def sheet(labels: Sequence[str], pictures: Tensor, zoom: int = 3):
 
 
 def _novel_views(prior: Prior, generator: torch.Generator, n_steps: int) -> tuple[Tensor, dict[str, Any]]:
-    """Sample five turns of each object from one picture of its front; rows are reference, then (sample, truth)."""
+    """Sample five turns of each object from one image of its front; rows are reference, then (sample, truth)."""
     reference = _cameras(torch.zeros(1, 1), 0.0)
     cameras = _cameras(torch.tensor([[0.0, 45.0, 90.0, 180.0, -90.0]]), 20.0)
     white = (1.0, 1.0, 1.0)
     given = [render_captions([c], reference, background=white).rgb[0, 0].permute(2, 0, 1) for c in CAPTIONS]
     truth = render_captions(list(CAPTIONS), _repeat(cameras.at_time(0.0), len(CAPTIONS)), background=white).rgb
     truth = truth.permute(0, 1, 4, 2, 3)
-    conditions = _stack([image_conditions(prior, picture, reference)(cameras) for picture in given])
+    conditions = _stack([image_conditions(prior, image, reference)(cameras) for image in given])
     found = sample(prior.denoiser, conditions, generator, n_steps).cpu()
     psnr = -10 * (found - truth).square().mean((-1, -2, -3)).clamp(min=1e-8).log10()
     rows = torch.cat((torch.stack(given)[:, None], found, truth), 1)
@@ -287,15 +287,15 @@ def write_samples(
     generator = torch.Generator().manual_seed(seed)
     captions = list(CAPTIONS)
     if kind == "novel_view":
-        pictures, metrics = _novel_views(prior, generator, n_steps)
+        images, metrics = _novel_views(prior, generator, n_steps)
     elif kind == "video":
         cameras = fixed_take(N_FRAMES, IMAGE_SIZE, IMAGE_SIZE, azimuth_deg=GATE_AZIMUTH_DEG)
-        pictures = sample(prior.denoiser, captions_conditions(prior, captions, cameras), generator, n_steps)
-        metrics = measure_takes(pictures, captions, cameras) | {"gate": motion_gate(prior, generator)}
+        images = sample(prior.denoiser, captions_conditions(prior, captions, cameras), generator, n_steps)
+        metrics = measure_takes(images, captions, cameras) | {"gate": motion_gate(prior, generator)}
     else:
         cameras = view_cameras(1)
-        pictures = sample(prior.denoiser, captions_conditions(prior, captions, cameras), generator, n_steps)
-        metrics = measure_views(pictures, captions)
-    sheet(captions, pictures).save(folder / "samples.png")
+        images = sample(prior.denoiser, captions_conditions(prior, captions, cameras), generator, n_steps)
+        metrics = measure_views(images, captions)
+    sheet(captions, images).save(folder / "samples.png")
     write_json(folder / "metrics.json", metrics)
     return metrics

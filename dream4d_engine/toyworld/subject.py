@@ -1,7 +1,7 @@
 """A personal subject that no caption describes: a snowman with a head of another colour than its body.
 
 The toy priors have only seen snowmen of one colour, and no caption can ask for two. The image prior learns it from
-four pictures by a LoRA (see train_lora.py) under the word "sks"; the other priors are told "a snowman".
+four images by a LoRA (see train_lora.py) under the word "sks"; the other priors are told "a snowman".
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from ..scene import Scene
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG, TOY_SIZE
 from .captions import Caption
 from .evaluate import Renderer, align, darkness, frames_of, nearest_color
-from .world import WorldPicture, render_caption
+from .world import WorldImage, render_caption
 
 BODY_COLOR, HEAD_COLOR = "purple", "green"
 SUBJECT_PROMPT = "a sks snowman"
 PHOTO_AZIMUTHS_DEG, PHOTO_ELEVATION_DEG = (0.0, 100.0, 180.0, 250.0), 15.0
-"""Where the four pictures for training are taken from."""
+"""Where the four images for training are taken from."""
 
 
 def render_subject(
     cameras: CameraBatch, supersample: int = 2, background: Tensor | Sequence[float] | None = None
-) -> WorldPicture:
+) -> WorldImage:
     """Render the subject, as `world.render_caption` renders a caption."""
     return render_caption(Caption(BODY_COLOR, "snowman"), cameras, supersample, background, head_color=HEAD_COLOR)
 
 
 def photo_cameras(size: int = TOY_SIZE) -> CameraBatch:
-    """The cameras of the four pictures, [4, 1]."""
+    """The cameras of the four images, [4, 1]."""
     azimuth = torch.tensor(PHOTO_AZIMUTHS_DEG).deg2rad()[:, None]
     elevation = math.radians(PHOTO_ELEVATION_DEG)
     return make_cameras(azimuth, elevation, TOY_DISTANCE, math.radians(TOY_FOV_DEG), 0.0, size, size)
 
 
 def photos(size: int = TOY_SIZE) -> Tensor:
-    """The four pictures, cut out: [4, 4, H, W], colours multiplied by the alpha."""
-    picture = render_subject(photo_cameras(size), 4)
-    rgba = torch.cat((picture.rgb * picture.mask, picture.mask), -1)
+    """The four images, cut out: [4, 4, H, W], colours multiplied by the alpha."""
+    image = render_subject(photo_cameras(size), 4)
+    rgba = torch.cat((image.rgb * image.mask, image.mask), -1)
     return rgba[:, 0].movedim(-1, 1).contiguous()
 
 
 def photo_prompts() -> list[str]:
-    """What is said of each of the four pictures: "a sks snowman, front view"."""
+    """What is said of each of the four images: "a sks snowman, front view"."""
     cameras = photo_cameras()
     return [f"{SUBJECT_PROMPT}, {VIEWS[i]} view" for i in view_index(cameras.azimuth, cameras.elevation)[:, 0]]
 

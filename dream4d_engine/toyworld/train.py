@@ -1,6 +1,6 @@
 """Train the toy priors: `python -m dream4d_engine.toyworld.train --out DIR`.
 
-Each prior is trained to predict v (2202.00512) on pictures of the toy world, with AdamW, a cosine learning rate after
+Each prior is trained to predict v (2202.00512) on images of the toy world, with AdamW, a cosine learning rate after
 a short warm-up, an exponential moving average of the weights and bf16 on CUDA. The length of a run is a number of
 steps (reproducible) or of minutes (the schedule follows the clock). A run that was cut off goes on where its last
 `state.pt` was written. The video prior starts from the multi-view prior's weights, found in DIR.
@@ -128,7 +128,7 @@ def variance_loss(v: Tensor, target: Tensor, extra: Tensor, timestep: Tensor, al
 
 
 def make_optimizer(prior: ToyPrior, training: Training, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; on CUDA fused and with the rate as a tensor, so that a recorded step can be given new ones."""
+    """AdamW; on CUDA fused and with the rate as a tensor, so that a captured step can be given new ones."""
     on_cuda = device.type == "cuda"
     rate = torch.tensor(0.0, device=device) if on_cuda else 0.0
     return torch.optim.AdamW(
@@ -264,7 +264,7 @@ def train(
     prior = initial_prior(training, out, start_from, latent=vae is not None).to(device)
     optimizer = make_optimizer(prior, training, device)
     average = [p.detach().clone() for p in prior.parameters()]
-    # the pictures are drawn by the seed alone, so a resumed run renders the same ones again
+    # the images are drawn by the seed alone, so a resumed run renders the same ones again
     bank = render_bank(training.kind, training.bank, torch.Generator().manual_seed(training.seed), device)
     log(f"{training.kind}: {len(bank.rgba)} groups rendered in {time.perf_counter() - started:.1f} s")
     generator = torch.Generator(device).manual_seed(training.seed + 1)
@@ -311,13 +311,13 @@ def train(
     return folder
 
 
-def scaled_latents(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """What an autoencoder makes of pictures [n, 3, H, W] in [-1, 1], scaled as diffusion models take it."""
-    return vae.config.scaling_factor * vae.encode(pictures).latent_dist.mode()
+def scaled_latents(vae: nn.Module, images: Tensor) -> Tensor:
+    """What an autoencoder makes of images [n, 3, H, W] in [-1, 1], scaled as diffusion models take it."""
+    return vae.config.scaling_factor * vae.encode(images).latent_dist.mode()
 
 
 def in_latents(make_batch: BatchMaker, vae: nn.Module) -> BatchMaker:
-    """The same batches with the latents of an autoencoder in the pictures' place."""
+    """The same batches with the latents of an autoencoder in the images' place."""
 
     @torch.no_grad()
     def make(n: int, generator: torch.Generator) -> Batch:

@@ -26,7 +26,7 @@ KL_WEIGHT = 1e-6
 Log = Callable[[str], None]
 
 
-def draw_pictures(bank: Bank, n: int, generator: torch.Generator) -> Tensor:
+def draw_images(bank: Bank, n: int, generator: torch.Generator) -> Tensor:
     """Draw single frames [n, 3, H, W] in [-1, 1], each over a grey of its own."""
     device = bank.rgba.device
     which = (torch.randint(size, (n,), generator=generator, device=device) for size in bank.rgba.shape[:2])
@@ -39,16 +39,14 @@ def train_autoencoder(bank: Bank, steps: int, batch: int, log: Log, seed: int = 
     torch.manual_seed(seed)
     vae = build_autoencoder().to(bank.rgba.device)
 
-    def loss(pictures: Tensor) -> Tensor:
-        latents = vae.encode(pictures).latent_dist
+    def loss(images: Tensor) -> Tensor:
+        latents = vae.encode(images).latent_dist
         shown = vae.decode(latents.sample()).sample
-        return (
-            functional.l1_loss(shown, pictures) + functional.mse_loss(shown, pictures) + KL_WEIGHT * latents.kl().mean()
-        )
+        return functional.l1_loss(shown, images) + functional.mse_loss(shown, images) + KL_WEIGHT * latents.kl().mean()
 
     _descend(vae, loss, bank, steps, batch, seed, "autoencoder", log)
     with torch.no_grad():
-        latents = vae.encode(draw_pictures(bank, 512, _generator(bank, seed + 1))).latent_dist.mode()
+        latents = vae.encode(draw_images(bank, 512, _generator(bank, seed + 1))).latent_dist.mode()
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return vae.eval().requires_grad_(False)
 
@@ -58,11 +56,11 @@ def train_tiny_autoencoder(bank: Bank, vae: nn.Module, steps: int, batch: int, l
     torch.manual_seed(seed)
     tiny = build_tiny_autoencoder().to(bank.rgba.device)
 
-    def loss(pictures: Tensor) -> Tensor:
+    def loss(images: Tensor) -> Tensor:
         with torch.no_grad():
-            latents = scaled_latents(vae, pictures)
+            latents = scaled_latents(vae, images)
         shown = tiny.decode(latents).sample
-        return functional.mse_loss(tiny.encode(pictures).latents, latents) + functional.mse_loss(shown, pictures)
+        return functional.mse_loss(tiny.encode(images).latents, latents) + functional.mse_loss(shown, images)
 
     _descend(tiny, loss, bank, steps, batch, seed, "tiny autoencoder", log)
     return tiny.eval().requires_grad_(False)
@@ -82,14 +80,14 @@ def _descend(
     name: str,
     log: Log,
 ) -> None:
-    """Adam with the priors' learning rates on random pictures."""
+    """Adam with the priors' learning rates on random images."""
     rates = replace(TRAININGS["video"], lr=2e-3)
     optimizer, generator = torch.optim.Adam(network.parameters()), _generator(bank, seed)
     began, losses = time.monotonic(), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(rates, step / steps)
-        loss = loss_of(draw_pictures(bank, batch, generator))
+        loss = loss_of(draw_images(bank, batch, generator))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -110,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=4000, help="of each autoencoder")
     parser.add_argument("--steps", type=int, default=usual.steps, help="of the video prior")
     parser.add_argument("--minutes", type=float, help="of the video prior, instead of steps")
-    parser.add_argument("--batch", type=int, default=usual.batch, help="clips a step; 4 times as many pictures")
+    parser.add_argument("--batch", type=int, default=usual.batch, help="clips a step; 4 times as many images")
     parser.add_argument("--bank", type=int, default=usual.bank, help="clips rendered beforehand")
     parser.add_argument("--graph", action="store_true", help="replay the video prior's step as a CUDA graph")
     options = parser.parse_args(arguments)

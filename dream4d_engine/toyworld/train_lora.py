@@ -1,6 +1,6 @@
 """Teach the toy image prior a personal subject: `python -m dream4d_engine.toyworld.train_lora --out DIR`.
 
-DreamBooth with low-rank additions to the attention's weights (2208.12242, 2106.09685), from four pictures of
+DreamBooth with low-rank additions to the attention's weights (2208.12242, 2106.09685), from four images of
 subject.py's snowman. The file is what diffusers' own training writes: pytorch_lora_weights.safetensors with pairs
 `unet.<layer>.lora.down.weight` [r, i] and `.up.weight` [o, r], to be added as up @ down.
 """
@@ -25,7 +25,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """`rank`: of the additions. `batch`: pictures a step, each of the four as often. `lr`: falls to 0 linearly."""
+    """`rank`: of the additions. `batch`: images a step, each of the four as often. `lr`: falls to 0 linearly."""
 
     rank: int = 4
     steps: int = 400
@@ -59,21 +59,21 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator) -> dict[str
 
 
 def train_lora(training: LoraTraining, log: Callable[[str], None] = print) -> dict[str, Tensor]:
-    """Train the additions on the four pictures, before random greys; return the file's tensors."""
+    """Train the additions on the four images, before random greys; return the file's tensors."""
     generator = torch.Generator().manual_seed(training.seed)
     prior = load_prior(toy_folder("image"), "image")
     unet, sigmas = prior.denoiser.unet, prior.denoiser.noise.sigmas.to(prior.denoiser.device)
     added = add_lora(unet, training.rank, generator)
     parameters = [p for layer in added.values() for p in (layer.down, layer.up)]
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=1e-4)
-    pictures, tokens = photos(), prior.encode_text(photo_prompts())
+    images, tokens = photos(), prior.encode_text(photo_prompts())
     losses: list[float] = []
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.lr * (1 - step / training.steps)
-        index = torch.arange(training.batch) % len(pictures)
+        index = torch.arange(training.batch) % len(images)
         grey = GREY[0] + (GREY[1] - GREY[0]) * torch.rand(training.batch, 1, 1, 1, generator=generator)
-        clean = 2 * (pictures[index, :3] + (1 - pictures[index, 3:]) * grey) - 1
+        clean = 2 * (images[index, :3] + (1 - images[index, 3:]) * grey) - 1
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.randint(len(sigmas), (training.batch,), generator=generator)
         alpha_bar = 1 / (1 + sigmas[timestep] ** 2)[:, None, None, None]

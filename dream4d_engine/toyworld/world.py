@@ -1,4 +1,4 @@
-"""Pictures of the toy world: any caption, from any cameras, at any time.
+"""Images of the toy world: any caption, from any cameras, at any time.
 
 Rays are moved into the canonical frame by the inverse of the object's affine motion, with their directions left
 unnormalised: the parameter t of a point stays the distance along the world's unit ray, and a distance d in the
@@ -24,7 +24,7 @@ __all__ = [
     "MOTIONS",
     "SHAPES",
     "Caption",
-    "WorldPicture",
+    "WorldImage",
     "all_captions",
     "parse_caption",
     "render_caption",
@@ -38,8 +38,8 @@ TRACE_STEPS, TRACE_ROUND, HIT = 72, 8, 2e-4
 
 
 @dataclass(frozen=True)
-class WorldPicture:
-    """B x F pictures.
+class WorldImage:
+    """B x F images.
 
     Args:
         rgb: [B, F, H, W, 3]: over the background if one was given, else the object's own colour (not multiplied
@@ -83,7 +83,7 @@ def trace(shape: Shape, origins: Tensor, directions: Tensor) -> Tensor:
 
 
 def _by_shape(shape_index: Tensor, chunk: int) -> Iterator[tuple[Shape, Tensor]]:
-    """Yield each shape with the places of at most `chunk` of the pictures that show it."""
+    """Yield each shape with the places of at most `chunk` of the images that show it."""
     for i, name in enumerate(SHAPES):
         for places in (shape_index == i).nonzero()[:, 0].split(chunk):
             if len(places):
@@ -110,7 +110,7 @@ def _render_shape(
     supersample: int,
     mark_azimuths_deg: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render N pictures of one shape; return rgb (multiplied by the mask), mask and depth, [N, H, W, C]."""
+    """Render N images of one shape; return rgb (multiplied by the mask), mask and depth, [N, H, W, C]."""
     n, height, width = len(color), cameras.height * supersample, cameras.width * supersample
     bundle = rays_from_cameras(cameras.resized(height, width))
     linear, offset = canonical_from_world[:, :3, :3], canonical_from_world[:, None, :3, 3]
@@ -120,10 +120,10 @@ def _render_shape(
     hit = t.isfinite()
     rays = hit.nonzero()[:, 0]
     points = origins[rays] + t[rays, None] * directions[rays]
-    picture = rays // (height * width)
-    head = None if head_color is None else head_color[picture]
+    image = rays // (height * width)
+    head = None if head_color is None else head_color[image]
     rgb = torch.zeros_like(origins)
-    rgb[rays] = paint(shape, points, color[picture], head, mark_azimuths_deg)
+    rgb[rays] = paint(shape, points, color[image], head, mark_azimuths_deg)
     layers = (rgb, hit.to(t.dtype)[:, None], torch.where(hit, t, 0.0)[:, None])
     return tuple(_pool(layer.reshape(n, height, width, -1), supersample) for layer in layers)
 
@@ -138,14 +138,14 @@ def render_objects(
     background: Tensor | Sequence[float] | None = None,
     mark_azimuths_deg: Sequence[float] = (0.0,),
     chunk_rays: int | None = None,
-) -> WorldPicture:
-    """Render N = B*F pictures, each of its own object, on the device of the cameras.
+) -> WorldImage:
+    """Render N = B*F images, each of its own object, on the device of the cameras.
 
     Args:
         shape_index: [N] places in SHAPES. color: [N, 3]. canonical_from_world: [N, 4, 4] affine maps.
         cameras: [B, F] in the same order. head_color: [N, 3] of the snowman's head, or None for one colour.
         supersample: each pixel is the mean of this number squared of rays.
-        background: None, [3], or a colour for each picture [B, F, 3].
+        background: None, [3], or a colour for each image [B, F, 3].
         mark_azimuths_deg: where the mark is; (0, 180) makes a two-faced object, () one without a face.
         chunk_rays: rays traced at once; bounds the memory (about 150 bytes a ray).
     """
@@ -177,7 +177,7 @@ def render_objects(
     else:
         wall = torch.as_tensor(background, dtype=rgb.dtype, device=device)
         rgb = rgb + (1 - mask) * (wall if wall.ndim == 1 else wall[..., None, None, :])
-    return WorldPicture(rgb, mask, depth)
+    return WorldImage(rgb, mask, depth)
 
 
 def render_captions(
@@ -189,7 +189,7 @@ def render_captions(
     head_color: str | Sequence[float] | None = None,
     mark_azimuths_deg: Sequence[float] = (0.0,),
     chunk_rays: int | None = None,
-) -> WorldPicture:
+) -> WorldImage:
     """Render one caption for each group of the cameras [B, F]; the cameras' times move the objects.
 
     `head_color` is a name or RGB; `strength` multiplies the motions' amplitudes; the rest as in `render_objects`.
@@ -200,12 +200,12 @@ def render_captions(
     known = [as_caption(caption) for caption in captions]
     device = cameras.c2w.device
 
-    def per_picture(values: list) -> Tensor:
+    def per_image(values: list) -> Tensor:
         return torch.tensor(values, device=device).repeat_interleave(n_frames, 0)
 
-    shape = per_picture([SHAPES.index(caption.shape) for caption in known])
-    motion = per_picture([MOTIONS.index(caption.motion) for caption in known])
-    color = per_picture([COLORS[caption.color] for caption in known])
+    shape = per_image([SHAPES.index(caption.shape) for caption in known])
+    motion = per_image([MOTIONS.index(caption.motion) for caption in known])
+    color = per_image([COLORS[caption.color] for caption in known])
     moved = world_from_canonical(motion, shape, cameras.time.reshape(-1), strength)
     head = None
     if head_color is not None:
@@ -225,7 +225,7 @@ def render_caption(
     head_color: str | Sequence[float] | None = None,
     mark_azimuths_deg: Sequence[float] = (0.0,),
     chunk_rays: int | None = None,
-) -> WorldPicture:
+) -> WorldImage:
     """Render one caption from all cameras; see `render_captions`."""
     captions = [as_caption(caption)] * cameras.shape[0]
     return render_captions(

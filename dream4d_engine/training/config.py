@@ -27,7 +27,7 @@ from ..supervision import RandomBackground, RegularizerWeights
 
 @dataclass(frozen=True)
 class Phase:
-    """Picture size and number of camera groups from progress `start` on.
+    """Image size and number of camera groups from progress `start` on.
 
     `displacement_tv`: the weight of that term from here on, where it is another than the recipe's.
     """
@@ -80,7 +80,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class ReferencePhase:
-    """Height and width of the reference picture from progress `start` on."""
+    """Height and width of the reference image from progress `start` on."""
 
     start: float
     size: int
@@ -88,15 +88,15 @@ class ReferencePhase:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The picture that a scene is made from: the camera that saw it, and what its terms weigh.
+    """The image that a scene is made from: the camera that saw it, and what its terms weigh.
 
-    Every step compares the scene, seen by this camera, with the picture (the "reference pass"). A weight of 0 leaves
+    Every step compares the scene, seen by this camera, with the image (the "reference pass"). A weight of 0 leaves
     a term out; see supervision/losses.py. The maps are told to training/reference.py.
 
     Args:
-        fill: the least and the largest share of the frame that the subject's longer side may take. A picture whose
+        fill: the least and the largest share of the frame that the subject's longer side may take. An image whose
             subject takes less or more is cut or padded until it takes that share; it is centred in any case.
-        phases: picture sizes. ray_jitter: deviation of a normal offset on the rays' directions.
+        phases: image sizes. ray_jitter: deviation of a normal offset on the rays' directions.
         rgb: of the squared error of the colours, over the scene's background. mask: of the opacity's.
         depth, relative_depth: of the depth map, after the best scale and shift, and by its correlation.
         depth_near: whether the depth map is bright where the subject is near (as estimators give it) or far.
@@ -121,7 +121,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class StaticRecipe:
-    """Stage 1: a static scene from priors of pictures, and from a picture where there is a `reference`."""
+    """Stage 1: a static scene from priors of images, and from an image where there is a `reference`."""
 
     name: str
     steps: int
@@ -355,7 +355,7 @@ TOY_MOTION = MotionRecipe(
     negative_prompt="",
 )
 
-_TOY_PICTURE = DistillationConfig(
+_TOY_IMAGE = DistillationConfig(
     guidance_scale=3.0, min_noise=Schedule(0.98, 0.05), max_noise=Schedule(0.98, 0.20), loss="x0", rescale=0.5
 )
 TOY_IMAGE = replace(
@@ -366,8 +366,8 @@ TOY_IMAGE = replace(
     n_views=1,
     phases=(Phase(0.0, 4, TOY_SIZE, TOY_SIZE),),
     guidance=(
-        GuidanceTerm("novel_view", 1.0, _TOY_PICTURE),
-        GuidanceTerm("pixel", 0.2, _TOY_PICTURE),
+        GuidanceTerm("novel_view", 1.0, _TOY_IMAGE),
+        GuidanceTerm("pixel", 0.2, _TOY_IMAGE),
     ),
     background=_SCENE_BACKGROUND,
     reference=ReferenceConfig(
@@ -384,16 +384,16 @@ TOY_PERSONALISED = replace(
     name="toy-personalised",
     guidance=(
         replace(TOY_STATIC.guidance[0], weight=0.3),
-        GuidanceTerm("image", 2.0, replace(_TOY_PICTURE, guidance_scale=1.0)),
+        GuidanceTerm("image", 2.0, replace(_TOY_IMAGE, guidance_scale=1.0)),
     ),
 )
 """The multi-view prior, which isn't told the subject's word, leads the shape, the image prior the colours; more
-guidance of the latter would overdraw what it learnt from four pictures."""
+guidance of the latter would overdraw what it learnt from four images."""
 
 STATIC_RECIPES = {recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, TOY_PERSONALISED)}
 """Stage 1 from a sentence."""
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
-"""Stage 1 from a picture."""
+"""Stage 1 from an image."""
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE)}
 
 

@@ -14,7 +14,7 @@ from ..machine import has_own_allocator
 from ..priors.conditioning import image_guidance, text_guidance
 from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
 from ..priors.networks.denoisers import accelerated
-from ..priors.networks.execution import PLAIN, GraphRecorder, Recorder
+from ..priors.networks.execution import PLAIN, Capture, GraphRecorder
 from .config import GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe, shipped_recipe
 from .loop import PriorSilent
 from .reference import Reference, reference_cameras
@@ -41,13 +41,13 @@ def load_guidance(
     accelerate: bool = True,
     compiled: bool = True,
 ) -> dict[PriorKind, Guidance]:
-    """Load the recipe's models and encode the prompts, or the picture for a model of novel views.
+    """Load the recipe's models and encode the prompts, or the image for a model of novel views.
 
     `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
     are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
     parts. On a GPU the models run fast unless `accelerate` is off; `compiled`: some of them compiled.
     """
-    guidance, recorder = {}, recorder_for(device)
+    guidance, capture = {}, capture_for(device)
     for term in active_terms(recipe):
         dtype = working_dtype(recipe.loop, device)
         added = (extras or {}).get(term.prior, PriorExtras())
@@ -55,16 +55,16 @@ def load_guidance(
         if on_prior is not None:
             on_prior(prior)
         if term.prior == "novel_view":
-            picture, seen_by = reference.over().movedim(-1, 0), reference_cameras(recipe.reference)
-            guidance[term.prior] = image_guidance(prior, picture, seen_by, term.distillation)
+            image, seen_by = reference.over().movedim(-1, 0), reference_cameras(recipe.reference)
+            guidance[term.prior] = image_guidance(prior, image, seen_by, term.distillation)
             continue
         guidance[term.prior] = text_guidance(prior, prompt, choose_negative(recipe, prior, negative), term.distillation)
     if device.type == "cuda" and accelerate:
-        return {kind: fast(one, recorder, compiled) for kind, one in guidance.items()}
+        return {kind: fast(one, capture, compiled) for kind, one in guidance.items()}
     return guidance
 
 
-def recorder_for(device: torch.device) -> Recorder:
+def capture_for(device: torch.device) -> Capture:
     """What records the models' work on a device, to be shared by those of a run."""
     if device.type != "cuda":
         return PLAIN
@@ -77,9 +77,9 @@ def recorder_for(device: torch.device) -> Recorder:
     return GraphRecorder(device)
 
 
-def fast(guidance: Guidance, recorder: Recorder, compiled: bool = True) -> Guidance:
+def fast(guidance: Guidance, capture: Capture, compiled: bool = True) -> Guidance:
     """Return the guidance with its model running fast on a GPU (see priors.denoisers.accelerated)."""
-    return replace(guidance, denoiser=accelerated(guidance.denoiser, recorder, compiled))
+    return replace(guidance, denoiser=accelerated(guidance.denoiser, capture, compiled))
 
 
 def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: str = "") -> str:

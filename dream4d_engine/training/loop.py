@@ -36,9 +36,9 @@ from .checkpoint import (
     unpack_state,
 )
 from .config import OptimizerConfig
-from .distributed import ALONE, Team
-from .memory import fit_into
+from .plan import fit_into
 from .prefetch import Prefetch
+from .processes import SINGLE, Processes
 from .stages import GuidanceOf, ParameterGroup, Stage
 
 ALL_CELLS_UNTIL = 256
@@ -103,7 +103,7 @@ class RunControl:
 
     `checkpoint`: file for the unfinished state (None: nothing is saved); if it exists, the run goes on from it
     when its identity equals `identity`, else a ResumeMismatch is raised. `on_step` is called after every step with
-    the report and the scene in training (not to be changed); `should_stop` is asked after every step. `team`: the
+    the report and the scene in training (not to be changed); `should_stop` is asked after every step. `processes`: the
     processes that share the work; the first one alone writes and calls `on_step`. `memory_budget`: bytes of GPU memory
     that the process may take, None for all; `on_plan` is told how it keeps to that.
     """
@@ -113,7 +113,7 @@ class RunControl:
     on_step: Callable[[StepReport, Scene], None] | None = None
     should_stop: Callable[[], bool] | None = None
     clock: Callable[[], float] = time.monotonic
-    team: Team = ALONE
+    processes: Processes = SINGLE
     memory_budget: int | None = None
     on_plan: Callable[[str], None] | None = None
 
@@ -122,7 +122,7 @@ class RunControl:
 
         Of several processes none does: the others would wait for it; they stop together, after the first step.
         """
-        if self.team.count == 1 and self.should_stop is not None and self.should_stop():
+        if self.processes.world_size == 1 and self.should_stop is not None and self.should_stop():
             raise Interrupted(stage, 0, None)
 
 
@@ -147,7 +147,13 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError when it
     can't be written, and a ValueError where the memory budget is too small for any way.
     """
-    scene, recipe, loop, steps, team = stage.scene, stage.recipe, stage.recipe.loop, stage.recipe.steps, control.team
+    scene, recipe, loop, steps, processes = (
+        stage.scene,
+        stage.recipe,
+        stage.recipe.loop,
+        stage.recipe.steps,
+        control.processes,
+    )
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
     if control.memory_budget is None:
@@ -166,7 +172,7 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         _update_occupancy(scene, seed, 0)
 
     for step in range(start, steps):
-        step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, team.rank)
+        step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, processes.rank)
         _set_rates(optimizer, recipe.optimizer, progress)
         stage.begin(progress)
         optimizer.zero_grad(set_to_none=True)
@@ -183,14 +189,14 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         if occupancy_due and prefetches:
             _update_occupancy(scene, seed, done)
         if prefetch.enabled and done < steps:
-            prefetch.begin(views_of(supervisions, scene, done / steps, Draw(seed, done, team.rank)))
+            prefetch.begin(views_of(supervisions, scene, done / steps, Draw(seed, done, processes.rank)))
 
         # backward
         answered = _answered(terms, loss.device)
         _backward(loss, answered, scaler)
 
         # step, where everything is finite
-        finite = _step(optimizer, scaler, answered, team)
+        finite = _step(optimizer, scaler, answered, processes)
         if occupancy_due and not prefetches:  # the backward pass may have had to find the samples again
             _update_occupancy(scene, seed, done)
 
@@ -198,11 +204,11 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         seen.add(step, _found(loss, finite, terms))
         now = control.clock()
         durations.append(now - step_began)
-        if control.on_step is not None and team.writes:
+        if control.on_step is not None and processes.is_main:
             control.on_step(seen.report(done, steps, fmean(durations)), scene)
 
         # save
-        stop = team.any(done < steps and control.should_stop is not None and control.should_stop())
+        stop = processes.any(done < steps and control.should_stop is not None and control.should_stop())
         due = done % loop.checkpoint_steps == 0 or now - saved_at > loop.checkpoint_seconds
         if stop or (due and not seen.silent):  # nothing new is to be saved while a prior is silent
             _save(control, stage.name, done, pack_state(scene, optimizer, scaler))
@@ -261,10 +267,12 @@ def _backward(loss: Tensor, answered: Tensor, scaler: torch.amp.GradScaler) -> N
         scaler.scale(loss * torch.where(loss.detach().isfinite() & answered, 1.0, float("nan"))).backward()
 
 
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, answered: Tensor, team: Team) -> Tensor:
+def _step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, answered: Tensor, processes: Processes
+) -> Tensor:
     """Change the parameters where their gradient is finite, on all processes alike; return whether it is."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    team.average(gradients)
+    processes.average(gradients)
     if not gradients:
         return torch.zeros((), device=answered.device)
     # norms, not sums: Adam squares what it is given
@@ -298,7 +306,7 @@ def _resume(control: RunControl, steps: int, scene: Scene, optimizer, scaler) ->
 
 
 def _save(control: RunControl, stage: str, done: int, state: dict[str, Tensor]) -> None:
-    if control.checkpoint is None or not control.team.writes:
+    if control.checkpoint is None or not control.processes.is_main:
         return
     broken = not_finite(state)
     if broken is not None:  # no run could go on from it

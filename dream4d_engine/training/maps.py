@@ -1,4 +1,4 @@
-"""Depth and normal maps of a picture: taken where they are what they should be, refused where they can't be."""
+"""Depth and normal maps of an image: taken where they are what they should be, refused where they can't be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .masks import COLORED
-from .pixels import PictureError
+from .pixels import ImageError
 
 _LEAST_RANGE = 1.5 / 255
 _LENGTH_OFF, _TURNED_AWAY, _MIRRORED = 0.12, 0.25, -0.4
@@ -29,9 +29,9 @@ def read_depth(values: Tensor, mask: Tensor, name: str) -> Tensor:
             like = (
                 "a normal map (give it as the normal map)"
                 if _normal_complaint(colors, inside) is None
-                else "one in false colours, made to be looked at (or another picture)"
+                else "one in false colours, made to be looked at (or another image)"
             )
-            raise PictureError(
+            raise ImageError(
                 f"the {name} is coloured: red, green and blue differ at {share:.0%} of the subject. It looks like "
                 f"{like}, and the depth can't be told from its colours: save the depth itself as a grey PNG of 8 or 16 "
                 "bits, without a colour map"
@@ -40,7 +40,7 @@ def read_depth(values: Tensor, mask: Tensor, name: str) -> Tensor:
     low, high = (float(x) for x in values[inside].aminmax())
     # full range of what was stored: 16-bit maps may use little of it
     if high - low < min(_LEAST_RANGE, 0.01 * max(abs(high), abs(low))) or high == low:
-        raise PictureError(
+        raise ImageError(
             f"the {name} is the same everywhere on the subject ({high:.4g}), so it says nothing: give another, or "
             "leave it out"
         )
@@ -54,7 +54,7 @@ def read_normals(colors: Tensor, mask: Tensor, name: str) -> tuple[Tensor, str]:
     inside = mask[..., 0] > 0
     complaint = _normal_complaint(colors[..., :3], inside)
     if complaint is not None:
-        raise PictureError(
+        raise ImageError(
             f"the {name} {complaint}. It must hold the camera's normals as colours (n + 1) / 2: red to the right, "
             "green up, blue towards the camera, (128, 128, 255) where the surface faces it"
         )
@@ -75,10 +75,10 @@ def _normal_complaint(colors: Tensor, inside: Tensor) -> str | None:
     if length.median() < 0.1:
         return "is middle grey nearly everywhere on the subject, which is no direction"
     if _colored(chosen) < 0.01:
-        return "is grey on the subject: it looks like a depth map or another picture"
+        return "is grey on the subject: it looks like a depth map or another image"
     off = float((length - 1).abs().mean())
     if off > _LENGTH_OFF:
-        return f"holds no unit vectors: their length is off by {off:.0%} on average, as that of other pictures' colours"
+        return f"holds no unit vectors: their length is off by {off:.0%} on average, as that of other images' colours"
     away = float((vectors[:, 2] < -0.05).float().mean())
     if away > _TURNED_AWAY:
         return (

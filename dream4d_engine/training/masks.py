@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .pixels import PictureError, Pixels, spread
+from .pixels import ImageError, Pixels, spread
 
 AUTOMATIC, SUBJECT, BACKGROUND, UNKNOWN = "automatic", "subject", "background", "unknown"
 MASK_SHOWS = (AUTOMATIC, SUBJECT, BACKGROUND)
@@ -22,7 +22,7 @@ _VOID = 224 << 16 | 224 << 8 | 192
 """The colour that label images of the VOC kind draw around an object, where they don't know."""
 
 
-class UnclearMask(PictureError):
+class UnclearMask(ImageError):
     """A mask whose white part may be the subject or the background.
 
     `readings` [h, w, 3] shows both, the white part as the subject on the left.
@@ -51,7 +51,7 @@ class Solid:
 
 
 def cut_out(pixels: Pixels) -> bool:
-    """Whether something of a picture is transparent."""
+    """Whether something of an image is transparent."""
     if pixels.channels != 4:
         return False
     return any(bool((strip <= 0.5).any()) for _, strip in pixels.only(slice(3, 4)).strips())
@@ -61,7 +61,7 @@ def read_mask(pixels: Pixels) -> Solid:
     """Read a mask of 1, 3 or 4 channels: its alpha where that hides something, else what is bright, or one colour.
 
     Understood beside white on black: one colour on black, numbers up to 255 or 65535, alpha, and in files 0 and any
-    other number (labels 0 and 1, say). Raises PictureError, with the largest number, where more than one meaning is
+    other number (labels 0 and 1, say). Raises ImageError, with the largest number, where more than one meaning is
     left.
     """
     if cut_out(pixels):
@@ -69,13 +69,13 @@ def read_mask(pixels: Pixels) -> Solid:
     low, high, colored, bright = 0.0, 0.0, 0, 0
     for _, strip in pixels.strips():
         if not pixels.finite and not strip.isfinite().all():
-            raise PictureError(f"the {pixels.name} holds values that are no numbers (NaN or infinity): give 0 to 1")
+            raise ImageError(f"the {pixels.name} holds values that are no numbers (NaN or infinity): give 0 to 1")
         value, apart = _brightest(strip)
         low, high = min(low, float(value.min())), max(high, float(value.max()))
         if pixels.channels > 1:
             colored, bright = colored + int((apart > COLORED).sum()), bright + int((value > 0.1).sum())
     if low < -0.01:
-        raise PictureError(
+        raise ImageError(
             f"the {pixels.name} holds numbers from {low * pixels.largest:.6g} to {high * pixels.largest:.6g}, as a "
             "model's raw answers: give a mask from 0 to 1, or black and white"
         )
@@ -96,11 +96,11 @@ def read_mask(pixels: Pixels) -> Solid:
         if len(others) < 5:
             others |= set(value[(value > 0) & (value < most)].unique()[:5].tolist())
     largest = high * pixels.largest
-    # a tensor with next to nothing in it may be the alpha of a picture that is nearly opaque, as Load Image gives it
+    # a tensor with next to nothing in it may be the alpha of an image that is nearly opaque, as Load Image gives it
     if others or (high and not pixels.stored):
         some = ", ".join(f"{value * pixels.largest:.6g}" for value in sorted(others)[:4])
         beside = f" ({some}{', …' if len(others) > 4 else ''} lie between)" if some else ""
-        raise PictureError(
+        raise ImageError(
             f"the largest value of the {pixels.name} is {largest:.6g}{beside}, where white is "
             f"{unit * pixels.largest:.6g}: nothing of it is above one half. If it holds labels, make a mask of the one "
             "object; if it is a faint mask, stretch it to black and white"
@@ -115,7 +115,7 @@ def _refuse_labels(pixels: Pixels, soft: Tensor) -> None:
     dark = (levels > 0) & (levels <= 0.5)
     if pixels.stored and len(levels) <= 4 and counts[dark].sum() > 0.2 * counts[levels > 0].sum():
         values = ", ".join(f"{level * pixels.largest:.6g}" for level in levels.tolist())
-        raise PictureError(
+        raise ImageError(
             f"the {pixels.name} holds {values} alone, which look like labels: make a mask of the one object, white on "
             "black"
         )
@@ -144,8 +144,8 @@ def _one_color(pixels: Pixels) -> Solid:
             found.append(int(rest[0]))
             rest = rest[rest != found[-1]]
         if len(found) > 1:
-            raise PictureError(
-                f"the {pixels.name} is a coloured picture (with #{found[0]:06x} and #{found[1]:06x}, say): a mask is "
+            raise ImageError(
+                f"the {pixels.name} is a coloured image (with #{found[0]:06x} and #{found[1]:06x}, say): a mask is "
                 "black and white, or one colour on black. If these are labels, make a mask of the one object"
             )
         white.append(codes == (found[0] if found else -1))
@@ -181,7 +181,7 @@ class _Hint:
 def what_mask_shows(mask: Tensor, rgb: Tensor) -> MaskReading:
     """Tell whether a mask is white on the subject or on the background, where that can be told.
 
-    What lies under the mask counts: a part of the picture that is one colour is the background, as cut-outs hide it.
+    What lies under the mask counts: a part of the image that is one colour is the background, as cut-outs hide it.
     So does where it lies: the background fills the border, the subject the middle. Where both say nothing, or one
     contradicts the other, nothing is known.
 
@@ -197,7 +197,7 @@ def what_mask_shows(mask: Tensor, rgb: Tensor) -> MaskReading:
         agreeing = float((solid == white).float().mean())
         if not solid.all() and solid.any() and not 0.05 < agreeing < 0.95:
             which = SUBJECT if agreeing > 0.5 else BACKGROUND
-            return MaskReading(which, f"it is white where the picture is {'opaque' if agreeing > 0.5 else 'hidden'}")
+            return MaskReading(which, f"it is white where the image is {'opaque' if agreeing > 0.5 else 'hidden'}")
     colors, place = _hint_of_colors(mask, rgb[..., :3]), _hint_of_place(white)
     against = colors.weight * place.weight < 0
     if against and not (abs(place.weight) == 2 and abs(colors.weight) == 1):
@@ -219,7 +219,7 @@ def _hint_of_colors(mask: Tensor, rgb: Tensor) -> _Hint:
     part, even, filled = ("white", one, pure) if one > other else ("black", other, other_pure)
     # another colour alone may be a subject's that is drawn flat
     weight = 1 if even == 1 else 2 if filled else 1.5
-    what = "is one colour in the picture" if even == 2 else "is nearly one colour in the picture"
+    what = "is one colour in the image" if even == 2 else "is nearly one colour in the image"
     return _Hint(-weight if part == "white" else weight, f"what is {part} in it {what}")
 
 
@@ -243,11 +243,11 @@ def _hint_of_place(white: Tensor) -> _Hint:
     border, middle = _border(white), float(_middle(white).float().mean())
     if border in (0, 1):
         part = "white" if border else "black"
-        return _Hint(2 if part == "black" else -2, f"what is {part} in it fills the picture's border")
+        return _Hint(2 if part == "black" else -2, f"what is {part} in it fills the image's border")
     lean = middle - border
     weight = 2 if abs(lean) >= 0.6 else 1 if abs(lean) >= 0.15 else 0
     part, share, rest = ("white", border, middle) if lean < 0 else ("black", 1 - border, 1 - middle)
-    reason = f"what is {part} in it covers {share:.0%} of the picture's border and {rest:.0%} of its middle"
+    reason = f"what is {part} in it covers {share:.0%} of the image's border and {rest:.0%} of its middle"
     return _Hint(weight if lean > 0 else -weight, reason)
 
 
@@ -265,7 +265,7 @@ def _middle(white: Tensor) -> Tensor:
 
 
 def unclear_mask(white: Tensor, rgb: Tensor, reason: str) -> UnclearMask:
-    """Ask what a mask [H, W] shows; `rgb` [h, w, 3] is the picture at the places of `Pixels.sample(SAMPLED)`."""
+    """Ask what a mask [H, W] shows; `rgb` [h, w, 3] is the image at the places of `Pixels.sample(SAMPLED)`."""
     height, width = white.shape
     rows, columns = spread(height, SAMPLED), spread(width, SAMPLED)
     small = white[rows][:, columns, None].float()
@@ -282,7 +282,7 @@ def unclear_mask(white: Tensor, rgb: Tensor, reason: str) -> UnclearMask:
 def _described(part: Tensor) -> str:
     top, bottom, left, right = box_of(part)
     return (
-        f"{part.float().mean():.0%} of the picture, {right - left}x{bottom - top} pixels from ({left}, {top}) on, "
+        f"{part.float().mean():.0%} of the image, {right - left}x{bottom - top} pixels from ({left}, {top}) on, "
         f"{_border(part):.0%} of its border"
     )
 

@@ -1,4 +1,4 @@
-"""Pixels of files and tensors, read a part at a time, so that a large picture is never held in full as floats."""
+"""Pixels of files and tensors, read a part at a time, so that a large image is never held in full as floats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MOST_PIXELS, MOST_SIDE, MOST_BYTES = 2**26, 2**16, 2**29
-"""Of a picture that is read (8192 x 8192, say), of one of its sides, and of its file."""
+"""Of an image that is read (8192 x 8192, say), of one of its sides, and of its file."""
 ALL = slice(None)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "TGA", "JPEG2000")
 """What is read. Not all that Pillow knows: some formats are programs for others, some hide another size inside."""
@@ -28,13 +28,13 @@ _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
 """EXIF's orientation -> Pillow's Transpose."""
 
 
-class PictureError(ValueError):
-    """A picture that no scene can be made from, and what to give instead."""
+class ImageError(ValueError):
+    """An image that no scene can be made from, and what to give instead."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A picture, mask or map whose numbers are asked for a part at a time.
+    """An image, mask or map whose numbers are asked for a part at a time.
 
     Args:
         name: what it is and which file, for messages.
@@ -87,13 +87,13 @@ def unit_of(largest: float) -> float:
 
 
 def tensor_pixels(pixels: Tensor, what: str, channels: tuple[int, ...]) -> Pixels:
-    """One picture [H, W, c], or a batch of one. Bytes are of 255. Raises PictureError for other shapes."""
+    """One image [H, W, c], or a batch of one. Bytes are of 255. Raises ImageError for other shapes."""
     if pixels.ndim == 4:
         if len(pixels) != 1:
-            raise PictureError(f"one {what} is needed, got {len(pixels)}: pick one of the batch")
+            raise ImageError(f"one {what} is needed, got {len(pixels)}: pick one of the batch")
         pixels = pixels[0]
     if pixels.ndim != 3 or pixels.shape[-1] not in channels or not pixels.numel():
-        raise PictureError(f"the {what} must be [H, W, {' or '.join(map(str, channels))}], got {list(pixels.shape)}")
+        raise ImageError(f"the {what} must be [H, W, {' or '.join(map(str, channels))}], got {list(pixels.shape)}")
     unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
 
     def block(top: int, bottom: int, left: int, right: int, channels: slice = ALL) -> Tensor:
@@ -112,17 +112,17 @@ def map_pixels(pixels: Tensor, what: str) -> Pixels:
 
 @contextmanager
 def file_pixels(path: Path | str, what: str) -> Iterator[Pixels]:
-    """Open a picture file, turned upright; its first frame, if it moves. Raises PictureError for what can't be read."""
+    """Open an image file, turned upright; its first frame, if it moves. Raises ImageError for what can't be read."""
     path = Path(path)
     name = f"{what} {printable(str(path))}"
     try:
         if not path.is_file():
-            raise PictureError(f"the {name} {'is a folder' if path.is_dir() else 'does not exist'}")
+            raise ImageError(f"the {name} {'is a folder' if path.is_dir() else 'does not exist'}")
         image, pixels = _decoded(path, name)
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:  # decoders raise whatever they like
-        raise PictureError(f"the {name} could not be read as a picture: {_why(path, error)}") from error
+        raise ImageError(f"the {name} could not be read as an image: {_why(path, error)}") from error
     try:
         yield pixels
     finally:
@@ -134,7 +134,7 @@ def _decoded(path: Path, name: str) -> tuple[Image.Image, Pixels]:
 
     n_bytes = path.stat().st_size
     if n_bytes > MOST_BYTES:
-        raise PictureError(f"the {name} holds {n_bytes:,} bytes, more than {MOST_BYTES:,}: make it smaller")
+        raise ImageError(f"the {name} holds {n_bytes:,} bytes, more than {MOST_BYTES:,}: make it smaller")
     Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that doesn't matter, in the decoders' words
@@ -142,10 +142,10 @@ def _decoded(path: Path, name: str) -> tuple[Image.Image, Pixels]:
         size = f"{image.width}x{image.height} pixels"
         if image.width * image.height > MOST_PIXELS:
             image.close()
-            raise PictureError(f"the {name} has {size}, more than {MOST_PIXELS}: make it smaller")
+            raise ImageError(f"the {name} has {size}, more than {MOST_PIXELS}: make it smaller")
         if max(image.size) > MOST_SIDE:
             image.close()
-            raise PictureError(f"the {name} has {size}, more than {MOST_SIDE} on one side: cut it")
+            raise ImageError(f"the {name} has {size}, more than {MOST_SIDE} on one side: cut it")
         moves = image.format in _ANIMATED and bool(getattr(image, "is_animated", False))
         turn = _TURNS.get(_orientation(image))
         image.load()
@@ -166,7 +166,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a file that is no picture."""
+    """What is wrong with a file that is no image."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from ..rendering import SamplesAhead, View, find_samples_ahead
+from ..rendering import PrefetchedSamples, View, prefetch_samples
 from ..scene import Scene
 from ..supervision import Views
 
@@ -30,14 +30,14 @@ class Prefetch:
 
     def __init__(self, scene: Scene, half: bool, enabled: bool) -> None:
         self._scene, self._half, self.enabled = scene, half, enabled
-        self._begun: tuple[Views, tuple[SamplesAhead, ...]] | None = None
+        self._begun: tuple[Views, tuple[PrefetchedSamples, ...]] | None = None
         self._densest: dict[int, deque[float]] = {}  # intervals in relation to the views' sizes, by the views' order
 
     def begin(self, views: Views) -> None:
         """Begin to find the samples of the next step's views."""
         with torch.autocast(self._scene.device.type, torch.float16, enabled=self._half):
             each = enumerate(views.values())
-            found = tuple(find_samples_ahead(self._scene, v, self._capacity(n, v)) for n, v in each)
+            found = tuple(prefetch_samples(self._scene, v, self._capacity(n, v)) for n, v in each)
         self._begun = views, found
 
     def take(self) -> Views | None:
@@ -52,7 +52,7 @@ class Prefetch:
         latest = self._densest.get(number)
         return math.ceil(SPARE * max(latest) * _size(view)) if latest else None
 
-    def _complete(self, number: int, view: View, found: SamplesAhead) -> View:
+    def _complete(self, number: int, view: View, found: PrefetchedSamples) -> View:
         samples, n_found = found.take()
         if n_found < 0:
             self.enabled = False  # it wouldn't be known the next time either

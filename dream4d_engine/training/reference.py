@@ -1,4 +1,4 @@
-"""The picture that a scene is made from: read, checked, and cut to the frame that the recipe's camera expects.
+"""The image that a scene is made from: read, checked, and cut to the frame that the recipe's camera expects.
 
 Everything here is a square of S x S pixels once it is prepared, with the subject's bounding box in the middle.
 """
@@ -36,26 +36,26 @@ from .masks import (
     unclear_mask,
     what_mask_shows,
 )
-from .pixels import PictureError, Pixels, file_pixels, map_pixels, tensor_pixels
+from .pixels import ImageError, Pixels, file_pixels, map_pixels, tensor_pixels
 
-__all__ = ["AUTOMATIC", "MASK_SHOWS", "PictureError", "UnclearMask", "what_mask_shows"]
+__all__ = ["AUTOMATIC", "MASK_SHOWS", "ImageError", "UnclearMask", "what_mask_shows"]
 __all__ += ["Reference", "load_reference", "prepare_reference", "check_reference"]
 __all__ += ["reference_cameras", "reference_targets"]
 
 LEAST_SUBJECT, LARGEST_SIDE = 8, 1024
-"""Pixels: of the subject's longer side, and of a prepared picture's side."""
+"""Pixels: of the subject's longer side, and of a prepared image's side."""
 
 Source = Callable[[], AbstractContextManager[Pixels]]
-"""Opens a picture, mask or map; it is closed before the next one is opened."""
+"""Opens an image, mask or map; it is closed before the next one is opened."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A prepared picture of the subject, on the CPU.
+    """A prepared image of the subject, on the CPU.
 
     Args:
         rgb: [S, S, 3] in [0, 1], of no meaning outside of the mask. mask: [S, S, 1], 1 on the subject, else 0.
-        statement: one line about what was done to the picture.
+        statement: one line about what was done to the image.
         depth: [S, S, 1] in [0, 1], growing away from the camera, right up to an unknown scale and shift; or None.
         normals: [S, S, 3] unit vectors in the camera's frame (right, up, towards the camera), or None.
     """
@@ -71,7 +71,7 @@ class Reference:
         return self.rgb * self.mask + (1 - self.mask) * torch.tensor(color)
 
     def fingerprint(self) -> str:
-        """A name of the contents: a run goes on only with the very same picture, mask and maps."""
+        """A name of the contents: a run goes on only with the very same image, mask and maps."""
         name = hashlib.sha256()
         for tensor in (self.rgb * self.mask, self.mask, self.depth, self.normals):
             name.update(b"none" if tensor is None else f"{list(tensor.shape)}".encode())
@@ -84,7 +84,7 @@ class Reference:
 
 
 def load_reference(
-    picture: Path | str,
+    image: Path | str,
     config: ReferenceConfig,
     *,
     mask: Path | str | None = None,
@@ -92,20 +92,20 @@ def load_reference(
     normals: Path | str | None = None,
     mask_shows: MaskShows = AUTOMATIC,
 ) -> Reference:
-    """Read a picture with its mask and maps from files and prepare it (see `prepare_reference`).
+    """Read an image with its mask and maps from files and prepare it (see `prepare_reference`).
 
-    The mask is the picture's own alpha unless `mask` names a file. Raises PictureError.
+    The mask is the image's own alpha unless `mask` names a file. Raises ImageError.
     """
 
     def opener(path: Path | str | None, what: str) -> Source | None:
         return None if path is None else lambda: file_pixels(path, what)
 
     sources = (opener(mask, "mask"), opener(depth, "depth map"), opener(normals, "normal map"))
-    return _prepare(lambda: file_pixels(picture, "picture"), config, *sources, mask_shows)
+    return _prepare(lambda: file_pixels(image, "image"), config, *sources, mask_shows)
 
 
 def prepare_reference(
-    picture: Tensor,
+    image: Tensor,
     config: ReferenceConfig,
     *,
     mask: Tensor | None = None,
@@ -116,13 +116,13 @@ def prepare_reference(
     """Find the subject and put it into the frame: centred, and as large as `config.fill` says.
 
     Args:
-        picture: [H, W, 3 or 4] in [0, 1] (or bytes), or [1, H, W, 3 or 4] as ComfyUI has it.
-        mask: [H, W] or [1, H, W], above 0.5 on the subject or on the background; None takes the picture's alpha.
+        image: [H, W, 3 or 4] in [0, 1] (or bytes), or [1, H, W, 3 or 4] as ComfyUI has it.
+        mask: [H, W] or [1, H, W], above 0.5 on the subject or on the background; None takes the image's alpha.
         depth: [H, W], [1, H, W] or with 1 or 3 channels. normals: [(1,) H, W, 3], colours (n + 1) / 2.
         mask_shows: what is white in `mask`: "subject", "background", or "automatic" to have it told, see
             `what_mask_shows`.
 
-    Raises PictureError for a picture without a subject, without a mask, or with a mask or map of another size or that
+    Raises ImageError for an image without a subject, without a mask, or with a mask or map of another size or that
     can't be what it should be; UnclearMask where it can't be told what the mask shows.
     """
 
@@ -130,11 +130,11 @@ def prepare_reference(
         return None if pixels is None else lambda: nullcontext(map_pixels(pixels, what))
 
     sources = (opener(mask, "mask"), opener(depth, "depth map"), opener(normals, "normal map"))
-    return _prepare(lambda: nullcontext(tensor_pixels(picture, "picture", (3, 4))), config, *sources, mask_shows)
+    return _prepare(lambda: nullcontext(tensor_pixels(image, "image", (3, 4))), config, *sources, mask_shows)
 
 
 def _prepare(
-    picture: Source,
+    image: Source,
     config: ReferenceConfig,
     mask: Source | None,
     depth: Source | None,
@@ -142,14 +142,14 @@ def _prepare(
     mask_shows: MaskShows,
 ) -> Reference:
     if mask_shows not in MASK_SHOWS:
-        raise PictureError(f"mask_shows must be one of {', '.join(MASK_SHOWS)}, got {mask_shows!r}")
+        raise ImageError(f"mask_shows must be one of {', '.join(MASK_SHOWS)}, got {mask_shows!r}")
     given = None
     if mask is not None:
         with mask() as pixels:
             given = read_mask(pixels)
     elif mask_shows == BACKGROUND:
-        raise PictureError("mask_shows is 'background', but no mask was given: give one, or leave mask_shows away")
-    with picture() as pixels:
+        raise ImageError("mask_shows is 'background', but no mask was given: give one, or leave mask_shows away")
+    with image() as pixels:
         size = pixels.height, pixels.width
         white, source, notes = _subject(pixels, given, mask_shows)
         frame, statement = _frame(white, config, source)
@@ -164,7 +164,7 @@ def _prepare(
     if normals is not None:
         with normals() as pixels:
             if pixels.channels < 3:
-                raise PictureError(f"the {pixels.name} needs 3 channels, got {pixels.channels}: is it a depth map?")
+                raise ImageError(f"the {pixels.name} needs 3 channels, got {pixels.channels}: is it a depth map?")
             layer = _cut(_of_size(pixels, *size), white, frame)[0]
             layers["normals"], warning = read_normals(layer, share, pixels.name)
         notes.append(warning)
@@ -176,35 +176,35 @@ def _prepare(
 
 
 def _of_size(pixels: Pixels, height: int, width: int) -> Pixels:
-    """A mask or map that belongs to a picture of this size."""
+    """A mask or map that belongs to an image of this size."""
     if (pixels.height, pixels.width) != (height, width):
-        raise PictureError(_other_size(pixels.name, pixels.height, pixels.width, height, width))
+        raise ImageError(_other_size(pixels.name, pixels.height, pixels.width, height, width))
     return pixels
 
 
 def _other_size(name: str, height: int, width: int, wanted_height: int, wanted_width: int) -> str:
     return (
-        f"the {name} has {width}x{height} pixels, the picture {wanted_width}x{wanted_height}: give one of the "
-        "picture's size"
+        f"the {name} has {width}x{height} pixels, the image {wanted_width}x{wanted_height}: give one of the "
+        "image's size"
     )
 
 
-def _subject(picture: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Tensor, str, list[str]]:
+def _subject(image: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Tensor, str, list[str]]:
     """Where the subject is [H, W], by what that is known, and what has to be said of it."""
     if given is None:
-        if picture.channels != 4:
-            raise PictureError(
-                "the picture has no alpha and no mask was given: cut the subject out (RGBA), or give a mask of the "
-                "picture's size, white on the subject"
+        if image.channels != 4:
+            raise ImageError(
+                "the image has no alpha and no mask was given: cut the subject out (RGBA), or give a mask of the "
+                "image's size, white on the subject"
             )
-        alpha = read_mask(picture.only(slice(3, 4), f"alpha of the {picture.name}"))
+        alpha = read_mask(image.only(slice(3, 4), f"alpha of the {image.name}"))
         return alpha.white, "its alpha", [alpha.note]
     height, width = given.white.shape
-    if (height, width) != (picture.height, picture.width):
-        raise PictureError(_other_size("mask", height, width, picture.height, picture.width))
+    if (height, width) != (image.height, image.width):
+        raise ImageError(_other_size("mask", height, width, image.height, image.width))
     if shows != AUTOMATIC:
         return (given.white if shows == SUBJECT else ~given.white), f"its mask, white on the {shows}", [given.note]
-    seen = picture.sample(SAMPLED).nan_to_num(0).clamp(0, 1)
+    seen = image.sample(SAMPLED).nan_to_num(0).clamp(0, 1)
     seen = seen.expand(-1, -1, 3) if seen.shape[-1] == 1 else seen
     reading = what_mask_shows(given.soft, seen)
     if reading.shows == UNKNOWN:
@@ -218,7 +218,7 @@ def _subject(picture: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Te
 
 @dataclass(frozen=True)
 class _Frame:
-    """A square of a picture's pixels, perhaps reaching beyond it; `reduction` of them become one on either axis."""
+    """A square of an image's pixels, perhaps reaching beyond it; `reduction` of them become one on either axis."""
 
     top: int
     left: int
@@ -230,15 +230,15 @@ def _frame(white: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame,
     """Choose the square that shows the subject [H, W] as the recipe's camera expects it, and say so."""
     height, width = white.shape
     if not white.any():
-        raise PictureError(f"the picture has no subject: {source} is empty (nothing of it is above one half)")
+        raise ImageError(f"the image has no subject: {source} is empty (nothing of it is above one half)")
     if white.all():
-        raise PictureError(
-            f"the picture has no subject: {source} covers all of it; cut the subject out (RGBA), or give another mask"
+        raise ImageError(
+            f"the image has no subject: {source} covers all of it; cut the subject out (RGBA), or give another mask"
         )
     top, bottom, left, right = box_of(white)
     longer = max(bottom - top, right - left)
     if longer < LEAST_SUBJECT:
-        raise PictureError(f"the subject is only {longer} pixels large: give a picture that shows at least 8 of it")
+        raise ImageError(f"the subject is only {longer} pixels large: give an image that shows at least 8 of it")
     share = longer / max(height, width)
     wanted = min(max(share, config.fill[0]), config.fill[1])
     side = max(height, width) if wanted == share else math.ceil(longer / wanted)
@@ -252,7 +252,7 @@ def _frame(white: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame,
         f"{wanted:.0%} of the frame ({side}x{side})"
     )
     if touches:
-        statement += "; it touches the picture's edge, and what is cut off there can't be known"
+        statement += "; it touches the image's edge, and what is cut off there can't be known"
     return frame, statement
 
 
@@ -274,9 +274,7 @@ def _cut(pixels: Pixels, white: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
         )
         if not pixels.finite:
             if not values.isfinite().logical_or(~inside).all():
-                raise PictureError(
-                    f"the {pixels.name} holds values that are no numbers (NaN or infinity) on the subject"
-                )
+                raise ImageError(f"the {pixels.name} holds values that are no numbers (NaN or infinity) on the subject")
             values = torch.where(inside, values, 0.0)
         above = top - start if top < bottom else stop - start
         beyond = (0, 0, left - frame.left, frame.left + frame.side - right, above, stop - start - above - len(inside))
@@ -319,7 +317,7 @@ def _resize(layer: Tensor, size: int) -> Tensor:
 
 
 def reference_cameras(config: ReferenceConfig, size: int = 1) -> CameraBatch:
-    """The camera that saw the picture, [1, 1]."""
+    """The camera that saw the image, [1, 1]."""
     return make_cameras(
         math.radians(config.azimuth_deg),
         math.radians(config.elevation_deg),
@@ -334,7 +332,7 @@ def reference_cameras(config: ReferenceConfig, size: int = 1) -> CameraBatch:
 def reference_targets(
     reference: Reference, config: ReferenceConfig, size: int, device: torch.device | str = "cpu"
 ) -> Targets:
-    """The prepared picture at one of the recipe's sizes, as targets [1, 1]."""
+    """The prepared image at one of the recipe's sizes, as targets [1, 1]."""
     present = {n: getattr(reference, n) for n in ("rgb", "mask", "depth", "normals")}
     layers = _resized({n: layer for n, layer in present.items() if layer is not None}, size)
     cameras = reference_cameras(config, size)
@@ -345,18 +343,18 @@ def reference_targets(
 
 
 def check_reference(recipe: StaticRecipe, reference: Reference | None) -> None:
-    """Refuse a picture where none is looked at, none where one is needed, and maps that don't fit the weights."""
+    """Refuse an image where none is looked at, none where one is needed, and maps that don't fit the weights."""
     config = recipe.reference
     if config is None:
         if reference is not None:
-            raise PictureError(f"the recipe {recipe.name!r} looks at no picture: take one that does (image-to-3d)")
+            raise ImageError(f"the recipe {recipe.name!r} looks at no image: take one that does (image-to-3d)")
         return
     if reference is None:
-        raise PictureError(f"the recipe {recipe.name!r} makes a scene from a picture: give one")
+        raise ImageError(f"the recipe {recipe.name!r} makes a scene from an image: give one")
     weights = {"depth map": (reference.depth, config.depth or config.relative_depth, "depth or .relative-depth")}
     weights["normal map"] = (reference.normals, config.normal, "normal")
     for name, (given, weight, flag) in weights.items():
         if weight and given is None:
-            raise PictureError(f"the recipe weighs a {name}, but none was given: give one, or set the weight to 0")
+            raise ImageError(f"the recipe weighs a {name}, but none was given: give one, or set the weight to 0")
         if given is not None and not weight:
-            raise PictureError(f"a {name} was given, but its weight is 0: raise reference.{flag}, or leave it out")
+            raise ImageError(f"a {name} was given, but its weight is 0: raise reference.{flag}, or leave it out")

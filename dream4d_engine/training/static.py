@@ -1,4 +1,4 @@
-"""Stage 1: a static scene from priors of pictures, told a sentence or a picture."""
+"""Stage 1: a static scene from priors of images, told a sentence or an image."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def static_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
-def seen_in_picture(reference: Reference, config: ReferenceConfig, rays_at_once: int | None) -> Supervision:
-    """Return the supervision by the picture that a scene is made from, at the size of the phase."""
+def seen_in_image(reference: Reference, config: ReferenceConfig, rays_at_once: int | None) -> Supervision:
+    """Return the supervision by the image that a scene is made from, at the size of the phase."""
     sizes: dict[int, Targets] = {}  # those that were needed so far
 
     def targets_at(scene: Scene, progress: float) -> Targets:
@@ -53,7 +53,7 @@ def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None
         priors = seen_by_priors(recipe, guidance, rays_at_once)
         if recipe.reference is None:
             return priors
-        return (*priors, seen_in_picture(reference, recipe.reference, rays_at_once))
+        return (*priors, seen_in_image(reference, recipe.reference, rays_at_once))
 
     looked_at = () if recipe.reference is None else recipe.reference.phases
     starts = sorted({phase.start for phase in (*recipe.phases, *looked_at)})

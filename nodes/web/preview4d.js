@@ -1,4 +1,4 @@
-// The viewer of the node Preview 4D: shows the grid of pictures that nodes/preview4d.py renders.
+// The viewer of the node Preview 4D: shows the grid of images that nodes/preview4d.py renders.
 // Drag to turn, slider and play for time, buttons for the passes. It draws sheets from ComfyUI's temporary folder;
 // what it shows is kept in the node's properties, which are saved with the workflow and outlive a reload of the page.
 // From where it is looked at is kept beside, for the tab: looking is no change of the workflow that Ctrl+Z would undo.
@@ -288,7 +288,7 @@ export class SceneView {
     const comes = Boolean(image) && !image.complete;
     this.element.setAttribute("aria-busy", String(comes || !this.bar.hidden));
     if (comes) {
-      this.hint.hidden = true; // what it says is of the time before; the last picture stays
+      this.hint.hidden = true; // what it says is of the time before; the last image stays
       return;
     }
     const ratio = window.devicePixelRatio || 1;
@@ -299,7 +299,7 @@ export class SceneView {
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
     if (!view) return this.say("Run the workflow to see the scene.");
-    if (!image.naturalWidth) return this.say("The pictures are gone: run the node again.");
+    if (!image.naturalWidth) return this.say("The images are gone: run the node again.");
     this.say("");
     const { size } = view;
     const column = Math.round((this.state.azimuth / 360) * view.azimuths) % view.azimuths;
@@ -309,7 +309,7 @@ export class SceneView {
     const [left, top] = [(width - side) / 2, (height - side) / 2];
     const [x, y] = [column * size, row * size];
     context.imageSmoothingQuality = "high";
-    // the picture's own edge colours go on beside it, or above and below
+    // the image's own edge colours go on beside it, or above and below
     if (left > 0) context.drawImage(image, x, y, 2, size, 0, 0, width, height);
     if (top > 0) {
       context.drawImage(image, x, y, size, 2, 0, 0, width, top + 1);

@@ -66,7 +66,7 @@ def test_every_phase_of_the_published_recipes_is_measured_in_every_way(small, tm
     words = ["--models", "full", "--recipes", "static:text-to-3d", "motion:zeroscope-144x80"]
     code, found = measured(tmp_path, *words, "--variants", "plain", "tiny")
     assert code == 0
-    rows = [(row["recipe"], row["variant"], row["pictures"]) for row in found]
+    rows = [(row["recipe"], row["variant"], row["images"]) for row in found]
     static, motion = "static:text-to-3d", "motion:zeroscope-144x80"
     assert rows == [
         (static, "plain", "8 of 8x8"),

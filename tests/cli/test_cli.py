@@ -413,7 +413,7 @@ def changed(value: object, path: tuple, new: float) -> object:
 @pytest.mark.parametrize("recipe", [STATIC_RECIPES["toy"], MOTION_RECIPES["toy"], IMAGE_RECIPES["toy-image"]])
 def test_no_number_of_a_recipe_may_be_none_at_all(recipe):
     """All of them are flags too."""
-    from dream4d_engine.training.limits import check_recipe
+    from dream4d_engine.training.validate import check_recipe
 
     places = list(leaves(recipe))
     assert len(places) > 40

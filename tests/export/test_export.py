@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dream4d_engine.export import contact_sheet, read_video, save_picture, to_bytes, write_video
+from dream4d_engine.export import contact_sheet, read_video, save_image, to_bytes, write_video
 
 COLORS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.1, 0.2, 0.9], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]])
 
@@ -130,8 +130,8 @@ def test_reading_what_is_no_video(tmp_path):
 
 
 def test_to_bytes_rounds_clamps_and_refuses():
-    picture = torch.tensor([[[0.0, 1.0, 0.5], [-1.0, 2.0, float("nan")]]])
-    assert to_bytes(picture).tolist() == [[[0, 255, 128], [0, 255, 0]]]
+    image = torch.tensor([[[0.0, 1.0, 0.5], [-1.0, 2.0, float("nan")]]])
+    assert to_bytes(image).tolist() == [[[0, 255, 128], [0, 255, 0]]]
     assert to_bytes(torch.ones(2, 3, 1)).shape == (2, 3, 3)
     with pytest.raises(ValueError, match="shape"):
         to_bytes(torch.zeros(3, 8, 8))
@@ -140,25 +140,25 @@ def test_to_bytes_rounds_clamps_and_refuses():
 def test_png_round_trip(tmp_path):
     from PIL import Image
 
-    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    save_picture(tmp_path / "p.png", picture)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), picture)
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    save_image(tmp_path / "p.png", image)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), image)
 
 
-def test_contact_sheet_places_every_picture():
-    pictures = torch.rand(2, 3, 20, 30, 3, generator=torch.Generator().manual_seed(0))
-    sheet = contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title="a red cube")
+def test_contact_sheet_places_every_image():
+    images = torch.rand(2, 3, 20, 30, 3, generator=torch.Generator().manual_seed(0))
+    sheet = contact_sheet(images, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title="a red cube")
     assert sheet.dtype == np.uint8
     windows = np.lib.stride_tricks.sliding_window_view(sheet, (20, 30, 3))[:, :, 0]
     found = []
     for row in range(2):
         for column in range(3):
-            match = (windows == to_bytes(pictures[row, column])).all(axis=(2, 3, 4))
+            match = (windows == to_bytes(images[row, column])).all(axis=(2, 3, 4))
             assert match.sum() == 1
             found.append(tuple(np.argwhere(match)[0]))
     assert found == sorted(found)  # rows from top to bottom, columns from left to right
     assert (sheet.min(axis=2) < 128)[:20].any()  # the title is there
-    plain = contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"])
+    plain = contact_sheet(images, ["0°", "90°"], ["t 0", "t 0.5", "t 1"])
     for title in (
         "a\nred\tcube",
         "x" * 15000,
@@ -167,12 +167,12 @@ def test_contact_sheet_places_every_picture():
         "🚀👩\u200d🚀 立方体",
         "i" * 300,
     ):
-        titled = contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=title)
-        assert titled.shape[1] == plain.shape[1], "as wide as the pictures are"
+        titled = contact_sheet(images, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=title)
+        assert titled.shape[1] == plain.shape[1], "as wide as the images are"
         assert plain.shape[0] < titled.shape[0] <= plain.shape[0] + 4 * 16 + 4, "of one to four lines"
         assert np.array_equal(titled[-len(plain) + 6 :], plain[6:]), "below the title nothing changes"
         assert (titled[: len(titled) - len(plain) + 6].min(axis=2) < 128).any(), "it is there"
         assert (titled[:, -2:] == 255).all(), "it ends before the edge"
-    assert np.array_equal(contact_sheet(pictures, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=" \n "), plain)
+    assert np.array_equal(contact_sheet(images, ["0°", "90°"], ["t 0", "t 0.5", "t 1"], title=" \n "), plain)
     with pytest.raises(ValueError, match="labels"):
-        contact_sheet(pictures, ["0°"], ["a", "b", "c"])
+        contact_sheet(images, ["0°"], ["a", "b", "c"])

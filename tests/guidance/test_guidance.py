@@ -29,7 +29,7 @@ from dream4d_engine.guidance.distillation import (
     guided_prediction,
     multistep_target,
     noise_bounds,
-    resize_pictures,
+    resize_images,
     sds_gradient,
 )
 from dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, sigma_of_alpha_bar, variance_preserving
@@ -88,7 +88,7 @@ def plain(scale: float, **changes) -> DistillationConfig:
 
 @dataclass(frozen=True, eq=False)
 class EpsDenoiser:
-    """A diffusers UNet on single pictures; `swap` gives the last conditions other pictures to look at."""
+    """A diffusers UNet on single images; `swap` gives the last conditions other images to look at."""
 
     unet: object
     alphas_bar: Tensor
@@ -127,8 +127,8 @@ class RecordedDenoiser:
     def noise(self) -> NoiseSchedule:
         return variance_preserving(self.alphas_bar)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return 2 * pictures - 1
+    def encode(self, images: Tensor) -> Tensor:
+        return 2 * images - 1
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         k = self.eps.shape[0]
@@ -154,10 +154,10 @@ def test_published_sds_gradient_of_an_image_prior(golden, image_unet) -> None:
 
 
 def test_published_perp_neg_gradient(golden, image_unet) -> None:
-    """The published code lets the avoided prompts see other pictures' noise: number 2 v + i (mod 4) for view v.
+    """The published code lets the avoided prompts see other images' noise: number 2 v + i (mod 4) for view v.
 
-    (It lists pictures and avoided prompts in different orders.) With that the figures are the same; ours sees the
-    same noisy picture under every prompt, as the paper has it.
+    (It lists images and avoided prompts in different orders.) With that the figures are the same; ours sees the
+    same noisy image under every prompt, as the paper has it.
     """
     cameras = cameras_of(golden).reshape(4, 1)
     views = torch.arange(4)
@@ -224,11 +224,11 @@ def test_published_whole_call_of_a_pixel_prior(golden) -> None:
         golden["if.x"], golden["if.eps"], tuple(t[index] for t in tables), golden["if.alphas_bar"], (64, 64)
     )
     guidance = Guidance("if", denoiser, lambda c: view_dependent(golden, c), plain(published_scale(20.0)))
-    pictures = golden["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
+    images = golden["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
     output = distill_at(
-        guidance, pictures, cameras, golden["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
+        guidance, images, cameras, golden["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
     )
-    (gradient,) = torch.autograd.grad(output.loss, pictures)
+    (gradient,) = torch.autograd.grad(output.loss, images)
     assert relative_error(output.loss.detach(), golden["if.loss"]) < TOLERANCE
     assert relative_error(gradient[:, 0].permute(0, 2, 3, 1), golden["if.rgb_grad"]) < TOLERANCE
     # the published timesteps lie within the same bounds
@@ -364,8 +364,8 @@ class GaussianDenoiser:
     n_frames: int | None = None
     noise: NoiseSchedule = field(default_factory=lambda: variance_preserving(ALPHAS_BAR))
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return 2 * pictures - 1
+    def encode(self, images: Tensor) -> Tensor:
+        return 2 * images - 1
 
     def decode(self, z: Tensor) -> Tensor:
         return z / 2 + 0.5 + 0 * z.mean()  # as in a real decoder, one bad value spreads
@@ -393,18 +393,18 @@ def point_guidance(mean: Tensor, deviation: float = 0.0, n_frames: int | None = 
 
 
 @pytest.mark.parametrize("loss", ["sds", "x0", "multistep"])
-def test_distillation_pulls_pictures_to_the_mean(loss: str) -> None:
+def test_distillation_pulls_images_to_the_mean(loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
     mean = 2 * torch.rand(3, 4, 4, generator=generator) - 1
     guidance = point_guidance(mean, 0.3, loss=loss, n_steps=2)
-    pictures = torch.rand(2, 2, 3, 4, 4, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([pictures], lr=0.05)
+    images = torch.rand(2, 2, 3, 4, 4, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=0.05)
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
         optimizer.zero_grad()
-        distill(guidance, pictures, flat_cameras(2, 2), step / 300, Draw(0, step)).loss.backward()
+        distill(guidance, images, flat_cameras(2, 2), step / 300, Draw(0, step)).loss.backward()
         optimizer.step()
-    found = 2 * pictures.detach() - 1
+    found = 2 * images.detach() - 1
     assert (found - mean).abs().mean() < 0.05
     assert (found - mean).abs().max() < 0.25
 
@@ -523,7 +523,7 @@ def test_predictions_of_noise_v_and_velocity_give_the_same_gradient() -> None:
         expected = schedule.weight(sigma)[:, None, None, None, None] * (noise - eps)
         for kind, gradient in gradients.items():
             assert relative_error(gradient, expected) < 1e-5, kind
-    # a flow's weight (the last schedule's) makes it the residual of the velocity at the picture that it was asked about
+    # a flow's weight (the last schedule's) makes it the residual of the velocity at the image that it was asked about
     velocity = noise - clean
     assert relative_error(gradients["flow"], velocity - (eps - z)) < 1e-5
 
@@ -539,16 +539,16 @@ def test_loss_gradient_and_batch() -> None:
 @pytest.mark.parametrize(("loss", "batch", "n"), [("sds", None, 6), ("x0", None, 6), ("multistep", None, 2)])
 def test_what_the_batch_counts(loss: str, batch: str | None, n: int) -> None:
     """The gradient norm of a loss divided by n tells n: every form here has the same target."""
-    mean, pictures = torch.zeros(3, 4, 4), torch.full((2, 3, 3, 4, 4), 0.75)
-    for choice, count in ((batch, n), ("groups", 2), ("pictures", 6)):
+    mean, images = torch.zeros(3, 4, 4), torch.full((2, 3, 3, 4, 4), 0.75)
+    for choice, count in ((batch, n), ("groups", 2), ("images", 6)):
         guidance = point_guidance(mean, n_frames=3, loss=loss, batch=choice)
-        leaf = pictures.clone().requires_grad_()
+        leaf = images.clone().requires_grad_()
         timestep = torch.tensor([500, 500])
         output = distill_at(guidance, leaf, flat_cameras(2, 3), timestep, torch.zeros)
         target_distance = torch.autograd.grad(output.loss, leaf)[0] * count / 2
         if loss == "x0":
             torch.testing.assert_close(target_distance, torch.full_like(leaf, 0.5))
-        reference = replace(guidance, config=replace(guidance.config, batch="pictures"))
+        reference = replace(guidance, config=replace(guidance.config, batch="images"))
         once = distill_at(reference, leaf, flat_cameras(2, 3), timestep, torch.zeros)
         torch.testing.assert_close(output.loss * count, once.loss * 6)
         norm = torch.autograd.grad(once.loss, leaf)[0].norm() / 2
@@ -573,32 +573,32 @@ def test_timesteps_follow_the_schedules() -> None:
         noise_bounds(crossed, schedule, 0.9)
 
 
-def test_same_seed_same_loss_and_single_pictures_get_their_own_timestep() -> None:
+def test_same_seed_same_loss_and_single_images_get_their_own_timestep() -> None:
     guidance = point_guidance(torch.zeros(3, 4, 4), 0.5)
-    pictures = torch.rand(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    first, second = (distill(guidance, pictures, flat_cameras(2, 4), 0.1, Draw(7, 3)) for _ in range(2))
+    images = torch.rand(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    first, second = (distill(guidance, images, flat_cameras(2, 4), 0.1, Draw(7, 3)) for _ in range(2))
     assert torch.equal(first.loss, second.loss) and torch.equal(first.x0, second.x0)
     for other in (Draw(8, 3), Draw(7, 4), Draw(7, 3, rank=1)):
-        assert distill(guidance, pictures, flat_cameras(2, 4), 0.1, other).loss != first.loss
+        assert distill(guidance, images, flat_cameras(2, 4), 0.1, other).loss != first.loss
     assert first.share.shape == (8,) and first.share.unique().numel() > 1
     grouped = point_guidance(torch.zeros(3, 4, 4), 0.5, n_frames=4)
-    assert distill(grouped, pictures, flat_cameras(2, 4), 0.1, Draw(0)).share.shape == (2,)
+    assert distill(grouped, images, flat_cameras(2, 4), 0.1, Draw(0)).share.shape == (2,)
 
 
-def test_pictures_seen_from_behind_can_be_left_out() -> None:
-    pictures = torch.rand(1, 4, 3, 4, 4).requires_grad_()
+def test_images_seen_from_behind_can_be_left_out() -> None:
+    images = torch.rand(1, 4, 3, 4, 4).requires_grad_()
     cameras = flat_cameras(1, 4)  # azimuths 0, 90, 180, 270 degrees
     guidance = point_guidance(torch.zeros(3, 4, 4), max_azimuth_deg=145.0)
-    output = distill(guidance, pictures, cameras, 0.0, Draw(0))
+    output = distill(guidance, images, cameras, 0.0, Draw(0))
     output.loss.backward()
-    touched = pictures.grad.abs().sum((0, 2, 3, 4)) > 0
+    touched = images.grad.abs().sum((0, 2, 3, 4)) > 0
     assert touched.tolist() == [True, True, False, True]
     assert output.x0.shape[0] == 3
     none = replace(guidance, config=replace(guidance.config, max_azimuth_deg=0.0))
-    pictures.grad = None
-    output = distill(none, pictures, cameras, 0.0, Draw(0))
+    images.grad = None
+    output = distill(none, images, cameras, 0.0, Draw(0))
     output.loss.backward()
-    assert output.loss == 0 and not pictures.grad.any()
+    assert output.loss == 0 and not images.grad.any()
 
 
 @pytest.mark.parametrize("loss", ["sds", "x0", "multistep"])
@@ -606,32 +606,32 @@ def test_values_that_are_not_finite_count_as_0(loss: str) -> None:
     mean = torch.zeros(3, 4, 4)
     mean[0, 0, 0], mean[1, 2, 3] = float("nan"), float("inf")
     guidance = point_guidance(mean, loss=loss, color_weight=0.1)
-    pictures = torch.rand(2, 1, 3, 4, 4).requires_grad_()
-    output = distill(guidance, pictures, flat_cameras(2, 1), 0.0, Draw(0))
+    images = torch.rand(2, 1, 3, 4, 4).requires_grad_()
+    output = distill(guidance, images, flat_cameras(2, 1), 0.0, Draw(0))
     output.loss.backward()
     assert output.loss.isfinite() and output.terms["nonfinite"] == pytest.approx(4 / 96) and output.terms["color"] > 0
-    assert pictures.grad.isfinite().all()
-    assert not pictures.grad[:, :, 0, 0, 0].any() and (pictures.grad[:, :, 0, 1, 1] != 0).all()
+    assert images.grad.isfinite().all()
+    assert not images.grad[:, :, 0, 0, 0].any() and (images.grad[:, :, 0, 1, 1] != 0).all()
 
 
 def test_color_loss_is_the_squared_distance_to_the_decoded_target() -> None:
     mean = torch.full((3, 4, 4), 0.5)
     guidance = point_guidance(mean, loss="x0", color_weight=0.1, n_frames=2)
-    pictures = torch.rand(2, 2, 3, 4, 4).requires_grad_()
-    output = distill(guidance, pictures, flat_cameras(2, 2), 0.0, Draw(0))
-    expected = 0.1 * (pictures.detach() - 0.75).square().sum() / 4
+    images = torch.rand(2, 2, 3, 4, 4).requires_grad_()
+    output = distill(guidance, images, flat_cameras(2, 2), 0.0, Draw(0))
+    expected = 0.1 * (images.detach() - 0.75).square().sum() / 4
     torch.testing.assert_close(output.terms["color"], expected)
     torch.testing.assert_close(output.loss.detach(), output.terms["color"] + output.terms["distillation"])
     torch.testing.assert_close(color_loss(torch.ones(2, 1, 3, 1, 1), torch.zeros(2, 1, 3, 1, 1)), torch.tensor(3.0))
 
 
-def test_pictures_of_any_size_are_resized_with_gradient() -> None:
+def test_images_of_any_size_are_resized_with_gradient() -> None:
     guidance = point_guidance(torch.zeros(3, 4, 4))
-    pictures = torch.rand(1, 2, 3, 9, 7).requires_grad_()
-    distill(guidance, pictures, flat_cameras(1, 2), 0.0, Draw(0)).loss.backward()
-    assert pictures.grad.isfinite().all() and pictures.grad.any()
-    assert torch.equal(resize_pictures(pictures, (9, 7)), pictures)
-    torch.testing.assert_close(resize_pictures(torch.ones(1, 1, 3, 8, 8), (5, 4)), torch.ones(1, 1, 3, 5, 4))
+    images = torch.rand(1, 2, 3, 9, 7).requires_grad_()
+    distill(guidance, images, flat_cameras(1, 2), 0.0, Draw(0)).loss.backward()
+    assert images.grad.isfinite().all() and images.grad.any()
+    assert torch.equal(resize_images(images, (9, 7)), images)
+    torch.testing.assert_close(resize_images(torch.ones(1, 1, 3, 8, 8), (5, 4)), torch.ones(1, 1, 3, 5, 4))
 
 
 def test_bad_input_is_named() -> None:
@@ -645,6 +645,6 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             plain(1.0, **changes)
-    with pytest.raises(ValueError, match="pictures must be"):
+    with pytest.raises(ValueError, match="images must be"):
         guidance = point_guidance(torch.zeros(3, 4, 4))
         distill(guidance, torch.rand(2, 1, 3, 4, 4), flat_cameras(1, 2), 0.0, Draw(0))

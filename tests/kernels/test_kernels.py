@@ -139,11 +139,11 @@ def test_march_finds_exactly_the_middles_in_occupied_cells(shifted: bool) -> Non
     origins, directions = rays(60)
     step, resolution = 0.05, 8
     occupied = torch.rand(resolution, resolution, resolution, generator=torch.Generator().manual_seed(3)) < 0.3
-    shift = torch.rand(60, generator=torch.Generator().manual_seed(4)) if shifted else None
-    ray, start, end = march_rays(origins, directions, 1.0, step, occupied, shift)
+    jitter = torch.rand(60, generator=torch.Generator().manual_seed(4)) if shifted else None
+    ray, start, end = march_rays(origins, directions, 1.0, step, occupied, jitter)
     # Slowly: every lattice point of every ray.
     k = torch.arange(200.0)
-    t = (k[None] + (0 if shift is None else shift[:, None]) + torch.zeros(60, 1)) * step
+    t = (k[None] + (0 if jitter is None else jitter[:, None]) + torch.zeros(60, 1)) * step
     middle = origins[:, None] + (t + step / 2)[..., None] * directions[:, None]
     inside = (middle.abs() <= 1).all(-1)
     cell = ((middle + 1) / 2 * resolution).long().clamp(0, resolution - 1)
@@ -408,18 +408,18 @@ def test_other_backends_march_to_the_same_places(fast, generator, shifted: bool,
     origins, directions = rays(50, int(torch.randint(10**6, (), generator=generator)))
     origins = origins + (3.0 - distance) * directions  # seen from farther away
     origins[0], directions[0] = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.0, 1.0, 0.0])  # inside, along an axis
-    shift = torch.rand(50, generator=generator) if shifted else None
+    jitter = torch.rand(50, generator=generator) if shifted else None
     for occupied in (None, torch.rand(8, 8, 8, generator=generator) < 0.3, torch.zeros(8, 8, 8, dtype=torch.bool)):
-        given = [None if t is None else t.to(device) for t in (origins, directions, occupied, shift)]
+        given = [None if t is None else t.to(device) for t in (origins, directions, occupied, jitter)]
         ours = kernels.march_rays(*given[:2], 1.0, 0.01, *given[2:])
         plain = march_rays(*given[:2], 1.0, 0.01, *given[2:])
         for a, b in zip(ours, plain, strict=True):
             assert torch.equal(a, b)
-        for room in (len(plain[0]) + 5, len(plain[0]), len(plain[0]) // 2):
-            *columns, n_found = kernels.march_into(*given[:2], 1.0, 0.01, *given[2:], room)
+        for capacity in (len(plain[0]) + 5, len(plain[0]), len(plain[0]) // 2):
+            *columns, n_found = kernels.march_into(*given[:2], 1.0, 0.01, *given[2:], capacity)
             whole = torch.stack([c.double() for c in plain])
-            fits = room >= len(plain[0])
-            assert all(len(column) == room for column in columns)
+            fits = capacity >= len(plain[0])
+            assert all(len(column) == capacity for column in columns)
             if distance == 60.0 and int(n_found) == -1:
                 continue  # too far away for the marks that are there: it says so
             assert int(n_found) == len(plain[0])

@@ -81,7 +81,7 @@ def test_the_live_preview_appears_on_the_node(seen):
 
 
 def test_the_scene_is_seen_before_all_of_it_is_rendered_and_then_whole(seen):
-    assert seen["firstPicture"] and seen["early"] and seen["whole"]
+    assert seen["firstImage"] and seen["early"] and seen["whole"]
 
 
 @pytest.mark.parametrize("when", ["classic", "vue"])
@@ -105,10 +105,10 @@ def test_a_fresh_copy_of_the_workflow_shows_nothing_old(seen):
 @pytest.mark.parametrize("when", ["severalVue", "severalClassic"])
 def test_several_viewers_on_one_canvas(several, when):
     found = several[when]
-    assert found["pictures"] and found["finished"]
+    assert found["images"] and found["finished"]
     assert found["times"] == [False, True], "a still scene has no time"
     assert found["turned"] == [True, False], "only the one that is dragged turns"
-    assert found["resized"], "the picture grows with the node"
+    assert found["resized"], "the image grows with the node"
     assert found["progress"] and found["settled"] and found["partly"], "what was made before Cancel stays"
     assert found["left"] == 1 and found["otherWorks"], "a removed node takes its viewer with it"
 
@@ -127,7 +127,7 @@ def test_a_damaged_view_does_not_keep_a_workflow_from_loading(damaged, when):
 def test_a_viewer_outlives_copies_subgraphs_and_moves(damaged, when):
     found = damaged[when]["copied"]
     assert found["copies"][0] and found["copies"][0] == found["copies"][1], "a copy shows the same"
-    assert found["grows"], "taken away and added again, the picture still fits its node"
+    assert found["grows"], "taken away and added again, the image still fits its node"
     assert found["subgraph"] == [True, "other"], "in a subgraph it keeps its view and hears the server"
 
 

@@ -351,7 +351,7 @@ def test_paths_that_are_too_long_for_windows(tmp_path):
 
 @pytest.fixture
 def preview(monkeypatch):
-    """The module, with pictures that cost nothing."""
+    """The module, with images that cost nothing."""
     module = part_of_the_pack("preview")
     monkeypatch.setattr(module, "preview_frames", lambda scene, number, size: torch.zeros(1, 8, 8, 3))
     return module
@@ -409,7 +409,7 @@ def test_a_failing_preview_does_not_fail_the_run(preview, monkeypatch, broken):
     now = [0.0]
 
     def fail(*_):
-        raise RuntimeError("no picture")
+        raise RuntimeError("no image")
 
     if broken == "rendering":
         monkeypatch.setattr(preview, "preview_frames", fail)
@@ -423,7 +423,7 @@ def test_a_failing_preview_does_not_fail_the_run(preview, monkeypatch, broken):
 
 
 def test_previews_take_a_small_share_of_the_time(preview, monkeypatch):
-    """Whatever a picture costs: they become smaller first, rarer then."""
+    """Whatever an image costs: they become smaller first, rarer then."""
     for seconds_a_pixel in (1e-7, 1e-5, 1e-3):
         now, sizes = [0.0], []
 
@@ -443,25 +443,25 @@ def test_previews_take_a_small_share_of_the_time(preview, monkeypatch):
         assert {1e-7: max(sizes) == 256, 1e-5: 48 < sizes[-1] < 256, 1e-3: sizes[-1] == 48}[seconds_a_pixel]
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------
 
 
 def cut_out(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture [1, size, size, 3] and the mask [1, size, size] of the square in its middle."""
+    """An image [1, size, size, 3] and the mask [1, size, size] of the square in its middle."""
     mask = torch.zeros(1, size, size)
     mask[:, 8:24, 8:24] = 1
     return torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(0)), mask
 
 
 def test_masks_of_both_kinds_and_alpha_mean_the_same():
-    pictures, config = part_of_the_pack("pictures"), TOY_IMAGE.reference
+    images, config = part_of_the_pack("images"), TOY_IMAGE.reference
     image, mask = cut_out()
-    ours = pictures.reference_of(image, mask, "subject", config)
+    ours = images.reference_of(image, mask, "subject", config)
     same = [
-        pictures.reference_of(image, mask, "automatic", config),
-        pictures.reference_of(image, 1 - mask, "automatic", config),
-        pictures.reference_of(image, 1 - mask, "background", config),
-        pictures.reference_of(torch.cat((image, mask[..., None]), -1), None, "automatic", config),
+        images.reference_of(image, mask, "automatic", config),
+        images.reference_of(image, 1 - mask, "automatic", config),
+        images.reference_of(image, 1 - mask, "background", config),
+        images.reference_of(torch.cat((image, mask[..., None]), -1), None, "automatic", config),
     ]
     assert ours.mask.any()
     assert {reference.fingerprint() for reference in same} == {ours.fingerprint()}
@@ -474,13 +474,13 @@ def test_masks_of_both_kinds_and_alpha_mean_the_same():
         (torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), "the mask is empty: Load Image gives such a one"),
         (torch.rand(1, 32, 32, 3), torch.full((1, 32, 32), 1 / 255), "the largest value of the mask is 0.0039"),
         (torch.rand(1, 32, 32, 3), (torch.arange(32) < 16).expand(1, 32, 32) * 1.0, "Say it with mask_shows"),
-        (torch.rand(2, 32, 32, 3), cut_out()[1], "one picture is needed, got 2"),
-        (torch.rand(1, 32, 32, 3), cut_out(64)[1], "64x64 pixels, the picture 32x32"),
+        (torch.rand(2, 32, 32, 3), cut_out()[1], "one image is needed, got 2"),
+        (torch.rand(1, 32, 32, 3), cut_out(64)[1], "64x64 pixels, the image 32x32"),
     ],
 )
-def test_pictures_that_cannot_be_used(image, mask, message):
+def test_images_that_cannot_be_used(image, mask, message):
     with pytest.raises(ValueError, match=message):
-        part_of_the_pack("pictures").reference_of(image, mask, "automatic", TOY_IMAGE.reference)
+        part_of_the_pack("images").reference_of(image, mask, "automatic", TOY_IMAGE.reference)
 
 
 # ---- schemas, as the server tells them ---------------------------------------------------------------------------
@@ -597,17 +597,17 @@ def test_there_are_two_languages_that_the_server_hands_out(server):
         assert told[language]["nodeDefs"] == locale(language, "nodeDefs")
 
 
-def test_every_node_has_a_help_page_with_a_picture(schemas, server):
+def test_every_node_has_a_help_page_with_a_image(schemas, server):
     shown = set()
     for name in schemas:
         text = server.read(f"/extensions/dream4d/docs/{name}.md").decode()
-        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-        assert pictures, f"{name} has no picture"
-        shown |= set(pictures)
-        for picture in pictures:
-            assert server.read(f"/extensions/dream4d/docs/{picture}")[:2] in (b"\xff\xd8", b"\x89P"), picture
+        images = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert images, f"{name} has no image"
+        shown |= set(images)
+        for image in images:
+            assert server.read(f"/extensions/dream4d/docs/{image}")[:2] in (b"\xff\xd8", b"\x89P"), image
     there = {path.relative_to(NODES / "web" / "docs").as_posix() for path in (NODES / "web" / "docs").rglob("*.jpg")}
-    assert there <= shown, "no picture is left over"
+    assert there <= shown, "no image is left over"
 
 
 def test_the_icon_keeps_to_the_registrys_rules():

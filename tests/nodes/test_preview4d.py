@@ -14,7 +14,7 @@ from PIL import Image
 from dream4d_engine.assets import load_scene, save_scene
 from dream4d_engine.cameras import fixed_take
 from dream4d_engine.rendering import RenderOptions, render_chunked
-from dream4d_engine.rendering.shading import depth_picture, normal_picture, surface_normals
+from dream4d_engine.rendering.shading import depth_image, normal_image, surface_normals
 
 EXAMPLE = "jumping_cube.safetensors"
 PASSES = ("rgb", "depth", "normals")
@@ -53,8 +53,8 @@ def test_the_sheets_hold_the_views_of_the_scene(server):
     radius = scene.config.radius
     expected = {
         "rgb": direct.rgb,
-        "depth": depth_picture(direct.depth, direct.opacity, (3.0 - radius, 3.0 + radius)),
-        "normals": normal_picture(surface_normals(cameras, direct), direct.opacity),
+        "depth": depth_image(direct.depth, direct.opacity, (3.0 - radius, 3.0 + radius)),
+        "normals": normal_image(surface_normals(cameras, direct), direct.opacity),
     }
     solid = direct.opacity[0, 0, ..., 0] > 0.9
     assert 200 < solid.sum() < 48 * 48, "the object is seen, and not only it"
@@ -91,7 +91,7 @@ def test_a_still_scene_has_one_moment_and_sheets_are_used_again(server):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"views": 64, "times": 64, "heights": 7}, "28672 pictures, more than 4096"),
+        ({"views": 64, "times": 64, "heights": 7}, "28672 images, more than 4096"),
         ({"views": 64, "size": 512, "times": 1}, "wider than 8192 pixels"),
         ({"views": 0}, "views is 0: it must lie between 4 and 64"),
         ({"size": 10**9}, "size is 1000000000: it must lie between 32 and 512"),

@@ -87,8 +87,8 @@ def test_text_to_4d_from_the_priors_to_a_video(server):
     assert steps_in(events, "static")[-1] == 6 and steps_in(events, "motion")[-1] == 6
     line = next(content for kind, content in events if kind == "text" and content.startswith("motion 6/6"))
     assert all(word in line for word in ("loss", "it", "left", "GiB"))
-    pictures = [content for kind, content in events if kind == "picture"]
-    assert pictures and all(picture.startswith(b"\xff\xd8") for picture in pictures), "live previews, as JPEG"
+    images = [content for kind, content in events if kind == "image"]
+    assert images and all(image.startswith(b"\xff\xd8") for image in images), "live previews, as JPEG"
     states = [content["nodes"] for kind, content in events if kind == "progress_state"]
     assert any(nodes.get("4", {}).get("max") == 6 for nodes in states), "the progress bar counts the steps"
 
@@ -504,11 +504,11 @@ def test_a_killed_server_loses_little(tmp_path):
         ({"resume": "perhaps"}, "not in list"),
         ({"multiview_prior": None}, "the recipe 'toy' needs a prior of the kind 'multiview': connect a Load Toy Prior"),
         ({"recipe": "text-to-3d"}, "the recipe 'text-to-3d' needs a prior of the kind 'image'"),
-        ({"reference_image": ["9", 0]}, "the recipe 'toy' takes no picture: choose toy-image, image-to-3d"),
-        ({"reference_mask": ["9", 1]}, "the recipe 'toy' takes no picture"),
+        ({"reference_image": ["9", 0]}, "the recipe 'toy' takes no image: choose toy-image, image-to-3d"),
+        ({"reference_mask": ["9", 1]}, "the recipe 'toy' takes no image"),
         (
             {"recipe": "toy-image"},
-            "'toy-image' makes a scene from a picture: connect one to the socket reference_image",
+            "'toy-image' makes a scene from an image: connect one to the socket reference_image",
         ),
         ({"recipe": "toy-image", "reference_mask": ["9", 1]}, "connect one to the socket reference_image"),
         (
@@ -521,7 +521,7 @@ def test_refused_before_anything_runs(server, changes, message):
     graph = static_nodes(2, **changes) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
     given = graph["2"]["inputs"]
     graph["2"]["inputs"] = {name: value for name, value in given.items() if value is not None}
-    graph["9"] = node("LoadImage", image=picture_file(server, "refused.png"))
+    graph["9"] = node("LoadImage", image=image_file(server, "refused.png"))
     assert message in server.refused(graph)
 
 
@@ -540,11 +540,11 @@ def test_animations_refused_before_anything_runs(server, changes, message):
     assert message in server.refused(graph)
 
 
-# ---- from a picture ----------------------------------------------------------------------------------------------
+# ---- from an image ----------------------------------------------------------------------------------------------
 
 
-def picture_file(server: Server, name: str, alpha: bool = True, size: int = 48) -> str:
-    """A picture in the input folder: a red square in the middle, the rest transparent unless `alpha` is False."""
+def image_file(server: Server, name: str, alpha: bool = True, size: int = 48) -> str:
+    """An image in the input folder: a red square in the middle, the rest transparent unless `alpha` is False."""
     from PIL import Image
 
     image = Image.new("RGBA" if alpha else "RGB", (size, size), (255, 255, 255, 0)[: 4 if alpha else 3])
@@ -554,7 +554,7 @@ def picture_file(server: Server, name: str, alpha: bool = True, size: int = 48) 
 
 
 def image_nodes(file: str, **changes) -> dict:
-    """Nodes 1, 2, 3 and 9: the priors for pictures, a still scene, and the picture it is made from."""
+    """Nodes 1, 2, 3 and 9: the priors for images, a still scene, and the image it is made from."""
     graph = static_nodes(2, PROMPT, seed=71, recipe="toy-image")
     given = graph["2"]["inputs"]
     del given["multiview_prior"]
@@ -567,30 +567,30 @@ def image_nodes(file: str, **changes) -> dict:
     return graph | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
 
 
-def test_a_scene_from_a_picture(server):
-    text = server.run(image_nodes(picture_file(server, "cut_out.png")))["8"]["text"][0]
+def test_a_scene_from_a_image(server):
+    text = server.run(image_nodes(image_file(server, "cut_out.png")))["8"]["text"][0]
     assert "still scene" in text and "recipe toy-image" in text
 
 
 @pytest.mark.parametrize(
     ("alpha", "changes", "message"),
     [
-        (True, {"reference_mask": None}, "the picture has no alpha and no mask was given"),
-        (False, {}, "Load Image gives such a one for a picture without transparency"),
+        (True, {"reference_mask": None}, "the image has no alpha and no mask was given"),
+        (False, {}, "Load Image gives such a one for an image without transparency"),
     ],
 )
-def test_pictures_refused_before_training(server, alpha, changes, message):
-    assert message in server.error(image_nodes(picture_file(server, f"other{alpha}.png", alpha), **changes))
+def test_images_refused_before_training(server, alpha, changes, message):
+    assert message in server.error(image_nodes(image_file(server, f"other{alpha}.png", alpha), **changes))
 
 
 def case_file(server: Server, name: str) -> str:
-    """A picture that people bring, in the input folder."""
+    """An image that people bring, in the input folder."""
     shutil.copy(REPOSITORY / "tests" / "data" / "cases" / name, server.base / "input" / name)
     return name
 
 
 def test_what_was_taken_is_shown_before_training(server):
-    """The sentence that the command line prints, and a picture, before the first step; in the log as well."""
+    """The sentence that the command line prints, and an image, before the first step; in the log as well."""
     from dream4d_engine.training.config import TOY_IMAGE
     from dream4d_engine.training.reference import load_reference
 
@@ -605,8 +605,8 @@ def test_what_was_taken_is_shown_before_training(server):
     assert "white on the background, for what is white in it is one colour" in lines[said]
     assert not any(line.startswith("static 1/") for line in lines[:said]) and lines[said] in server.text()
     assert lines[said] in next(line for line in lines if "loading the models" in line), "it stays to be read"
-    picture, shown = next((i, e[1]) for i, e in enumerate(events) if e[0] == "picture")
-    assert picture < next(i for i, e in enumerate(events) if e[0] == "text" and "loading the models" in e[1])
+    image, shown = next((i, e[1]) for i, e in enumerate(events) if e[0] == "image")
+    assert image < next(i for i, e in enumerate(events) if e[0] == "text" and "loading the models" in e[1])
     image = Image.open(io.BytesIO(shown[shown.index(b"\xff\xd8") :])).convert("RGB")
     assert image.size == (200, 200)
     assert (
@@ -624,7 +624,7 @@ def test_a_mask_that_may_mean_both_is_asked_about(server):
         events = listener.until(ended)
     kind, content = events[-1]
     assert kind == "execution_error" and "Say it with mask_shows" in content["exception_message"]
-    assert any(kind == "picture" for kind, _ in events), "both readings are shown"
+    assert any(kind == "image" for kind, _ in events), "both readings are shown"
     assert any(kind == "text" and "Say it with mask_shows" in line for kind, line in events)
     assert "still scene" in server.run(image_nodes("frame.png", mask_shows="background"))["8"]["text"][0]
 
@@ -770,8 +770,8 @@ def test_films_of_every_size_are_saved(server):
     for index, (width, height) in enumerate(sizes):
         from PIL import Image
 
-        (film,), pictures = (output_files(server, outputs[f"{index}{kind}"]) for kind in ("video", "image"))
-        assert [Image.open(path).size for path in pictures] == [(width, height)] * 2
+        (film,), images = (output_files(server, outputs[f"{index}{kind}"]) for kind in ("video", "image"))
+        assert [Image.open(path).size for path in images] == [(width, height)] * 2
         frames = read_video(film).frames
         assert frames.shape == (2, height + height % 2, width + width % 2, 3)
 
@@ -888,7 +888,7 @@ RUNNABLE = [path for path in WORKFLOWS if path not in FULL]
 
 @pytest.mark.parametrize("path", FULL, ids=[path.stem for path in FULL])
 def test_workflows_of_full_size_models_lack_nothing_but_the_models(server, path):
-    picture_file(server, "example.png")
+    image_file(server, "example.png")
     graph = as_graph(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
     status, answer = server.post("/prompt", {"prompt": graph})
     assert status == 400

@@ -22,8 +22,8 @@ from dream4d_engine.priors.networks import fused_norm
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated, with_execution
 from dream4d_engine.priors.networks.execution import (
     PLAIN,
+    Capture,
     Execution,
-    Recorder,
     bring_back,
     can_compile,
     in_slices,
@@ -33,8 +33,8 @@ from dream4d_engine.priors.networks.frozen import speed_up
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
-from dream4d_engine.training.guidance import recorder_for
-from dream4d_engine.training.memory import LADDER
+from dream4d_engine.training.guidance import capture_for
+from dream4d_engine.training.plan import LADDER
 
 CPU = torch.device("cpu")
 SMALL_UNET = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
@@ -93,11 +93,11 @@ def video_guidance(denoiser, **changes):
 
 
 def distilled(guidance, n_groups=2, device=CPU):
-    """(loss, gradient on the pictures) of one distillation."""
+    """(loss, gradient on the images) of one distillation."""
     cameras = sample_takes(CameraRanges(), n_groups, 4, 16, 16, seeded()).to(device)
-    pictures = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
-    loss = distill(guidance, pictures, cameras, 0.0, Draw(2)).loss
-    return loss.detach(), torch.autograd.grad(loss, pictures)[0]
+    images = torch.rand(n_groups, 4, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
+    loss = distill(guidance, images, cameras, 0.0, Draw(2)).loss
+    return loss.detach(), torch.autograd.grad(loss, images)[0]
 
 
 # ---- the same numbers from fewer passes --------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_a_fast_video_network_predicts_the_same(video_unet):
 
 
 @pytest.mark.parametrize("linear", [True, False])
-def test_a_fast_picture_network_predicts_the_same(linear):
+def test_a_fast_image_network_predicts_the_same(linear):
     config = {**SMALL_UNET, "attention_head_dim": 8, "use_linear_projection": linear}
     unet = random_network("UNet2DConditionModel", config, CPU, torch.float64)
     fast = speed_up(copy.deepcopy(unet))
@@ -125,13 +125,13 @@ def test_a_fast_pixel_network_predicts_the_same():
     close(fast(*given, return_dict=False)[0], unet(*given, return_dict=False)[0])
 
 
-def test_a_fast_autoencoder_gives_the_same_latents_gradients_and_pictures(vae):
+def test_a_fast_autoencoder_gives_the_same_latents_gradients_and_images(vae):
     fast = speed_up(copy.deepcopy(vae))
-    pictures, weights = randn(2, 3, 32, 48).requires_grad_(), None
+    images, weights = randn(2, 3, 32, 48).requires_grad_(), None
     for network in (vae, fast):
-        z = network.encode(pictures).latent_dist.mode()
+        z = network.encode(images).latent_dist.mode()
         weights = randn(*z.shape, seed=5) if weights is None else weights
-        (gradient,) = torch.autograd.grad(z, pictures, weights)
+        (gradient,) = torch.autograd.grad(z, images, weights)
         decoded = network.decode(z.detach()).sample
         if network is vae:
             expected = (z, gradient, decoded)
@@ -148,8 +148,8 @@ def test_speeding_up_keeps_names_and_weights(vae):
 @pytest.mark.parametrize("size", [(31, 32), (32, 33)])
 def test_odd_sizes_are_padded_as_before(vae, size):
     fast = speed_up(copy.deepcopy(vae))
-    pictures = randn(1, 3, *size)
-    close(fast.encode(pictures).latent_dist.mode(), vae.encode(pictures).latent_dist.mode())
+    images = randn(1, 3, *size)
+    close(fast.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.mode())
 
 
 def test_the_fused_norm_is_a_norm_and_a_silu():
@@ -215,7 +215,7 @@ def test_the_norm_kernels_against_double_precision(channels, n_groups, silu, n_o
 # ---- plans -------------------------------------------------------------------------------------------------------
 
 
-class Counted(Recorder):
+class Counted(Capture):
     """Notes what it is asked to run."""
 
     def __init__(self):
@@ -244,9 +244,9 @@ def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution,
     plain = video_denoiser(*networks, device=device)
     loss, gradient = distilled(video_guidance(plain), device=device)
     benchmark = torch.backends.cudnn.benchmark
-    ready = accelerated(plain, recorder_for(device), compiled=False) if make_fast else plain
+    ready = accelerated(plain, capture_for(device), compiled=False) if make_fast else plain
     torch.backends.cudnn.benchmark = benchmark
-    planned = with_execution(ready, execution, ready.recorder)
+    planned = with_execution(ready, execution, ready.capture)
     for _ in range(2):
         ours, our_gradient = distilled(video_guidance(planned), device=device)
         close(ours, loss, 1e-3)
@@ -255,10 +255,10 @@ def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution,
 
 def test_slices_are_encoded_twice_and_never_more_than_asked_for_at_once(video_unet, vae):
     counted = Counted()
-    execution = Execution(pictures_at_once=2, pictures_kept=2, groups_at_once=1)
-    distilled(video_guidance(video_denoiser(video_unet, vae, execution=execution, recorder=counted)))
+    execution = Execution(images_at_once=2, images_kept=2, groups_at_once=1)
+    distilled(video_guidance(video_denoiser(video_unet, vae, execution=execution, capture=counted)))
     ran = {name: [n for what, n in counted.ran if what == name] for name, _ in counted.ran}
-    assert ran["_encode"] == [2, 2, 2], "six of eight pictures without gradient; two keep it and are not recorded"
+    assert ran["_encode"] == [2, 2, 2], "six of eight images without gradient; two keep it and are not captured"
     assert ran["pull_back"] == [2, 2, 2]
     assert ran["_decode"] == [2, 2, 2, 2]
     assert ran["_forward"] == [1, 1, 1, 1], "two groups under two conditions"
@@ -271,15 +271,15 @@ def test_slices_of_a_function_have_its_gradient():
         return part**3
 
     for kept in (None, 0, 2, 7, 100):
-        y = in_slices(cube, x, Execution(pictures_at_once=2, pictures_kept=kept))
+        y = in_slices(cube, x, Execution(images_at_once=2, images_kept=kept))
         assert torch.equal(y, x**3)
         (gradient,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(gradient, 3 * x.detach() ** 2)
 
 
 def test_an_impossible_plan_is_named():
-    with pytest.raises(ValueError, match="pictures_at_once must be at least 1, got 0"):
-        Execution(pictures_at_once=0)
+    with pytest.raises(ValueError, match="images_at_once must be at least 1, got 0"):
+        Execution(images_at_once=0)
 
 
 def test_conditions_are_split_as_they_were_stacked():
@@ -363,7 +363,7 @@ def test_acceleration_changes_no_number(video_unet, vae):
     close(our_gradient, gradient, 1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is recorded as a graph")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is captured as a graph")
 @pytest.mark.parametrize("execution", [Execution(), Execution(2, 2), Execution(2, 0, 1)], ids=Execution.describe)
 def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
     from dream4d_engine.priors.networks.execution import GraphRecorder
@@ -373,11 +373,11 @@ def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
     plain = video_denoiser(*networks, device=device)
     _, gradient = distilled(video_guidance(plain), device=device)
     fast = accelerated(replace(plain, execution=execution), GraphRecorder(device), compiled=False)
-    for _ in range(2):  # recorded, then replayed
+    for _ in range(2):  # captured, then replayed
         close(distilled(video_guidance(fast), device=device)[1], gradient, 1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is recorded as a graph")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is captured as a graph")
 def test_functions_recorded_both_ways_keep_apart():
     from dream4d_engine.priors.networks import execution
 
@@ -390,21 +390,21 @@ def test_functions_recorded_both_ways_keep_apart():
     def second(x):
         return torch.sigmoid(x @ weights[1]) * x
 
-    recorder = execution.GraphRecorder(device)
+    capture = execution.GraphRecorder(device)
     for _ in range(3):
         x = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
         expected = torch.autograd.grad((first(x) + second(x)).square().sum(), x)[0]
-        together = recorder.with_gradient(first, x) + recorder.with_gradient(second, x)
-        recorder(torch.sin, x.detach())  # recorded between: its memory must not be theirs
+        together = capture.with_gradient(first, x) + capture.with_gradient(second, x)
+        capture(torch.sin, x.detach())  # captured between: its memory must not be theirs
         (found,) = torch.autograd.grad(together.square().sum(), x)
         close(found, expected, 1e-5)
-    earlier = recorder.with_gradient(first, x)
-    recorder.with_gradient(first, x)
+    earlier = capture.with_gradient(first, x)
+    capture.with_gradient(first, x)
     with pytest.raises(RuntimeError, match="called again before its backward pass"):
         earlier.sum().backward()
     large = torch.zeros(execution.LAUNCH_BOUND + 1, device=device, requires_grad=True)
-    recorder.with_gradient(torch.sin, large), recorder.with_gradient(torch.sin, large)  # not recorded: both count
-    assert not any("sin" in key for key in recorder._graphs if key[0] == "with gradient")
+    capture.with_gradient(torch.sin, large), capture.with_gradient(torch.sin, large)  # not captured: both count
+    assert not any("sin" in key for key in capture._graphs if key[0] == "with gradient")
 
 
 # ---- architectures -----------------------------------------------------------------------------------------------
@@ -446,9 +446,9 @@ def test_a_narrow_copy_of_each_architecture_guides(kind, vae_kind, monkeypatch):
     guidance = architectures.random_guidance(narrow, config, CPU, torch.float32, vae_kind)
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator didn't notice"
     cameras = make_cameras(torch.tensor([[0.0, 1.0]]), 0.2, 3.0, 0.7, 0.0, 16, 16)
-    pictures = torch.rand(1, 2, 3, 16, 16, generator=seeded()).requires_grad_()
-    distill(guidance, pictures, cameras, 0.0, Draw(0)).loss.backward()
-    assert pictures.grad.isfinite().all() and pictures.grad.any()
+    images = torch.rand(1, 2, 3, 16, 16, generator=seeded()).requires_grad_()
+    distill(guidance, images, cameras, 0.0, Draw(0)).loss.backward()
+    assert images.grad.isfinite().all() and images.grad.any()
 
 
 def test_the_video_architecture_follows_the_frames():
@@ -463,6 +463,6 @@ def test_nothing_is_recorded_where_cuda_manages_the_memory(monkeypatch, caplog) 
     """ComfyUI asks PyTorch for cudaMallocAsync, under which kernels of triton can't be part of a graph."""
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     with caplog.at_level("INFO"):
-        assert recorder_for(torch.device("cuda")) is PLAIN
+        assert capture_for(torch.device("cuda")) is PLAIN
     assert "--disable-cuda-malloc" in caplog.text
-    assert recorder_for(torch.device("cpu")) is PLAIN
+    assert capture_for(torch.device("cpu")) is PLAIN

@@ -18,7 +18,7 @@ from comfy_harness import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.priors.errors import PriorError
-from dream4d_engine.priors.formats.folders import FolderSource
+from dream4d_engine.priors.formats.folders import FolderLoader
 from dream4d_engine.priors.loading import load_prior, toy_folder
 from dream4d_engine.priors.networks.text import END, read_tokenizer, write_clip_tokenizer
 
@@ -57,8 +57,8 @@ def use(folder: Path) -> None:
     """All that a run loads of a folder."""
     prior = load_prior(folder)
     if prior.kind == "novel_view":
-        prior.source.image_encoder(torch.float32, "cpu")
-        prior.source.projection("cpu")
+        prior.loader.image_encoder(torch.float32, "cpu")
+        prior.loader.projection("cpu")
     else:
         prior.encode_text(["a red cube"])
 
@@ -96,17 +96,17 @@ HUGE = {
     "blocks": (UNET, {"block_out_channels": [32] * 10**5}, "block_out_channels has 100,000 entries"),
     "width": (UNET, {"block_out_channels": [2**20, 64, 128]}, "of another shape"),
     "tokens": (UNET, {"cross_attention_dim": 10**9}, "cross_attention_dim is 1000000000; numbers up to 1,048,576"),
-    "picture": (UNET, {"sample_size": 10**6}, "of another shape|pictures of up to"),
+    "image": (UNET, {"sample_size": 10**6}, "of another shape|images of up to"),
     "classes": (UNET, {"num_class_embeds": 10**6}, "class_embedding.weight is missing"),
     "encoder layers": (TEXT, {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but the weights"),
     "vocabulary": (TEXT, {"vocab_size": 10**9}, "vocab_size is 1000000000; numbers up to"),
     "smaller vocabulary": (TEXT, {"vocab_size": 10**6}, "token_embedding.weight is of another shape"),
     "positions": (TEXT, {"max_position_embeddings": 10**6}, "position_embedding.weight is of another shape"),
     "frames": (INDEX, {"dream4d": {"n_frames": 10**9}}, "n_frames is 1,000,000,000"),
-    "declared picture": (
+    "declared image": (
         INDEX,
         {"dream4d": {"image_size": [10**6, 32]}},
-        "image_size is [1000000, 32]; pictures of up",
+        "image_size is [1000000, 32]; images of up",
     ),
 }
 
@@ -115,7 +115,7 @@ HUGE = {
 def test_sizes_are_compared_with_the_weights_and_with_what_is_reasonable(tmp_path, name):
     file, changes, said = HUGE[name]
     folder = copy_of("image", tmp_path / "model")
-    if name == "picture":
+    if name == "image":
         index = json.loads((folder / INDEX).read_text())
         del index["dream4d"]["image_size"]
         (folder / INDEX).write_text(json.dumps(index))
@@ -195,7 +195,7 @@ WRONG = {
     "words in text": (INDEX, {"dream4d": {"kind": "image", "known_words": "a b"}}, "known_words must be a list"),
     "size": (INDEX, {"dream4d": {"image_size": "32"}}, "image_size must be a whole number, or height and width"),
     "negative": (INDEX, {"dream4d": {"negative_prompt": {}}}, "negative_prompt must be text"),
-    "resize": (INDEX, {"dream4d": {"picture_resize": "best"}}, "unknown picture_resize 'best'; known are corners"),
+    "resize": (INDEX, {"dream4d": {"image_resize": "best"}}, "unknown image_resize 'best'; known are corners"),
 }
 
 
@@ -309,7 +309,7 @@ def test_weights_that_are_something_else(tmp_path, part, suffix, content, said):
     message = refusal(folder)
     assert said in message and str(folder / name) in message
     with pytest.raises(PriorError, match=said):
-        FolderSource(folder).check()  # before anything is loaded
+        FolderLoader(folder).check()  # before anything is loaded
 
 
 def test_weights_that_want_to_run_something_or_are_cut(tmp_path):
@@ -388,7 +388,7 @@ def test_names_of_an_older_autoencoder(tmp_path):
 def test_encoders_are_filled_as_transformers_fills_them(kind, dtype):
     import transformers
 
-    source, part = FolderSource(toy_folder(kind)), "image_encoder" if kind == "novel_view" else "text_encoder"
+    source, part = FolderLoader(toy_folder(kind)), "image_encoder" if kind == "novel_view" else "text_encoder"
     ours = source.image_encoder(dtype, "cpu") if kind == "novel_view" else source.text_encoder(dtype, "cpu")[1]
     if int(transformers.__version__.partition(".")[0]) < 5:
         pytest.skip("transformers before 5 knows the stored names of encoders by another name")

@@ -173,7 +173,7 @@ def test_modelscope(video):
 
 @pytest.mark.parametrize("name", ["zeroscope_v2_576w", "models--cerspense--zeroscope_v2_576w/snapshots/0abc"])
 def test_zeroscope_is_known_by_its_name(video, tmp_path, name):
-    """Its configuration names ModelScope's picture size."""
+    """Its configuration names ModelScope's image size."""
     folder = tmp_path / name
     shutil.copytree(video, folder)
     prior = load_prior(folder)
@@ -309,14 +309,14 @@ def test_zero123_folder_with_a_bin_projection(tmp_path):
     torch.save(load_file(part), part.with_suffix(".bin"))
     part.unlink()
     prior, original = load_prior(folder), load_prior(tmp_path / "zero123.pt")
-    assert (prior.kind, prior.picture_resize, prior.denoiser.image_size) == ("novel_view", "corners", (64, 64))
-    picture, reference = torch.rand(3, 90, 90), make_cameras(0.0, 0.0, 3.0, 0.7, 0.0, 8, 8)
-    ours, theirs = (image_conditions(p, picture, reference)(orbit(3, 8, 8))[0] for p in (prior, original))
+    assert (prior.kind, prior.image_resize, prior.denoiser.image_size) == ("novel_view", "corners", (64, 64))
+    image, reference = torch.rand(3, 90, 90), make_cameras(0.0, 0.0, 3.0, 0.7, 0.0, 8, 8)
+    ours, theirs = (image_conditions(p, image, reference)(orbit(3, 8, 8))[0] for p in (prior, original))
     torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.concat, theirs.concat, rtol=1e-4, atol=1e-5)
     torch.save({"weight": torch.zeros(1)}, part.with_suffix(".bin"))
     with pytest.raises(PriorError, match=r"holds \['weight'\], not proj.weight and proj.bias"):
-        image_conditions(load_prior(folder), picture, reference)
+        image_conditions(load_prior(folder), image, reference)
 
 
 def test_other_networks_are_refused(tmp_path):

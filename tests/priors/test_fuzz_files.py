@@ -28,7 +28,7 @@ from dream4d_engine.assets import AssetError, load_scene, read_info
 from dream4d_engine.dream_in_4d import import_checkpoint
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.convert import convert
-from dream4d_engine.priors.formats.identify import identify, open_source
+from dream4d_engine.priors.formats.identify import identify, open_loader
 from dream4d_engine.priors.loading import load_prior
 
 MOST_SECONDS, MOST_BYTES = 5.0, 2**30
@@ -43,7 +43,7 @@ def intact(tmp_path_factory):
     for name, state in STATES.items():
         path = tmp_path_factory.mktemp("intact") / "x.safetensors"
         save_file({k: v.clone() for k, v in state.items()}, path)
-        source = open_source(path)
+        source = open_loader(path)
         assert load_prior(path).kind == ("novel_view" if name == "zero123" else "image")
         if name != "zero123":
             source.text_encoder(torch.float32, "cpu")
@@ -234,8 +234,8 @@ def looked_at(path: Path, chance: random.Random) -> Callable[[], None]:
 
     def attempt() -> None:
         identify(path)
-        source = open_source(path)
-        source.facts(None)
+        source = open_loader(path)
+        source.metadata(None)
         if chance.random() < 0.5:
             load_prior(path)
             if source.encoder_layout() == "clip_image":
@@ -324,7 +324,7 @@ def test_damaged_settings_beside_a_file(tmp_path, suffix, fuzz):
 
     def make(chance: random.Random):
         (tmp_path / f"x{suffix}").write_bytes(damaged_text(SETTINGS, chance).encode("utf-8", "replace"))
-        return lambda: (identify(tmp_path / "x.safetensors"), open_source(tmp_path / "x.safetensors").text_parts())
+        return lambda: (identify(tmp_path / "x.safetensors"), open_loader(tmp_path / "x.safetensors").text_parts())
 
     fuzzed((120 if suffix == ".json" else 40) * fuzz, f"settings {suffix}", make, 30)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 
 from dream4d_engine.priors.errors import PriorError
-from dream4d_engine.priors.formats.identify import identify, open_source
+from dream4d_engine.priors.formats.identify import identify, open_loader
 from dream4d_engine.priors.formats.lora_files import lora_files, read_lora
 from dream4d_engine.priors.lora import add_layers
 
@@ -223,7 +223,7 @@ def torch_state(rng: random.Random) -> dict:
 def try_file(path: Path) -> str | None:
     """Read a file in all ways; return what was said, or None where it is a LoRA."""
     said = None
-    for use in (read_lora, identify, open_source, lora_files):
+    for use in (read_lora, identify, open_loader, lora_files):
         try:
             found = use(path)
         except PriorError as error:

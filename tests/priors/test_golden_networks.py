@@ -33,7 +33,7 @@ from dream4d_engine.guidance.distillation import (
 )
 from dream4d_engine.guidance.noise import sigma_of_alpha_bar
 from dream4d_engine.guidance.prompts import perp_neg_conditions
-from dream4d_engine.priors.conditioning import camera_vector, picture_conditions, table_conditions
+from dream4d_engine.priors.conditioning import camera_vector, embedded_conditions, table_conditions
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.loading import load_prior
 
@@ -76,10 +76,10 @@ def image():
     return load_prior(DATA / "sd_unet.safetensors", "image", config=config)
 
 
-def whole_prior(name: str, unet: str, scheduler: str, **facts):
+def whole_prior(name: str, unet: str, scheduler: str, **metadata):
     """One of the networks of the whole folder."""
     configs = json.loads((WHOLE / "guidance.json").read_text())
-    config = {"unet": configs[unet], "scheduler": configs[scheduler], "vae": configs["vae"], "dream4d": facts}
+    config = {"unet": configs[unet], "scheduler": configs[scheduler], "vae": configs["vae"], "dream4d": metadata}
     return load_prior(WHOLE / f"{name}.safetensors", config=config)
 
 
@@ -162,7 +162,7 @@ def test_image_gradient(golden, image):
 
 
 def test_image_perp_neg(golden, image):
-    """With the published order of pictures (see test_guidance), which the loaded network is wrapped for."""
+    """With the published order of images (see test_guidance), which the loaded network is wrapped for."""
     views = torch.arange(4)
     swap = torch.cat([(2 * views + i) % 4 for i in range(2)])
     denoiser = EpsDenoiser(image.denoiser.unet, image.denoiser.noise.alphas_bar, swap=swap)
@@ -192,7 +192,7 @@ def test_novel_view_conditioning(golden):
     reference = make_cameras(0.0, 0.0, 3.8, 0.35, 0.0, 8, 8)
     projection = golden["zero123.proj_weight"], golden["zero123.proj_bias"]
     embedding, concat = golden["zero123.image_embedding"][0], golden["zero123.concat_latent"][None]
-    text, negative = picture_conditions(embedding, concat, projection, reference)(cameras)
+    text, negative = embedded_conditions(embedding, concat, projection, reference)(cameras)
     expected = golden["zero123.context_neg_then_pos"]
     assert relative_error(text.tokens[0], expected[4:]) < TOLERANCE
     assert torch.equal(negative.tokens[0], expected[:4]) and not expected[:4].any()
@@ -228,12 +228,12 @@ def test_pixel_call(golden, whole):
     assert prior.kind == "pixel" and prior.denoiser.vae is None
     conditions = table_conditions(prior, *tables(whole))
     guidance = Guidance("if", prior.denoiser, conditions, plain(published_scale(20.0)))
-    pictures = whole["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
+    images = whole["if.rgb"].permute(0, 3, 1, 2)[:, None].requires_grad_()
     cameras = cameras_of(whole).reshape(4, 1)
     output = distill_at(
-        guidance, pictures, cameras, whole["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
+        guidance, images, cameras, whole["if.t"] / 1000, lambda shape: golden["if.noise"].reshape(shape)
     )
-    (gradient,) = torch.autograd.grad(output.loss, pictures)
+    (gradient,) = torch.autograd.grad(output.loss, images)
     assert relative_error(output.loss.detach(), whole["if.loss"]) < TOLERANCE
     assert relative_error(gradient[:, 0].permute(0, 2, 3, 1), whole["if.rgb_grad"]) < TOLERANCE
 
@@ -251,6 +251,6 @@ def test_image_file_with_autoencoder(whole):
     z, x, sigma = noisy_image_case(whole, prior, "sd.0.noise")
     x0 = guided_prediction(guidance, cameras_of(whole).reshape(4, 1))(x, sigma)
     assert relative_error(sds_gradient(z, x0, sigma, prior.denoiser.noise)[:, 0], whole["sd.0.grad"]) < TOLERANCE
-    pictures = torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    latents = prior.denoiser.encode(pictures)
+    images = torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = prior.denoiser.encode(images)
     assert latents.shape == (1, 2, 4, 8, 8) and torch.isfinite(prior.denoiser.decode(latents)).all()

@@ -118,13 +118,13 @@ def test_every_format_adds_its_sum(prior, tmp_path, file, strength):
 def test_text_encoder_gets_the_sum_too(prior, tmp_path):
     path = save(tmp_path / "l.safetensors", peft())
     changed = apply_lora(prior, path, 0.5)
-    _, encoder = prior.source.text_encoder(torch.float32, "cpu")
+    _, encoder = prior.loader.text_encoder(torch.float32, "cpu")
     layer = next(m for name, m in encoder.named_modules() if name.endswith("encoder.layers.1.self_attn.q_proj"))
     down, up = pairs()[TEXT_LAYER]
     layer.weight.data = layer.weight + 0.5 * up @ down
     from dream4d_engine.priors.networks.text import encode_prompts
 
-    expected = encode_prompts(prior.source.text_encoder(torch.float32, "cpu")[0], encoder, ["a cat"])
+    expected = encode_prompts(prior.loader.text_encoder(torch.float32, "cpu")[0], encoder, ["a cat"])
     torch.testing.assert_close(changed.encode_text(["a cat"]), expected)
 
 
@@ -217,5 +217,5 @@ def test_the_file_that_a_model_came_from_is_left_alone(prior, tmp_path):
     """Tensors may be mapped from the disk: what is loaded again is without the LoRA."""
     before = weights(prior)
     apply_lora(prior, save(tmp_path / "l.safetensors", old_processors()))
-    again = prior.source.unet(torch.float32, "cpu").state_dict()
+    again = prior.loader.unet(torch.float32, "cpu").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in before.items())

@@ -16,7 +16,7 @@ from places import CASES
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.priors.formats import ldm_keys
-from dream4d_engine.priors.formats.identify import identify, identify_all, open_source
+from dream4d_engine.priors.formats.identify import identify, identify_all, open_loader
 from dream4d_engine.priors.formats.lora_files import lora_files, read_lora
 from dream4d_engine.priors.loading import PriorError, load_prior, toy_folder, toy_subject
 from dream4d_engine.priors.lora import add_layers, apply_lora
@@ -465,7 +465,7 @@ def test_layers_are_found_under_every_name(prior, tmp_path, key, layer):
     ],
 )
 def test_layers_of_the_text_are_found_under_every_name(prior, tmp_path, key):
-    _, encoder = prior.source.text_encoder(torch.float32, "cpu")
+    _, encoder = prior.loader.text_encoder(torch.float32, "cpu")
     before = weights(encoder)
     path = file_of(tmp_path / "a.safetensors", {f"{key}.lora_A.weight": pair()[0], f"{key}.lora_B.weight": pair()[1]})
     add_layers(encoder, read_lora(path)["text_encoder"], 1.0, "")
@@ -644,7 +644,7 @@ def test_a_lora_is_no_model(tmp_path):
     folder = folder_of(tmp_path / "mine", {"lora_alpha": 4})
     for path in (folder, toy_subject(), CASES / "peft_adapter"):
         with pytest.raises(PriorError, match="is a LoRA: it is added to a model"):
-            open_source(path)
+            open_loader(path)
 
 
 # ---- The toy image prior -----------------------------------------------------------------------------------------

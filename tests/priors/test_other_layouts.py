@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats import clip_keys, ldm_keys
 from dream4d_engine.priors.formats.convert import convert
-from dream4d_engine.priors.formats.identify import identify, identify_all, open_source
+from dream4d_engine.priors.formats.identify import identify, identify_all, open_loader
 from dream4d_engine.priors.loading import load_prior
 
 CONDITION, VAE, UNET = "cond_stage_model.", "first_stage_model.", "model.diffusion_model."
@@ -125,7 +125,7 @@ def with_tower(tower, sd21):
 @pytest.mark.parametrize("names", [as_open_clip, as_transformers])
 def test_stable_diffusion_2_reads_the_23rd_layer_whatever_the_file_holds(tower, sd21, tmp_path, names, layers):
     torch.save(with_tower(names(tower, layers), sd21), tmp_path / "sd2.ckpt")
-    source = open_source(tmp_path / "sd2.ckpt")
+    source = open_loader(tmp_path / "sd2.ckpt")
     tokenizer, encoder = source.text_encoder(torch.float32, "cpu")
     assert encoder.config.num_hidden_layers == 23 and encoder.config.hidden_act == "gelu"
     assert tokenizer.pad_id == 0 and source.pad_token() == "!"
@@ -140,7 +140,7 @@ def test_the_configuration_says_which_layer_is_read(sd21, tmp_path):
     path = saved(sd21, tmp_path / "sd21.safetensors")  # of three layers
     for layer, n in (("penultimate", 2), ("last", 3)):
         config = {"cond_stage_config": {"params": {"layer": layer}}}
-        assert open_source(path, config).text_parts()[0]["num_hidden_layers"] == n
+        assert open_loader(path, config).text_parts()[0]["num_hidden_layers"] == n
     for layer, said in (
         ("hidden", "must be 'last' or 'penultimate', got 'hidden'"),
         (11, "layer must be text, got 11"),
@@ -241,9 +241,9 @@ def test_autoencoders_under_other_names(sd15, tmp_path, names, n_dims):
                 )
     usual = load_prior(saved(sd15, tmp_path / "usual.safetensors")).denoiser
     ours = load_prior(saved(state, tmp_path / "other.safetensors")).denoiser
-    pictures = torch.rand(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ours.encode(pictures), usual.encode(pictures))
-    assert torch.equal(ours.decode(ours.encode(pictures)), usual.decode(usual.encode(pictures)))
+    images = torch.rand(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours.encode(images), usual.encode(images))
+    assert torch.equal(ours.decode(ours.encode(images)), usual.decode(usual.encode(images)))
 
 
 @pytest.mark.parametrize(
@@ -341,11 +341,11 @@ FOREIGN = {
 def test_foreign_notes_beside_a_file_are_passed_over(sd15, tmp_path, name):
     path = saved(sd15, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text(FOREIGN[name])
-    facts = open_source(path).facts(None)
-    assert facts.notes == (f"{tmp_path / 'model.json'} was passed over: it has none of a model's settings",)
-    assert facts.image_size == (128, 128) and load_prior(path).kind == "image"
+    metadata = open_loader(path).metadata(None)
+    assert metadata.notes == (f"{tmp_path / 'model.json'} was passed over: it has none of a model's settings",)
+    assert metadata.image_size == (128, 128) and load_prior(path).kind == "image"
     (tmp_path / "model.yaml").write_text("model: {params: {image_size: 32, parameterization: v}}")  # this one is
-    assert open_source(path).facts(None).image_size == (64, 64)
+    assert open_loader(path).metadata(None).image_size == (64, 64)
     assert load_prior(path).denoiser.prediction_type == "v_prediction"
 
 
@@ -377,7 +377,7 @@ def test_settings_that_cannot_be_meant_are_named(sd15, tmp_path, name):
     path = saved(sd15, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(PriorError, match=said) as error:
-        open_source(path).facts(None)
+        open_loader(path).metadata(None)
     assert "model.json" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -387,14 +387,14 @@ def test_yaml_that_grows_without_end_is_refused(sd15, tmp_path):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "model.yaml").write_text("\n".join(lines))
     with pytest.raises(PriorError, match="model.yaml.*grows without end"):
-        open_source(path)
+        open_loader(path)
 
 
 def test_nulls_are_as_if_not_there(sd15, tmp_path):
     path = saved(sd15, tmp_path / "model.safetensors")
     fields = dict.fromkeys(("image_size", "timesteps", "parameterization", "unet_config", "scale_factor"))
     (tmp_path / "model.json").write_text(json.dumps({"model": {"params": fields}}))
-    assert open_source(path).facts(None).image_size == (128, 128)
+    assert open_loader(path).metadata(None).image_size == (128, 128)
 
 
 def test_given_settings_must_be_some(sd15, tmp_path):
@@ -446,34 +446,34 @@ def spread(state, amount: float):
 
 def test_v_models_are_told_by_their_weights(sd21, tmp_path):
     for amount, kind, size, word in ((0.11, "v_prediction", 96, "v-model"), (0.07, "epsilon", 64, "predicts noise")):
-        source = open_source(saved(spread(sd21, amount), tmp_path / "sd2.safetensors"))
-        facts = source.facts(None)
-        assert source.schedule()[1] == kind and facts.image_size == (2 * size, 2 * size)  # a small autoencoder
-        assert len(facts.notes) == 2 and word in facts.notes[0] and "norm1.bias" in facts.notes[0]
-        assert f"{8 * size} pixels were assumed" in facts.notes[1]
+        source = open_loader(saved(spread(sd21, amount), tmp_path / "sd2.safetensors"))
+        metadata = source.metadata(None)
+        assert source.schedule()[1] == kind and metadata.image_size == (2 * size, 2 * size)  # a small autoencoder
+        assert len(metadata.notes) == 2 and word in metadata.notes[0] and "norm1.bias" in metadata.notes[0]
+        assert f"{8 * size} pixels were assumed" in metadata.notes[1]
 
 
 def test_what_is_said_of_a_model_needs_no_guess(sd21, tmp_path):
     path = saved(spread(sd21, 0.2), tmp_path / "sd2.safetensors")
-    source = open_source(path, {"parameterization": "eps", "image_size": 64})
-    assert source.schedule()[1] == "epsilon" and source.facts(None).notes == ()
+    source = open_loader(path, {"parameterization": "eps", "image_size": 64})
+    assert source.schedule()[1] == "epsilon" and source.metadata(None).notes == ()
     header = {"modelspec.prediction_type": "epsilon", "modelspec.resolution": "768x768"}
     save_file(spread(sd21, 0.2), path, header)
-    source = open_source(path)
-    assert source.schedule()[1] == "epsilon" and source.facts(None).image_size == (192, 192)
-    assert source.facts(None).notes == ()
+    source = open_loader(path)
+    assert source.schedule()[1] == "epsilon" and source.metadata(None).image_size == (192, 192)
+    assert source.metadata(None).notes == ()
     save_file(sd21 | {"v_pred": torch.zeros(0)}, path)
-    assert open_source(path).schedule()[1] == "v_prediction"
+    assert open_loader(path).schedule()[1] == "v_prediction"
     with pytest.raises(PriorError, match="unknown parameterization 'flow'"):
         save_file(sd21, path, {"modelspec.prediction_type": "flow"})
-        open_source(path).facts(None)
+        open_loader(path).metadata(None)
 
 
 @pytest.mark.parametrize("name", ["sd15", "mvdream", "zero123"])
 def test_other_models_are_not_guessed_at(tmp_path, name):
     state = layout.random_state(small_checkpoint(name))
-    source = open_source(saved(state | ({MARK: 10 * state[MARK]}), tmp_path / "m.safetensors"))
-    assert source.schedule()[1] == "epsilon" and source.facts(None).notes == ()
+    source = open_loader(saved(state | ({MARK: 10 * state[MARK]}), tmp_path / "m.safetensors"))
+    assert source.schedule()[1] == "epsilon" and source.metadata(None).notes == ()
 
 
 def test_what_was_assumed_is_kept_by_a_conversion_and_said(sd21, tmp_path):

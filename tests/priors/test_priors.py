@@ -49,14 +49,14 @@ def cameras_of(kind):
 def conditions_of(prior):
     cameras = cameras_of(prior.kind)
     if prior.kind == "novel_view":
-        picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(3))
-        return image_conditions(prior, picture, orbit(1, 32, 32, elevation_deg=0.0))(cameras)
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(3))
+        return image_conditions(prior, image, orbit(1, 32, 32, elevation_deg=0.0))(cameras)
     return text_conditions(prior, "a red cube is jumping")(cameras)
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_folder_round_trip(folders, kind):
-    """A saved folder loads, says what it is, and denoises its groups to finite pictures of the same shape."""
+    """A saved folder loads, says what it is, and denoises its groups to finite images of the same shape."""
     prior = load_prior(folders / kind)
     assert prior.kind == kind and prior.denoiser.image_size == (32, 32)
     assert prior.denoiser.n_frames == {"multiview": 4, "video": 8}.get(kind)
@@ -82,7 +82,7 @@ def test_scheduler_is_the_declared_one(folders):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_exact_outputs_give_back_the_picture(prediction_type):
+def test_exact_outputs_give_back_the_image(prediction_type):
     generator = torch.Generator().manual_seed(0)
     z, noise = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
     sigma = torch.tensor([0.3, 20.0])
@@ -134,7 +134,7 @@ def test_group_attention_mixes_views_and_only_within_a_group(folders):
     assert difference[1].max() < 1e-5
 
 
-def test_single_pictures_are_independent(folders):
+def test_single_images_are_independent(folders):
     prior = load_prior(folders / "image")
     text, _ = conditions_of(prior)
     x = torch.randn(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -158,19 +158,19 @@ def test_group_attention_of_one_view_is_the_ordinary_one(folders):
 
 def test_pixels_encode_to_themselves_with_gradient(folders):
     denoiser = load_prior(folders / "pixel").denoiser
-    pictures = torch.rand(1, 2, 3, 32, 32, requires_grad=True)
-    z = denoiser.encode(pictures)
-    assert torch.allclose(denoiser.decode(z), pictures, atol=1e-6)
+    images = torch.rand(1, 2, 3, 32, 32, requires_grad=True)
+    z = denoiser.encode(images)
+    assert torch.allclose(denoiser.decode(z), images, atol=1e-6)
     z.sum().backward()
-    assert torch.equal(pictures.grad, torch.full_like(pictures, 2.0))
+    assert torch.equal(images.grad, torch.full_like(images, 2.0))
 
 
 def test_distillation_runs_on_a_loaded_prior(folders):
     config = DistillationConfig(guidance_scale=3.0, min_noise=constant(0.5), max_noise=constant(0.5), loss="x0")
     guidance = text_guidance(load_prior(folders / "multiview"), "a red cube", None, config)
-    pictures = torch.rand(1, 4, 3, 32, 32, requires_grad=True)
-    distill(guidance, pictures, orbit(4, 32, 32), 0.0, Draw(0)).loss.backward()
-    assert pictures.grad.abs().sum() > 0
+    images = torch.rand(1, 4, 3, 32, 32, requires_grad=True)
+    distill(guidance, images, orbit(4, 32, 32), 0.0, Draw(0)).loss.backward()
+    assert images.grad.abs().sum() > 0
 
 
 # --- Conditions ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.guidance.denoiser import Conditions
-from dream4d_engine.priors.conditioning import clip_pixels, embed_picture, image_conditions, text_conditions
+from dream4d_engine.priors.conditioning import clip_pixels, embed_image, image_conditions, text_conditions
 from dream4d_engine.priors.formats.checkpoints import open_checkpoint
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.identify import identify, identify_all
@@ -53,13 +53,13 @@ def folders(tmp_path_factory, files) -> dict[str, Path]:
 def conditions_of(prior):
     cameras = orbit(4, 16, 16)
     if prior.kind == "novel_view":
-        picture = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(3))
-        return image_conditions(prior, picture, make_cameras(0.0, 0.0, 3.0, 0.7, 0.0, 16, 16))(cameras)
+        image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(3))
+        return image_conditions(prior, image, make_cameras(0.0, 0.0, 3.0, 0.7, 0.0, 16, 16))(cameras)
     return text_conditions(prior, "a blue cat!! on a café's table", "ugly")(cameras)
 
 
 def answers(prior) -> list[torch.Tensor]:
-    """What a prior makes of a picture and of noise under both conditions."""
+    """What a prior makes of an image and of noise under both conditions."""
     generator, both = torch.Generator().manual_seed(1), conditions_of(prior)
     side = 8 if both[0].concat is None else both[0].concat.shape[-1]
     x = torch.randn(1, 4, 4, side, side, generator=generator)
@@ -179,22 +179,22 @@ def test_open_clip_is_read_at_its_last_but_one_layer(files, states):
 def test_clip_image_encoder(files, states):
     root = "cond_stage_model.model.visual."
     model = {k.removeprefix(root): v for k, v in states["zero123"].items() if k.startswith(root)}
-    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    x = functional.conv2d(clip_pixels(pictures, 32), model["conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = functional.conv2d(clip_pixels(images, 32), model["conv1.weight"], stride=8).flatten(2).transpose(1, 2)
     x = torch.cat((model["class_embedding"].expand(2, 1, -1), x), 1) + model["positional_embedding"]
     x = norm(model, "ln_pre", x)
     for i in range(2):
         x = block(model, f"transformer.resblocks.{i}", x, None, lambda y: y * torch.sigmoid(1.702 * y))
     expected = norm(model, "ln_post", x[:, 0]) @ model["proj"]
-    ours = embed_picture(load_prior(files["zero123"]), pictures)
+    ours = embed_image(load_prior(files["zero123"]), images)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_corners_stay_in_place_without_antialiasing():
-    """Zero123's way of resizing: the corner pixels are those of the picture."""
-    pictures = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0))
-    corners, usual = clip_pixels(pictures, 20, "corners"), clip_pixels(pictures, 20)
-    unchanged = clip_pixels(pictures, 50, "corners")
+    """Zero123's way of resizing: the corner pixels are those of the image."""
+    images = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0))
+    corners, usual = clip_pixels(images, 20, "corners"), clip_pixels(images, 20)
+    unchanged = clip_pixels(images, 50, "corners")
     torch.testing.assert_close(corners[..., ::19, ::19], unchanged[..., ::49, ::49], rtol=1e-4, atol=1e-4)
     assert (corners - usual).abs().max() > 0.1
 
@@ -305,20 +305,20 @@ def tiny_vae(tmp_path_factory):
 def test_tiny_autoencoder_takes_the_place_of_the_full_one(files, tiny_vae, name):
     folder, tiny = tiny_vae
     prior = load_prior(files[name], tiny_vae=folder)
-    pictures = torch.rand(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    z = prior.denoiser.encode(pictures)
+    images = torch.rand(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    z = prior.denoiser.encode(images)
     with torch.no_grad():
-        torch.testing.assert_close(z[0], tiny.encode(2 * pictures[0] - 1).latents, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(z[0], tiny.encode(2 * images[0] - 1).latents, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             prior.denoiser.decode(z)[0], tiny.decode(z[0]).sample / 2 + 0.5, rtol=1e-4, atol=1e-5
         )
     z.sum().backward()
-    assert pictures.grad.abs().sum() > 0
+    assert images.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in prior.denoiser.vae.parameters())
     if name == "zero123":  # its reference is the latent before scaling
         text, _ = conditions_of(prior)
-        picture = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(3))
-        resized = functional.interpolate(picture[None], (64, 64), mode="bilinear", antialias=True)
+        image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(3))
+        resized = functional.interpolate(image[None], (64, 64), mode="bilinear", antialias=True)
         with torch.no_grad():
             expected = tiny.encode(2 * resized - 1).latents / 0.18215
         torch.testing.assert_close(text.concat[0, 0], expected[0], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Rendering: golden pictures, closed forms, and equal results by every way there is."""
+"""Rendering: golden images, closed forms, and equal results by every way there is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
 from dream4d_engine.rendering import RenderOptions, render, render_chunked
-from dream4d_engine.rendering.shading import KINDS, depth_picture, displacement_picture, picture
+from dream4d_engine.rendering.shading import KINDS, depth_image, displacement_image, image_of
 from dream4d_engine.scene import Scene, SceneConfig, build_scene
 
 GRID = HashGridConfig(n_levels=4, log2_entries=8, base_resolution=4, growth=1.5)
@@ -51,7 +51,7 @@ def psnr(ours: torch.Tensor, golden: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("stage", "view"), [("stage1", 1), ("stage2", 2)])
-def test_pictures_equal_golden(stage: str, view: int) -> None:
+def test_images_equal_golden(stage: str, view: int) -> None:
     """One of the four views of each checkpoint; the others agree as well (80 dB and more) but take longer."""
     scene, _ = import_checkpoint(GOLDEN / f"{stage}.ckpt")
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / f"{stage}_renders.npz").items()}
@@ -167,7 +167,7 @@ def test_time_means_nothing_to_a_static_scene_and_much_to_a_moving_one() -> None
         assert torch.equal(first, render(scene, cameras().at_time(0.8)).rgb) is same
 
 
-def test_same_seed_same_picture_bit_for_bit_with_its_gradient() -> None:
+def test_same_seed_same_image_bit_for_bit_with_its_gradient() -> None:
     scene, options = moving_scene(), RenderOptions(stratified=True, ray_jitter=0.01)
     results = []
     for seed in (3, 3, 4):
@@ -191,11 +191,11 @@ def test_rendering_slices_twice_gives_the_same_gradient(options: RenderOptions, 
     def rendered(options: RenderOptions) -> dict[str, torch.Tensor]:
         scene.zero_grad()
         output = render(scene, cameras(), options, generator(9))
-        pictures = {name: getattr(output, name) for name in ("rgb", "opacity", "depth", "normals", "displacement")}
-        present = [picture for picture in pictures.values() if picture is not None]
+        images = {name: getattr(output, name) for name in ("rgb", "opacity", "depth", "normals", "displacement")}
+        present = [image for image in images.values() if image is not None]
         torch.cat([(p * torch.randn(p.shape, generator=generator(3))).flatten() for p in present]).sum().backward()
         gradients = {name: p.grad.clone() for name, p in scene.named_parameters() if p.grad is not None}
-        return gradients | {name: p.detach() for name, p in pictures.items() if p is not None}
+        return gradients | {name: p.detach() for name, p in images.items() if p is not None}
 
     at_once, sliced = rendered(options), rendered(replace(options, rays_at_once=rays_at_once))
     assert at_once.keys() == sliced.keys() and {"rgb", "deformation.grid.table"} <= at_once.keys()
@@ -247,21 +247,21 @@ def test_a_few_steps_make_a_blob_red() -> None:
     assert loss < 0.01
 
 
-def test_pictures_for_people() -> None:
+def test_images_for_people() -> None:
     output = render_chunked(moving_scene(), cameras(), EVERYTHING)
     for kind in KINDS:
-        image = picture(output, kind)
-        assert image.shape == (1, 3, 12, 12, 3) and image.min() >= 0 and image.max() <= 1 and image.std() > 0
+        shown = image_of(output, kind)
+        assert shown.shape == (1, 3, 12, 12, 3) and shown.min() >= 0 and shown.max() <= 1 and shown.std() > 0
     with pytest.raises(ValueError, match="unknown kind"):
-        picture(output, "albedo")
+        image_of(output, "albedo")
     with pytest.raises(ValueError, match="holds no normals"):
-        picture(render(static_scene(), cameras(4)), "normals")
+        image_of(render(static_scene(), cameras(4)), "normals")
 
 
 def test_near_is_bright_and_no_motion_is_grey() -> None:
     depth = torch.tensor([[2.0], [3.0], [4.0], [0.0]])
     opacity = torch.tensor([[1.0], [1.0], [1.0], [0.0]])
-    shown = depth_picture(depth, opacity)[:, 0]
+    shown = depth_image(depth, opacity)[:, 0]
     assert shown[0] == 1 and shown[0] > shown[1] > shown[2] > shown[3] == 0
-    assert (depth_picture(depth, torch.zeros(4, 1)) == 0).all()
-    assert (displacement_picture(torch.zeros(2, 3)) == 0.5).all()
+    assert (depth_image(depth, torch.zeros(4, 1)) == 0).all()
+    assert (displacement_image(torch.zeros(2, 3)) == 0.5).all()

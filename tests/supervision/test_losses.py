@@ -14,7 +14,7 @@ from torch import Tensor
 from dream4d_engine.supervision import losses
 
 
-def picture(seed: int, *shape: int) -> Tensor:
+def image(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -66,7 +66,7 @@ def test_z_variance_sees_opaque_pixels_only() -> None:
 def test_smoothness_of_constants_is_0() -> None:
     normals = torch.tensor([0.0, 0.6, 0.8]).expand(2, 3, 5, 4, 3)
     assert losses.normal_smoothness_2d(normals) == 0
-    assert losses.normal_smoothness_2d(picture(0, 2, 3, 5, 4, 3)) > 0
+    assert losses.normal_smoothness_2d(image(0, 2, 3, 5, 4, 3)) > 0
     assert losses.normal_smoothness_3d(normals, normals) == 0
     assert losses.normal_smoothness_3d(normals, normals + 0.5).item() == pytest.approx(0.5)
 
@@ -81,8 +81,8 @@ def test_total_variation() -> None:
     assert losses.displacement_tv(corner).item() == pytest.approx(6.0)
 
 
-def test_reference_picture() -> None:
-    rgb, mask, background = picture(0, 1, 1, 4, 4, 3), (picture(1, 1, 1, 4, 4, 1) > 0.5).double(), torch.tensor(0.25)
+def test_reference_image() -> None:
+    rgb, mask, background = image(0, 1, 1, 4, 4, 3), (image(1, 1, 1, 4, 4, 1) > 0.5).double(), torch.tensor(0.25)
     background = background.expand_as(rgb)
     same = SimpleNamespace(rgb=torch.where(mask > 0, rgb, background), background=background)
     assert losses.reference_rgb(same, rgb, mask) == 0
@@ -95,8 +95,8 @@ def test_reference_picture() -> None:
 @given(st.floats(0.1, 20), st.floats(-5, 5))
 @settings(max_examples=30, deadline=None)
 def test_depth_does_not_depend_on_the_references_scale_and_shift(scale: float, shift: float) -> None:
-    rendered, reference = picture(0, *SHAPE), picture(1, *SHAPE)
-    mask = (picture(2, *SHAPE) > 0.3).double()
+    rendered, reference = image(0, *SHAPE), image(1, *SHAPE)
+    mask = (image(2, *SHAPE) > 0.3).double()
     expected = losses.depth(rendered, reference, mask)
     assert losses.depth(rendered, scale * reference + shift, mask).item() == pytest.approx(expected.item(), rel=1e-6)
     assert losses.depth(rendered, scale * rendered + shift, mask).item() == pytest.approx(0.0, abs=1e-10)
@@ -106,8 +106,8 @@ def test_depth_does_not_depend_on_the_references_scale_and_shift(scale: float, s
 
 
 def test_depth_is_the_least_squares_residual_with_the_right_gradient() -> None:
-    rendered, reference = picture(0, 1, 1, 6, 5, 1).requires_grad_(), picture(1, 1, 1, 6, 5, 1)
-    mask = (picture(2, 1, 1, 6, 5, 1) > 0.4).double()
+    rendered, reference = image(0, 1, 1, 6, 5, 1).requires_grad_(), image(1, 1, 1, 6, 5, 1)
+    mask = (image(2, 1, 1, 6, 5, 1) > 0.4).double()
     inside = mask[..., 0].bool()[0, 0]
     target = rendered.detach()[0, 0, ..., 0][inside]
     columns = torch.stack((reference[0, 0, ..., 0][inside], torch.ones_like(target)), -1)
@@ -120,7 +120,7 @@ def test_depth_is_the_least_squares_residual_with_the_right_gradient() -> None:
 
 
 def test_relative_depth_bounds() -> None:
-    rendered, mask = picture(0, *SHAPE), torch.ones(SHAPE, dtype=torch.float64)
+    rendered, mask = image(0, *SHAPE), torch.ones(SHAPE, dtype=torch.float64)
     assert losses.relative_depth(rendered, rendered, mask).item() == pytest.approx(0.0, abs=1e-5)
     assert losses.relative_depth(rendered, -rendered, mask).item() == pytest.approx(2.0, abs=1e-5)
     flat = torch.ones(SHAPE, dtype=torch.float64).requires_grad_()
@@ -130,8 +130,8 @@ def test_relative_depth_bounds() -> None:
 
 
 def test_normal() -> None:
-    normals = torch.nn.functional.normalize(picture(0, 1, 1, 4, 4, 3) - 0.5, dim=-1)
-    mask = (picture(1, 1, 1, 4, 4, 1) > 0.5).double()
+    normals = torch.nn.functional.normalize(image(0, 1, 1, 4, 4, 3) - 0.5, dim=-1)
+    mask = (image(1, 1, 1, 4, 4, 1) > 0.5).double()
     assert losses.normal(normals, 3 * normals, mask).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.normal(normals, -normals, mask).item() == pytest.approx(2.0, abs=1e-6)
     changed = torch.where(mask > 0, normals, -normals)

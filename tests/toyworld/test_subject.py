@@ -13,7 +13,7 @@ from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, 
 from dream4d_engine.priors.lora import apply_lora
 from dream4d_engine.toyworld import measure, train_latent
 from dream4d_engine.toyworld.datasets import render_bank
-from dream4d_engine.toyworld.evaluate import Pictures, align, frame_error, frames_of, true_renderer
+from dream4d_engine.toyworld.evaluate import Images, align, frame_error, frames_of, true_renderer
 from dream4d_engine.toyworld.measure import PARTS, all_cases, measure_path, measure_subject, photograph, table
 from dream4d_engine.toyworld.models import SUBJECT_WORD
 from dream4d_engine.toyworld.samples import sample
@@ -36,8 +36,8 @@ def seeded(seed=0):
 
 
 def subject_renderer(cameras):
-    picture = render_subject(cameras, background=(0.0, 0.0, 0.0))
-    return Pictures(picture.rgb, picture.mask)
+    image = render_subject(cameras, background=(0.0, 0.0, 0.0))
+    return Images(image.rgb, image.mask)
 
 
 # ---- the subject -------------------------------------------------------------------------------------------------
@@ -55,11 +55,11 @@ def test_the_subject_is_all_like_itself_and_nothing_a_caption_says_is():
 
 def test_a_subject_upside_down_or_empty_is_not_like_it():
     def swapped(cameras):
-        pictures = subject_renderer(cameras)
-        return Pictures(pictures.rgb.flip(2), pictures.opacity.flip(2))
+        images = subject_renderer(cameras)
+        return Images(images.rgb.flip(2), images.opacity.flip(2))
 
     assert likeness(swapped).right == 0
-    empty = likeness(lambda cameras: Pictures(*(torch.zeros(1, 8, 64, 64, n) for n in (3, 1))))
+    empty = likeness(lambda cameras: Images(*(torch.zeros(1, 8, 64, 64, n) for n in (3, 1))))
     assert empty.right == 0 and set(empty.body) == {"none"} and empty.iou == 0
 
 
@@ -67,13 +67,13 @@ def test_parts_are_found_where_the_result_stands():
     """Smaller by a fifth and 5 pixels off, the parts are still told apart."""
 
     def moved(cameras):
-        pictures = subject_renderer(replace(cameras, fov_y=2 * torch.atan(1.2 * torch.tan(cameras.fov_y / 2))))
-        return Pictures(*(torch.roll(p, (5, -3), (2, 3)) for p in (pictures.rgb, pictures.opacity)))
+        images = subject_renderer(replace(cameras, fov_y=2 * torch.atan(1.2 * torch.tan(cameras.fov_y / 2))))
+        return Images(*(torch.roll(p, (5, -3), (2, 3)) for p in (images.rgb, images.opacity)))
 
     assert likeness(moved).right == 8
 
 
-def test_aligning_brings_a_picture_over_the_truth():
+def test_aligning_brings_a_image_over_the_truth():
     color, opacity = frames_of(subject_renderer, orbit(3, 48, 48))
     shifted = torch.roll(color, (4, -6), (1, 2)), torch.roll(opacity, (4, -6), (1, 2))
     again, covered, iou = align(*shifted, opacity)
@@ -81,11 +81,11 @@ def test_aligning_brings_a_picture_over_the_truth():
     assert iou.tolist() == [1, 1, 1]
 
 
-def test_four_pictures_show_it_cut_out_and_say_from_where():
-    pictures = photos(32)
-    assert pictures.shape == (4, 4, 32, 32)
-    assert (pictures[:, :3] <= pictures[:, 3:] + 1e-6).all(), "multiplied by the alpha"
-    assert 0.1 < pictures[:, 3].mean() < 0.3
+def test_four_images_show_it_cut_out_and_say_from_where():
+    images = photos(32)
+    assert images.shape == (4, 4, 32, 32)
+    assert (images[:, :3] <= images[:, 3:] + 1e-6).all(), "multiplied by the alpha"
+    assert 0.1 < images[:, 3].mean() < 0.3
     prompts = photo_prompts()
     assert prompts[0] == "a sks snowman, front view" and prompts[2] == "a sks snowman, back view"
     assert all(SUBJECT_WORD in prompt.split() for prompt in prompts)
@@ -152,9 +152,9 @@ def test_the_shipped_lora_is_small_and_makes_the_subject():
         prior = load_prior(toy_folder("image"), "image")
         if with_lora:
             prior = apply_lora(prior, toy_subject())
-        pictures = sample(prior.denoiser, text_conditions(prior, SUBJECT_PROMPT)(cameras), seeded(3), 6, scale=1.0)
+        images = sample(prior.denoiser, text_conditions(prior, SUBJECT_PROMPT)(cameras), seeded(3), 6, scale=1.0)
         truth = render_subject(cameras, background=(0.0, 0.0, 0.0))
-        return likeness(lambda _: Pictures(pictures.movedim(2, -1), truth.mask), 32, 8)
+        return likeness(lambda _: Images(images.movedim(2, -1), truth.mask), 32, 8)
 
     assert drawn(True).right >= 6
     assert drawn(False).right == 0
@@ -169,21 +169,19 @@ def test_the_truth_is_steady_and_trembling_is_not():
     assert frame_error(truth, caption, 32, 8) == 0
 
     def trembling(cameras):
-        pictures = truth(cameras)
+        images = truth(cameras)
         odd = torch.arange(cameras.shape[1]) % 2 == 1
-        return Pictures(
-            *(torch.where(odd[:, None, None, None], torch.roll(p, 2, 3), p) for p in vars(pictures).values())
-        )
+        return Images(*(torch.where(odd[:, None, None, None], torch.roll(p, 2, 3), p) for p in vars(images).values()))
 
     def shifted(cameras):
-        return Pictures(*(torch.roll(p, 2, 3) for p in vars(truth(cameras)).values()))
+        return Images(*(torch.roll(p, 2, 3) for p in vars(truth(cameras)).values()))
 
     still = true_renderer("a red cube is still")
     assert frame_error(trembling, caption, 32, 8) > 1.5 * frame_error(shifted, caption, 32, 8)
-    aside = Pictures(*(torch.roll(p, 2, 3) for p in vars(still(fixed_take(8, 32, 32))).values()))
+    aside = Images(*(torch.roll(p, 2, 3) for p in vars(still(fixed_take(8, 32, 32))).values()))
     assert frame_error(lambda cameras: aside, "a red cube", 32, 8) == 0, "what stands still is steady, wherever"
     assert frame_error(still, caption, 32, 8) > 0.05
-    assert frame_error(lambda c: Pictures(*(torch.zeros(1, 8, 32, 32, n) for n in (3, 1))), "a red cube", 32, 8) == 0
+    assert frame_error(lambda c: Images(*(torch.zeros(1, 8, 32, 32, n) for n in (3, 1))), "a red cube", 32, 8) == 0
 
 
 # ---- the whole table ---------------------------------------------------------------------------------------------
@@ -236,13 +234,13 @@ def test_a_latent_prior_and_its_two_autoencoders_can_be_trained_and_compared(tmp
     train_latent.main(["--out", str(tmp_path), *options])
     prior = load_prior(tmp_path / "video", "video")
     assert prior.denoiser.image_size == (32, 32) and prior.denoiser.unet.config.in_channels == 4
-    picture = torch.full((1, 8, 3, 32, 32), 0.5)
-    latents = prior.denoiser.encode(picture)
-    assert latents.shape == (1, 8, 4, 16, 16) and prior.denoiser.decode(latents).shape == picture.shape
+    image = torch.full((1, 8, 3, 32, 32), 0.5)
+    latents = prior.denoiser.encode(image)
+    assert latents.shape == (1, 8, 4, 16, 16) and prior.denoiser.decode(latents).shape == image.shape
     cases = all_cases(["autoencoders"], toy_subject(), "cpu", [0], 0.008, tmp_path)
     case = next(c for c in cases if c.name == "a red cube is jumping, tiny")
-    _, found, pictures = measure.measure_autoencoder(case)
-    assert -1 < found["gradient_cosine"] < 0.999 and pictures.shape == (8, 64, 64, 3)
+    _, found, images = measure.measure_autoencoder(case)
+    assert -1 < found["gradient_cosine"] < 0.999 and images.shape == (8, 64, 64, 3)
 
 
 def test_the_latent_part_asks_for_its_folder(capsys):
@@ -251,11 +249,11 @@ def test_the_latent_part_asks_for_its_folder(capsys):
     assert "needs --latent" in capsys.readouterr().err
 
 
-def test_the_full_autoencoder_learns_to_show_pictures():
+def test_the_full_autoencoder_learns_to_show_images():
     bank = render_bank("video", 8, seeded(), "cpu")
     vae = train_latent.train_autoencoder(bank, 60, 8, print)
-    pictures = train_latent.draw_pictures(bank, 16, seeded(3))
-    latents = vae.encode(pictures).latent_dist.mode()
-    missed = (vae.decode(latents).sample - pictures).abs().mean()
-    assert missed < 0.6 * (pictures - pictures.mean()).abs().mean()
+    images = train_latent.draw_images(bank, 16, seeded(3))
+    latents = vae.encode(images).latent_dist.mode()
+    missed = (vae.decode(latents).sample - images).abs().mean()
+    assert missed < 0.6 * (images - images.mean()).abs().mean()
     assert 0.7 < float((vae.config.scaling_factor * latents).std()) < 1.4

@@ -14,7 +14,7 @@ from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.rays import rays_from_cameras
 from dream4d_engine.toyworld.captions import COLORS, MOTIONS, SHAPES, Caption, all_captions, parse_caption, vocabulary
 from dream4d_engine.toyworld.evaluate import (
-    Pictures,
+    Images,
     best_scale,
     correlation,
     evaluate,
@@ -153,7 +153,7 @@ def test_swaying_holds_the_bottom_and_spinning_turns_left_first():
     assert math.degrees(math.atan2(face[1], face[0])) == pytest.approx(SPIN_DEG, abs=1e-3)
 
 
-# --- pictures
+# --- images
 
 
 def ellipsoid_depth(cameras, center: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def ellipsoid_depth(cameras, center: torch.Tensor, radii: torch.Tensor) -> torch
 def test_spheres_have_the_depth_and_silhouette_of_the_closed_form(motion):
     time, stretch = 0.2, 1 + 0.4 * math.sin(0.4 * math.pi)
     cameras = orbit(5, 40, 33, elevation_deg=25.0, time=time)
-    picture = render_caption(f"a blue sphere is {motion}", cameras, supersample=1)
+    image = render_caption(f"a blue sphere is {motion}", cameras, supersample=1)
     wide = stretch**-0.5 if motion == "stretching" else 1.0
     tall = stretch if motion == "stretching" else 1.0
     center = torch.tensor(
@@ -180,17 +180,17 @@ def test_spheres_have_the_depth_and_silhouette_of_the_closed_form(motion):
         ]
     )
     truth = ellipsoid_depth(cameras, center, 0.56 * torch.tensor([wide, wide, tall]))
-    seen = picture.mask[..., 0] > 0
+    seen = image.mask[..., 0] > 0
     assert (seen != truth.isfinite()).float().mean() < 1e-3
     both = seen & truth.isfinite()
-    error = (picture.depth[..., 0] - truth)[both].abs()
+    error = (image.depth[..., 0] - truth)[both].abs()
     assert error.median() < 1e-3 and error.max() < 0.03  # the largest where a ray grazes
 
 
-def test_cube_depth_at_the_middle_and_its_slide_in_the_picture():
-    picture = render_caption("a red cube", fixed_take(1, 33, 33, elevation_deg=0.0), supersample=1)
-    assert float(picture.depth[0, 0, 16, 16, 0]) == pytest.approx(3 - 0.45, abs=1e-3)
-    # +y is to the right in the picture of the front camera
+def test_cube_depth_at_the_middle_and_its_slide_in_the_image():
+    image = render_caption("a red cube", fixed_take(1, 33, 33, elevation_deg=0.0), supersample=1)
+    assert float(image.depth[0, 0, 16, 16, 0]) == pytest.approx(3 - 0.45, abs=1e-3)
+    # +y is to the right in the image of the front camera
     slid = render_caption("a red cube is sliding", fixed_take(5, 33, 33, elevation_deg=0.0)).mask[0, ..., 0]
     columns = torch.arange(33.0)
     middle = (slid.sum(1) * columns).sum(-1) / slid.sum((1, 2))
@@ -201,15 +201,15 @@ def test_cube_depth_at_the_middle_and_its_slide_in_the_picture():
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_mark_is_clear_in_front_and_absent_behind(name):
     cameras = orbit(8, 32, 32, elevation_deg=15.0)
-    picture = render_caption(f"a yellow {name}", cameras)
-    dark = ((picture.rgb.amax(-1) < 0.3) & (picture.mask[..., 0] > 0.5)).sum((-1, -2))[0]
+    image = render_caption(f"a yellow {name}", cameras)
+    dark = ((image.rgb.amax(-1) < 0.3) & (image.mask[..., 0] > 0.5)).sum((-1, -2))[0]
     assert dark[0] >= 16 and (dark[[1, 7]] >= 9).all() and (dark[3:6] == 0).all()
     two_faced = render_caption(f"a yellow {name}", cameras, mark_azimuths_deg=(0.0, 180.0))
     assert ((two_faced.rgb.amax(-1) < 0.3) & (two_faced.mask[..., 0] > 0.5)).sum((-1, -2))[0, 4] >= 16
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_objects_fill_about_half_the_picture_and_stay_inside(name):
+def test_objects_fill_about_half_the_image_and_stay_inside(name):
     mask = render_caption(f"a red {name}", orbit(8, 32, 32)).mask[0, ..., 0]
     rows, columns = mask.amax(2) > 0.5, mask.amax(1) > 0.5
     assert (rows.sum(1) >= 14).all() and (rows.sum(1) <= 22).all() and (columns.sum(1) <= 22).all()
@@ -246,9 +246,9 @@ def test_backgrounds_are_composited_and_rgb_is_straight_without_one():
 
 def test_a_snowman_can_have_a_head_of_another_colour():
     cameras = orbit(4, 32, 32, elevation_deg=0.0, start_deg=135.0)
-    picture = render_caption("a red snowman", cameras, head_color="blue").rgb[0, 0]
+    image = render_caption("a red snowman", cameras, head_color="blue").rgb[0, 0]
     above = round((1 - SNOWMAN_NECK / 1.09) * 16)
-    red, blue = picture[..., 0] > 0.3, picture[..., 2] > 0.3
+    red, blue = image[..., 0] > 0.3, image[..., 2] > 0.3
     assert red[above + 1 :].sum() > 50 and blue[: above - 1].sum() > 15
     assert not red[: above - 1].any() and not blue[above + 2 :].any()
 
@@ -358,7 +358,7 @@ def test_another_motion_has_no_correlation_but_is_a_stray_one():
 def test_an_empty_result_scores_nothing_and_is_never_nan(motion, filling):
     def renderer(cameras):
         shape = (*cameras.shape, cameras.height, cameras.width)
-        return Pictures(torch.full((*shape, 3), filling), torch.full((*shape, 1), filling))
+        return Images(torch.full((*shape, 3), filling), torch.full((*shape, 1), filling))
 
     result = evaluate(renderer, f"a red cube is {motion}", **SMALL)
     assert result.colors == ("none",) * 8 and result.colors_right == 0
@@ -373,17 +373,17 @@ def worn(caption: str, **options):
     def renderer(cameras):
         noise = generator()
         wide = replace(cameras.resized(32, 32), fov_y=2 * torch.atan(1.1 * torch.tan(cameras.fov_y / 2)))
-        picture = render_caption(caption, wide, **options)
-        rgb = torch.where(picture.rgb.amax(-1, keepdim=True) < 0.3, 0.2, picture.rgb)
+        image = render_caption(caption, wide, **options)
+        rgb = torch.where(image.rgb.amax(-1, keepdim=True) < 0.3, 0.2, image.rgb)
         rgb = rgb + 0.2 * (0.5 - rgb)
-        layers = torch.cat((rgb * picture.mask, picture.mask), -1)[0].permute(0, 3, 1, 2)
+        layers = torch.cat((rgb * image.mask, image.mask), -1)[0].permute(0, 3, 1, 2)
         layers = torch.nn.functional.avg_pool2d(layers, 3, 1, 1)
         layers = torch.nn.functional.interpolate(layers, size=cameras.height, mode="bilinear").permute(0, 2, 3, 1)
         opacity = layers[..., 3:]
         rgb = layers[..., :3] / opacity.clamp(min=1e-3)
         rgb = (rgb + 0.05 * torch.randn(rgb.shape, generator=noise)).clamp(0, 1)
         opacity = (0.9 * opacity + 0.1 * torch.rand(opacity.shape, generator=noise)).clamp(0, 1)
-        return Pictures((rgb * opacity)[None], opacity[None])
+        return Images((rgb * opacity)[None], opacity[None])
 
     return renderer
 
@@ -439,9 +439,9 @@ def test_the_ideal_denoiser_is_the_posterior_mean():
     x = torch.randn(2, 3, 3, 4, 4, generator=generator(1))
     sigma = torch.tensor([0.8, 3.0])
     expected = []
-    for picture, s in zip(x, sigma, strict=True):
+    for image, s in zip(x, sigma, strict=True):
         z = 2 * members.double() - 1
-        logits = torch.tensor([-float(((picture - v) ** 2).sum() / (2 * s**2)) for v in z], dtype=torch.float64)
+        logits = torch.tensor([-float(((image - v) ** 2).sum() / (2 * s**2)) for v in z], dtype=torch.float64)
         expected.append(sum(w * v for w, v in zip(logits.softmax(0), z, strict=True)))
     assert torch.allclose(denoiser.denoise(x, sigma), torch.stack(expected).float(), atol=1e-5)
 

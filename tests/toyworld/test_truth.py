@@ -84,7 +84,7 @@ def test_the_object_is_there_after_a_bit_more_than_half_of_the_steps():
     assert found.iou > 0.75
 
 
-def test_a_picture_becomes_the_moving_object_that_it_shows():
+def test_a_image_becomes_the_moving_object_that_it_shows():
     """With half of the steps; the whole ones are in the toy models' README."""
     caption = "an orange cone is sliding"
     recipe, motion = replace(TOY_IMAGE, steps=120), replace(TOY_MOTION, steps=120)
@@ -97,7 +97,7 @@ def test_a_picture_becomes_the_moving_object_that_it_shows():
     moving, _ = train_motion(still, motion, guidance_of(motion, caption), seed=0, device=CPU, control=RunControl())
     found = evaluate_scene(moving, caption)
     assert found.colors_right == 8
-    assert sum(found.iou_per_view[1:]) / 7 > 0.8, "seen from where the picture shows nothing"
+    assert sum(found.iou_per_view[1:]) / 7 > 0.8, "seen from where the image shows nothing"
     assert found.one_face_in_front
     assert found.motion_correlation > 0.95
     assert 0.6 < found.motion_amplitude < 1.3

@@ -12,15 +12,15 @@ from test_training import CPU, seeded, solid_ball, static_case
 from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.kernels import torch_kernels
 from dream4d_engine.priors.loading import toy_folder
-from dream4d_engine.rendering import RenderOptions, find_samples_ahead, prepare_view, render_view
+from dream4d_engine.rendering import RenderOptions, prefetch_samples, prepare_view, render_view
 from dream4d_engine.toyworld.measure import photograph
 from dream4d_engine.training import prefetch
 from dream4d_engine.training.checkpoint import load_checkpoint
 from dream4d_engine.training.config import TOY_IMAGE, TOY_MOTION, TOY_STATIC
 from dream4d_engine.training.guidance import active_terms, load_guidance
 from dream4d_engine.training.loop import Interrupted, RunControl
-from dream4d_engine.training.memory import LADDER
 from dream4d_engine.training.motion import train_motion
+from dream4d_engine.training.plan import LADDER
 from dream4d_engine.training.prefetch import Prefetch
 from dream4d_engine.training.reference import prepare_reference
 from dream4d_engine.training.static import train_static
@@ -69,13 +69,13 @@ def test_samples_beyond_the_capacity_are_found_by_the_step_itself(monkeypatch):
 def test_only_as_many_samples_as_there_is_room_for_are_looked_at():
     scene = ball()
     view = look(scene)[look]
-    samples, n_found = find_samples_ahead(scene, view, None).take()
+    samples, n_found = prefetch_samples(scene, view, None).take()
     assert 0 < len(samples.t_starts) < n_found, "some are transparent"
-    small = find_samples_ahead(scene, view, n_found - 1)
+    small = prefetch_samples(scene, view, n_found - 1)
     assert len(small.visible) == n_found - 1 and small.take() == (None, n_found)
     for options in (replace(STRATIFIED, prune=False), replace(STRATIFIED, rays_at_once=100)):
         with pytest.raises(ValueError, match="only where rays are pruned by a first look and rendered all at once"):
-            find_samples_ahead(scene, replace(view, options=options), None)
+            prefetch_samples(scene, replace(view, options=options), None)
 
 
 def test_the_capacity_follows_how_large_the_cameras_show_the_scene():

@@ -1,4 +1,4 @@
-"""The picture that a scene is made from: what is read, what is refused, what the reference pass pulls at."""
+"""The image that a scene is made from: what is read, what is refused, what the reference pass pulls at."""
 
 import math
 from dataclasses import fields, replace
@@ -25,10 +25,9 @@ from dream4d_engine.training.config import (
     ReferencePhase,
     with_view_limit,
 )
-from dream4d_engine.training.limits import check_recipe
 from dream4d_engine.training.loop import RunControl
 from dream4d_engine.training.reference import (
-    PictureError,
+    ImageError,
     check_reference,
     load_reference,
     prepare_reference,
@@ -37,6 +36,7 @@ from dream4d_engine.training.reference import (
 )
 from dream4d_engine.training.stages import current_phase
 from dream4d_engine.training.static import train_static
+from dream4d_engine.training.validate import check_recipe
 
 CPU = torch.device("cpu")
 FIXED = ReferenceConfig(fill=(0.5, 0.5))
@@ -50,12 +50,12 @@ def seeded(seed=0):
 
 
 def block(height=40, width=60, top=5, left=20, rows=10, columns=16):
-    """A picture [H, W, 4] that is transparent but for a block, red on its left half and blue on its right."""
-    picture = torch.zeros(height, width, 4)
-    picture[top : top + rows, left : left + columns, 3] = 1
-    picture[..., 0], picture[..., 2] = 1.0, 0.0
-    picture[:, left + columns // 2 :, 0], picture[:, left + columns // 2 :, 2] = 0.0, 1.0
-    return picture
+    """An image [H, W, 4] that is transparent but for a block, red on its left half and blue on its right."""
+    image = torch.zeros(height, width, 4)
+    image[top : top + rows, left : left + columns, 3] = 1
+    image[..., 0], image[..., 2] = 1.0, 0.0
+    image[:, left + columns // 2 :, 0], image[:, left + columns // 2 :, 2] = 0.0, 1.0
+    return image
 
 
 def extent(mask):
@@ -105,7 +105,7 @@ def test_the_image_recipe_has_the_published_numbers():
         ({"mask": float("nan")}, r"reference\.mask must be a finite number"),
     ],
 )
-def test_numbers_that_no_picture_can_be_looked_at_with(change, message):
+def test_numbers_that_no_image_can_be_looked_at_with(change, message):
     for recipe in IMAGE_RECIPES.values():
         check_recipe(recipe)
     with pytest.raises(ValueError, match=message):
@@ -146,40 +146,40 @@ def test_a_large_subject_gets_a_margin_and_is_told_where_it_is_cut_off():
     found = prepare_reference(block(40, 40, 0, 0, 40, 30), FIXED)
     assert found.rgb.shape == (80, 80, 3)
     assert extent(found.mask) == (20, 60, 25, 55)
-    assert "shrunk to 50%" in found.statement and "touches the picture's edge" in found.statement
+    assert "shrunk to 50%" in found.statement and "touches the image's edge" in found.statement
 
 
 def test_comfyui_tensors_and_a_separate_mask():
-    picture = block()
-    mask = picture[..., 3]
-    one = prepare_reference(picture[None, ..., :3], FIXED, mask=mask[None])
-    other = prepare_reference(picture, FIXED)
+    image = block()
+    mask = image[..., 3]
+    one = prepare_reference(image[None, ..., :3], FIXED, mask=mask[None])
+    other = prepare_reference(image, FIXED)
     assert torch.equal(one.mask, other.mask) and torch.equal(one.over(), other.over())
     assert one.fingerprint() == other.fingerprint()
     assert "by its mask" in one.statement
-    changed = picture.clone()
+    changed = image.clone()
     changed[6, 21, 1] = 0.5
     assert prepare_reference(changed, FIXED).fingerprint() != other.fingerprint()
-    hidden = picture.clone()
+    hidden = image.clone()
     hidden[0, 0, 1] = 0.5
     assert prepare_reference(hidden, FIXED).fingerprint() == other.fingerprint(), "what the mask hides says nothing"
 
 
-def test_very_large_pictures_are_reduced():
-    picture = torch.zeros(1500, 1500, 4)
-    picture[100:1400, 100:1400] = 1
-    found = prepare_reference(picture, FIXED)
+def test_very_large_images_are_reduced():
+    image = torch.zeros(1500, 1500, 4)
+    image[100:1400, 100:1400] = 1
+    found = prepare_reference(image, FIXED)
     assert found.mask.shape == (1024, 1024, 1) and found.mask.unique().tolist() == [0, 1]
     assert found.mask.mean() == pytest.approx(0.25, abs=0.01)
 
 
-def test_depth_and_normals_follow_the_picture():
-    picture = block()
+def test_depth_and_normals_follow_the_image():
+    image = block()
     ramp = torch.linspace(0, 1, 60).expand(40, 60)
     toward = torch.tensor([0.5, 0.5, 1.0]).expand(40, 60, 3)
-    found = prepare_reference(picture, FIXED, depth=ramp, normals=toward)
+    found = prepare_reference(image, FIXED, depth=ramp, normals=toward)
     assert found.depth[16, 9] > found.depth[16, 22], "bright is near"
-    dark = prepare_reference(picture, replace(FIXED, depth_near="dark"), depth=ramp)
+    dark = prepare_reference(image, replace(FIXED, depth_near="dark"), depth=ramp)
     assert torch.allclose(dark.depth[11:21, 8:24], 1 - found.depth[11:21, 8:24])
     view = reference_targets(found, FIXED, 64)
     inside = view.mask[0, 0, ..., 0] > 0.99
@@ -188,43 +188,43 @@ def test_depth_and_normals_follow_the_picture():
 
 
 def test_resizing_bleeds_nothing_into_the_subject():
-    picture = block()
-    picture[..., :3][picture[..., 3] == 0] = torch.tensor([0.0, 1.0, 0.0])
-    view = reference_targets(prepare_reference(picture, FIXED), FIXED, 12)
+    image = block()
+    image[..., :3][image[..., 3] == 0] = torch.tensor([0.0, 1.0, 0.0])
+    view = reference_targets(prepare_reference(image, FIXED), FIXED, 12)
     covered = view.mask[0, 0, ..., 0] > 0.05
     assert view.rgb[0, 0][covered][:, 1].max() < 1e-5
     assert 0.05 < view.mask[view.mask > 0.05].min() < 0.9, "edges are covered in part"
 
 
-# ---- bad pictures ------------------------------------------------------------------------------------------------
+# ---- bad images ------------------------------------------------------------------------------------------------
 
 
 def empty():
-    picture = block()
-    picture[..., 3] = 0
-    return picture
+    image = block()
+    image[..., 3] = 0
+    return image
 
 
 @pytest.mark.parametrize(
-    ("picture", "more", "message"),
+    ("image", "more", "message"),
     [
         (empty(), {}, "no subject: its alpha is empty"),
         (torch.ones(20, 20, 4), {}, "no subject: its alpha covers all of it"),
         (torch.ones(20, 20, 3), {"mask": torch.ones(20, 20)}, "no subject: its mask covers all of it"),
         (torch.ones(20, 20, 3), {"mask": torch.zeros(1, 20, 20)}, "no subject: its mask is empty"),
         (torch.ones(20, 20, 3), {}, "no alpha and no mask was given: cut the subject out"),
-        (block(), {"mask": torch.ones(40, 61)}, "the mask has 61x40 pixels, the picture 60x40"),
-        (block(), {"depth": torch.ones(20, 60)}, "the depth map has 60x20 pixels, the picture 60x40"),
-        (block(), {"normals": torch.ones(1, 80, 120, 3)}, "the normal map has 120x80 pixels, the picture 60x40"),
+        (block(), {"mask": torch.ones(40, 61)}, "the mask has 61x40 pixels, the image 60x40"),
+        (block(), {"depth": torch.ones(20, 60)}, "the depth map has 60x20 pixels, the image 60x40"),
+        (block(), {"normals": torch.ones(1, 80, 120, 3)}, "the normal map has 120x80 pixels, the image 60x40"),
         (block(), {"normals": torch.ones(40, 60, 1)}, "the normal map needs 3 channels, got 1"),
-        (torch.ones(2, 20, 20, 3), {}, "one picture is needed, got 2"),
-        (torch.ones(20, 20), {}, r"the picture must be \[H, W, 3 or 4\], got \[20, 20\]"),
+        (torch.ones(2, 20, 20, 3), {}, "one image is needed, got 2"),
+        (torch.ones(20, 20), {}, r"the image must be \[H, W, 3 or 4\], got \[20, 20\]"),
         (block(rows=2, columns=3), {}, "the subject is only 3 pixels large"),
     ],
 )
-def test_pictures_that_are_refused(picture, more, message):
-    with pytest.raises(PictureError, match=message):
-        prepare_reference(picture, FIXED, **more)
+def test_images_that_are_refused(image, more, message):
+    with pytest.raises(ImageError, match=message):
+        prepare_reference(image, FIXED, **more)
 
 
 def save(path, pixels):
@@ -233,8 +233,8 @@ def save(path, pixels):
 
 
 def test_files_of_all_kinds(tmp_path):
-    picture = save(tmp_path / "p.png", block())
-    found = load_reference(picture, FIXED)
+    image = save(tmp_path / "p.png", block())
+    found = load_reference(image, FIXED)
     flat = save(tmp_path / "flat.png", block()[..., :3])
     mask = save(tmp_path / "mask.png", block()[..., 3])
     cutout = save(tmp_path / "cutout.png", block())
@@ -242,25 +242,25 @@ def test_files_of_all_kinds(tmp_path):
         assert load_reference(flat, FIXED, mask=by).fingerprint() == found.fingerprint()
     ramp = (torch.linspace(0, 1, 60).expand(40, 60) * 65535).round().numpy().astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "depth.png")
-    depth = load_reference(picture, FIXED, depth=tmp_path / "depth.png").depth
-    eight = load_reference(picture, FIXED, depth=save(tmp_path / "d8.png", torch.linspace(0, 1, 60).expand(40, 60)))
+    depth = load_reference(image, FIXED, depth=tmp_path / "depth.png").depth
+    eight = load_reference(image, FIXED, depth=save(tmp_path / "d8.png", torch.linspace(0, 1, 60).expand(40, 60)))
     assert torch.allclose(depth, eight.depth, atol=3e-3)
-    palette = Image.open(picture).quantize(8)
+    palette = Image.open(image).quantize(8)
     palette.save(tmp_path / "palette.png")
     assert torch.equal(load_reference(tmp_path / "palette.png", FIXED).mask, found.mask)
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "text", "truncated"])
 def test_files_that_cannot_be_read(tmp_path, damage):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     if damage == "folder":
         path.mkdir()
     elif damage == "text":
-        path.write_text("no picture")
+        path.write_text("no image")
     elif damage == "truncated":
         save(path, torch.rand(64, 64, 4))
         path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(PictureError, match=r"picture\.png (does not exist|is a folder|could not be read as a picture)"):
+    with pytest.raises(ImageError, match=r"image\.png (does not exist|is a folder|could not be read as an image)"):
         load_reference(path, FIXED)
 
 
@@ -269,33 +269,33 @@ def test_maps_and_weights_go_together():
     weighed = replace(TOY_IMAGE, reference=replace(TOY_IMAGE.reference, relative_depth=1.0))
     check_reference(weighed, with_depth)
     check_reference(TOY_IMAGE, plain)
-    with pytest.raises(PictureError, match="weighs a depth map, but none was given"):
+    with pytest.raises(ImageError, match="weighs a depth map, but none was given"):
         check_reference(weighed, plain)
-    with pytest.raises(PictureError, match="a depth map was given, but its weight is 0"):
+    with pytest.raises(ImageError, match="a depth map was given, but its weight is 0"):
         check_reference(TOY_IMAGE, with_depth)
-    with pytest.raises(PictureError, match="'toy' looks at no picture"):
+    with pytest.raises(ImageError, match="'toy' looks at no image"):
         check_reference(TOY_STATIC, plain)
-    with pytest.raises(PictureError, match="makes a scene from a picture: give one"):
+    with pytest.raises(ImageError, match="makes a scene from an image: give one"):
         check_reference(TOY_IMAGE, None)
 
 
 # ---- the reference pass ------------------------------------------------------------------------------------------
 
 
-def toy_picture(caption, size=64):
+def toy_image(caption, size=64):
     cameras = make_cameras(0.0, 0.0, 3.0, math.radians(40), 0.0, size, size)
-    picture = render_caption(caption, cameras, 4)
-    return torch.cat((picture.rgb, picture.mask), -1)[0, 0]
+    image = render_caption(caption, cameras, 4)
+    return torch.cat((image.rgb, image.mask), -1)[0, 0]
 
 
 def alone(steps=60):
-    """The toy recipe without priors: what the picture alone says."""
+    """The toy recipe without priors: what the image alone says."""
     return replace(TOY_IMAGE, steps=steps, guidance=())
 
 
-def test_the_picture_alone_is_reproduced_from_its_own_view():
+def test_the_image_alone_is_reproduced_from_its_own_view():
     recipe = alone()
-    reference = prepare_reference(toy_picture("an orange cone"), recipe.reference)
+    reference = prepare_reference(toy_image("an orange cone"), recipe.reference)
     scene, _ = train_static(recipe, {}, seed=0, device=CPU, control=RunControl(), reference=reference)
     psnr, iou = reference_match(scene, reference, recipe.reference)
     assert psnr > 22 and iou > 0.9
@@ -325,7 +325,7 @@ def test_every_term_pulls_at_the_scene(term):
     scene = build_scene(TOY_IMAGE.scene, seeded())
     size = 16
     maps = {"depth": torch.rand(64, 64, generator=seeded()), "normals": facing(64)}
-    reference = prepare_reference(toy_picture("a red sphere"), config, **maps)
+    reference = prepare_reference(toy_image("a red sphere"), config, **maps)
     view = reference_targets(reference, config, size)
     loss, terms = loss_of(scene, view, config)
     assert set(terms) == {f"reference.{term}"} and loss.item() == pytest.approx(terms[f"reference.{term}"].item())
@@ -339,7 +339,7 @@ def test_every_term_pulls_at_the_scene(term):
 def test_the_weighted_errors_are_those_of_the_formulas():
     config = replace(TOY_IMAGE.reference, ray_jitter=0.0, rgb=500.0, mask=50.0)
     scene = build_scene(TOY_IMAGE.scene, seeded())
-    reference = prepare_reference(toy_picture("a red sphere"), config)
+    reference = prepare_reference(toy_image("a red sphere"), config)
     view = reference_targets(reference, config, 16)
     loss, _ = loss_of(scene, view, config, seed=5)
     rays = Draw(5).for_("reference rays")

@@ -47,7 +47,6 @@ from dream4d_engine.training.config import (
     find_recipe,
 )
 from dream4d_engine.training.guidance import load_guidance
-from dream4d_engine.training.limits import check_recipe
 from dream4d_engine.training.loop import (
     Interrupted,
     PriorSilent,
@@ -59,6 +58,7 @@ from dream4d_engine.training.loop import (
 from dream4d_engine.training.motion import choose_deformation_scale, train_motion
 from dream4d_engine.training.stages import Stage, current_phase
 from dream4d_engine.training.static import object_extent, static_groups, static_stage, train_static
+from dream4d_engine.training.validate import check_recipe
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -75,9 +75,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def ideal_guidance(pictures, config):
-    """The guidance of a prior that knows exactly one group of pictures [F, H, W, 3]."""
-    denoiser = IdealDenoiser(pictures.movedim(-1, 1)[None])
+def ideal_guidance(images, config):
+    """The guidance of a prior that knows exactly one group of images [F, H, W, 3]."""
+    denoiser = IdealDenoiser(images.movedim(-1, 1)[None])
 
     def conditions(cameras):
         tokens = Conditions(torch.zeros(*cameras.shape, 1, 1))
@@ -541,7 +541,7 @@ def test_a_silent_prior_leaves_the_loss_scale_alone():
         loss = factor * parameters_sum(scene)
         answered = loop._answered(Terms({}, {"multiview.nonfinite": torch.tensor(share)}), CPU)
         loop._backward(loss, answered, scaler)
-        finite = loop._step(optimizer, scaler, answered, RunControl().team)
+        finite = loop._step(optimizer, scaler, answered, RunControl().processes)
         changed = not torch.equal(before, parameters_of(scene))
         assert bool(finite) == changed
         return changed, scaler.get_scale()
@@ -724,12 +724,12 @@ def test_views_behind_the_limit_are_left_out_of_the_image_prior():
     config = DistillationConfig(1.0, constant(0.5), constant(0.5), max_azimuth_deg=100)
     cameras = make_cameras(torch.tensor([[0.0, math.pi]]), 0.2, 3.0, 0.7, 0.0, 8, 8)
     scene = build_scene(SMALL, seeded())
-    picture = render_chunked(scene, cameras).rgb.movedim(-1, 2).requires_grad_()
+    image = render_chunked(scene, cameras).rgb.movedim(-1, 2).requires_grad_()
     from dream4d_engine.guidance.distillation import distill
 
     guidance = ideal_guidance(torch.rand(1, 8, 8, 3, generator=seeded()), config)
-    distill(guidance, picture, cameras, 0.0, Draw(0)).loss.backward()
-    assert picture.grad[0, 0].abs().sum() > 0 and picture.grad[0, 1].abs().sum() == 0
+    distill(guidance, image, cameras, 0.0, Draw(0)).loss.backward()
+    assert image.grad[0, 0].abs().sum() > 0 and image.grad[0, 1].abs().sum() == 0
 
 
 @pytest.mark.parametrize("recipe", [*STATIC_RECIPES.values(), *MOTION_RECIPES.values()], ids=lambda r: r.name)

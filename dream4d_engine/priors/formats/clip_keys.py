@@ -1,4 +1,4 @@
-"""From the encoders of text and pictures inside latent diffusion's checkpoints to transformers' CLIP classes.
+"""From the encoders of text and images inside latent diffusion's checkpoints to transformers' CLIP classes.
 
 Three layouts occur under `cond_stage_model.`: transformers' own (Stable Diffusion 1), OpenCLIP's text tower (Stable
 Diffusion 2 and MVDream), and OpenAI's CLIP (2103.00020) with its image tower (Zero123).

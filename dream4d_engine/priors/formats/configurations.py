@@ -224,9 +224,7 @@ def schedule_of(config: Mapping[str, Any], where: object = "the scheduler's conf
         arguments |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
     alphas_bar = DDPMScheduler(**arguments).alphas_cumprod.float()
     if not (torch.isfinite(alphas_bar).all() and (alphas_bar >= 0).all() and (alphas_bar.diff() <= 0).all()):
-        raise PriorError(
-            f"{where} gives no schedule of noise: what is left of the picture must shrink from step to step"
-        )
+        raise PriorError(f"{where} gives no schedule of noise: what is left of the image must shrink from step to step")
     return alphas_bar, prediction
 
 

@@ -18,9 +18,9 @@ from ..networks.text import CLIP_TOKENS, write_clip_tokenizer
 from . import clip_keys, ldm_keys
 from .finite import check_finite
 from .folders import ENCODER, NETWORK
-from .identify import open_source
-from .single_file import LdmSource, usable
-from .sources import Facts, PriorKind
+from .identify import open_loader
+from .loaders import Metadata, PriorKind
+from .single_file import LdmLoader, usable
 
 _ROOM = 2**20  # for what is no weights
 
@@ -55,19 +55,19 @@ def convert(
     if folder.exists() and (not overwrite or not folder.is_dir()):
         raise PriorError(f"{folder} is there already: choose another folder, or overwrite it")
     _check_replaceable(folder, Path(path))
-    source = open_source(path, config)
-    if not isinstance(source, LdmSource):
+    loader = open_loader(path, config)
+    if not isinstance(loader, LdmLoader):
         raise PriorError(
             f"{path} is no checkpoint of Stable Diffusion, MVDream or Zero123: there is nothing to convert"
         )
-    facts = source.facts(kind)
-    stored = usable(source.file, f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
+    metadata = loader.metadata(kind)
+    stored = usable(loader.file, f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
     dtype = dtype or (stored if stored.itemsize > 1 else torch.float16)  # eight bits are not enough for all layers
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
-        _check_room(unfinished, source, dtype)
-        parts = _write(source, facts, unfinished, dtype)
+        _check_room(unfinished, loader, dtype)
+        parts = _write(loader, metadata, unfinished, dtype)
         _put_in_place(unfinished, folder)
     except PriorError:
         raise
@@ -77,7 +77,7 @@ def convert(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return Converted(folder, facts.kind, parts, n_bytes, facts.notes)
+    return Converted(folder, metadata.kind, parts, n_bytes, metadata.notes)
 
 
 def _check_replaceable(folder: Path, source: Path) -> None:
@@ -105,72 +105,73 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_room(folder: Path, source: LdmSource, dtype: torch.dtype) -> None:
+def _check_room(folder: Path, loader: LdmLoader, dtype: torch.dtype) -> None:
     kept = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.CONDITION)
-    numbers = sum(torch.Size(shape).numel() for name, shape in source.file.shapes.items() if name.startswith(kept))
+    numbers = sum(torch.Size(shape).numel() for name, shape in loader.file.shapes.items() if name.startswith(kept))
     need, free = numbers * dtype.itemsize + _ROOM, shutil.disk_usage(folder).free
     if free < need:
         raise PriorError(f"{folder.parent} has {free / 1e9:.1f} GB left, the folder needs {need / 1e9:.1f} GB")
 
 
-def _write(source: LdmSource, facts: Facts, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
+def _write(loader: LdmLoader, metadata: Metadata, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
     """Write the parts one after the other, so that only one is in memory; return their names."""
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline" if facts.kind == "image" else "DiffusionPipeline"}
-    source.unet(dtype, "cpu").save_pretrained(folder / "unet", safe_serialization=True)
+    pipeline = "StableDiffusionPipeline" if metadata.kind == "image" else "DiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": pipeline}
+    loader.unet(dtype, "cpu").save_pretrained(folder / "unet", safe_serialization=True)
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    source.vae(dtype, "cpu").save_pretrained(folder / "vae", safe_serialization=True)
+    loader.vae(dtype, "cpu").save_pretrained(folder / "vae", safe_serialization=True)
     index["vae"] = ["diffusers", "AutoencoderKL"]
     (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler_config)
+    _write_json(folder / "scheduler" / "scheduler_config.json", loader.scheduler_config)
     index["scheduler"] = ["diffusers", "DDPMScheduler"]
-    layout = source.encoder_layout()
+    layout = loader.encoder_layout()
     if layout in ("open_clip", "transformers"):
-        _write_text_encoder(source, folder, dtype)
+        _write_text_encoder(loader, folder, dtype)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     if layout == "clip_image":
-        _write_image_encoder(source, folder, dtype)
+        _write_image_encoder(loader, folder, dtype)
         index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
-    if facts.kind == "novel_view":
-        _write_projection(source, folder)
+    if metadata.kind == "novel_view":
+        _write_projection(loader, folder)
         index["clip_camera_projection"] = ["dream4d_engine", "CLIPCameraProjection"]
-    if facts.kind == "image":
+    if metadata.kind == "image":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0])
     index["dream4d"] = {
-        "name": facts.name,
-        "kind": facts.kind,
-        "image_size": list(facts.image_size),
-        "n_frames": facts.n_frames,
-        "vector": facts.vector,
-        "group_attention": facts.group_attention,
-        "picture_resize": facts.picture_resize,
+        "name": metadata.name,
+        "kind": metadata.kind,
+        "image_size": list(metadata.image_size),
+        "n_frames": metadata.n_frames,
+        "vector": metadata.vector,
+        "group_attention": metadata.group_attention,
+        "image_resize": metadata.image_resize,
     }
     _write_json(folder / "model_index.json", index)
     return parts
 
 
-def _write_text_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
-    config, pieces = source.text_parts()
-    source.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
+def _write_text_encoder(loader: LdmLoader, folder: Path, dtype: torch.dtype) -> None:
+    config, pieces = loader.text_parts()
+    loader.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
     described = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
-    _write_encoder(source, folder / "text_encoder", pieces, described, dtype)
-    write_clip_tokenizer(folder / "tokenizer", source.pad_token(), min(config["max_position_embeddings"], CLIP_TOKENS))
+    _write_encoder(loader, folder / "text_encoder", pieces, described, dtype)
+    write_clip_tokenizer(folder / "tokenizer", loader.pad_token(), min(config["max_position_embeddings"], CLIP_TOKENS))
 
 
-def _write_image_encoder(source: LdmSource, folder: Path, dtype: torch.dtype) -> None:
-    config, pieces = source.image_parts()
-    source.image_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
+def _write_image_encoder(loader: LdmLoader, folder: Path, dtype: torch.dtype) -> None:
+    config, pieces = loader.image_parts()
+    loader.image_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
     described = {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
         **config,
     }
-    _write_encoder(source, folder / "image_encoder", pieces, described, dtype)
+    _write_encoder(loader, folder / "image_encoder", pieces, described, dtype)
 
 
 def _write_encoder(
-    source: LdmSource,
+    loader: LdmLoader,
     folder: Path,
     pieces: Mapping[str, clip_keys.Piece],
     config: Mapping[str, Any],
@@ -180,24 +181,24 @@ def _write_encoder(
     from safetensors.torch import save_file
 
     folder.mkdir()
-    read = source.file.tensor
+    read = loader.file.tensor
     state = {
         # a copy, since thirds of one matrix share its memory
         name: piece.take(lambda key: read(ldm_keys.CONDITION + key)).to(dtype, copy=True).contiguous()
         for name, piece in pieces.items()
     }
-    check_finite(state, f"{source.path}: its encoder")
+    check_finite(state, f"{loader.path}: its encoder")
     save_file(state, str(folder / f"{ENCODER}.safetensors"), {"format": "pt"})
     _write_json(folder / "config.json", config)
 
 
-def _write_projection(source: LdmSource, folder: Path) -> None:
+def _write_projection(loader: LdmLoader, folder: Path) -> None:
     from safetensors.torch import save_file
 
     place = folder / "clip_camera_projection"
     place.mkdir()
-    weight, bias = source.projection("cpu")
-    check_finite({"weight": weight, "bias": bias}, f"{source.path}: its pose projection")
+    weight, bias = loader.projection("cpu")
+    check_finite({"weight": weight, "bias": bias}, f"{loader.path}: its pose projection")
     state = {"proj.weight": weight.contiguous().clone(), "proj.bias": bias.contiguous().clone()}
     save_file(state, str(place / f"{NETWORK}.safetensors"), {"format": "pt"})
     width = weight.shape[1] - 4

@@ -24,10 +24,10 @@ from ..errors import PriorError, reason
 from ..networks.text import Tokenizer, read_tokenizer
 from .checkpoints import SUFFIXES, Checkpoint, open_checkpoint, refuse_disguise
 from .configurations import built, encoder_config, schedule_of
-from .sources import (
+from .loaders import (
     Device,
-    Facts,
-    PictureResize,
+    ImageResize,
+    Metadata,
     PriorKind,
     VectorKind,
     empty_network,
@@ -52,17 +52,17 @@ _WEIGHTS = {
     "clip_camera_projection": NETWORK,
 }
 _FRAMES: dict[str, int] = {"multiview": 4, "video": 16}
-# ZeroScope's folder repeats ModelScope's picture size; what it was trained on is in its description only
+# ZeroScope's folder repeats ModelScope's image size; what it was trained on is in its description only
 _ZEROSCOPE, _ZEROSCOPE_SIZE, _ZEROSCOPE_FRAMES = "zeroscope", (320, 576), 24
 
 
 @dataclass(frozen=True)
-class FolderSource:
-    """A folder in diffusers' format (see sources.Source)."""
+class FolderLoader:
+    """A folder in diffusers' format (see loaders.Loader)."""
 
     path: Path
 
-    def facts(self, kind: PriorKind | None = None) -> Facts:
+    def metadata(self, kind: PriorKind | None = None) -> Metadata:
         """Say what the model is, by its files of text alone."""
         index, unet = read_json(self.path, INDEX), read_json(self.path, "unet/config.json")
         where = self.path / INDEX
@@ -75,7 +75,7 @@ class FolderSource:
         n_frames = field(ours, "n_frames", int, where, PriorError, n_frames)
         if not 0 <= n_frames <= MOST_FRAMES:
             raise PriorError(f"{where}: n_frames is {n_frames:,}; 1 to {MOST_FRAMES} can be used")
-        return Facts(
+        return Metadata(
             name=field(ours, "name", str, where, PriorError, self._own_name()),
             kind=kind,
             image_size=self._image_size(ours, unet, kind),
@@ -85,7 +85,7 @@ class FolderSource:
             known_words=_known_words(ours, where),
             negative_prompt=field(ours, "negative_prompt", str, where, PriorError, None),
             license=field(ours, "license", str, where, PriorError, "unknown"),
-            picture_resize=self._chosen(ours, "picture_resize", PictureResize, "antialiased" if ours else "corners"),
+            image_resize=self._chosen(ours, "image_resize", ImageResize, "antialiased" if ours else "corners"),
         )
 
     def _chosen(self, ours: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
@@ -161,12 +161,12 @@ class FolderSource:
 
     def _check_inputs(self, network: Any, where: Path) -> None:
         """Refuse a UNet that wants other inputs than it will get; a run without memory or time shows it."""
-        facts, config = self.facts(), network.config
+        metadata, config = self.metadata(), network.config
         n_latents = self._latent_channels()
-        n_given = n_latents * (2 if facts.kind == "novel_view" else 1)
+        n_given = n_latents * (2 if metadata.kind == "novel_view" else 1)
         if config.in_channels != n_given:
             raise PriorError(
-                f"{where}: in_channels is {config.in_channels}, but a model of kind {facts.kind!r} is given "
+                f"{where}: in_channels is {config.in_channels}, but a model of kind {metadata.kind!r} is given "
                 f"{n_given} here: models for inpainting, depth or other inputs can't be used"
             )
         width = config.get("encoder_hid_dim") or config.cross_attention_dim
@@ -181,7 +181,7 @@ class FolderSource:
         side = 2 ** (len(config.block_out_channels) + 2)
         noisy = torch.empty(1, n_given, *([2] if is_3d else []), side, side, dtype=network.dtype, device="meta")
         tokens = torch.empty(1, 8, width or 1, dtype=network.dtype, device="meta")
-        more = {} if is_3d or facts.vector is None else {"class_labels": tokens.new_empty(1, _VECTOR)}
+        more = {} if is_3d or metadata.vector is None else {"class_labels": tokens.new_empty(1, _VECTOR)}
         tensors = {n: t.to("meta") for n, t in (*network.named_parameters(), *network.named_buffers())}
         inputs = (noisy, torch.empty(1, device="meta"), tokens)
         try:
@@ -189,7 +189,7 @@ class FolderSource:
                 answer = torch.func.functional_call(network, tensors, inputs, {**more, "return_dict": False})[0]
         except Exception as error:  # whatever the network misses
             raise PriorError(
-                f"{where}: a network of this configuration can't be run as a model of kind {facts.kind!r} "
+                f"{where}: a network of this configuration can't be run as a model of kind {metadata.kind!r} "
                 f"({reason(error)})"
             ) from error
         if answer.shape[2:] != noisy.shape[2:] or answer.shape[1] < n_latents:
@@ -199,7 +199,7 @@ class FolderSource:
             )
 
     def _latent_channels(self) -> int:
-        """How many numbers the UNet sees of each place: of the autoencoder's latents, or of the picture."""
+        """How many numbers the UNet sees of each place: of the autoencoder's latents, or of the image."""
         if not (self.path / "vae").is_dir():
             return 3
         where = self.path / "vae/config.json"
@@ -304,7 +304,7 @@ def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
     if not plain or any(isinstance(s, bool) or not isinstance(s, int) for s in size):
         raise PriorError(f"{where} must be a whole number, or height and width, got {describe(size)}")
     if not all(1 <= s * factor <= MOST_PIXELS for s in size):
-        raise PriorError(f"{where} is {describe(size)}; pictures of up to {MOST_PIXELS} pixels a side can be meant")
+        raise PriorError(f"{where} is {describe(size)}; images of up to {MOST_PIXELS} pixels a side can be meant")
     return size[0] * factor, size[1] * factor
 
 

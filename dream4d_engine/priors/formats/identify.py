@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from ..errors import PriorError
 from .checkpoints import SUFFIXES, open_checkpoint, shown
-from .folders import FolderSource, read_json
+from .folders import FolderLoader, read_json
+from .loaders import Loader, PriorKind
 from .lora_files import holds_lora
 from .lora_names import is_lora
-from .single_file import LdmSource, NetworksSource, find_config, ldm_kind
-from .sources import PriorKind, Source
+from .single_file import LdmLoader, NetworksLoader, find_config, ldm_kind
 
 Layout = Literal["diffusers folder", "checkpoint", "networks", "LoRA", "tiny autoencoder"]
 _LORA_ALONE = "{} is a LoRA: it is added to a model, it is none by itself"
@@ -42,13 +42,13 @@ def identify(path: Path | str, config: Mapping[str, Any] | Path | str | None = N
     names = open_checkpoint(path).shapes
     if is_lora(names):
         return Identity(path, "LoRA", None)
-    source = open_source(path, config)
-    return Identity(path, "checkpoint" if isinstance(source, LdmSource) else "networks", source.facts(None).kind)
+    loader = open_loader(path, config)
+    return Identity(path, "checkpoint" if isinstance(loader, LdmLoader) else "networks", loader.metadata(None).kind)
 
 
 def _identify_folder(path: Path) -> Identity:
     if (path / "model_index.json").is_file():
-        return Identity(path, "diffusers folder", FolderSource(path).facts().kind)
+        return Identity(path, "diffusers folder", FolderLoader(path).metadata().kind)
     if holds_lora(path):
         return Identity(path, "LoRA", None)
     if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
@@ -80,20 +80,20 @@ def _collect(place: Path, found: list[Identity], depth: int = 0) -> None:
                 _collect(path, found, depth + 1)
 
 
-def open_source(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Source:
+def open_loader(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Loader:
     """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
     path = Path(path).expanduser()
     if path.is_dir() or not path.is_file() and path.suffix.lower() not in SUFFIXES:
         if not (path / "model_index.json").is_file() and holds_lora(path):
             raise PriorError(_LORA_ALONE.format(path))
-        return FolderSource(path)
+        return FolderLoader(path)
     file = open_checkpoint(path)
     settings = find_config(path, config)
     if ldm_kind(file) is not None:
-        return LdmSource(path, settings)
+        return LdmLoader(path, settings)
     if is_lora(file.shapes):
         raise PriorError(_LORA_ALONE.format(path))
     if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
-        return NetworksSource(path, settings)
+        return NetworksLoader(path, settings)
     first = ", ".join(shown(name) for name in sorted(file.shapes)[:3]) or "nothing"
     raise PriorError(f"{path} is no model of a known kind: it holds {first}{', ...' if len(file.shapes) > 3 else ''}")

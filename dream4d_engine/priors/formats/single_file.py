@@ -6,8 +6,8 @@ own configuration (the .json or .yaml that it was trained by), given by hand or 
     linear_start, linear_end, timesteps, scale_factor, parameterization ("eps" or "v"), image_size (in latents),
     unet_config.params.num_head_channels or num_heads, cond_stage_config.params.layer
 
-Without one, what was assumed is in `Facts.notes`. A file of networks under diffusers' names (`unet.*`, `vae.*`) needs
-a configuration:
+Without one, what was assumed is in `Metadata.notes`. A file of networks under diffusers' names (`unet.*`, `vae.*`)
+needs a configuration:
 
     {"unet": {arguments}, "vae": {arguments}, "scheduler": {arguments}, "dream4d": {see folders.py}}
 
@@ -33,7 +33,7 @@ from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, open_checkpoint, read_config, shown
 from .configurations import schedule_of
 from .folders import check_kind
-from .sources import Device, Facts, PriorKind, VectorKind, filled_encoder, filled_network, frozen
+from .loaders import Device, Metadata, PriorKind, VectorKind, filled_encoder, filled_network, frozen
 
 T = TypeVar("T")
 
@@ -169,8 +169,8 @@ def ldm_kind(file: Checkpoint) -> PriorKind | None:
 
 
 @dataclass(frozen=True, eq=False)
-class LdmSource:
-    """A checkpoint in latent diffusion's layout (see sources.Source and ldm_keys.py)."""
+class LdmLoader:
+    """A checkpoint in latent diffusion's layout (see loaders.Loader and ldm_keys.py)."""
 
     path: Path
     config: Configuration
@@ -303,7 +303,7 @@ class LdmSource:
         is_v = self._mark() is not None and self._prediction[0] == "v_prediction"
         return _V_LATENTS if is_v else _LATENTS[kind]
 
-    def facts(self, kind: PriorKind | None = None) -> Facts:
+    def metadata(self, kind: PriorKind | None = None) -> Metadata:
         """Say what the model is, after a look at all that says how its networks are built."""
         own = self._kind()
         kind = kind or own
@@ -315,7 +315,7 @@ class LdmSource:
         if self.encoder_layout() in ("open_clip", "transformers"):
             self.text_parts()
         grouped = kind == "multiview"
-        return Facts(
+        return Metadata(
             name=self.path.stem,
             kind=kind,
             image_size=(size, size),
@@ -388,7 +388,7 @@ class LdmSource:
         """Return the arguments of CLIPVisionConfig and where CLIPVisionModelWithProjection's tensors are."""
         shapes = self.file.under(ldm_keys.CONDITION)
         if self.encoder_layout() != "clip_image":
-            raise PriorError(f"{self.path} has no image encoder: pictures can't be encoded with it")
+            raise PriorError(f"{self.path} has no image encoder: images can't be encoded with it")
         return self._naming_file(lambda: (clip_keys.vision_config(shapes), clip_keys.vision_pieces(shapes)))
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
@@ -432,8 +432,8 @@ def usable(file: Checkpoint, name: str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class NetworksSource:
-    """A file with the tensors of a UNet, and perhaps an autoencoder, under diffusers' names (see sources.Source)."""
+class NetworksLoader:
+    """A file with the tensors of a UNet, and perhaps an autoencoder, under diffusers' names (see loaders.Loader)."""
 
     path: Path
     config: Configuration
@@ -459,7 +459,7 @@ class NetworksSource:
     def _has_vae(self) -> bool:
         return bool(self.config.section("vae")) and any(name.startswith("vae.") for name in self.file.shapes)
 
-    def facts(self, kind: PriorKind | None = None) -> Facts:
+    def metadata(self, kind: PriorKind | None = None) -> Metadata:
         """Say what the model is."""
         unet, ours, where = self._unet_config(), self.config.section("dream4d"), f"{self.config.where}: dream4d"
         kind = kind or field(ours, "kind", str, where, PriorError, "") or self._guess(unet)
@@ -470,7 +470,7 @@ class NetworksSource:
             raise PriorError(
                 f"{where}: vector must be one of {', '.join(get_args(VectorKind))}, got {describe(vector)}"
             )
-        return Facts(
+        return Metadata(
             name=field(ours, "name", str, where, PriorError, self.path.stem),
             kind=kind,
             image_size=self._image_size(unet, ours, where),
@@ -545,11 +545,11 @@ class NetworksSource:
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """There is none."""
-        raise PriorError(f"{self.path} has no image encoder: pictures can't be encoded with it")
+        raise PriorError(f"{self.path} has no image encoder: images can't be encoded with it")
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         """There is none."""
-        raise PriorError(f"{self.path} has no pose projection: pictures can't be encoded with it")
+        raise PriorError(f"{self.path} has no pose projection: images can't be encoded with it")
 
 
 def _pair(size: Any) -> list[Any]:

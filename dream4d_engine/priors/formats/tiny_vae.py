@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...documents import printable, shortened
 from ..errors import PriorError
 from .folders import load_network, read_json
-from .sources import Device
+from .loaders import Device
 
 
 class TinyVAE(nn.Module):
@@ -27,13 +27,13 @@ class TinyVAE(nn.Module):
         self.tiny = tiny
         self.config = SimpleNamespace(scaling_factor=scaling_factor, block_out_channels=block_out_channels)
 
-    def encode(self, pictures: Tensor) -> Any:
-        """Encode pictures in [-1, 1]; `.latent_dist.mode()` of the result are the latents, not scaled."""
-        latents = self.tiny.encode(pictures).latents / self.config.scaling_factor
+    def encode(self, images: Tensor) -> Any:
+        """Encode images in [-1, 1]; `.latent_dist.mode()` of the result are the latents, not scaled."""
+        latents = self.tiny.encode(images).latents / self.config.scaling_factor
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
     def decode(self, latents: Tensor) -> Any:
-        """Decode latents that are not scaled; `.sample` of the result are pictures in [-1, 1]."""
+        """Decode latents that are not scaled; `.sample` of the result are images in [-1, 1]."""
         return self.tiny.decode(latents * self.config.scaling_factor)
 
 

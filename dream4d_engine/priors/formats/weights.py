@@ -18,8 +18,8 @@ from typing import Any
 from ...documents import first_line, printable, shortened
 from ..errors import PriorError
 from .checkpoints import SUFFIXES
-from .folders import FolderSource
-from .sources import PriorKind
+from .folders import FolderLoader
+from .loaders import PriorKind
 
 HUB = "https://huggingface.co"
 
@@ -248,13 +248,13 @@ def _file_of(known: KnownWeights, repository: str) -> str | None:
 
 
 def _not_here(name: str, choice: _Choice, known: KnownWeights | None) -> str:
-    facts = f"{HUB}/{choice.repository}"
+    about = f"{HUB}/{choice.repository}"
     if known is not None:
-        facts += f", about {human_size(known.download)}, licence {known.license}"
-        facts += f"; gated: {known.gate}" if known.gate else ""
+        about += f", about {human_size(known.download)}, licence {known.license}"
+        about += f"; gated: {known.gate}" if known.gate else ""
     return (
-        f"{name} is no folder or file here, and the model of that name ({facts}) has not been downloaded: nothing is "
-        "fetched unless you ask for it (--download, or the node's switch)"
+        f"{name} is no folder or file here, and the model of that name ({about}) has not been downloaded: nothing "
+        "is fetched unless you ask for it (--download, or the node's switch)"
     )
 
 
@@ -271,7 +271,7 @@ def _cached(choice: _Choice, cache: Path | None) -> Path | None:
     if choice.file is not None:
         return Path(found)
     try:
-        FolderSource(Path(found).parent).check()
+        FolderLoader(Path(found).parent).check()
     except PriorError:
         return None
     return Path(found).parent

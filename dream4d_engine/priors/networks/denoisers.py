@@ -17,8 +17,8 @@ from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.noise import NoiseSchedule
 from .execution import (
     PLAIN,
+    Capture,
     Execution,
-    Recorder,
     bring_back,
     can_compile,
     compile_blocks,
@@ -58,10 +58,10 @@ class UNetDenoiser:
             those of a group's first frame.
         noise: of T timesteps. prediction_type: what the network's output means.
         device: where the work is done (the weights may wait elsewhere).
-        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
-        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * picture - 1 is the picture itself.
+        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single images.
+        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * image - 1 is the image itself.
         group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
-        execution, recorder: how much runs at once, and how; they change memory and time, nothing else.
+        execution, capture: how much runs at once, and how; they change memory and time, nothing else.
     """
 
     unet: nn.Module
@@ -72,7 +72,7 @@ class UNetDenoiser:
     vae: nn.Module | None = None
     group_attention: bool = False
     execution: Execution = field(default_factory=Execution)
-    recorder: Recorder = PLAIN
+    capture: Capture = PLAIN
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -83,17 +83,17 @@ class UNetDenoiser:
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1]; differentiable. With a VAE: the mean, times its scaling factor."""
         if self.vae is None:
-            return 2 * pictures - 1
+            return 2 * images - 1
         with without_autocast(self.device):
-            z = in_slices(self._encode, pictures.flatten(0, 1), self.execution, self.recorder)
-        return z.unflatten(0, pictures.shape[:2])
+            z = in_slices(self._encode, images.flatten(0, 1), self.execution, self.capture)
+        return z.unflatten(0, images.shape[:2])
 
-    def _encode(self, pictures: Tensor) -> Tensor:
+    def _encode(self, images: Tensor) -> Tensor:
         """Encode [n, 3, H, W] in [0, 1]."""
-        z = self.vae.encode((2 * pictures - 1).to(_dtype_of(self.vae))).latent_dist.mode()
+        z = self.vae.encode((2 * images - 1).to(_dtype_of(self.vae))).latent_dist.mode()
         return z.float() * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ class UNetDenoiser:
         if self.vae is None:
             return z / 2 + 0.5
         with without_autocast(self.device):
-            pictures = in_slices(self._decode, z.flatten(0, 1), self.execution, self.recorder)
-        return pictures.unflatten(0, z.shape[:2])
+            images = in_slices(self._decode, z.flatten(0, 1), self.execution, self.capture)
+        return images.unflatten(0, z.shape[:2])
 
     def _decode(self, z: Tensor) -> Tensor:
         """Decode [n, c, h, w]."""
@@ -127,8 +127,8 @@ class UNetDenoiser:
         inputs = (noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype))
         if conditions.vector is not None:
             inputs = (*inputs, conditions.vector.to(self.dtype))
-        # a network whose weights come and go can't be recorded
-        run = PLAIN if self.execution.offload else self.recorder
+        # a network whose weights come and go can't be captured
+        run = PLAIN if self.execution.offload else self.capture
         output = run(self._forward, *inputs).float()
         # models with a learned variance (IF) have it in further channels
         return predicted_clean(output[:, :, : x.shape[2]], x, sigma, self.prediction_type)
@@ -159,24 +159,24 @@ def _dtype_of(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def with_execution(denoiser: UNetDenoiser, execution: Execution, recorder: Recorder) -> UNetDenoiser:
+def with_execution(denoiser: UNetDenoiser, execution: Execution, capture: Capture) -> UNetDenoiser:
     """Return the denoiser run in another way; its weights move to or from main memory if that asks for it."""
     if execution.offload != denoiser.execution.offload:
         if execution.offload:
             offload(denoiser.unet, denoiser.device)
         else:
             bring_back(denoiser.unet, denoiser.device)
-    return replace(denoiser, execution=execution, recorder=recorder)
+    return replace(denoiser, execution=execution, capture=capture)
 
 
 WORTH_COMPILING = 10**8
 """Parameters of a UNet from which on compiling takes less time than it saves."""
 
 
-def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bool = True) -> UNetDenoiser:
+def accelerated(denoiser: UNetDenoiser, capture: Capture = PLAIN, compiled: bool = True) -> UNetDenoiser:
     """Return the denoiser running fast on a GPU; its networks are changed in place and keep their weights.
 
-    `recorder`: to be shared by the denoisers of a run. `compiled`: also compile the transformer blocks of
+    `capture`: to be shared by the denoisers of a run. `compiled`: also compile the transformer blocks of
     large UNets.
     """
     speed_up(denoiser.unet)
@@ -186,4 +186,4 @@ def accelerated(denoiser: UNetDenoiser, recorder: Recorder = PLAIN, compiled: bo
     if compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
         compile_blocks(denoiser.unet)
     torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
-    return replace(denoiser, recorder=recorder)
+    return replace(denoiser, capture=capture)

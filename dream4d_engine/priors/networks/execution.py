@@ -29,20 +29,20 @@ class Execution:
     """How to run a denoiser.
 
     Args:
-        pictures_at_once: that go through the VAE together; None for all.
-        pictures_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
+        images_at_once: that go through the VAE together; None for all.
+        images_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
             others are encoded without it and once more in the backward pass: one forward pass more for them.
         groups_at_once: that go through the UNet together, each condition's counted; None for all.
         offload: the UNet's weights wait in main memory and come block by block.
     """
 
-    pictures_at_once: int | None = None
-    pictures_kept: int | None = None
+    images_at_once: int | None = None
+    images_kept: int | None = None
     groups_at_once: int | None = None
     offload: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("pictures_at_once", 1), ("pictures_kept", 0), ("groups_at_once", 1)):
+        for name, least in (("images_at_once", 1), ("images_kept", 0), ("groups_at_once", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -52,11 +52,11 @@ class Execution:
         if self == Execution():
             return "everything at once"
         parts = []
-        if self.pictures_at_once is not None:
-            parts.append(f"{self.pictures_at_once} pictures at once")
-        if self.pictures_kept is not None:
-            kept = f"all but {self.pictures_kept}" if self.pictures_kept else "all"
-            parts.append(f"{kept} encoded twice")
+        if self.images_at_once is not None:
+            parts.append(f"{self.images_at_once} images at once")
+        if self.images_kept is not None:
+            kept = f"all but {self.images_kept}" if self.images_kept else "all"
+            parts.append(f"{kept} checkpointed")
         if self.groups_at_once is not None:
             parts.append(f"{self.groups_at_once} group of the UNet at once")
         if self.offload:
@@ -67,7 +67,7 @@ class Execution:
 # --- recording ---------------------------------------------------------------------------------------------------
 
 
-class Recorder:
+class Capture:
     """Runs a function of tensors: this one as it is written."""
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -82,18 +82,18 @@ class Recorder:
         return function(x)
 
     def forget(self) -> None:
-        """Be told that weights have moved: what was recorded with them can't be used any more."""
+        """Be told that weights have moved: what was captured with them can't be used any more."""
 
 
-PLAIN = Recorder()
+PLAIN = Capture()
 
 
 LAUNCH_BOUND = 12 * 3 * 256**2
-"""Numbers in pictures (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
+"""Numbers in images (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
 gains nothing, and keeps memory."""
 
 
-class GraphRecorder(Recorder):
+class GraphRecorder(Capture):
     """Records each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
 
     A replay launches hundreds of kernels at the cost of one. The graphs share one pool of memory: what a graph leaves
@@ -106,7 +106,7 @@ class GraphRecorder(Recorder):
         self._device = device
         # one for all: libraries put memory aside for each stream that they work on
         self._warmup = torch.cuda.Stream(device)
-        self._graphs: dict[tuple, tuple | _Recorded] = {}
+        self._graphs: dict[tuple, tuple | _Captured] = {}
         self.seconds = 0.0
         """Spent on recording, compiling on the way included."""
 
@@ -140,10 +140,10 @@ class GraphRecorder(Recorder):
             seconds = time.monotonic() - began
             self.seconds += seconds
             name = getattr(function, "__name__", "function").strip("_")
-            logger.info("recorded %s of %s in %.1f s", name, [list(t.shape) for t in inputs], seconds)
+            logger.info("captured %s of %s in %.1f s", name, [list(t.shape) for t in inputs], seconds)
         return self._graphs[key]
 
-    def _record_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Recorded:
+    def _record_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Captured:
         """Record the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
         (x,) = inputs
         held = x.detach().clone().requires_grad_()
@@ -156,7 +156,7 @@ class GraphRecorder(Recorder):
             with torch.cuda.graph(backward, pool=self._pool):
                 # retained: other graphs are not to write where those intermediate results are
                 (grad_x,) = torch.autograd.grad(output, held, grad, retain_graph=True)
-        return _Recorded(forward, backward, held, output, grad, grad_x)
+        return _Captured(forward, backward, held, output, grad, grad_x)
 
     @staticmethod
     def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
@@ -183,8 +183,8 @@ class GraphRecorder(Recorder):
 
 
 @dataclass
-class _Recorded:
-    """A function recorded forward and backward, and where its inputs and results lie.
+class _Captured:
+    """A function captured forward and backward, and where its inputs and results lie.
 
     turns: forward passes so far.
     """
@@ -199,41 +199,41 @@ class _Recorded:
 
 
 class _BothWays(torch.autograd.Function):
-    """Replay a recorded function forward now, and backward later."""
+    """Replay a captured function forward now, and backward later."""
 
     @staticmethod
-    def forward(ctx, recorded: _Recorded, x: Tensor) -> Tensor:
-        recorded.x.copy_(x)
-        recorded.forward.replay()
-        recorded.turns += 1
-        ctx.recorded, ctx.turn = recorded, recorded.turns
-        return recorded.output.clone()
+    def forward(ctx, captured: _Captured, x: Tensor) -> Tensor:
+        captured.x.copy_(x)
+        captured.forward.replay()
+        captured.turns += 1
+        ctx.captured, ctx.turn = captured, captured.turns
+        return captured.output.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        recorded = ctx.recorded
-        if recorded.turns != ctx.turn:
+        captured = ctx.captured
+        if captured.turns != ctx.turn:
             raise RuntimeError("called again before its backward pass: the intermediate results are gone")
-        recorded.grad.copy_(grad)
-        recorded.backward.replay()
-        return None, recorded.grad_x.clone()
+        captured.grad.copy_(grad)
+        captured.backward.replay()
+        return None, captured.grad_x.clone()
 
 
-class _EncodedTwice(torch.autograd.Function):
+class _Checkpointed(torch.autograd.Function):
     """Apply a network keeping only its input; the backward pass applies it once more, with gradient."""
 
     @staticmethod
-    def forward(ctx, network: Network, recorder: Recorder, pictures: Tensor) -> Tensor:
-        ctx.network, ctx.recorder = network, recorder
-        ctx.save_for_backward(pictures)
-        z = recorder(network, pictures)
-        recorder.prepare(_pulled_back(network), pictures, z)
+    def forward(ctx, network: Network, capture: Capture, images: Tensor) -> Tensor:
+        ctx.network, ctx.capture = network, capture
+        ctx.save_for_backward(images)
+        z = capture(network, images)
+        capture.prepare(_pulled_back(network), images, z)
         return z
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (pictures,) = ctx.saved_tensors
-        return None, None, ctx.recorder(_pulled_back(ctx.network), pictures, grad.contiguous())
+        (images,) = ctx.saved_tensors
+        return None, None, ctx.capture(_pulled_back(ctx.network), images, grad.contiguous())
 
 
 def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
@@ -249,19 +249,19 @@ def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
     return pull_back
 
 
-def in_slices(network: Network, pictures: Tensor, execution: Execution, recorder: Recorder = PLAIN) -> Tensor:
-    """Apply a network to pictures [n, ...], slice by slice; the result and its gradient are those of one pass."""
-    at_once, kept = execution.pictures_at_once or len(pictures), execution.pictures_kept
-    if not (torch.is_grad_enabled() and pictures.requires_grad):
-        return _joined([recorder(network, part) for part in pictures.split(at_once)])
-    if kept is None or kept >= len(pictures):
-        if at_once >= len(pictures):
-            return recorder.with_gradient(network, pictures)
-        return _joined([network(part) for part in pictures.split(at_once)])
-    n_twice = len(pictures) - kept
+def in_slices(network: Network, images: Tensor, execution: Execution, capture: Capture = PLAIN) -> Tensor:
+    """Apply a network to images [n, ...], slice by slice; the result and its gradient are those of one pass."""
+    at_once, kept = execution.images_at_once or len(images), execution.images_kept
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return _joined([capture(network, part) for part in images.split(at_once)])
+    if kept is None or kept >= len(images):
+        if at_once >= len(images):
+            return capture.with_gradient(network, images)
+        return _joined([network(part) for part in images.split(at_once)])
+    n_checkpointed = len(images) - kept
     # those to be kept come last: the backward pass begins with them, and their memory is free for the others
-    parts = [_EncodedTwice.apply(network, recorder, part) for part in pictures[:n_twice].split(at_once)]
-    return _joined(parts + [network(part) for part in pictures[n_twice:].split(at_once) if len(part)])
+    parts = [_Checkpointed.apply(network, capture, part) for part in images[:n_checkpointed].split(at_once)]
+    return _joined(parts + [network(part) for part in images[n_checkpointed:].split(at_once) if len(part)])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

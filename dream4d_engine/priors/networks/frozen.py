@@ -168,7 +168,7 @@ def _transformer_forward(
     encoder_attention_mask: Tensor | None = None,
     return_dict: bool = True,
 ):
-    """Transformer2DModel on pictures [N, C, H, W], a token a place."""
+    """Transformer2DModel on images [N, C, H, W], a token a place."""
     n, c, height, width = hidden_states.shape
     residual = hidden_states.permute(0, 2, 3, 1).reshape(n, height * width, c)
     h = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(n, height * width, c)

@@ -1,8 +1,8 @@
 """Group normalisation with SiLU for networks in channels_last, forward and backward, as two passes over memory.
 
 PyTorch's own group norm turns channels_last around and back, which costs more than the convolutions gain from it.
-Here a picture is R rows of C channels; one kernel sums rows per channel, a small one makes a factor and a constant
-for each channel of that, one applies them. With g the group of channel c, mean and rstd those of (picture, group):
+Here an image is R rows of C channels; one kernel sums rows per channel, a small one makes a factor and a constant
+for each channel of that, one applies them. With g the group of channel c, mean and rstd those of (image, group):
 
     v = a x + b,  a = rstd_g w_c,  b = bias_c + (offset_c - mean_g) a,  y = silu(v)
     dx = a dv - rstd_g (c1 + xhat c2),  dv = dy silu'(v),  c1 = mean_g(w dv),  c2 = mean_g(w dv xhat)
@@ -38,7 +38,7 @@ def norm_silu(
     """Return silu(group_norm(x + offset)), or without the silu.
 
     Args:
-        x: [N, C, ...]. offset: [N, C] or [1, C], what is added to every place of a picture's channels, no gradient.
+        x: [N, C, ...]. offset: [N, C] or [1, C], what is added to every place of an image's channels, no gradient.
     """
     if _runs_on(x):
         rows = _rows_of(x)
@@ -115,7 +115,7 @@ def _tile(c: int) -> tuple[int, int]:
 
 
 def _parts(n: int, r: int, block_rows: int) -> tuple[int, int]:
-    """(programs a picture, rows of each): enough programs to fill a GPU, few partial sums."""
+    """(programs an image, rows of each): enough programs to fill a GPU, few partial sums."""
     programs = max(1, min(-(-r // block_rows), 2048 // n))
     per = -(-r // programs)
     per = -(-per // block_rows) * block_rows
@@ -134,7 +134,7 @@ def _sum_rows(name: str, n: int, r: int, c: int, *arguments) -> Tensor:
 
 
 def _finish(name: str, n: int, r: int, c: int, n_groups: int, partial: Tensor, *arguments) -> None:
-    """Run a kernel that makes per-channel numbers of partial sums, one program a group of a picture."""
+    """Run a kernel that makes per-channel numbers of partial sums, one program a group of an image."""
     width, parts = c // n_groups, partial.shape[2]
     block_c = 1 << (width - 1).bit_length()
     block_p = min(1 << (parts - 1).bit_length(), max(1, 2048 // block_c))
@@ -161,7 +161,7 @@ def add_residual(x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def add_bias_(x: Tensor, bias: Tensor | None) -> Tensor:
-    """Add bias [C] to the channels of x [N, C, ...] in place and return x; no gradient is recorded."""
+    """Add bias [C] to the channels of x [N, C, ...] in place and return x; no gradient is captured."""
     if bias is None:
         return x
     if not _runs_on(x) or _rows_of(x) is None:
@@ -203,7 +203,7 @@ def _kernels() -> dict:
     import triton.language as tl
 
     @triton.jit
-    def sums(x, out, pictures, r, c, per, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    def sums(x, out, images, r, c, per, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
         part, n = tl.program_id(0), tl.program_id(1)
         channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -216,14 +216,14 @@ def _kernels() -> dict:
             total += value
             square += value * value
         to = (n * tl.num_programs(0) + part) * c + channel
-        second = pictures * tl.num_programs(0) * c
+        second = images * tl.num_programs(0) * c
         tl.store(out + to, tl.sum(total, 0), mask=channel < c)
         tl.store(out + second + to, tl.sum(square, 0), mask=channel < c)
 
     @triton.jit
     def statistics(
         partial, weight, bias, offset, offset_stride, found, eps, HAS_OFFSET: tl.constexpr,
-        pictures, r, c, width, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        images, r, c, width, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         g, n = tl.program_id(0), tl.program_id(1)
         inside = tl.arange(0, BLOCK_C) < width
@@ -235,7 +235,7 @@ def _kernels() -> dict:
             at = (n * parts + part[:, None]) * c + channel[None]
             mask = (part[:, None] < parts) & inside[None]
             total += tl.load(partial + at, mask=mask, other=0.0)
-            square += tl.load(partial + pictures * parts * c + at, mask=mask, other=0.0)
+            square += tl.load(partial + images * parts * c + at, mask=mask, other=0.0)
         s1, s2 = tl.sum(total, 0), tl.sum(square, 0)
         shift = tl.zeros((BLOCK_C,), tl.float32)
         if HAS_OFFSET:
@@ -249,7 +249,7 @@ def _kernels() -> dict:
         rstd = 1 / tl.sqrt(variance + eps)
         a = rstd * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) + (shift - mean) * a
-        to, step = found + n * c + channel, pictures * c
+        to, step = found + n * c + channel, images * c
         tl.store(to, a, mask=inside)
         tl.store(to + step, b, mask=inside)
         tl.store(to + 2 * step, mean - shift, mask=inside)
@@ -257,7 +257,7 @@ def _kernels() -> dict:
 
     @triton.jit
     def gradient_sums(
-        x, grad, found, out, pictures, r, c, per,
+        x, grad, found, out, images, r, c, per,
         SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         part, n = tl.program_id(0), tl.program_id(1)
@@ -265,7 +265,7 @@ def _kernels() -> dict:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         a = tl.load(found + n * c + channel, mask=channel < c, other=0.0)
-        b = tl.load(found + pictures * c + n * c + channel, mask=channel < c, other=0.0)
+        b = tl.load(found + images * c + n * c + channel, mask=channel < c, other=0.0)
         first = n.to(tl.int64) * r * c
         for start in range(0, per, BLOCK_R):
             row = part * per + start + tl.arange(0, BLOCK_R)
@@ -280,13 +280,13 @@ def _kernels() -> dict:
             total += dv
             product += dv * value
         to = (n * tl.num_programs(0) + part) * c + channel
-        second = pictures * tl.num_programs(0) * c
+        second = images * tl.num_programs(0) * c
         tl.store(out + to, tl.sum(total, 0), mask=channel < c)
         tl.store(out + second + to, tl.sum(product, 0), mask=channel < c)
 
     @triton.jit
     def gradient_line(
-        partial, weight, found, line, pictures, r, c, width, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+        partial, weight, found, line, images, r, c, width, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
     ):
         g, n = tl.program_id(0), tl.program_id(1)
         inside = tl.arange(0, BLOCK_C) < width
@@ -298,8 +298,8 @@ def _kernels() -> dict:
             at = (n * parts + part[:, None]) * c + channel[None]
             mask = (part[:, None] < parts) & inside[None]
             total += tl.load(partial + at, mask=mask, other=0.0)
-            product += tl.load(partial + pictures * parts * c + at, mask=mask, other=0.0)
-        at, step = found + n * c + channel, pictures * c
+            product += tl.load(partial + images * parts * c + at, mask=mask, other=0.0)
+        at, step = found + n * c + channel, images * c
         mean = tl.load(at + 2 * step, mask=inside, other=0.0)
         rstd = tl.load(at + 3 * step, mask=inside, other=0.0)
         w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
@@ -313,13 +313,13 @@ def _kernels() -> dict:
 
     @triton.jit
     def apply(
-        x, found, out, pictures, r, c,
+        x, found, out, images, r, c,
         SILU: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(1)
         channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
         a = tl.load(found + n * c + channel, mask=channel < c, other=0.0)
-        b = tl.load(found + pictures * c + n * c + channel, mask=channel < c, other=0.0)
+        b = tl.load(found + images * c + n * c + channel, mask=channel < c, other=0.0)
         first = n.to(tl.int64) * r * c
         for step in tl.static_range(STEPS):
             row = (tl.program_id(0) * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -332,12 +332,12 @@ def _kernels() -> dict:
 
     @triton.jit
     def gradient(
-        x, grad, found, line, out, pictures, r, c,
+        x, grad, found, line, out, images, r, c,
         SILU: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(1)
         channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-        second = pictures * c
+        second = images * c
         a = tl.load(found + n * c + channel, mask=channel < c, other=0.0)
         b = tl.load(found + second + n * c + channel, mask=channel < c, other=0.0)
         p = tl.load(line + n * c + channel, mask=channel < c, other=0.0)
@@ -370,7 +370,7 @@ def _kernels() -> dict:
         place, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = part * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(x + place * c + channel, mask=channel < c)
-        row, column = place // width, place % width  # rows of all pictures
+        row, column = place // width, place % width  # rows of all images
         to = ((2 * row) * (2 * width) + 2 * column) * c + channel
         tl.store(out + to, value, mask=channel < c)
         tl.store(out + to + c, value, mask=channel < c)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class GroupAttention:
     """An attention processor (in diffusers' sense) whose self-attention lets F neighbours attend together.
 
-    The batch holds groups of F pictures after each other: [B*F, N, C] becomes [B, F*N, C] for self-attention and
-    goes back afterwards; cross-attention stays within a picture. F comes with each call as `n_views`
+    The batch holds groups of F images after each other: [B*F, N, C] becomes [B, F*N, C] for self-attention and
+    goes back afterwards; cross-attention stays within an image. F comes with each call as `n_views`
     (diffusers' `cross_attention_kwargs`), so the processor has no state. MVDream (2308.16512), section 3.1.
     """
 

@@ -5,7 +5,7 @@ layout of its full-size checkpoint (copied by hand). `golden.safetensors` holds 
 the other networks need not be kept, what those networks predict at the points where the cases ask them:
 `<case>.eps` [K, P, F, c, h, w] for K conditions and P groups, at `<case>.x` [P, F, c, h, w] (variance preserving).
 
-`if.noise` is not the recorded one. The published call drew its noise with the memory layout of a picture (channels
+`if.noise` is not the recorded one. The published call drew its noise with the memory layout of an image (channels
 last), which gives other numbers than the same seed with the usual layout; the recorded noise is in the usual one. The
 seed is known, so the noise is drawn again here; it reproduces the published loss to 1e-6.
 """
@@ -94,12 +94,12 @@ def main(folder: Path) -> None:
 
     unet = load_unet(folder, "if_tiny.safetensors", UNet2DConditionModel, configs["if_unet"])
     out |= {k: given[k] for k in ("if.loss", "if.rgb", "if.rgb_grad", "if.t")}
-    pictures = functional.interpolate(2 * given["if.rgb"].permute(0, 3, 1, 2) - 1, (64, 64), mode="bilinear")
+    images = functional.interpolate(2 * given["if.rgb"].permute(0, 3, 1, 2) - 1, (64, 64), mode="bilinear")
     generator = torch.Generator().manual_seed(IF_SEED)
     assert torch.equal(torch.randint(20, 981, (4,), generator=generator), given["if.t"])
     layout = torch.empty(4, 3, 64, 64, memory_format=torch.channels_last)
     noise = layout.normal_(generator=generator)
-    x = noisy(pictures, noise, pixel_schedule[given["if.t"]][:, None, None, None])
+    x = noisy(images, noise, pixel_schedule[given["if.t"]][:, None, None, None])
     view = torch.tensor([2, 0, 1, 3])
     eps = torch.stack([unet(x, given["if.t"], table[view]).sample[:, :3] for table in (text, negative)])
     out |= {"if.noise": noise, "if.x": x[:, None], "if.eps": eps[:, :, None]}

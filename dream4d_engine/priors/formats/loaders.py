@@ -19,22 +19,22 @@ from .finite import check_finite
 
 PriorKind = Literal["image", "multiview", "novel_view", "pixel", "video"]
 VectorKind = Literal["camera", "frame_time"]
-PictureResize = Literal["corners", "antialiased"]
+ImageResize = Literal["corners", "antialiased"]
 
 Device = torch.device | str
 
 
 @dataclass(frozen=True)
-class Facts:
+class Metadata:
     """What must be known of a model beside its networks.
 
     Args:
-        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single pictures.
+        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single images.
         vector: what its class embedding reads, None where it has none.
         group_attention: self-attention runs over a group (see view_attention.py).
         known_words: the whole vocabulary of a toy model, None where any prompt will do.
         negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
-        picture_resize: how a novel-view model's image encoder got its pictures in training (see clip_pixels).
+        image_resize: how a novel-view model's image encoder got its images in training (see clip_pixels).
         notes: sentences on what was assumed of it, to be said once before a run.
     """
 
@@ -47,16 +47,16 @@ class Facts:
     known_words: frozenset[str] | None = None
     negative_prompt: str | None = None
     license: str = "unknown"
-    picture_resize: PictureResize = "corners"
+    image_resize: ImageResize = "corners"
     notes: tuple[str, ...] = ()
 
 
-class Source(Protocol):
+class Loader(Protocol):
     """A folder or a file that holds a model. Networks come frozen, in eval mode."""
 
     path: Path
 
-    def facts(self, kind: PriorKind | None) -> Facts:
+    def metadata(self, kind: PriorKind | None) -> Metadata:
         """Say what the model is; `kind` overrides what the source says of itself."""
         ...
 
@@ -69,7 +69,7 @@ class Source(Protocol):
         ...
 
     def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
-        """Load the autoencoder; None where pictures are not encoded."""
+        """Load the autoencoder; None where images are not encoded."""
         ...
 
     def vae_scaling(self) -> float | None:
@@ -81,7 +81,7 @@ class Source(Protocol):
         ...
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """Load the encoder of reference pictures."""
+        """Load the encoder of reference images."""
         ...
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The commands that start from a picture, as people use them, and every mistake answered by one line."""
+"""The commands that start from an image, as people use them, and every mistake answered by one line."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def priors(tmp_path_factory) -> list[str]:
     return flags
 
 
-def write_picture(path: Path, caption: str = "a red cube", size: int = 48) -> Path:
-    """A picture of the toy world, cut out, as the recipe's camera sees it."""
+def write_image(path: Path, caption: str = "a red cube", size: int = 48) -> Path:
+    """An image of the toy world, cut out, as the recipe's camera sees it."""
     cameras = make_cameras(0.0, 0.0, 3.0, math.radians(40), 0.0, size, size)
     seen = render_caption(caption, cameras)
     pixels = torch.cat((seen.rgb, seen.mask), -1)[0, 0]
@@ -48,8 +48,8 @@ def write_picture(path: Path, caption: str = "a red cube", size: int = 48) -> Pa
 
 def test_image_to_4d_stopped_and_resumed(tmp_path, priors):
     """A whole run, and one that was stopped with Ctrl-C in between: the same bits."""
-    picture, whole, broken = write_picture(tmp_path / "cube.png"), tmp_path / "whole", tmp_path / "broken"
-    words = [str(picture), "--prompt", PROMPT, *priors, *TINY, "--steps", "9", "--motion-steps", "5"]
+    image, whole, broken = write_image(tmp_path / "cube.png"), tmp_path / "whole", tmp_path / "broken"
+    words = [str(image), "--prompt", PROMPT, *priors, *TINY, "--steps", "9", "--motion-steps", "5"]
     output = finish(start("image-to-4d", *words, "--out", str(whole)))
     assert {path.name for path in whole.iterdir()} == RESULTS | {"reference.png"}
     assert "the subject" in output and "reference view" in output
@@ -68,29 +68,29 @@ def test_image_to_4d_stopped_and_resumed(tmp_path, priors):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    kept = picture.read_bytes()
-    write_picture(picture, "a blue cube")
+    kept = image.read_bytes()
+    write_image(image, "a blue cube")
     process = start("image-to-4d", "--resume", str(broken))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and "is not the one any more that this run began with" in errors
-    picture.write_bytes(kept)
+    image.write_bytes(kept)
     finish(start("image-to-4d", "--resume", str(broken)))
     ours, theirs = tensors_of(broken / "scene.safetensors"), tensors_of(whole / "scene.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
-    picture, out = write_picture(tmp_path / "cube.png"), tmp_path / "out"
+    image, out = write_image(tmp_path / "cube.png"), tmp_path / "out"
     grey = np.full((48, 48), 128, np.uint8)
     Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (48, 1))).save(tmp_path / "depth.png")
     Image.fromarray(np.stack((grey, grey, grey + 127), -1)).save(tmp_path / "normals.png")
-    Image.fromarray(np.asarray(Image.open(picture))[..., 3]).save(tmp_path / "mask.png")
+    Image.fromarray(np.asarray(Image.open(image))[..., 3]).save(tmp_path / "mask.png")
     maps = [*("--depth-map", str(tmp_path / "depth.png"), "--static.reference.relative-depth", "1")]
     maps += ["--normal-map", str(tmp_path / "normals.png"), "--static.reference.normal", "1"]
     maps += ["--mask", str(tmp_path / "mask.png"), "--static.regularizers.normal-smoothness-2d", "1"]
     flags = list(zip(TINY[::2], TINY[1::2], strict=True))
     static = [word for flag in flags for word in flag if "motion" not in flag[0] and "deformation" not in flag[0]]
-    words = [str(picture), *priors[:2], *static, *maps, "--static.guidance.1.weight", "0", "--steps", "4"]
+    words = [str(image), *priors[:2], *static, *maps, "--static.guidance.1.weight", "0", "--steps", "4"]
     output = finish(start("image-to-3d", *words, "--out", str(out)))
     assert {path.name for path in out.iterdir()} == (RESULTS - {"video.mp4"}) | {"reference.png"}
     assert "by its mask" in output
@@ -101,13 +101,13 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["image-to-3d", "--out", "OUT"], "which picture to start from"),
-        (["image-to-4d", "--out", "OUT"], "which picture to start from"),
+        (["image-to-3d", "--out", "OUT"], "which image to start from"),
+        (["image-to-4d", "--out", "OUT"], "which image to start from"),
         (["image-to-3d", "none.png"], "does not exist"),
         (["image-to-3d", "."], "is a folder"),
         (
             ["image-to-3d", "text.png"],
-            "text.png could not be read as a picture: it is damaged",
+            "text.png could not be read as an image: it is damaged",
         ),
         (
             ["image-to-3d", "cube.png"],
@@ -119,10 +119,10 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-3d", "opaque.png", "--prompt", PROMPT], "no alpha and no mask was given"),
         (["image-to-3d", "empty.png", "--prompt", PROMPT], "no subject: its alpha is empty"),
         (["image-to-3d", "full.png", "--prompt", PROMPT], "no subject: its alpha covers all of it"),
-        (["image-to-3d", "opaque.png", "--mask", "small.png"], "the mask has 24x24 pixels, the picture 48x48"),
+        (["image-to-3d", "opaque.png", "--mask", "small.png"], "the mask has 24x24 pixels, the image 48x48"),
         (
             ["image-to-3d", "cube.png", "--depth-map", "small.png"],
-            "the depth map small.png has 24x24 pixels, the picture 48x48",
+            "the depth map small.png has 24x24 pixels, the image 48x48",
         ),
         (["image-to-3d", "cube.png", "--normal-map", "none.png"], "the normal map none.png does not exist"),
         (["image-to-3d", "cube.png", "--depth-map", "ramp.png"], "a depth map was given, but its weight is 0"),
@@ -139,7 +139,7 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-3d", "cube.png", "--static.reference.fill", "0.9", "0.2"], "static.reference.fill must keep to"),
         (["image-to-3d", "cube.png", "--recipe", "text-to-3d"], "starts from a sentence: use dream4d text-to-3d"),
         (["image-to-3d", "cube.png", "--prompt", "x", "--recipe", "image-to-3d"], "--novel-view-prior MODEL"),
-        (["text-to-3d", "x", "--recipe", "toy-image"], "starts from a picture: use dream4d image-to-3d"),
+        (["text-to-3d", "x", "--recipe", "toy-image"], "starts from an image: use dream4d image-to-3d"),
         (["text-to-3d", "a cube", "--sd-view", "145"], "'toy' has no image prior"),
         (["text-to-3d", "a cube", "--recipe", "text-to-3d", "--sd-view", "0"], "--sd-view must lie in [0.1, 180]"),
         (["image-to-3d", "cube.png", "--prompt", PROMPT], "say where the results go: --out FOLDER"),
@@ -147,15 +147,15 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
 )
 def test_mistakes_get_one_line(words, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_picture(Path("cube.png"))
-    write_picture(Path("small.png"), size=24)
+    write_image(Path("cube.png"))
+    write_image(Path("small.png"), size=24)
     rgba = Image.open("cube.png")
     rgba.convert("RGB").save("opaque.png")
     for name, alpha in (("empty.png", 0), ("full.png", 255)):
         changed = rgba.copy()
         changed.putalpha(alpha)
         changed.save(name)
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     ramp = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (48, 1))
     Image.fromarray(ramp).save("ramp.png")
     Image.fromarray((ramp * 0.355).astype(np.uint8)).save("faint.png")

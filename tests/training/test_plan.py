@@ -14,13 +14,13 @@ from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 from dream4d_engine.supervision import supervise, views_of
-from dream4d_engine.training import memory
+from dream4d_engine.training import plan as plans
 from dream4d_engine.training.config import TOY_MOTION
-from dream4d_engine.training.distributed import Team
-from dream4d_engine.training.guidance import recorder_for
+from dream4d_engine.training.guidance import capture_for
 from dream4d_engine.training.loop import Interrupted, RunControl
-from dream4d_engine.training.memory import LADDER, Plan, choose_plan, parse_bytes, plan_of
 from dream4d_engine.training.motion import motion_stage, train_motion
+from dream4d_engine.training.plan import LADDER, Plan, choose_plan, parse_bytes, plan_of
+from dream4d_engine.training.processes import Processes
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_first_plan_that_fits_is_taken():
     def fits(planned, plan):
         assert planned["image"].denoiser.execution == plan.execution
         tried.append(plan)
-        return plan.execution.pictures_at_once is not None and plan.execution.pictures_at_once <= 4
+        return plan.execution.images_at_once is not None and plan.execution.images_at_once <= 4
 
     planned, plan = choose_plan(guidance(), fits)
     assert plan.execution == planned["image"].denoiser.execution
@@ -61,8 +61,8 @@ def test_the_first_plan_that_fits_is_taken():
 def test_the_ladder_needs_less_at_each_rung():
     def size(plan: Plan) -> tuple[int, ...]:
         execution, large = plan.execution, 10**6
-        kept = large if execution.pictures_kept is None else execution.pictures_kept
-        at_once = (execution.pictures_at_once, execution.groups_at_once, plan.rays_at_once)
+        kept = large if execution.images_kept is None else execution.images_kept
+        at_once = (execution.images_at_once, execution.groups_at_once, plan.rays_at_once)
         return (kept, not execution.offload, plan.prefetches, *(n or large for n in at_once))
 
     for above, below in zip(LADDER, LADDER[1:], strict=False):
@@ -129,7 +129,7 @@ def test_every_rung_of_the_ladder_takes_the_same_step(device):
     ]
     denoiser = video_denoiser(*networks, device=device)
     denoiser = replace(denoiser, n_frames=6)
-    ready = accelerated(denoiser, recorder_for(device), compiled=False)
+    ready = accelerated(denoiser, capture_for(device), compiled=False)
     guidance = {"video": replace(given["video"], denoiser=ready, conditions=tokens_for)}
     stage, draw = motion_stage(still.clone().to(device), recipe, seed=0), Draw(1)
     scene = stage.scene
@@ -163,7 +163,7 @@ def test_a_budget_is_kept_on_a_gpu():
         train_static(recipe, guides, seed=0, device=device, control=control)
         assert told and torch.cuda.max_memory_reserved() <= 2**30
     finally:
-        memory.limit_memory(device, None)
+        plans.limit_memory(device, None)
 
 
 def test_a_run_can_be_stopped_before_its_first_step():
@@ -171,7 +171,7 @@ def test_a_run_can_be_stopped_before_its_first_step():
     RunControl(should_stop=lambda: False).stop_if_asked("static")
     with pytest.raises(Interrupted, match="static stopped after step 0, not saved"):
         RunControl(should_stop=lambda: True).stop_if_asked("static")
-    RunControl(should_stop=lambda: True, team=Team(rank=1, count=2)).stop_if_asked("static")
+    RunControl(should_stop=lambda: True, processes=Processes(rank=1, world_size=2)).stop_if_asked("static")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")
@@ -186,4 +186,4 @@ def test_looking_for_a_plan_can_be_stopped():
         with pytest.raises(Interrupted, match="step 0"):
             train_static(recipe, guides, seed=0, device=device, control=control)
     finally:
-        memory.limit_memory(device, None)
+        plans.limit_memory(device, None)

@@ -13,7 +13,7 @@ import torch
 from places import TESTS
 
 from dream4d_engine.randomness import Draw, draw_rows
-from dream4d_engine.training.distributed import ALONE, join_team
+from dream4d_engine.training.processes import SINGLE, join_processes
 
 
 def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[str]]:
@@ -50,7 +50,7 @@ def test_two_processes_are_one_with_twice_the_groups(tmp_path):
     codes, _, errors = together([str(TESTS / "distributed_worker.py"), str(tmp_path)])
     assert codes == [0, 0], errors
     for stage in ("static", "motion"):
-        expected, _ = distributed_worker.train(2, stage, ALONE, tmp_path / "alone")
+        expected, _ = distributed_worker.train(2, stage, SINGLE, tmp_path / "alone")
         first, second = (torch.load(tmp_path / stage / r / "result.pt", weights_only=True) for r in ("0", "1"))
         for name, value in expected.state_dict().items():
             assert torch.equal(first["scene"][name], second["scene"][name]), f"the processes disagree about {name}"
@@ -103,14 +103,14 @@ def test_draws_differ_by_seed_step_purpose_and_group_and_by_nothing_else():
 
 def test_a_process_by_itself_needs_no_team(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join_team(torch.device("cpu")) == (ALONE, torch.device("cpu"))
-    assert ALONE.any(True) and not ALONE.any(False)
+    assert join_processes(torch.device("cpu")) == (SINGLE, torch.device("cpu"))
+    assert SINGLE.any(True) and not SINGLE.any(False)
     tensor = torch.ones(2)
-    ALONE.average([tensor])
+    SINGLE.average([tensor])
     assert torch.equal(tensor, torch.ones(2))
 
 
 def test_a_device_that_cannot_be_shared_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="not mps"):
-        join_team(torch.device("mps"))
+        join_processes(torch.device("mps"))

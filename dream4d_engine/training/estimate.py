@@ -7,7 +7,7 @@ from ..scene import SceneConfig
 from .config import MotionRecipe, Phase, StaticRecipe
 
 _FIXED_ROOM = 2**25
-"""Bytes on the disk for videos, pictures and records."""
+"""Bytes on the disk for videos, images and records."""
 _SHARE_OF_SAMPLES = 0.05
 """Of the places on the rays, how many are looked at with gradient in a scene like the first one, at the least."""
 _BYTES_A_PIXEL = 120
@@ -31,18 +31,18 @@ def disk_bytes(recipes: tuple[StaticRecipe | MotionRecipe, ...], scene: SceneCon
 
 
 def film_bytes(height: int, width: int) -> int:
-    """Bytes that rendering one frame takes at the least: its rays and its pictures, the latter twice for a moment."""
+    """Bytes that rendering one frame takes at the least: its rays and its images, the latter twice for a moment."""
     return _BYTES_A_PIXEL * height * width
 
 
 def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int:
     """Bytes that training takes at the least: parameters with gradient and moments, and the samples of a step."""
-    config, n_pictures = recipe.trained(scene), getattr(recipe, recipe.group_field)
+    config, n_images = recipe.trained(scene), getattr(recipe, recipe.group_field)
     moving = config.deformation
     n_levels = config.radiance.grid.n_levels + (0 if moving is None else 2 * moving.grid.n_levels)
 
     def rays(phase: Phase) -> int:
-        return phase.n_groups * n_pictures * phase.height * phase.width
+        return phase.n_groups * n_images * phase.height * phase.width
 
     reference = recipe.reference
     seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)

@@ -1,4 +1,4 @@
-"""Single pictures: PNG files and labelled sheets of many."""
+"""Single images: PNG files and labelled sheets of many."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _LINE, _MOST_LINES = 16, 4
 """Height of a line of the title, pixels, and how many there are at most."""
 
 
-def to_bytes(picture: Tensor | np.ndarray) -> np.ndarray:
-    """Return a picture [H, W, 3] or [H, W, 1] as uint8 [H, W, 3].
+def to_bytes(image: Tensor | np.ndarray) -> np.ndarray:
+    """Return an image [H, W, 3] or [H, W, 1] as uint8 [H, W, 3].
 
     Floats are in [0, 1] (clamped; what is not finite becomes 0); uint8 passes unchanged.
     """
-    tensor = torch.as_tensor(picture).detach().cpu()
+    tensor = torch.as_tensor(image).detach().cpu()
     if tensor.ndim != 3 or tensor.shape[-1] not in (1, 3):
-        raise ValueError(f"a picture has the shape [H, W, 3] or [H, W, 1], got {list(tensor.shape)}")
+        raise ValueError(f"an image has the shape [H, W, 3] or [H, W, 1], got {list(tensor.shape)}")
     if tensor.dtype != torch.uint8:
         tensor = (tensor.float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
     return tensor.expand(-1, -1, 3).contiguous().numpy()
 
 
-def save_picture(path: Path, picture: Tensor | np.ndarray) -> None:
-    """Write a picture (see `to_bytes`), whole or not at all: as JPEG where the name ends in .jpg, else as PNG."""
+def save_image(path: Path, image: Tensor | np.ndarray) -> None:
+    """Write an image (see `to_bytes`), whole or not at all: as JPEG where the name ends in .jpg, else as PNG."""
     from PIL import Image
 
-    buffer, image = io.BytesIO(), Image.fromarray(to_bytes(picture))
+    buffer, file = io.BytesIO(), Image.fromarray(to_bytes(image))
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        image.save(buffer, "JPEG", quality=90, subsampling=0)
+        file.save(buffer, "JPEG", quality=90, subsampling=0)
     else:
-        image.save(buffer, "PNG")
+        file.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
 
 
 def contact_sheet(
-    pictures: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], title: str = ""
+    images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str], title: str = ""
 ) -> np.ndarray:
-    """Lay pictures [rows, columns, H, W, 3] out on white, with a label beside each row and above each column.
+    """Lay images [rows, columns, H, W, 3] out on white, with a label beside each row and above each column.
 
     The title is broken into lines as wide as the sheet, and shortened where it needs more than four.
 
@@ -59,11 +59,11 @@ def contact_sheet(
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    if pictures.ndim != 5 or pictures.shape[:2] != (len(row_labels), len(column_labels)):
+    if images.ndim != 5 or images.shape[:2] != (len(row_labels), len(column_labels)):
         raise ValueError(
-            f"{len(row_labels)} row and {len(column_labels)} column labels don't fit pictures {list(pictures.shape)}"
+            f"{len(row_labels)} row and {len(column_labels)} column labels don't fit images {list(images.shape)}"
         )
-    rows, columns, height, width = pictures.shape[:4]
+    rows, columns, height, width = images.shape[:4]
     font = ImageFont.load_default(12)
     left = _MARGIN + max(int(font.getlength(label)) for label in row_labels) + _MARGIN
     right = left + columns * (width + _MARGIN)
@@ -79,7 +79,7 @@ def contact_sheet(
         y = top + row * (height + _MARGIN)
         draw.text((_MARGIN, y + height / 2), label, fill=_INK, font=font, anchor="lm")
         for column in range(columns):
-            tile = Image.fromarray(to_bytes(pictures[row, column]))
+            tile = Image.fromarray(to_bytes(images[row, column]))
             sheet.paste(tile, (left + column * (width + _MARGIN), y))
     return np.asarray(sheet)
 

@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes of a run: this one is `rank` of `count`.
+class Processes:
+    """The processes of a run: this one is `rank` of `world_size`.
 
     `words` is for short messages between the CPUs, so that no GPU has to be waited for.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     words: ProcessGroup | None = None
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace the tensors by their means over the processes, in place, all in one message."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         tensors = list(tensors)
         flat = torch.cat([t.reshape(-1).float() for t in tensors])
         torch.distributed.all_reduce(flat)
-        flat /= self.count
+        flat /= self.world_size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def any(self, wish: bool) -> bool:
         """Whether some process wishes so."""
-        if self.count == 1:
+        if self.world_size == 1:
             return wish
         word = torch.tensor(int(wish))
         torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MAX, group=self.words)
@@ -57,22 +57,22 @@ class Team:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        if self.count > 1:
+        if self.world_size > 1:
             torch.distributed.barrier(group=self.words)
 
 
-ALONE = Team()
+SINGLE = Processes()
 
 
-def asked_for() -> bool:
+def is_launched() -> bool:
     """Whether torchrun started this process beside others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join_team(device: torch.device) -> tuple[Team, torch.device]:
-    """Meet the other processes that torchrun started; return the team and this process's device."""
-    if not asked_for():
-        return ALONE, device
+def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
+    """Meet the other processes that torchrun started; return the processes and this process's device."""
+    if not is_launched():
+        return SINGLE, device
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
@@ -87,10 +87,10 @@ def join_team(device: torch.device) -> tuple[Team, torch.device]:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     words = torch.distributed.new_group(backend="gloo")
-    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), words), device
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), words), device
 
 
-def leave_team() -> None:
+def leave_processes() -> None:
     """Say goodbye, if there are others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

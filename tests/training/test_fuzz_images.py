@@ -1,4 +1,4 @@
-"""Damaged pictures of many formats: a picture, or one sentence about the file; never much memory or time."""
+"""Damaged images of many formats: an image, or one sentence about the file; never much memory or time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from dream4d_engine.training.config import ReferenceConfig
 from dream4d_engine.training.pixels import file_pixels
-from dream4d_engine.training.reference import PictureError, load_reference, prepare_reference
+from dream4d_engine.training.reference import ImageError, load_reference, prepare_reference
 
 CONFIG = ReferenceConfig()
 ROUNDS = 12
@@ -38,7 +38,7 @@ FORMATS = {
 
 
 def good_files() -> dict[str, bytes]:
-    """One small picture in each format and mode that this Pillow writes, by name."""
+    """One small image in each format and mode that this Pillow writes, by name."""
     colors = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     inside = np.zeros((SIZE, SIZE), np.uint8)
     inside[10:40, 12:34] = 255
@@ -133,11 +133,11 @@ def gigabytes() -> float:
 
 
 def attempt(make: Callable[[], object], what: str) -> None:
-    """Only a PictureError of one line is allowed, soon, and without much memory."""
+    """Only a ImageError of one line is allowed, soon, and without much memory."""
     began, before = time.process_time(), gigabytes()
     try:
         make()
-    except PictureError as error:
+    except ImageError as error:
         text = str(error)
         assert text and "\n" not in text and len(text) < 1000 and text.isprintable(), (what, text)
         assert "Error" not in text.split(":")[-1] or "error" in text, (what, text)
@@ -149,18 +149,18 @@ def attempt(make: Callable[[], object], what: str) -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_damaged_files(name, fuzz, tmp_path):
-    """As the picture, its mask, its depth and its normal map."""
-    mask, picture, path = tmp_path / "mask.png", tmp_path / "picture.png", tmp_path / "p"
+    """As the image, its mask, its depth and its normal map."""
+    mask, image, path = tmp_path / "mask.png", tmp_path / "image.png", tmp_path / "p"
     mask.write_bytes(GOOD["PNG-L"])
-    picture.write_bytes(GOOD["PNG-RGBA"])
+    image.write_bytes(GOOD["PNG-RGBA"])
     path.write_bytes(GOOD[name])
-    with file_pixels(path, "picture") as whole:
+    with file_pixels(path, "image") as whole:
         assert {whole.height, whole.width} == {SIZE} and len(whole.sample(SIZE)) == SIZE
     for seed in range(ROUNDS * fuzz):
         path.write_bytes(damaged(GOOD[name], random.Random(f"{name} {seed}")))
         maps = [{"mask": path}, {"depth": path}, {"normals": path}][seed % 3]
-        attempt(lambda: load_reference(path, CONFIG), f"{name} {seed} as the picture")
-        attempt(lambda maps=maps: load_reference(picture, CONFIG, **maps), f"{name} {seed} as {[*maps]}")
+        attempt(lambda: load_reference(path, CONFIG), f"{name} {seed} as the image")
+        attempt(lambda maps=maps: load_reference(image, CONFIG, **maps), f"{name} {seed} as {[*maps]}")
 
 
 def strange(draw: random.Random, seed: int) -> torch.Tensor:
@@ -186,16 +186,16 @@ def strange(draw: random.Random, seed: int) -> torch.Tensor:
 def test_strange_tensors(fuzz):
     for seed in range(400 * fuzz):
         draw = random.Random(seed)
-        picture = torch.rand(40, 40, draw.choice((3, 4)), generator=torch.Generator().manual_seed(seed))
+        image = torch.rand(40, 40, draw.choice((3, 4)), generator=torch.Generator().manual_seed(seed))
         maps = {
             name: strange(draw, seed + i) for i, name in enumerate(("mask", "depth", "normals")) if draw.random() < 0.5
         }
         shows = draw.choice(("automatic", "automatic", "subject"))
         if draw.random() < 0.3:
-            picture = strange(draw, seed)
+            image = strange(draw, seed)
 
-        def make(picture=picture, maps=maps, shows=shows):
-            found = prepare_reference(picture, CONFIG, **maps, mask_shows=shows)
+        def make(image=image, maps=maps, shows=shows):
+            found = prepare_reference(image, CONFIG, **maps, mask_shows=shows)
             for layer in (found.rgb, found.mask, found.depth, found.normals):
                 assert layer is None or layer.isfinite().all()
 
@@ -246,9 +246,9 @@ BOMBS = bombs()
 @pytest.mark.parametrize("name", BOMBS)
 def test_small_files_that_claim_much(name, tmp_path):
     (tmp_path / "p").write_bytes(BOMBS[name])
-    (tmp_path / "picture.png").write_bytes(GOOD["PNG-RGBA"])
+    (tmp_path / "image.png").write_bytes(GOOD["PNG-RGBA"])
     attempt(lambda: load_reference(tmp_path / "p", CONFIG), name)
-    attempt(lambda: load_reference(tmp_path / "picture.png", CONFIG, mask=tmp_path / "p"), f"{name} as mask")
+    attempt(lambda: load_reference(tmp_path / "image.png", CONFIG, mask=tmp_path / "p"), f"{name} as mask")
 
 
 def test_the_damage_is_damage(tmp_path):
@@ -259,6 +259,6 @@ def test_the_damage_is_damage(tmp_path):
         try:
             load_reference(tmp_path / "p", CONFIG)
             outcomes.append("read")
-        except PictureError:
+        except ImageError:
             outcomes.append("refused")
     assert 5 < outcomes.count("read") < 55 and len(GOOD) > 20

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def prefetches(self) -> bool:
-        """Not where rays are rendered twice, whose samples are found again in the backward pass."""
+        """Not where activations are checkpointed: the samples are found again in the backward pass."""
         return self.prefetch and self.rays_at_once is None
 
     def describe(self) -> str:
@@ -47,21 +47,21 @@ class Plan:
         if self.rays_at_once is None:
             return self.execution.describe() + ("" if self.prefetch else ", samples found when they are needed")
         models = "" if self.execution == Execution() else f"{self.execution.describe()}, "
-        return f"{models}{self.rays_at_once} rays at once, rendered twice"
+        return f"{models}{self.rays_at_once} rays at once, activations checkpointed"
 
 
 LADDER = (
     Plan(),
-    Plan(Execution(pictures_at_once=8)),
-    Plan(Execution(pictures_at_once=8, pictures_kept=16)),
-    Plan(Execution(pictures_at_once=8, pictures_kept=16), prefetch=False),
-    Plan(Execution(pictures_at_once=8, pictures_kept=16), 2**17),
-    Plan(Execution(pictures_at_once=8, pictures_kept=8), 2**17),
-    Plan(Execution(pictures_at_once=4, pictures_kept=4), 2**17),
-    Plan(Execution(pictures_at_once=2, pictures_kept=0), 2**17),
-    Plan(Execution(pictures_at_once=2, pictures_kept=0, groups_at_once=1), 2**17),
-    Plan(Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1), 2**16),
-    Plan(Execution(pictures_at_once=1, pictures_kept=0, groups_at_once=1, offload=True), 2**15),
+    Plan(Execution(images_at_once=8)),
+    Plan(Execution(images_at_once=8, images_kept=16)),
+    Plan(Execution(images_at_once=8, images_kept=16), prefetch=False),
+    Plan(Execution(images_at_once=8, images_kept=16), 2**17),
+    Plan(Execution(images_at_once=8, images_kept=8), 2**17),
+    Plan(Execution(images_at_once=4, images_kept=4), 2**17),
+    Plan(Execution(images_at_once=2, images_kept=0), 2**17),
+    Plan(Execution(images_at_once=2, images_kept=0, groups_at_once=1), 2**17),
+    Plan(Execution(images_at_once=1, images_kept=0, groups_at_once=1), 2**16),
+    Plan(Execution(images_at_once=1, images_kept=0, groups_at_once=1, offload=True), 2**15),
 )
 """From the fastest to the one that needs least memory."""
 
@@ -79,13 +79,13 @@ def parse_bytes(text: str) -> int:
 
 
 def plan_of(guidance: GuidanceOf, execution: Execution) -> dict[PriorKind, Guidance]:
-    """The guidance run in another way; what was recorded for the old one is forgotten."""
+    """The guidance run in another way; what was captured for the old one is forgotten."""
 
     def changed(one: Guidance) -> Guidance:
         if not hasattr(one.denoiser, "execution"):
             return one
-        one.denoiser.recorder.forget()
-        return replace(one, denoiser=with_execution(one.denoiser, execution, one.denoiser.recorder))
+        one.denoiser.capture.forget()
+        return replace(one, denoiser=with_execution(one.denoiser, execution, one.denoiser.capture))
 
     return {kind: changed(one) for kind, one in guidance.items()}
 
@@ -148,7 +148,7 @@ def fit_into(
     if found is None:
         raise ValueError(
             f"a step of this recipe doesn't fit into {budget / 2**30:.1f} GiB in any way: raise the memory budget, or "
-            "lower the phases' pictures"
+            "lower the phases' images"
         )
     planned, plan = found
     if on_plan is not None:

@@ -1,4 +1,4 @@
-"""Pictures, masks and maps as people have them: in every way that they are stored, and what is white in a mask."""
+"""Images, masks and maps as people have them: in every way that they are stored, and what is white in a mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_nodes import part_of_the_pack
 
 from dream4d_engine.training.config import ReferenceConfig
 from dream4d_engine.training.masks import what_mask_shows
-from dream4d_engine.training.reference import PictureError, UnclearMask, load_reference, prepare_reference
+from dream4d_engine.training.reference import ImageError, UnclearMask, load_reference, prepare_reference
 
 CONFIG = ReferenceConfig()
 TIGHT = ("mug_tight", "building_filled", "tight_circle", "portrait_bust")
@@ -87,20 +87,20 @@ def reading_of(image):
 @pytest.mark.parametrize("name", [*TIGHT, "rgba_ok"])
 def test_cut_outs_that_touch_their_frame(name):
     """The opaque part is the subject: by alpha, by Load Image's mask, by that of a node that removes backgrounds."""
-    pictures, path = part_of_the_pack("pictures"), CASES / f"{name}.png"
+    images, path = part_of_the_pack("images"), CASES / f"{name}.png"
     image = Image.open(path)
     opaque = np.asarray(image)[..., 3] > 127
     found = load_reference(path, CONFIG)
     assert found.mask.sum() == opaque.sum(), "nothing was reduced"
     rgb, hidden = as_comfyui(image)
     for mask in (hidden, 1 - hidden):
-        assert pictures.reference_of(rgb, mask, "automatic", CONFIG).fingerprint() == found.fingerprint()
+        assert images.reference_of(rgb, mask, "automatic", CONFIG).fingerprint() == found.fingerprint()
     assert (
         "white on the background, for what is white in it is one colour"
         in prepare_reference(rgb, CONFIG, mask=hidden).statement
     )
-    assert pictures.reference_of(rgb, hidden, "background", CONFIG).fingerprint() == found.fingerprint()
-    inside_out = pictures.reference_of(rgb, hidden, "subject", CONFIG)
+    assert images.reference_of(rgb, hidden, "background", CONFIG).fingerprint() == found.fingerprint()
+    inside_out = images.reference_of(rgb, hidden, "subject", CONFIG)
     assert inside_out.mask.sum() == (~opaque).sum(), "what is said outright is obeyed"
 
 
@@ -137,20 +137,18 @@ def test_where_it_cannot_be_known_both_readings_are_shown():
     with pytest.raises(UnclearMask) as asked:
         prepare_reference(rgb, CONFIG, mask=hidden)
     text = str(asked.value)
-    assert "one colour in the picture, but what is black in it fills the picture's border" in text
-    assert (
-        "'subject' takes its white part (26% of the picture, 65x65 pixels from (32, 32) on, 0% of its border)" in text
-    )
-    assert "'background' its black part (74% of the picture, 128x128 pixels from (0, 0) on, 100% of its border)" in text
+    assert "one colour in the image, but what is black in it fills the image's border" in text
+    assert "'subject' takes its white part (26% of the image, 65x65 pixels from (32, 32) on, 0% of its border)" in text
+    assert "'background' its black part (74% of the image, 128x128 pixels from (0, 0) on, 100% of its border)" in text
     readings = asked.value.readings
     assert readings.shape == (128, 260, 3) and 0 <= readings.min() and readings.max() <= 1
     white, black = readings[:, :128], readings[:, 132:]
     assert torch.equal(white[64, 64], rgb[0, 64, 64]) and torch.equal(black[0, 0], rgb[0, 0, 0])
     assert not torch.equal(white[0, 0], rgb[0, 0, 0]), "what isn't taken is faded"
     assert prepare_reference(rgb, CONFIG, mask=hidden, mask_shows="background").mask.sum() == 128**2 - 65**2
-    with pytest.raises(PictureError, match="mask_shows must be one of automatic, subject, background, got 'both'"):
+    with pytest.raises(ImageError, match="mask_shows must be one of automatic, subject, background, got 'both'"):
         prepare_reference(rgb, CONFIG, mask=hidden, mask_shows="both")
-    with pytest.raises(PictureError, match="mask_shows is 'background', but no mask was given"):
+    with pytest.raises(ImageError, match="mask_shows is 'background', but no mask was given"):
         load_reference(CASES / "rgba_ok.png", CONFIG, mask_shows="background")
 
 
@@ -159,9 +157,9 @@ def test_an_inverted_mask_file_is_told_from_a_good_one(tmp_path):
     Image.open(image).convert("RGB").save(tmp_path / "flat.png")
     Image.fromarray(noise(128, 128)).save(tmp_path / "noise.png")
     right = load_reference(image, CONFIG)
-    for picture in (tmp_path / "flat.png", tmp_path / "noise.png", image):
-        good = load_reference(picture, CONFIG, mask=CASES / "mask_255.png")
-        turned = load_reference(picture, CONFIG, mask=CASES / "mask_inverted.png")
+    for given in (tmp_path / "flat.png", tmp_path / "noise.png", image):
+        good = load_reference(given, CONFIG, mask=CASES / "mask_255.png")
+        turned = load_reference(given, CONFIG, mask=CASES / "mask_inverted.png")
         assert torch.equal(good.mask, right.mask) and torch.equal(turned.mask, right.mask)
         assert "inverted" not in good.statement and "the mask is white on the background, for" in turned.statement
         assert "--mask-shows" in turned.statement
@@ -169,7 +167,7 @@ def test_an_inverted_mask_file_is_told_from_a_good_one(tmp_path):
     assert obeyed.mask.mean() > 0.3 and "by its mask, white on the subject" in obeyed.statement
 
 
-def test_the_pictures_own_alpha_tells_what_a_mask_shows():
+def test_the_images_own_alpha_tells_what_a_mask_shows():
     image = drawn(frame, under=None)
     pixels = torch.from_numpy(np.asarray(image).astype("float32")) / 255
     for mask in (pixels[..., 3], 1 - pixels[..., 3]):
@@ -177,9 +175,9 @@ def test_the_pictures_own_alpha_tells_what_a_mask_shows():
 
 
 def test_an_empty_mask_beside_alpha_says_nothing():
-    """Load Image's small black mask, beside a picture whose alpha was kept."""
+    """Load Image's small black mask, beside an image whose alpha was kept."""
     pixels = torch.from_numpy(np.asarray(Image.open(CASES / "rgba_ok.png")).astype("float32"))[None] / 255
-    found = part_of_the_pack("pictures").reference_of(pixels, torch.zeros(1, 64, 64), "automatic", CONFIG)
+    found = part_of_the_pack("images").reference_of(pixels, torch.zeros(1, 64, 64), "automatic", CONFIG)
     assert found.fingerprint() == load_reference(CASES / "rgba_ok.png", CONFIG).fingerprint()
 
 
@@ -239,8 +237,8 @@ STORED += ["dark blue", "grey alpha", "alpha", "jpeg", "indexed", "void"]
 @pytest.mark.parametrize("name", ["mask_0_1.png", "mask_palette_voc.png", "mask_float01.tif", "mask_255.png", *STORED])
 def test_masks_in_every_way_they_are_stored(name, tmp_path):
     path = CASES / name if "." in name else stored(name, tmp_path)
-    Image.fromarray(noise(128, 128)).save(tmp_path / "picture.png")
-    found = load_reference(tmp_path / "picture.png", CONFIG, mask=path)
+    Image.fromarray(noise(128, 128)).save(tmp_path / "image.png")
+    found = load_reference(tmp_path / "image.png", CONFIG, mask=path)
     wanted = prepare_reference(torch.rand(128, 128, 3), CONFIG, mask=torch.from_numpy(BOX).float())
     assert torch.equal(found.mask, wanted.mask)
     told = {"mask_0_1.png": "holds 0 and 1 alone, and 1 was taken for white", "label100": "holds 0 and 100 alone"}
@@ -281,14 +279,14 @@ def test_masks_that_may_mean_more_than_one_thing(values, message, tmp_path):
     values = values.astype(np.uint8) if values.dtype == np.int64 else values
     path = tmp_path / ("m.tif" if values.dtype == np.float32 else "m.png")
     Image.fromarray(np.ascontiguousarray(values)).save(path)
-    with pytest.raises(PictureError, match=message):
+    with pytest.raises(ImageError, match=message):
         load_reference(CASES / "rgba_ok.png", CONFIG, mask=path)
 
 
-def test_a_coloured_picture_is_no_mask(tmp_path):
+def test_a_coloured_image_is_no_mask(tmp_path):
     for name in ("depth_coloured.png", "rgba_ok.png"):
         Image.open(CASES / name).convert("RGB").save(tmp_path / "m.png")
-        with pytest.raises(PictureError, match=r"m\.png is a coloured picture \(with #.*make a mask of the one object"):
+        with pytest.raises(ImageError, match=r"m\.png is a coloured image \(with #.*make a mask of the one object"):
             load_reference(CASES / "rgba_ok.png", CONFIG, mask=tmp_path / "m.png")
 
 
@@ -349,34 +347,34 @@ def bone(values):
 
 @pytest.mark.parametrize("colors", [jet, heat, bone])
 def test_depth_in_false_colours_is_refused(colors):
-    with pytest.raises(PictureError, match=r"the depth map is coloured.*save the depth itself as a grey PNG"):
+    with pytest.raises(ImageError, match=r"the depth map is coloured.*save the depth itself as a grey PNG"):
         with_map(depth=colors(NORMALS[..., 2]))
-    with pytest.raises(PictureError, match=r"the normal map .*It must hold the camera's normals"):
+    with pytest.raises(ImageError, match=r"the normal map .*It must hold the camera's normals"):
         with_map(normals=colors(NORMALS[..., 2]))
 
 
 def test_the_coloured_case_is_refused_in_both_places():
     for name in ("depth", "normals"):
-        with pytest.raises(PictureError, match="coloured.*false colours|holds no unit vectors"):
+        with pytest.raises(ImageError, match="coloured.*false colours|holds no unit vectors"):
             load_reference(CASES / "rgba_ok.png", CONFIG, **{name: CASES / "depth_coloured.png"})
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_a_depth_map_that_says_nothing_is_refused(value):
-    with pytest.raises(PictureError, match="is the same everywhere on the subject"):
+    with pytest.raises(ImageError, match="is the same everywhere on the subject"):
         with_map(depth=np.full((128, 128), value))
-    with pytest.raises(PictureError, match="is the same everywhere on the subject"):
+    with pytest.raises(ImageError, match="is the same everywhere on the subject"):
         with_map(depth=np.where(INSIDE, value, NORMALS[..., 0]))
 
 
 def test_maps_that_hold_no_numbers_are_refused():
     for hole in (np.nan, np.inf):
-        with pytest.raises(PictureError, match="the depth map holds values that are no numbers"):
+        with pytest.raises(ImageError, match="the depth map holds values that are no numbers"):
             with_map(depth=np.where(NORMALS[..., 0] > 0.5, hole, NORMALS[..., 2]))
         with_map(depth=np.where(INSIDE, NORMALS[..., 2], hole))
 
 
-def test_normal_maps_are_told_from_other_pictures(tmp_path):
+def test_normal_maps_are_told_from_other_images(tmp_path):
     good = (NORMALS + 1) / 2
     found = with_map(normals=good)
     inside = found.mask[..., 0] > 0
@@ -390,13 +388,13 @@ def test_normal_maps_are_told_from_other_pictures(tmp_path):
     refused = {"is grey on the subject": grey, "is middle grey": np.full((128, 128, 3), 128 / 255)}
     refused |= {"points away from the camera at": turned, "holds no unit vectors": RGBA[..., :3]}
     for message, colors in refused.items():
-        with pytest.raises(PictureError, match=f"the normal map {message}"):
+        with pytest.raises(ImageError, match=f"the normal map {message}"):
             with_map(normals=colors)
-    with pytest.raises(PictureError, match="points away"):
+    with pytest.raises(ImageError, match="points away"):
         with_map(normals=world)
-    with pytest.raises(PictureError, match="needs 3 channels, got 1: is it a depth map"):
+    with pytest.raises(ImageError, match="needs 3 channels, got 1: is it a depth map"):
         load_reference(CASES / "rgba_ok.png", CONFIG, normals=CASES / "depth8.png")
-    with pytest.raises(PictureError, match=r"the depth map is coloured.*a normal map \(give it as the normal map\)"):
+    with pytest.raises(ImageError, match=r"the depth map is coloured.*a normal map \(give it as the normal map\)"):
         with_map(depth=good)
 
 
@@ -439,12 +437,12 @@ def test_any_exif_at_all(exif, kind, tmp_path):
 
 
 def test_the_damaged_exif_of_a_photo():
-    with pytest.raises(PictureError, match="no alpha and no mask was given"):
+    with pytest.raises(ImageError, match="no alpha and no mask was given"):
         load_reference(CASES / "exif_damaged_struct_error.jpg", CONFIG)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation, tmp_path):
+def test_images_are_turned_upright(orientation, tmp_path):
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -478,7 +476,7 @@ def test_alpha_in_every_format(name, image, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16", "I", "F", "LAB"])
-def test_every_mode_of_opaque_pictures(mode, tmp_path):
+def test_every_mode_of_opaque_images(mode, tmp_path):
     grey = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8) * 2, (128, 1)))
     path = tmp_path / "p.tif" if mode in ("CMYK", "YCbCr", "F", "I", "LAB") else tmp_path / "p.png"
     image = (
@@ -501,7 +499,7 @@ def test_every_mode_of_opaque_pictures(mode, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_of_a_moving_picture_the_first_frame_is_taken(kind, tmp_path):
+def test_of_a_moving_image_the_first_frame_is_taken(kind, tmp_path):
     frames = [drawn(middle, subject=(200, 30, 30)), drawn(middle, subject=(30, 30, 200))]
     path = tmp_path / f"p.{kind.lower()}"
     frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=100)
@@ -524,17 +522,17 @@ def test_of_a_moving_picture_the_first_frame_is_taken(kind, tmp_path):
         ),
     ],
 )
-def test_files_that_are_no_pictures(name, content, message, tmp_path):
+def test_files_that_are_no_images(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(PictureError, match=f"the picture .*{name} could not be read as a picture: {message}"):
+    with pytest.raises(ImageError, match=f"the image .*{name} could not be read as an image: {message}"):
         load_reference(tmp_path / name, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "p\udcff.png", "a\nb.png"])
 def test_names_that_no_file_has(name, tmp_path):
-    with pytest.raises(PictureError) as refused:
+    with pytest.raises(ImageError) as refused:
         load_reference(tmp_path / name, CONFIG)
-    assert str(refused.value).isprintable() and str(refused.value).startswith("the picture ")
+    assert str(refused.value).isprintable() and str(refused.value).startswith("the image ")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"])
@@ -547,14 +545,14 @@ def test_cut_off_files(kind, tmp_path):
     whole = path.read_bytes()
     for share in (0.02, 0.3, 0.7):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(PictureError, match="could not be read as a picture|no alpha and no mask"):
+        with pytest.raises(ImageError, match="could not be read as an image|no alpha and no mask"):
             load_reference(path, CONFIG)
 
 
-# ---- large pictures ----------------------------------------------------------------------------------------------
+# ---- large images ----------------------------------------------------------------------------------------------
 
 
-def test_a_large_picture_is_reduced_as_by_averaging(tmp_path):
+def test_a_large_image_is_reduced_as_by_averaging(tmp_path):
     """2,600 pixels become 1,024 through a reduction to a half: the subject's mean colours and its edges stay."""
     side = 2600
     y, x = np.mgrid[:side, :side]
@@ -609,16 +607,16 @@ def test_sixty_four_megapixels_fit_into_a_gigabyte(kind, tmp_path):
     assert gigabytes < 1 and seconds < 10
 
 
-def test_pictures_that_are_too_large_are_refused_unread(tmp_path):
+def test_images_that_are_too_large_are_refused_unread(tmp_path):
     head = struct.pack(">IIBBBBB", 60000, 60000, 8, 6, 0, 0, 0)
     parts = ((b"IHDR", head), (b"IDAT", b""))
     chunks = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
     (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
-    with pytest.raises(PictureError, match="more than 67108864.*make it smaller"):
+    with pytest.raises(ImageError, match="more than 67108864.*make it smaller"):
         load_reference(tmp_path / "p.png", CONFIG)
     Image.new("1", (70000, 2)).save(tmp_path / "p.png")
-    with pytest.raises(PictureError, match="has 70000x2 pixels, more than 65536 on one side: cut it"):
+    with pytest.raises(ImageError, match="has 70000x2 pixels, more than 65536 on one side: cut it"):
         load_reference(tmp_path / "p.png", CONFIG)
     Image.new("1", (8200, 8200)).save(tmp_path / "p.png")
-    with pytest.raises(PictureError, match="has 8200x8200 pixels, more than 67108864: make it smaller"):
+    with pytest.raises(ImageError, match="has 8200x8200 pixels, more than 67108864: make it smaller"):
         load_reference(tmp_path / "p.png", CONFIG)
