@@ -19,12 +19,11 @@ from steps import CUDA, DEVICE, milliseconds, moving_scene, static_scene, step_o
 
 from dream4d_engine.guidance.distillation import Guidance, distill
 from dream4d_engine.priors.architectures import ZEROSCOPE_V2, random_guidance
-from dream4d_engine.priors.networks.execution import PLAIN
+from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.randomness import Draw
 from dream4d_engine.rays import rays_from_cameras
 from dream4d_engine.rendering.march import points_of, sample_rays
 from dream4d_engine.training.config import ZEROSCOPE
-from dream4d_engine.training.guidance import fast
 
 Point = tuple[float, float]
 """(how much there is of something, milliseconds)."""
@@ -92,8 +91,8 @@ def over_resolution() -> dict[str, list[Point]]:
 @cache
 def video_guidance() -> Guidance:
     """With nothing compiled or captured: that would take minutes for all sizes."""
-    guidance = random_guidance(ZEROSCOPE_V2, ZEROSCOPE.guidance[0].distillation, DEVICE, torch.float16)
-    return fast(guidance, PLAIN, compiled=False)
+    runtime = Runtime(DEVICE, torch.float16, accelerated=True, compiled=False)
+    return random_guidance(ZEROSCOPE_V2, ZEROSCOPE.guidance[0].distillation, runtime)
 
 
 def guidance_milliseconds(n_frames: int, size: tuple[int, int]) -> float:

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from test_nodes import part_of_the_pack
 
-from dream4d_engine.priors.loading import toy_folder
+from dream4d_engine.priors.files import toy_prior
+from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.training.config import TOY_MOTION, TOY_STATIC
 from dream4d_engine.training.guidance import load_guidance
 from dream4d_engine.training.loop import RunControl
@@ -46,8 +47,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     still, moving = (replace(recipe, steps=options.steps) for recipe in (TOY_STATIC, TOY_MOTION))
-    looks = {kind: toy_folder(kind) for kind in ("multiview", "video")}
-    views, films = (load_guidance(recipe, looks, PROMPT, CPU) for recipe in (still, moving))
+    looks = {kind: toy_prior(kind) for kind in ("multiview", "video")}
+    views, films = (load_guidance(recipe, looks, PROMPT, Runtime(CPU)) for recipe in (still, moving))
 
     def static(control):
         return train_static(still, views, seed=0, device=CPU, control=control)[0]

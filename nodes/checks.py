@@ -15,15 +15,16 @@ import comfy.model_management as management
 from comfy_api.latest import io
 
 from ..dream4d_engine.documents import describe, text_fault
+from ..dream4d_engine.priors.handle import PriorHandle
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
 from .doors import DoorError, check_values
 from .session import RunError, missing_prior, needed_priors
-from .sockets import PriorPort, PriorSource, ScenePort, SceneValue
+from .sockets import PriorPort, ScenePort, SceneValue
 
 Verdict = bool | str
 """True, or what is wrong."""
 _LEAST_BUDGET = 0.001
-_CLASSES = {ScenePort.io_type: SceneValue, PriorPort.io_type: PriorSource, io.Load3DCamera.io_type: Mapping}
+_CLASSES = {ScenePort.io_type: SceneValue, PriorPort.io_type: PriorHandle, io.Load3DCamera.io_type: Mapping}
 
 
 def at_the_door(node: type[io.ComfyNode]) -> type[io.ComfyNode]:

@@ -16,16 +16,17 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, toy_subject
 from ..dream4d_engine.priors.formats.identify import open_loader
 from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
-from ..dream4d_engine.priors.loading import PriorKind, toy_subject
+from ..dream4d_engine.priors.handle import PriorHandle, PriorKind
 from ..dream4d_engine.priors.lora import check_strength
 from .checks import check_ranges
 from .doors import DoorError, check_choice
 from .priors import model_roots, models, not_there, say_notes, tiny_autoencoders
 from .session import RunError, say_on_node
-from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
+from .sockets import CATEGORY, PriorPort
 
 NO_TINY, TOY_SUBJECT = "none", "toy subject"
 MOST_STRENGTH = 4.0
@@ -143,8 +144,8 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
                 )
             if metadata.notes:
                 say_on_node(say_notes(metadata), node_id)
-            source = PriorSource(metadata.name, metadata.kind, path)
-            return io.NodeOutput(source if tiny_vae == NO_TINY else replace(source, tiny_vae=_tiny(tiny_vae)))
+            tiny = None if tiny_vae == NO_TINY else _tiny(tiny_vae)
+            return io.NodeOutput(PriorFiles(metadata.name, metadata.kind, path, tiny_vae=tiny))
 
     Loader.__name__ = Loader.__qualname__ = of.node_id
     Loader.__doc__ = f"{of.display_name}."
@@ -261,10 +262,12 @@ class ApplyLora(io.ComfyNode):
         return "" if found is None else digest([list_files(file) for file in lora_files(found)])
 
     @classmethod
-    def execute(cls, prior: PriorSource, lora: str, strength: float) -> io.NodeOutput:
+    def execute(cls, prior: PriorHandle, lora: str, strength: float) -> io.NodeOutput:
         """Note the file after a look into it; it is added when the prior is loaded."""
         if prior.kind != "image":
             raise RunError(f"a LoRA is for an image prior, {prior.name!r} is of the kind {prior.kind!r}")
+        if not isinstance(prior, PriorFiles):
+            raise RunError(f"{prior.name!r} comes from ComfyUI's own nodes: put its LoRA before it, with Load LoRA")
         if prior.lora is not None:
             raise RunError(f"{prior.name!r} has the LoRA {prior.lora.name} already: one prior takes one")
         path = loras().get(lora)

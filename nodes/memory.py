@@ -27,7 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..dream4d_engine.machine import limit_memory
-from ..dream4d_engine.priors.loading import Prior
+from ..dream4d_engine.priors.handle import Prior
 
 
 class _Networks(nn.Module):
@@ -92,6 +92,7 @@ class HeldPriors:
     def __init__(self, device: torch.device, room: int, budget: int | None = None) -> None:
         self._device, self._room = device, room
         self._limited = budget is not None and device.type == "cuda"
+        self._priors: list[Prior] = []
         self._patchers: list[_WholePatcher] = []
         self._turns = _Turns()
 
@@ -108,11 +109,13 @@ class HeldPriors:
 
     def hold(self, prior: Prior) -> None:
         """Register a prior that was just loaded onto the device. Nobody takes it away until the next `bring_back`."""
-        if not self._patchers:
+        if not self._priors:
             self._turns.__enter__()
-        networks = [network for network in (prior.denoiser.unet, prior.denoiser.vae) if network is not None]
+        self._priors.append(prior)
+        if not prior.networks:  # it sees to its memory itself
+            return
         away = management.unet_offload_device()
-        patcher = _WholePatcher(_Networks(networks, self._device), self._device, away)
+        patcher = _WholePatcher(_Networks(prior.networks, self._device), self._device, away)
         patcher.turns = self._turns
         self._patchers.append(patcher)
         self._load()
@@ -132,8 +135,11 @@ class HeldPriors:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
         if self._limited:
             limit_memory(self._device, None)
-        if self._patchers:
+        if self._priors:
             self._turns.__exit__()
+        for prior in self._priors:
+            prior.release()
+        self._priors.clear()
         self._patchers.clear()
         gc.collect()  # networks may refer to themselves
         management.soft_empty_cache()

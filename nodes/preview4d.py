@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..dream4d_engine.cameras import CameraBatch, make_cameras
 from ..dream4d_engine.export.images import save_image
+from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.rendering import RenderOptions
 from ..dream4d_engine.rendering.shading import depth_image, normal_image, surface_normals
 from ..dream4d_engine.scene import Scene
 from .checks import check_ranges
 from .render import render_shot, scene_on_device
 from .session import RunError
-from .sockets import CATEGORY, ScenePort, SceneValue, digest
+from .sockets import CATEGORY, ScenePort, SceneValue
 
 PASSES = ("rgb", "depth", "normals")
 EVENT, RESULT = "dream4d.view", "dream4d_view"

@@ -12,11 +12,13 @@ from typing import get_args
 import folder_paths
 from comfy_api.latest import io
 
+from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, toy_prior
 from ..dream4d_engine.priors.formats.checkpoints import SUFFIXES
 from ..dream4d_engine.priors.formats.identify import identify, open_loader
 from ..dream4d_engine.priors.formats.loaders import Metadata
-from ..dream4d_engine.priors.loading import PriorError, PriorKind, toy_folder
-from .sockets import CATEGORY, PriorPort, PriorSource, digest, list_files
+from ..dream4d_engine.priors.handle import PriorKind
+from .sockets import CATEGORY, PriorPort
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,7 @@ class LoadToyPrior(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Point at the model's folder."""
-        path = toy_folder(kind)
-        return io.NodeOutput(PriorSource(open_loader(path).metadata(kind).name, kind, path))
+        return io.NodeOutput(toy_prior(kind))
 
 
 class LoadPrior(io.ComfyNode):
@@ -108,7 +109,7 @@ class LoadPrior(io.ComfyNode):
             raise PriorError(not_there(folder))
         metadata = open_loader(found).metadata(None if kind == _FROM_FOLDER else kind)
         say_notes(metadata)
-        return io.NodeOutput(PriorSource(metadata.name, metadata.kind, found))
+        return io.NodeOutput(PriorFiles(metadata.name, metadata.kind, found))
 
 
 def model_roots() -> list[Path]:

@@ -22,12 +22,13 @@ import torch
 from ..dream4d_engine import locks
 from ..dream4d_engine.assets import AssetError, Provenance, check_header, load_scene, save_scene
 from ..dream4d_engine.machine import WriteError, check_folder, check_memory, peak_memory, versions
-from ..dream4d_engine.priors.loading import Prior, PriorExtras, PriorKind
+from ..dream4d_engine.priors.files import digest
+from ..dream4d_engine.priors.handle import Prior, PriorHandle, PriorKind
 from ..dream4d_engine.scene import Scene, SceneConfig
 from ..dream4d_engine.training.checkpoint import CheckpointError, set_aside
 from ..dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe
 from ..dream4d_engine.training.estimate import disk_bytes, memory_bytes
-from ..dream4d_engine.training.guidance import active_terms, explain_silence, load_guidance
+from ..dream4d_engine.training.guidance import active_terms, explain_silence, load_guidance, runtime_for
 from ..dream4d_engine.training.loop import (
     FitSummary,
     Interrupted,
@@ -41,7 +42,7 @@ from ..dream4d_engine.training.validate import check_recipe
 from .images import small_image
 from .memory import HeldPriors
 from .preview import LivePreview
-from .sockets import PriorSource, SceneValue, digest
+from .sockets import SceneValue
 
 AUTOMATIC, START_OVER = "resume automatically", "start over"
 KEPT_RESULTS = 16
@@ -215,21 +216,20 @@ def missing_prior(recipe: StaticRecipe | MotionRecipe, kind: PriorKind) -> str:
     )
 
 
-def pick_sources(
-    recipe: StaticRecipe | MotionRecipe, given: Mapping[PriorKind, PriorSource | None]
-) -> dict[PriorKind, PriorSource]:
+def pick_priors(
+    recipe: StaticRecipe | MotionRecipe, given: Mapping[PriorKind, PriorHandle | None]
+) -> dict[PriorKind, PriorHandle]:
     """Return the models that the recipe's terms need, or say which socket is empty or holds another kind."""
-    found: dict[PriorKind, PriorSource] = {}
+    found: dict[PriorKind, PriorHandle] = {}
     for kind in needed_priors(recipe):
-        source = given.get(kind)
-        if source is None:
+        prior = given.get(kind)
+        if prior is None:
             raise RunError(missing_prior(recipe, kind))
-        if source.kind != kind:
+        if prior.kind != kind:
             raise RunError(
-                f"the socket {kind}_prior holds the {source.kind} prior {source.name!r}: "
-                f"connect one of the kind {kind!r}"
+                f"the socket {kind}_prior holds the {prior.kind} prior {prior.name!r}: connect one of the kind {kind!r}"
             )
-        found[kind] = source
+        found[kind] = prior
     return found
 
 
@@ -243,7 +243,7 @@ class Run:
 
     stage: str
     recipe: StaticRecipe | MotionRecipe
-    sources: Mapping[PriorKind, PriorSource]
+    priors: Mapping[PriorKind, PriorHandle]
     prompt: str
     negative: str
     seed: int
@@ -252,11 +252,6 @@ class Run:
     start: SceneConfig | None = None
     reference: Reference | None = None
     memory_budget: int | None = None
-
-    def models(self) -> tuple[dict[PriorKind, Path], dict[PriorKind, PriorExtras]]:
-        """Where the priors are, and what is added to them."""
-        sources = self.sources.items()
-        return {kind: source.path for kind, source in sources}, {kind: source.extras for kind, source in sources}
 
     def needed_bytes(self) -> int:
         """What training takes at the least, beside the models."""
@@ -292,7 +287,7 @@ class Run:
             "prompt": self.prompt,
             "negative": self.negative,
             "seed": self.seed,
-            "priors": {kind: source.fingerprint() for kind, source in self.sources.items()},
+            "priors": {kind: prior.fingerprint() for kind, prior in self.priors.items()},
             "reference": None if self.reference is None else self.reference.fingerprint(),
             "device": device.type,
             **self.settings,
@@ -318,10 +313,10 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
             files.checkpoint.unlink(missing_ok=True)
             files.result.unlink(missing_ok=True)
         reporter = Reporter(node_id, run.stage, preview_seconds)
-        priors = HeldPriors(device, run.needed_bytes(), run.memory_budget)
+        held = HeldPriors(device, run.needed_bytes(), run.memory_budget)
         with gradients():
             try:
-                return _finished(files) or _train(run, train, device, identity, files, reporter, priors)
+                return _finished(files) or _train(run, train, device, identity, files, reporter, held)
             except Interrupted as stop:
                 logging.info("[Dream4D] %s", stop)
                 traceback.clear_frames(stop.__traceback__)  # they hold the models
@@ -329,9 +324,9 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
                 raise management.InterruptProcessingException() from stop
             except PriorSilent as error:
                 traceback.clear_frames(error.__traceback__)
-                folders, extras = run.models()
                 way = "another file of this model, or of its autoencoder, may bear it"
-                raise RunError(str(explain_silence(error, run.recipe, folders, extras, device, way))) from error
+                runtime = runtime_for(run.recipe, device)
+                raise RunError(str(explain_silence(error, run.recipe, run.priors, runtime, way))) from error
             except (WriteError, AssetError) as error:
                 traceback.clear_frames(error.__traceback__)
                 kept = "what was saved before is kept" if files.checkpoint.exists() else "nothing was saved before"
@@ -343,7 +338,7 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
                 raise
             finally:
                 reporter.close()
-                priors.release()
+                held.release()
 
 
 def out_of_memory(run: Run, reporter: Reporter, kept: bool) -> str:
@@ -386,35 +381,26 @@ def _train(
     identity: dict,
     files: RunFiles,
     reporter: Reporter,
-    priors: HeldPriors,
+    held: HeldPriors,
 ) -> SceneValue:
     if device.type == "cpu":
         check_memory(run.needed_bytes(), f"training by the recipe {run.recipe.name!r}", "close other programs")
-    priors.make_room(sum(source.n_bytes() for source in run.sources.values()))
+    held.make_room(sum(prior.n_bytes() for prior in run.priors.values()))
     taken = "" if run.reference is None else f"\n{run.reference.statement}"
     reporter.say(f"{run.stage}: loading the models{taken}")
 
     def on_prior(prior: Prior) -> None:
         interrupt_if_asked()
-        priors.hold(prior)
+        held.hold(prior)
 
     def on_step(report: StepReport, scene: Scene) -> None:
         reporter.step(report, scene, device)
-        if priors.bring_back():
+        if held.bring_back():
             for one in guidance.values():
-                one.denoiser.recorder.forget()
+                one.denoiser.forget()
 
-    folders, extras = run.models()
-    guidance = load_guidance(
-        run.recipe,
-        folders,
-        run.prompt,
-        device,
-        reference=run.reference,
-        negative=run.negative,
-        on_prior=on_prior,
-        extras=extras,
-    )
+    runtime = runtime_for(run.recipe, device)
+    guidance = load_guidance(run.recipe, run.priors, run.prompt, runtime, run.reference, run.negative, on_prior)
     control = RunControl(
         files.checkpoint,
         identity,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io
 
+from ..dream4d_engine.priors.handle import PriorHandle
 from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
@@ -33,8 +34,8 @@ from .checks import (
     recipe_name,
 )
 from .images import reference_of
-from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_sources, show_taken
-from .sockets import CATEGORY, PriorPort, PriorSource, ScenePort, SceneValue
+from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_priors, show_taken
+from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
 _MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
@@ -209,10 +210,10 @@ class OptimizeStaticScene(io.ComfyNode):
         negative: str,
         resume: str,
         preview_seconds: float,
-        multiview_prior: PriorSource | None = None,
-        image_prior: PriorSource | None = None,
-        novel_view_prior: PriorSource | None = None,
-        pixel_prior: PriorSource | None = None,
+        multiview_prior: PriorHandle | None = None,
+        image_prior: PriorHandle | None = None,
+        novel_view_prior: PriorHandle | None = None,
+        pixel_prior: PriorHandle | None = None,
         reference_image: torch.Tensor | None = None,
         reference_mask: torch.Tensor | None = None,
         scene: SceneValue | None = None,
@@ -224,7 +225,7 @@ class OptimizeStaticScene(io.ComfyNode):
         settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
         given = {"multiview": multiview_prior, "image": image_prior}
         given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
-        sources = pick_sources(settings, given)
+        priors = pick_priors(settings, given)
         if scene is not None and scene.scene.deformation is not None:
             raise RunError("the scene to start from moves: connect a still one (Animate Scene takes those too)")
         start = None if scene is None else scene.scene
@@ -232,7 +233,7 @@ class OptimizeStaticScene(io.ComfyNode):
         run = Run(
             "static",
             settings,
-            sources,
+            priors,
             prompt,
             negative.strip(),
             seed,
@@ -313,7 +314,7 @@ class AnimateScene(io.ComfyNode):
     def execute(
         cls,
         scene: SceneValue,
-        video_prior: PriorSource,
+        video_prior: PriorHandle,
         prompt: str,
         recipe: Mapping,
         deformation_scale: float,
@@ -327,12 +328,12 @@ class AnimateScene(io.ComfyNode):
         _require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
-        sources = pick_sources(settings, {"video": video_prior})
+        priors = pick_priors(settings, {"video": video_prior})
         scale = deformation_scale or None
         run = Run(
             "motion",
             settings,
-            sources,
+            priors,
             prompt,
             negative.strip(),
             seed,

@@ -15,7 +15,7 @@ from ..documents import document_bytes
 from ..guidance.distillation import Guidance, distill
 from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
 from ..priors.architectures import architecture_for, random_guidance
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
 from ..scene import Scene, build_scene
@@ -29,7 +29,7 @@ from ..training.config import (
     find_recipe,
     is_toy,
 )
-from ..training.guidance import active_terms, capture_for, fast, load_guidance, working_dtype
+from ..training.guidance import active_terms, load_guidance, runtime_for
 from ..training.loop import RunControl, StepReport
 from ..training.motion import train_motion
 from ..training.plan import parse_bytes
@@ -37,7 +37,7 @@ from ..training.reference import Reference
 from ..training.static import train_static
 from .arguments import Bench
 from .interrupts import stop_on_interrupt
-from .models import prior_extras, prior_folders
+from .models import prior_handles
 from .parsing import UsageError
 from .progress import Progress, make_progress
 from .terminal import say
@@ -311,30 +311,20 @@ def _guidance(
     recipe: Recipe, variant: Variant, options: Bench, device: torch.device, reference: Reference | None
 ) -> tuple[dict[PriorKind, Guidance], dict[str, str]]:
     """Load or build a recipe's models for a variant; also say which they are."""
+    runtime = runtime_for(recipe, device, accelerate=variant.kind != "plain")
     if options.models == "toy":
         if variant.kind != "tiny":
             options = replace(options, priors=replace(options.priors, tiny_vae=None))
         elif options.priors.tiny_vae is None:
             raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
-        folders = prior_folders(recipe, options, toys=True)
-        guidance = load_guidance(
-            recipe,
-            folders,
-            _PROMPT,
-            device,
-            reference,
-            extras=prior_extras(options),
-            accelerate=variant.kind != "plain",
-        )
-        return guidance, {kind: str(folder) for kind, folder in folders.items()}
-    dtype, capture = working_dtype(recipe.loop, device), capture_for(device)
+        handles = prior_handles(recipe, options, toys=True)
+        guidance = load_guidance(recipe, handles, _PROMPT, runtime, reference)
+        return guidance, {kind: str(handle.path) for kind, handle in handles.items()}
     guidance, models = {}, {}
     for term in active_terms(recipe):
         architecture = architecture_for(term.prior, getattr(recipe, "n_frames", None))
         vae = "tiny" if variant.kind == "tiny" else "full"
-        one = random_guidance(architecture, term.distillation, device, dtype, vae)
-        accelerates = device.type == "cuda" and variant.kind != "plain"
-        guidance[term.prior] = fast(one, capture) if accelerates else one
+        guidance[term.prior] = random_guidance(architecture, term.distillation, runtime, vae)
         models[term.prior] = f"{architecture.name}, random weights"
     return guidance, models
 

@@ -16,12 +16,12 @@ from ..cameras import CameraBatch
 from ..documents import document_bytes, first_line
 from ..export import save_image
 from ..machine import WriteError, check_memory, pick_device, versions, write_atomically
-from ..priors.loading import PriorExtras, PriorKind
+from ..priors.networks.execution import Runtime
 from ..scene import Scene, SceneConfig
 from ..training.checkpoint import CheckpointError, set_aside
 from ..training.config import MotionRecipe, StaticRecipe
 from ..training.estimate import disk_bytes, film_bytes, memory_bytes
-from ..training.guidance import Folders, active_terms, explain_silence, load_guidance
+from ..training.guidance import Handles, active_terms, explain_silence, load_guidance, runtime_for
 from ..training.loop import FitSummary, Interrupted, PriorSilent, ResumeMismatch, RunControl, StepReport
 from ..training.motion import check_scale, train_motion
 from ..training.plan import parse_bytes
@@ -42,7 +42,7 @@ from .arguments import (
     TextTo4DCall,
 )
 from .interrupts import Stopped, stop_on_interrupt
-from .models import check_words, prior_extras, prior_folders
+from .models import prior_handles
 from .parsing import RECORD, UsageError, comparable, read_record, settings_tree
 from .progress import Progress, Quiet, clock_text, make_progress
 from .run_folder import (
@@ -79,10 +79,9 @@ class Session:
         """Where the work is done."""
         return self.run.device
 
-    @property
-    def extras(self) -> dict[PriorKind, PriorExtras]:
-        """What is added to the models."""
-        return prior_extras(self.call.options)
+    def runtime(self, recipe: StaticRecipe | MotionRecipe) -> Runtime:
+        """How the recipe's models run."""
+        return runtime_for(recipe, self.device, compiled=self.call.options.gpu.compile)
 
     def control(self, stage: str) -> RunControl:
         """How the training of a stage reports, saves and stops."""
@@ -120,11 +119,10 @@ def text_to_3d(call: TextTo3DCall) -> int:
     """Stage 1 alone."""
     options, recipe = call.options, call.static
     prompt = _said(options.prompt, "the prompt")
-    folders = prior_folders(recipe, options)
-    check_words(folders, prompt)
+    handles = prior_handles(recipe, options, prompt)
 
     def work(session: Session) -> None:
-        scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE)
+        scene, provenance = static_stage(session, recipe, handles, prompt, session.run.path / SCENE)
         film(session, ORBIT, scene, results.orbit_cameras(options.images), prompt)
         show(session, scene, prompt)
 
@@ -136,12 +134,11 @@ def image_to_3d(call: ImageTo3DCall) -> int:
     options, recipe = call.options, call.static
     reference = _reference(call)
     prompt = _object_prompt(recipe, options.prompt, "--prompt")
-    folders = prior_folders(recipe, options)
-    check_words(folders, prompt)
+    handles = prior_handles(recipe, options, prompt)
 
     def work(session: Session) -> None:
         keep_reference(session, reference)
-        scene, provenance = static_stage(session, recipe, folders, prompt, session.run.path / SCENE, reference)
+        scene, provenance = static_stage(session, recipe, handles, prompt, session.run.path / SCENE, reference)
         film(session, ORBIT, scene, results.orbit_cameras(options.images), prompt)
         show(session, scene, prompt, reference, scene)
 
@@ -156,13 +153,12 @@ def animate(call: AnimateCall) -> int:
     prompt = _said(options.prompt, "the prompt")
     still, parent = load_scene(options.scene)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
-    folders = prior_folders(recipe, options)
-    check_words(folders, prompt)
+    handles = prior_handles(recipe, options, prompt)
 
     def work(session: Session) -> None:
         if session.run.record.setdefault("source", source) != source:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")
-        scene, provenance = motion_stage(session, recipe, folders, prompt, still, parent)
+        scene, provenance = motion_stage(session, recipe, handles, prompt, still, parent)
         film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
         show(session, scene, prompt)
 
@@ -183,9 +179,8 @@ def _both_stages(call: TextTo4DCall | ImageTo4DCall, reference: Reference | None
     options = call.options
     prompt = _said(options.prompt, "the prompt" if reference is None else "--prompt")
     object_prompt = prompt if options.object_prompt is None else _said(options.object_prompt, "--object-prompt")
-    static_folders, motion_folders = prior_folders(call.static, options), prior_folders(call.motion, options)
-    check_words(static_folders, object_prompt)
-    check_words(motion_folders, prompt)
+    static_handles = prior_handles(call.static, options, object_prompt)
+    motion_handles = prior_handles(call.motion, options, prompt)
 
     def work(session: Session) -> None:
         if reference is not None:
@@ -193,8 +188,8 @@ def _both_stages(call: TextTo4DCall | ImageTo4DCall, reference: Reference | None
         session.progress.begin("static", call.static.steps)
         session.progress.begin("motion", call.motion.steps)
         still_file = session.run.unfinished / "static.safetensors"
-        still, parent = static_stage(session, call.static, static_folders, object_prompt, still_file, reference)
-        scene, provenance = motion_stage(session, call.motion, motion_folders, prompt, still, parent)
+        still, parent = static_stage(session, call.static, static_handles, object_prompt, still_file, reference)
+        scene, provenance = motion_stage(session, call.motion, motion_handles, prompt, still, parent)
         film(session, ORBIT, still, results.orbit_cameras(options.images), prompt)
         film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
         show(session, scene, prompt, reference, still)
@@ -427,7 +422,7 @@ def keep_reference(session: Session, reference: Reference) -> None:
 def static_stage(
     session: Session,
     recipe: StaticRecipe,
-    folders: Folders,
+    handles: Handles,
     prompt: str,
     path: Path,
     reference: Reference | None = None,
@@ -438,17 +433,9 @@ def static_stage(
 
     def train() -> tuple[Scene, FitSummary]:
         with session.run.timed("load models"):
-            guidance = load_guidance(
-                recipe,
-                folders,
-                prompt,
-                session.device,
-                reference,
-                extras=session.extras,
-                compiled=session.call.options.gpu.compile,
-            )
+            guidance = load_guidance(recipe, handles, prompt, session.runtime(recipe), reference)
         session.pause("static")
-        with session.run.timed("static"), _explained(session, recipe, folders):
+        with session.run.timed("static"), _explained(session, recipe, handles):
             return train_static(
                 recipe,
                 guidance,
@@ -462,7 +449,7 @@ def static_stage(
 
 
 def motion_stage(
-    session: Session, recipe: MotionRecipe, folders: Folders, prompt: str, still: Scene, parent: Provenance
+    session: Session, recipe: MotionRecipe, handles: Handles, prompt: str, still: Scene, parent: Provenance
 ) -> Made:
     """Stage 2, unless its result is there already."""
     session.progress.begin("motion", recipe.steps)
@@ -470,16 +457,9 @@ def motion_stage(
 
     def train() -> tuple[Scene, FitSummary]:
         with session.run.timed("load models"):
-            guidance = load_guidance(
-                recipe,
-                folders,
-                prompt,
-                session.device,
-                extras=session.extras,
-                compiled=session.call.options.gpu.compile,
-            )
+            guidance = load_guidance(recipe, handles, prompt, session.runtime(recipe))
         session.pause("motion")
-        with session.run.timed("motion"), _explained(session, recipe, folders):
+        with session.run.timed("motion"), _explained(session, recipe, handles):
             return train_motion(
                 still,
                 recipe,
@@ -538,13 +518,13 @@ def _made_before(session: Session, stage: str, provenance: Provenance, path: Pat
 
 
 @contextmanager
-def _explained(session: Session, recipe: StaticRecipe | MotionRecipe, folders: Folders) -> Iterator[None]:
+def _explained(session: Session, recipe: StaticRecipe | MotionRecipe, handles: Handles) -> Iterator[None]:
     """Say which file a prior is that gives no finite answer, and which flag may help."""
     try:
         yield
     except PriorSilent as error:
         way = f"--{recipe.stage}.loop.precision full runs it in full precision, in a new run"
-        raise explain_silence(error, recipe, folders, session.extras, session.device, way) from error
+        raise explain_silence(error, recipe, handles, session.runtime(recipe), way) from error
 
 
 def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:

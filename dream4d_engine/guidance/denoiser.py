@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .execution import Execution
 from .noise import NoiseSchedule
 
 
@@ -57,6 +58,14 @@ class Denoiser(Protocol):
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Predict the clean z from x = z + sigma * eps; no gradient. sigma [B]."""
+        ...
+
+    def run_as(self, execution: Execution) -> Denoiser:
+        """Return the same model run in this way, as far as it can be; memory and time change, nothing else."""
+        ...
+
+    def forget(self) -> None:
+        """Be told that weights have moved: what refers to their old places (CUDA graphs) can't be used any more."""
         ...
 
 

@@ -21,7 +21,8 @@ from ..guidance.noise import variance_preserving
 from .conditioning import camera_vector
 from .formats.tiny_vae import TinyVAE
 from .loading import PriorError, PriorKind
-from .networks.denoisers import PredictionType, UNetDenoiser
+from .networks.denoisers import PredictionType, UNetDenoiser, prepared
+from .networks.execution import Runtime
 from .networks.view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
@@ -225,10 +226,10 @@ def random_conditions(
 def random_guidance(
     architecture: Architecture,
     config: DistillationConfig,
-    device: torch.device,
-    dtype: torch.dtype,
+    runtime: Runtime,
     vae: VaeKind = "full",
 ) -> Guidance:
     """Return the guidance by a model of this architecture with random weights and embeddings."""
-    denoiser = random_denoiser(architecture, device, dtype, vae)
-    return Guidance(architecture.name, denoiser, random_conditions(architecture, denoiser), config)
+    denoiser = random_denoiser(architecture, runtime.device, runtime.dtype, vae)
+    conditions = random_conditions(architecture, denoiser)
+    return Guidance(architecture.name, prepared(denoiser, runtime), conditions, config)

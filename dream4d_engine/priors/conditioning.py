@@ -20,9 +20,11 @@ from ..guidance.prompts import (
     view_prompts,
     without_word,
 )
+from .errors import PriorError
 from .formats.finite import check_finite
 from .formats.loaders import ImageResize
-from .loading import Prior, PriorError, PriorKind, check_prompt
+from .handle import PriorKind
+from .loading import LoadedPrior
 
 ConditionsOf = Callable[[CameraBatch], tuple[Conditions, Conditions]]
 
@@ -66,7 +68,7 @@ def pose_vector(cameras: CameraBatch, reference: CameraBatch) -> Tensor:
     return torch.stack((polar, azimuth.sin(), azimuth.cos(), distance.expand_as(polar)), -1)
 
 
-def text_conditions(prior: Prior, prompt: str, negative: str | None = None) -> ConditionsOf:
+def text_conditions(prior: LoadedPrior, prompt: str, negative: str | None = None) -> ConditionsOf:
     """Encode the prompts once; return what gives (text, negative) conditions for cameras [B, F].
 
     Image and pixel priors read the words of each view, video priors those of a group's first camera, multi-view
@@ -75,7 +77,7 @@ def text_conditions(prior: Prior, prompt: str, negative: str | None = None) -> C
     return table_conditions(prior, *_encode_prompts(prior, prompt, negative))
 
 
-def text_guidance(prior: Prior, prompt: str, negative: str | None, config: DistillationConfig) -> Guidance:
+def text_guidance(prior: LoadedPrior, prompt: str, negative: str | None, config: DistillationConfig) -> Guidance:
     """Return the guidance of a prior by a prompt. `negative` None: the prior's own, else the recipes' usual one."""
     table, negative_tokens = _encode_prompts(prior, prompt, negative)
     perp_neg = None
@@ -94,19 +96,38 @@ def words_for(kind: PriorKind, prompt: str) -> str:
     return prompt if kind == "image" else without_word(prompt)
 
 
-def _encode_prompts(prior: Prior, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
+def check_prompt(name: str, known_words: frozenset[str] | None, prompt: str) -> None:
+    """Raise PriorError for an empty prompt or, with a toy prior, one with words that it was not taught."""
+    if not prompt.strip():
+        raise PriorError("the prompt is empty: say what to make, for example 'a red cube is jumping'")
+    if known_words is None:
+        return
+    unknown = [word for word in split_words(prompt) if word not in known_words]
+    if unknown:
+        raise PriorError(
+            f"the {name} prior does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))}; "
+            f"its words are: {', '.join(sorted(known_words - {','}))}"
+        )
+
+
+def split_words(prompt: str) -> list[str]:
+    """The words of a prompt as the toy tokenizers see them: lower case, commas on their own."""
+    return prompt.lower().replace(",", " , ").split()
+
+
+def _encode_prompts(prior: LoadedPrior, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
     """Return the text's tokens, one row a view (in the order of VIEWS) or one in all, and the negative's [L, D]."""
     if prior.kind == "novel_view":
         raise PriorError(f"the {prior.name} prior is told an image, not a prompt: use image_guidance")
     prompt = words_for(prior.kind, prompt)
-    check_prompt(prior, prompt)
+    check_prompt(prior.name, prior.known_words, prompt)
     negative = _negative_prompt(prior, negative)
     texts = (prompt,) if prior.kind == "multiview" else view_prompts(prompt)
     encoded = prior.encode_text([*texts, negative])
     return encoded[:-1], encoded[-1]
 
 
-def table_conditions(prior: Prior, table: Tensor, negative_table: Tensor) -> ConditionsOf:
+def table_conditions(prior: LoadedPrior, table: Tensor, negative_table: Tensor) -> ConditionsOf:
     """Return what gives (text, negative) conditions for cameras [B, F] from encoded prompts.
 
     Args:
@@ -128,7 +149,7 @@ def table_conditions(prior: Prior, table: Tensor, negative_table: Tensor) -> Con
     return conditions
 
 
-def image_conditions(prior: Prior, image: Tensor, reference: CameraBatch) -> ConditionsOf:
+def image_conditions(prior: LoadedPrior, image: Tensor, reference: CameraBatch) -> ConditionsOf:
     """Return what gives a novel-view prior its conditions for cameras [B, F].
 
     Args:
@@ -170,7 +191,7 @@ def embedded_conditions(
     return conditions
 
 
-def image_guidance(prior: Prior, image: Tensor, reference: CameraBatch, config: DistillationConfig) -> Guidance:
+def image_guidance(prior: LoadedPrior, image: Tensor, reference: CameraBatch, config: DistillationConfig) -> Guidance:
     """Return the guidance of a novel-view prior by one image [3, H, W] seen from `reference` [1, 1]."""
     return Guidance(prior.name, prior.denoiser, image_conditions(prior, image, reference), config)
 
@@ -189,7 +210,7 @@ def clip_pixels(images: Tensor, size: int, resize: ImageResize = "antialiased") 
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], -3)
 
 
-def embed_image(prior: Prior, images: Tensor) -> Tensor:
+def embed_image(prior: LoadedPrior, images: Tensor) -> Tensor:
     """Return CLIP's embeddings [n, D] of images [n, 3, H, W] in [0, 1]; the encoder is freed afterwards."""
     denoiser = prior.denoiser
     encoder = prior.loader.image_encoder(denoiser.dtype, denoiser.device)
@@ -198,15 +219,15 @@ def embed_image(prior: Prior, images: Tensor) -> Tensor:
         return encoder(pixels).image_embeds.float()
 
 
-def _negative_prompt(prior: Prior, negative: str | None) -> str:
+def _negative_prompt(prior: LoadedPrior, negative: str | None) -> str:
     if negative is None:
         negative = NEGATIVE_PROMPT if prior.negative_prompt is None else prior.negative_prompt
     if negative:
-        check_prompt(prior, negative)
+        check_prompt(prior.name, prior.known_words, negative)
     return negative
 
 
-def _vector(prior: Prior, cameras: CameraBatch) -> Tensor | None:
+def _vector(prior: LoadedPrior, cameras: CameraBatch) -> Tensor | None:
     if prior.vector == "camera":
         return camera_vector(cameras).to(prior.denoiser.device)
     if prior.vector == "frame_time":
@@ -214,7 +235,7 @@ def _vector(prior: Prior, cameras: CameraBatch) -> Tensor | None:
     return None
 
 
-def _reference_latent(prior: Prior, images: Tensor) -> Tensor:
+def _reference_latent(prior: LoadedPrior, images: Tensor) -> Tensor:
     """Encode reference images [n, 3, H, W] as Zero123 does: the VAE's mode, not scaled."""
     denoiser = prior.denoiser
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Diffusion models from folders and files, as priors.
+"""Diffusion models from folders and files.
 
 Nothing is ever downloaded here (weights.py does that, where it is asked for): a folder has everything or the error
 says which file is missing. Files of all kinds are loaded by the same code, the toy folders too.
@@ -16,57 +16,31 @@ from torch import Tensor
 
 from ..guidance.noise import variance_preserving
 from .errors import PriorError
-from .formats.folders import guess_kind, read_json, read_schedule
 from .formats.identify import open_loader
-from .formats.loaders import ImageResize, Loader, PriorKind, VectorKind, no_progress_bars
+from .formats.loaders import ImageResize, Loader, VectorKind
+from .formats.lora_files import read_lora
 from .formats.tiny_vae import load_tiny_vae
-from .lora import TextLora, add_text_loras, apply_lora
+from .handle import PriorKind
+from .lora import TextLora, add_layers, add_text_loras, check_strength
 from .networks.denoisers import UNetDenoiser
 from .networks.text import encode_prompts
 from .networks.view_attention import attend_across_views
 
-__all__ = [
-    "Prior",
-    "PriorError",
-    "PriorExtras",
-    "PriorKind",
-    "check_prompt",
-    "guess_kind",
-    "load_prior",
-    "load_prior_with",
-    "no_progress_bars",
-    "read_json",
-    "read_schedule",
-    "split_words",
-    "toy_folder",
-    "toy_subject",
-]
-
 
 @dataclass(frozen=True, eq=False)
-class Prior:
-    """A frozen diffusion model with what must be known to condition it.
-
-    Args:
-        kind: how it is conditioned. folder: the folder or file that it came from; loader: the same, to read.
-        vector: what its class embedding reads, None where it has none.
-        known_words: the whole vocabulary of a toy model, None where any prompt will do.
-        negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
-        image_resize: see conditioning.clip_pixels.
-        text_loras: what is added to the text encoder whenever it is loaded (see lora.apply_lora).
-    """
+class LoadedPrior:
+    """A frozen diffusion model with what must be known to condition it (see loaders.Metadata)."""
 
     name: str
     kind: PriorKind
-    folder: Path
-    loader: Loader
+    loader: Loader  # of the folder or file that it came from
     denoiser: UNetDenoiser
     vector: VectorKind | None = None
     known_words: frozenset[str] | None = None
     negative_prompt: str | None = None
     license: str = "unknown"
     image_resize: ImageResize = "corners"
-    text_loras: tuple[TextLora, ...] = ()
+    text_loras: tuple[TextLora, ...] = ()  # added to the text encoder whenever it is loaded
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Return the text encoder's last hidden states [n, L, D], float32, on the denoiser's device.
@@ -92,7 +66,7 @@ def load_prior(
     tiny_vae: Path | str | None = None,
     image_size: tuple[int, int] | None = None,
     n_frames: int | None = None,
-) -> Prior:
+) -> LoadedPrior:
     """Load the denoiser (and the autoencoder) of a model.
 
     Args:
@@ -122,10 +96,9 @@ def load_prior(
         vae=_load_vae(loader, tiny_vae, dtype, device),
         group_attention=metadata.group_attention,
     )
-    return Prior(
+    return LoadedPrior(
         name=metadata.name,
         kind=metadata.kind,
-        folder=loader.path,
         loader=loader,
         denoiser=denoiser,
         vector=metadata.vector,
@@ -136,29 +109,21 @@ def load_prior(
     )
 
 
-@dataclass(frozen=True)
-class PriorExtras:
-    """What is added to a run's models, or put in place of their parts.
+def apply_lora(prior: LoadedPrior, path: Path | str, strength: float = 1.0) -> LoadedPrior:
+    """Add a LoRA to a prior's own UNet, and to its text encoder whenever that is loaded; return the prior.
 
-    Args:
-        image_lora: a LoRA file for the text-to-image model, and its strength.
-        tiny_vae: folder of an AutoencoderTiny for all models that encode images.
+    Nothing is changed where the LoRA does not fit one of the two: PriorError names the layers. A second LoRA adds to
+    the first, and the same one with the negative strength takes it away again (up to rounding).
     """
-
-    image_lora: Path | str | None = None
-    image_lora_strength: float = 1.0
-    tiny_vae: Path | str | None = None
-
-
-def load_prior_with(
-    path: Path | str, kind: PriorKind, device: torch.device | str, dtype: torch.dtype, extras: PriorExtras
-) -> Prior:
-    """Load a model with the extras that are for its kind."""
-    tiny_vae = extras.tiny_vae if open_loader(path).vae_scaling() is not None else None
-    prior = load_prior(path, kind, device, dtype, tiny_vae=tiny_vae)
-    if kind == "image" and extras.image_lora is not None:
-        prior = apply_lora(prior, extras.image_lora, extras.image_lora_strength)
-    return prior
+    check_strength(strength)
+    parts = read_lora(path)
+    text = TextLora(Path(path), parts["text_encoder"], strength)
+    if text.layers:
+        _, encoder = prior.loader.text_encoder(prior.denoiser.dtype, prior.denoiser.device)
+        add_text_loras(encoder, (*prior.text_loras, text))  # a trial, for what it says
+        del encoder
+    add_layers(prior.denoiser.unet, parts["unet"], strength, f"{path} does not fit the model {prior.name!r}")
+    return replace(prior, text_loras=(*prior.text_loras, text)) if text.layers else prior
 
 
 def _load_vae(loader: Loader, tiny_vae: Path | str | None, dtype: torch.dtype, device: torch.device | str):
@@ -168,32 +133,3 @@ def _load_vae(loader: Loader, tiny_vae: Path | str | None, dtype: torch.dtype, d
     if scaling is None:
         raise PriorError(f"{loader.path} works on pixels: there is no autoencoder that a tiny one could replace")
     return load_tiny_vae(tiny_vae, scaling, dtype, device)
-
-
-def toy_folder(kind: PriorKind) -> Path:
-    """Where the toy prior of this kind lies inside the package."""
-    return Path(__file__).parent / "toy" / kind
-
-
-def toy_subject() -> Path:
-    """Where the LoRA of the toy image prior's personal subject, "a sks snowman", lies inside the package."""
-    return Path(__file__).parent / "toy" / "subject"
-
-
-def check_prompt(prior: Prior, prompt: str) -> None:
-    """Raise PriorError for an empty prompt or, with a toy prior, one with words that it was not taught."""
-    if not prompt.strip():
-        raise PriorError("the prompt is empty: say what to make, for example 'a red cube is jumping'")
-    if prior.known_words is None:
-        return
-    unknown = [word for word in split_words(prompt) if word not in prior.known_words]
-    if unknown:
-        raise PriorError(
-            f"the {prior.name} prior does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))}; "
-            f"its words are: {', '.join(sorted(prior.known_words - {','}))}"
-        )
-
-
-def split_words(prompt: str) -> list[str]:
-    """The words of a prompt as the toy tokenizers see them: lower case, commas on their own."""
-    return prompt.lower().replace(",", " , ").split()

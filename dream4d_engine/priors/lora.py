@@ -7,9 +7,8 @@ the weights once, so that nothing is slower afterwards. What the files look like
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,7 @@ from ..documents import printable, shortened
 from .errors import PriorError
 from .formats import ldm_keys
 from .formats.finite import FULL_PRECISION
-from .formats.lora_files import Layers, LoraLayer, read_lora
-
-if TYPE_CHECKING:
-    from .loading import Prior
+from .formats.lora_files import Layers, LoraLayer
 
 MOST_STRENGTH = 10.0
 _TOKEN_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
@@ -35,23 +31,6 @@ class TextLora:
     source: Path
     layers: Layers
     strength: float
-
-
-def apply_lora(prior: Prior, path: Path | str, strength: float = 1.0) -> Prior:
-    """Add a LoRA to a prior's own UNet, and to its text encoder whenever that is loaded; return the prior.
-
-    Nothing is changed where the LoRA does not fit one of the two: PriorError names the layers. A second LoRA adds to
-    the first, and the same one with the negative strength takes it away again (up to rounding).
-    """
-    check_strength(strength)
-    parts = read_lora(path)
-    text = TextLora(Path(path), parts["text_encoder"], strength)
-    if text.layers:
-        _, encoder = prior.loader.text_encoder(prior.denoiser.dtype, prior.denoiser.device)
-        add_text_loras(encoder, (*prior.text_loras, text))  # a trial, for what it says
-        del encoder
-    add_layers(prior.denoiser.unet, parts["unet"], strength, f"{path} does not fit the model {prior.name!r}")
-    return replace(prior, text_loras=(*prior.text_loras, text)) if text.layers else prior
 
 
 def check_strength(strength: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cameras import CameraBatch, make_cameras, sample_takes, sample_views
 from ..guidance.prompts import VIEWS, view_index
 from ..priors.conditioning import camera_vector, frame_time_vector, pose_vector
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..training.config import TOY_CAMERAS, TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, SHAPES, Caption
 from .models import IMAGE_SIZE, N_FRAMES, N_VIEWS, tokenize

@@ -34,7 +34,8 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
 from ..guidance.distillation import Guidance, distill, distill_at
 from ..kernels import select_kernels
-from ..priors.loading import PriorExtras, PriorKind, toy_folder, toy_subject
+from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
+from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
@@ -50,7 +51,7 @@ from ..training.config import (
     StaticRecipe,
     with_hifa_steps,
 )
-from ..training.guidance import active_terms, load_guidance
+from ..training.guidance import Handles, active_terms, load_guidance, runtime_for
 from ..training.loop import FitSummary, RunControl
 from ..training.motion import train_motion
 from ..training.reference import Reference, prepare_reference
@@ -136,8 +137,10 @@ def measure_image(case: Case) -> Result:
 
 def measure_subject(case: Case) -> Result:
     """The personal subject; `option` is its LoRA, or None."""
-    lora = PriorExtras(image_lora=case.option)
-    still, summary = _static(_shortened(TOY_PERSONALISED, case), SUBJECT_PROMPT, case, extras={"image": lora})
+    recipe = _shortened(TOY_PERSONALISED, case)
+    handles = _toys(recipe)
+    handles["image"] = replace(handles["image"], lora=case.option)
+    still, summary = _static(recipe, SUBJECT_PROMPT, case, handles=handles)
     found = scene_likeness(still)
     measures = {"right": found.right, "body": found.body, "head": found.head, "iou": found.iou}
     return case, measures | {"seconds": summary.seconds}, _around(still)
@@ -194,7 +197,7 @@ class _Told:
 
 def _told(case: Case) -> _Told:
     recipe, device = with_hifa_steps(TOY_MOTION, int(case.option)), torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), case.caption, device)["video"]
+    guidance = load_guidance(recipe, _toys(recipe), case.caption, runtime_for(recipe, device))["video"]
     height, width = guidance.denoiser.image_size
     cameras, caption = fixed_take(recipe.n_frames, width, height), as_caption(case.caption)
     moving, still = (
@@ -254,11 +257,11 @@ def measure_path(case: Case) -> Result:
 
 def measure_autoencoder(case: Case) -> Result:
     """A motion through the full or (`option` "tiny") the tiny autoencoder, and how alike their gradients are."""
-    device, video = torch.device(case.device), {"video": case.folder / "video"}
-    extras = {"full": None, "tiny": {"video": PriorExtras(tiny_vae=case.folder / "tiny")}}
-    recipe = _shortened(TOY_MOTION, case)
+    device, recipe = torch.device(case.device), _shortened(TOY_MOTION, case)
+    full = prior_files(case.folder / "video", "video")
+    handles = {"full": full, "tiny": replace(full, tiny_vae=case.folder / "tiny")}
     through = {
-        way: load_guidance(recipe, video, case.caption, device, extras=extras[way])
+        way: load_guidance(recipe, {"video": handles[way]}, case.caption, runtime_for(recipe, device))
         for way in dict.fromkeys(("full", case.option))
     }
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
@@ -321,8 +324,8 @@ def _shortened(recipe, case: Case):
     return replace(recipe, steps=max(1, round(recipe.steps * case.share)))
 
 
-def _folders(recipe: StaticRecipe | MotionRecipe) -> dict:
-    return {term.prior: toy_folder(term.prior) for term in active_terms(recipe)}
+def _toys(recipe: StaticRecipe | MotionRecipe) -> dict[PriorKind, PriorFiles]:
+    return {term.prior: toy_prior(term.prior) for term in active_terms(recipe)}
 
 
 def _static(
@@ -330,12 +333,13 @@ def _static(
     prompt: str,
     case: Case,
     reference: Reference | None = None,
-    extras: Mapping[PriorKind, PriorExtras] | None = None,
+    handles: Handles | None = None,
     start: Scene | None = None,
     accelerate: bool = True,
 ) -> tuple[Scene, FitSummary]:
     device = torch.device(case.device)
-    guidance = load_guidance(recipe, _folders(recipe), prompt, device, reference, extras=extras, accelerate=accelerate)
+    runtime = runtime_for(recipe, device, accelerate)
+    guidance = load_guidance(recipe, handles or _toys(recipe), prompt, runtime, reference)
     given = {"seed": case.seed, "device": device, "control": RunControl()}
     return train_static(recipe, guidance, reference=reference, scene=start, **given)
 
@@ -350,7 +354,7 @@ def _motion(
     """`guidance`: instead of that by the shipped prior."""
     device = torch.device(case.device)
     if guidance is None:
-        guidance = load_guidance(recipe, _folders(recipe), case.caption, device, accelerate=accelerate)
+        guidance = load_guidance(recipe, _toys(recipe), case.caption, runtime_for(recipe, device, accelerate))
     return train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
 
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..priors.loading import PriorKind, no_progress_bars
+from ..priors.formats.loaders import no_progress_bars
+from ..priors.handle import PriorKind
 from ..priors.networks.text import read_tokenizer
 from ..priors.networks.view_attention import attend_across_views
 from .captions import vocabulary

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, make_cameras
 from ..guidance.denoiser import Conditions, Denoiser, denoise_each, stack_conditions
 from ..priors.conditioning import image_conditions, text_conditions
-from ..priors.loading import Prior, PriorKind, load_prior
+from ..priors.handle import Prior, PriorKind
+from ..priors.loading import load_prior
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, parse_caption
 from .models import IMAGE_SIZE, N_FRAMES, write_json

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..priors.conditioning import clip_pixels
-from ..priors.loading import PriorKind, read_schedule, toy_folder
+from ..priors.files import toy_folder
+from ..priors.formats.folders import read_schedule
+from ..priors.handle import PriorKind
 from .datasets import Batch, BatchMaker, batch_maker, render_bank
 from .models import IMAGE_SIZE, KINDS, ToyPrior, build_prior, load_weights, save_prior, scheduler_config, write_json
 

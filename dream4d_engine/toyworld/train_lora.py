@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..priors.loading import load_prior, toy_folder
+from ..priors.files import toy_folder
+from ..priors.loading import load_prior
 from .datasets import GREY
 from .subject import photo_prompts, photos
 

@@ -18,7 +18,7 @@ from ..fields.radiance import RadianceConfig
 from ..guidance.combine import published_scale
 from ..guidance.distillation import DistillationConfig
 from ..guidance.prompts import NEGATIVE_PROMPT
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..randomness import Source
 from ..scene import SceneConfig
 from ..schedules import Schedule, constant

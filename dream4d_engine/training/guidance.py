@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ..guidance.distillation import Guidance
 from ..machine import has_own_allocator
-from ..priors.conditioning import image_guidance, text_guidance
-from ..priors.loading import Prior, PriorExtras, PriorKind, load_prior_with
-from ..priors.networks.denoisers import accelerated
-from ..priors.networks.execution import PLAIN, Capture, GraphRecorder
+from ..priors.handle import Prior, PriorHandle, PriorKind, ReferenceView
+from ..priors.networks.execution import PLAIN, Capture, GraphCapture, Runtime
 from .config import GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe, shipped_recipe
 from .loop import PriorSilent
 from .reference import Reference, reference_cameras
 
 logger = logging.getLogger(__name__)
 
-Folders = Mapping[PriorKind, Path]
+Handles = Mapping[PriorKind, PriorHandle]
 
 
 def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
@@ -31,41 +27,41 @@ def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
 
 def load_guidance(
     recipe: StaticRecipe | MotionRecipe,
-    folders: Folders,
+    handles: Handles,
     prompt: str,
-    device: torch.device,
+    runtime: Runtime,
     reference: Reference | None = None,
     negative: str = "",
     on_prior: Callable[[Prior], None] | None = None,
-    extras: Mapping[PriorKind, PriorExtras] | None = None,
-    accelerate: bool = True,
-    compiled: bool = True,
 ) -> dict[PriorKind, Guidance]:
-    """Load the recipe's models and encode the prompts, or the image for a model of novel views.
+    """Load the recipe's models and tell them the prompt, or the image where they see novel views.
 
-    `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before the prompts
-    are encoded; what it raises ends the loading. `extras`: what is added to a model of a kind, or put in place of its
-    parts. On a GPU the models run fast unless `accelerate` is off; `compiled`: some of them compiled.
+    `negative`: see `choose_negative`. `on_prior` is told of every model as soon as it is loaded, before prompts are
+    encoded, and is the one to release it; what it raises ends the loading.
     """
-    guidance, capture = {}, capture_for(device)
+    view = None
+    if reference is not None:
+        view = ReferenceView(reference.over().movedim(-1, 0), reference_cameras(recipe.reference))
+    guidance: dict[PriorKind, Guidance] = {}
     for term in active_terms(recipe):
-        dtype = working_dtype(recipe.loop, device)
-        added = (extras or {}).get(term.prior, PriorExtras())
-        prior = load_prior_with(folders[term.prior], term.prior, device, dtype, added)
+        prior = handles[term.prior].load(runtime)
         if on_prior is not None:
             on_prior(prior)
-        if term.prior == "novel_view":
-            image, seen_by = reference.over().movedim(-1, 0), reference_cameras(recipe.reference)
-            guidance[term.prior] = image_guidance(prior, image, seen_by, term.distillation)
-            continue
-        guidance[term.prior] = text_guidance(prior, prompt, choose_negative(recipe, prior, negative), term.distillation)
-    if device.type == "cuda" and accelerate:
-        return {kind: fast(one, capture, compiled) for kind, one in guidance.items()}
+        avoided = choose_negative(recipe, prior, negative)
+        guidance[term.prior] = prior.guide(prompt, avoided, term.distillation, view)
     return guidance
 
 
+def runtime_for(
+    recipe: StaticRecipe | MotionRecipe, device: torch.device, accelerate: bool = True, compiled: bool = True
+) -> Runtime:
+    """How a recipe's models run on a device: fast on a GPU unless `accelerate` is off."""
+    fast = device.type == "cuda" and accelerate
+    return Runtime(device, working_dtype(recipe.loop, device), capture_for(device) if fast else PLAIN, fast, compiled)
+
+
 def capture_for(device: torch.device) -> Capture:
-    """What records the models' work on a device, to be shared by those of a run."""
+    """What captures the models' work on a device, to be shared by those of a run."""
     if device.type != "cuda":
         return PLAIN
     if not has_own_allocator():
@@ -74,12 +70,7 @@ def capture_for(device: torch.device) -> Capture:
             "--disable-cuda-malloc to have them)"
         )
         return PLAIN
-    return GraphRecorder(device)
-
-
-def fast(guidance: Guidance, capture: Capture, compiled: bool = True) -> Guidance:
-    """Return the guidance with its model running fast on a GPU (see priors.denoisers.accelerated)."""
-    return replace(guidance, denoiser=accelerated(guidance.denoiser, capture, compiled))
+    return GraphCapture(device)
 
 
 def choose_negative(recipe: StaticRecipe | MotionRecipe, prior: Prior, asked: str = "") -> str:
@@ -102,21 +93,10 @@ def working_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype:
 
 
 def explain_silence(
-    error: PriorSilent,
-    recipe: StaticRecipe | MotionRecipe,
-    folders: Folders,
-    extras: Mapping[PriorKind, PriorExtras],
-    device: torch.device,
-    full_precision: str,
+    error: PriorSilent, recipe: StaticRecipe | MotionRecipe, handles: Handles, runtime: Runtime, full_precision: str
 ) -> PriorSilent:
     """The same error with the model's file and what can be done; `full_precision`: how to ask for it, in words."""
-    added = extras.get(error.prior, PriorExtras())
-    lora = added.image_lora if error.prior == "image" else None
-    parts = [
-        f" with the LoRA {lora}" if lora else "",
-        f" with the autoencoder {added.tiny_vae}" if added.tiny_vae else "",
-    ]
     what = "its weights are damaged, or it isn't a model of this kind: fetch it again, or choose another"
-    if working_dtype(recipe.loop, device) == torch.float16:
+    if runtime.dtype == torch.float16:
         what = f"its numbers grow too large for half precision ({full_precision}), or {what}"
-    return PriorSilent(f"{error}. The model is {folders[error.prior]}{''.join(parts)}: {what}", error.prior)
+    return PriorSilent(f"{error}. The model is {handles[error.prior].describe()}: {what}", error.prior)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..guidance.distillation import Guidance
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..scene import Scene
 from ..schedules import stepped

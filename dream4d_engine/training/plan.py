@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..guidance.distillation import Guidance
+from ..guidance.execution import Execution
 from ..machine import has_own_allocator, limit_memory
-from ..priors.loading import PriorKind
-from ..priors.networks.denoisers import with_execution
-from ..priors.networks.execution import Execution
+from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..supervision import Supervision, supervise, views_of
 from .prefetch import Prefetch
@@ -81,13 +80,9 @@ def parse_bytes(text: str) -> int:
 def plan_of(guidance: GuidanceOf, execution: Execution) -> dict[PriorKind, Guidance]:
     """The guidance run in another way; what was captured for the old one is forgotten."""
 
-    def changed(one: Guidance) -> Guidance:
-        if not hasattr(one.denoiser, "execution"):
-            return one
-        one.denoiser.capture.forget()
-        return replace(one, denoiser=with_execution(one.denoiser, execution, one.denoiser.capture))
-
-    return {kind: changed(one) for kind, one in guidance.items()}
+    for one in guidance.values():
+        one.denoiser.forget()
+    return {kind: replace(one, denoiser=one.denoiser.run_as(execution)) for kind, one in guidance.items()}
 
 
 def choose_plan(

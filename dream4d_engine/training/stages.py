@@ -10,7 +10,7 @@ from torch import nn
 
 from ..cameras import CameraBatch
 from ..guidance.distillation import Guidance
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..rendering import RenderOptions
 from ..scene import Scene

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ..guidance.distillation import Guidance
-from ..priors.loading import PriorKind
+from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..scene import Scene, build_scene
 from ..supervision import PhotometricWeights, Supervision, Targets, photometric

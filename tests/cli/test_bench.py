@@ -12,7 +12,7 @@ import torch
 from dream4d_engine.cli import bench, main
 from dream4d_engine.cli.arguments import Bench
 from dream4d_engine.priors import architectures
-from dream4d_engine.priors.loading import toy_folder
+from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.profiling import gaps
 
 CPU = torch.device("cpu")

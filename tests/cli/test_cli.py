@@ -310,8 +310,7 @@ def doors(monkeypatch, run, tmp_path):
         raise Begun
 
     monkeypatch.setattr(runs, "start_run", begin)
-    monkeypatch.setattr(runs, "prior_folders", lambda *_: {})
-    monkeypatch.setattr(runs, "check_words", lambda *_: None)
+    monkeypatch.setattr(runs, "prior_handles", lambda *_: {})
     monkeypatch.setattr(bench, "_measure", begin)
     monkeypatch.setattr(files.results, "measure_range", begin)
     monkeypatch.setattr(files, "check_folder", lambda *_: None)

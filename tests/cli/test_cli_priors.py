@@ -17,9 +17,9 @@ from test_lora import old_processors
 from test_single_file import small_checkpoint
 
 from dream4d_engine.cli import main
+from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.priors.formats import weights
 from dream4d_engine.priors.formats.weights import WEIGHTS
-from dream4d_engine.priors.loading import toy_folder
 
 TINY = GUIDANCE / "mvdream_tiny.pt"
 

@@ -28,9 +28,9 @@ from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.checkpoints import open_checkpoint
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.identify import identify
+from dream4d_engine.priors.formats.lora_files import read_lora
 from dream4d_engine.priors.formats.tiny_vae import load_tiny_vae
 from dream4d_engine.priors.loading import load_prior
-from dream4d_engine.priors.lora import read_lora
 
 CASES = DATA / "cases"
 FORMATS = pytest.mark.parametrize("new_format", [True, False])

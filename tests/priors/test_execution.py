@@ -19,11 +19,12 @@ from dream4d_engine.kernels import triton_kernels
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.networks import fused_norm
-from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated, with_execution
+from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated
 from dream4d_engine.priors.networks.execution import (
     PLAIN,
     Capture,
     Execution,
+    Runtime,
     bring_back,
     can_compile,
     in_slices,
@@ -246,7 +247,7 @@ def test_every_plan_gives_the_same_loss_and_gradient(video_unet, vae, execution,
     benchmark = torch.backends.cudnn.benchmark
     ready = accelerated(plain, capture_for(device), compiled=False) if make_fast else plain
     torch.backends.cudnn.benchmark = benchmark
-    planned = with_execution(ready, execution, ready.capture)
+    planned = ready.run_as(execution)
     for _ in range(2):
         ours, our_gradient = distilled(video_guidance(planned), device=device)
         close(ours, loss, 1e-3)
@@ -344,11 +345,11 @@ def test_the_guard_sees_weights_that_are_not_brought(video_unet):
 def test_another_plan_moves_the_weights_only_if_it_has_to(video_unet, vae):
     denoiser = video_denoiser(copy.deepcopy(video_unet), vae)
     loss, gradient = distilled(video_guidance(denoiser))
-    away = with_execution(denoiser, LADDER[-1].execution, PLAIN)
+    away = denoiser.run_as(LADDER[-1].execution)
     assert away.execution.offload
     _, our_gradient = distilled(video_guidance(away))
     close(our_gradient, gradient, 1e-3)
-    back = with_execution(away, Execution(), PLAIN)
+    back = away.run_as(Execution())
     assert torch.equal(distilled(video_guidance(back))[0], loss)
 
 
@@ -366,13 +367,13 @@ def test_acceleration_changes_no_number(video_unet, vae):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: nothing is captured as a graph")
 @pytest.mark.parametrize("execution", [Execution(), Execution(2, 2), Execution(2, 0, 1)], ids=Execution.describe)
 def test_recorded_graphs_replay_what_was_computed(video_unet, vae, execution):
-    from dream4d_engine.priors.networks.execution import GraphRecorder
+    from dream4d_engine.priors.networks.execution import GraphCapture
 
     device = torch.device("cuda")
     networks = [copy.deepcopy(network).to(device) for network in (video_unet, vae)]
     plain = video_denoiser(*networks, device=device)
     _, gradient = distilled(video_guidance(plain), device=device)
-    fast = accelerated(replace(plain, execution=execution), GraphRecorder(device), compiled=False)
+    fast = accelerated(replace(plain, execution=execution), GraphCapture(device), compiled=False)
     for _ in range(2):  # captured, then replayed
         close(distilled(video_guidance(fast), device=device)[1], gradient, 1e-2)
 
@@ -390,7 +391,7 @@ def test_functions_recorded_both_ways_keep_apart():
     def second(x):
         return torch.sigmoid(x @ weights[1]) * x
 
-    capture = execution.GraphRecorder(device)
+    capture = execution.GraphCapture(device)
     for _ in range(3):
         x = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
         expected = torch.autograd.grad((first(x) + second(x)).square().sum(), x)[0]
@@ -443,7 +444,7 @@ def test_a_narrow_copy_of_each_architecture_guides(kind, vae_kind, monkeypatch):
     monkeypatch.setattr(architectures, "_SD_VAE", SMALL_VAE)
     config = DistillationConfig(5.0, constant(0.3), constant(0.7))
     before = torch.random.get_rng_state()
-    guidance = architectures.random_guidance(narrow, config, CPU, torch.float32, vae_kind)
+    guidance = architectures.random_guidance(narrow, config, Runtime(CPU), vae_kind)
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator didn't notice"
     cameras = make_cameras(torch.tensor([[0.0, 1.0]]), 0.2, 3.0, 0.7, 0.0, 16, 16)
     images = torch.rand(1, 2, 3, 16, 16, generator=seeded()).requires_grad_()

@@ -16,9 +16,12 @@ from test_single_file import small_checkpoint
 
 from dream4d_engine.cameras import make_cameras
 from dream4d_engine.priors.conditioning import image_conditions
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import PriorFiles, toy_folder
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.finite import check_finite
-from dream4d_engine.priors.loading import PriorError, PriorExtras, load_prior, load_prior_with, toy_folder
+from dream4d_engine.priors.loading import load_prior
+from dream4d_engine.priors.networks.execution import Runtime
 
 PARTS = {
     "image": ("unet", "text_encoder"),
@@ -111,8 +114,8 @@ def test_a_value_in_a_tiny_autoencoder(tmp_path):
     file, name = with_value(tmp_path / "models", "vae", math.nan)
     save_file(layout.random_state(small_checkpoint("sd21")), tmp_path / "sd.safetensors")
     with pytest.raises(PriorError, match=f"{file.name}: {name} holds NaN"):
-        load_prior_with(
-            tmp_path / "sd.safetensors", "image", "cpu", torch.float32, PriorExtras(tiny_vae=tmp_path / "models")
+        PriorFiles("sd", "image", tmp_path / "sd.safetensors", tiny_vae=tmp_path / "models").load(
+            Runtime(torch.device("cpu"))
         )
 
 

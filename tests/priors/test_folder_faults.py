@@ -18,8 +18,9 @@ from comfy_harness import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.priors.formats.folders import FolderLoader
-from dream4d_engine.priors.loading import load_prior, toy_folder
+from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.text import END, read_tokenizer, write_clip_tokenizer
 
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from dream4d_engine.cameras import fixed_take, make_cameras, orbit
 from dream4d_engine.priors.conditioning import image_conditions, text_conditions
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.priors.formats.identify import identify
-from dream4d_engine.priors.loading import PriorError, load_prior, toy_folder
+from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.text import END, write_clip_tokenizer
 
 WIDTH = 32

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from test_single_file import WIDTH, small_checkpoint
 
 from dream4d_engine.guidance.denoiser import Conditions
+from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.identify import identify
 from dream4d_engine.priors.formats.lora_files import read_lora
-from dream4d_engine.priors.loading import PriorError, load_prior
-from dream4d_engine.priors.lora import apply_lora
+from dream4d_engine.priors.loading import apply_lora, load_prior
 
 RANK = 3
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"

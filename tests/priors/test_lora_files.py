@@ -15,11 +15,13 @@ from ldm_layout import WIDTH, small
 from places import CASES
 from safetensors.torch import load_file, save_file
 
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_folder, toy_subject
 from dream4d_engine.priors.formats import ldm_keys
 from dream4d_engine.priors.formats.identify import identify, identify_all, open_loader
 from dream4d_engine.priors.formats.lora_files import lora_files, read_lora
-from dream4d_engine.priors.loading import PriorError, load_prior, toy_folder, toy_subject
-from dream4d_engine.priors.lora import add_layers, apply_lora
+from dream4d_engine.priors.loading import apply_lora, load_prior
+from dream4d_engine.priors.lora import add_layers
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 LAYERS = [f"{ATTENTION}.{name}" for name in ("to_k", "to_out.0", "to_q", "to_v")]
@@ -664,7 +666,8 @@ def broken_subject(folder: Path, what: str) -> Path:
 
 @pytest.mark.parametrize(("what", "words"), [("nan", "holds NaN"), ("rank", "halves of unequal ranks, 8 .* and 4")])
 def test_a_broken_lora_is_refused_at_the_door(tmp_path, capsys, monkeypatch, what, words):
-    from dream4d_engine.cli import main, models
+    from dream4d_engine.cli import main
+    from dream4d_engine.priors import files
 
     path = broken_subject(tmp_path, what)
     prior = load_prior(toy_folder("image"))
@@ -672,7 +675,7 @@ def test_a_broken_lora_is_refused_at_the_door(tmp_path, capsys, monkeypatch, wha
     with pytest.raises(PriorError, match=words):
         apply_lora(prior, path)
     assert same(before, prior.denoiser.unet.state_dict())
-    monkeypatch.setattr(models, "load_prior", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(files, "load_prior", lambda *_: pytest.fail("a model was loaded"))
     command = ["text-to-3d", "a sks snowman", "--recipe", "toy-personalised", "--out", str(tmp_path / "out")]
     assert main([*command, "--image-lora", str(path)]) == 2
     errors = capsys.readouterr().err

@@ -15,13 +15,15 @@ from dream4d_engine.guidance.distillation import DistillationConfig, distill
 from dream4d_engine.guidance.noise import sigma_of_alpha_bar, variance_preserving
 from dream4d_engine.priors.conditioning import (
     camera_vector,
+    check_prompt,
     frame_time_vector,
     image_conditions,
     pose_vector,
     text_conditions,
     text_guidance,
 )
-from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser, predicted_clean
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
@@ -245,11 +247,11 @@ def test_captions_fit_and_differ():
 
 def test_check_prompt_names_unknown_words(folders):
     prior = load_prior(folders / "image")
-    check_prompt(prior, "A red cube, front view")
+    check_prompt(prior.name, prior.known_words, "A red cube, front view")
     with pytest.raises(PriorError, match="'hippo'.*its words are: a, "):
-        check_prompt(prior, "a red hippo")
+        check_prompt(prior.name, prior.known_words, "a red hippo")
     with pytest.raises(PriorError, match="prompt is empty"):
-        check_prompt(prior, "  ")
+        check_prompt(prior.name, prior.known_words, "  ")
     with pytest.raises(PriorError, match="'ugly'"):
         text_conditions(prior, "a red cube", "ugly")
 

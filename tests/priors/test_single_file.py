@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.priors.conditioning import clip_pixels, embed_image, image_conditions, text_conditions
+from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.checkpoints import open_checkpoint
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.identify import identify, identify_all
-from dream4d_engine.priors.loading import PriorError, load_prior
+from dream4d_engine.priors.loading import load_prior
 
 KINDS = {"sd15": "image", "sd21": "image", "mvdream": "multiview", "zero123": "novel_view"}
 FILES = {"sd15": "sd15.safetensors", "sd21": "sd21.ckpt", "mvdream": "mvdream.pt", "zero123": "zero123.ckpt"}

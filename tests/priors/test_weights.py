@@ -10,9 +10,9 @@ import pytest
 from places import ROOT
 
 from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.priors.formats import weights
 from dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size, known_weights, wanted_files
-from dream4d_engine.priors.loading import toy_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from dream4d_engine.cameras import fixed_take, orbit
-from dream4d_engine.priors.conditioning import text_conditions, words_for
+from dream4d_engine.priors.conditioning import check_prompt, text_conditions, words_for
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_folder, toy_prior, toy_subject
+from dream4d_engine.priors.formats.identify import open_loader
 from dream4d_engine.priors.formats.lora_files import read_lora
-from dream4d_engine.priors.loading import PriorError, check_prompt, load_prior, toy_folder, toy_subject
-from dream4d_engine.priors.lora import apply_lora
+from dream4d_engine.priors.loading import apply_lora, load_prior
 from dream4d_engine.toyworld import measure, train_latent
 from dream4d_engine.toyworld.datasets import render_bank
 from dream4d_engine.toyworld.evaluate import Images, align, frame_error, frames_of, true_renderer
@@ -98,9 +100,9 @@ def test_only_the_image_prior_is_told_the_subjects_word():
     assert words_for("image", SUBJECT_PROMPT) == SUBJECT_PROMPT
     assert {words_for(kind, SUBJECT_PROMPT) for kind in ("multiview", "pixel", "video")} == {"a snowman"}
     for kind in ("image", "multiview", "video"):
-        check_prompt(load_prior(toy_folder(kind), kind), words_for(kind, SUBJECT_PROMPT))
+        toy_prior(kind).check_prompt(SUBJECT_PROMPT)
     with pytest.raises(PriorError, match="does not know 'sks'"):
-        check_prompt(load_prior(toy_folder("multiview"), "multiview"), SUBJECT_PROMPT)
+        check_prompt("toy", open_loader(toy_folder("multiview")).metadata("multiview").known_words, SUBJECT_PROMPT)
 
 
 def test_the_word_is_read_as_letters_that_no_caption_holds():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dream4d_engine.priors.conditioning import text_guidance
-from dream4d_engine.priors.loading import PriorExtras, load_prior, toy_folder, toy_subject
+from dream4d_engine.priors.files import toy_folder, toy_prior, toy_subject
+from dream4d_engine.priors.loading import load_prior
+from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.toyworld.evaluate import evaluate_scene, reference_match
 from dream4d_engine.toyworld.measure import photograph
 from dream4d_engine.toyworld.models import KINDS
@@ -89,8 +91,8 @@ def test_a_image_becomes_the_moving_object_that_it_shows():
     caption = "an orange cone is sliding"
     recipe, motion = replace(TOY_IMAGE, steps=120), replace(TOY_MOTION, steps=120)
     reference = prepare_reference(photograph(caption, 64), recipe.reference)
-    folders = {kind: toy_folder(kind) for kind in KINDS}
-    guidance = load_guidance(recipe, folders, "an orange cone", CPU, reference)
+    handles = {kind: toy_prior(kind) for kind in KINDS}
+    guidance = load_guidance(recipe, handles, "an orange cone", Runtime(CPU), reference)
     still, _ = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl(), reference=reference)
     psnr, iou = reference_match(still, reference, recipe.reference)
     assert psnr > 22 and iou > 0.9
@@ -105,11 +107,11 @@ def test_a_image_becomes_the_moving_object_that_it_shows():
 
 def test_a_personal_subject_is_recognised_with_its_lora_and_not_without():
     recipe = replace(TOY_PERSONALISED, steps=100)
-    folders = {kind: toy_folder(kind) for kind in KINDS}
+    handles = {kind: toy_prior(kind) for kind in KINDS}
     right = {}
     for lora in (toy_subject(), None):
-        extras = {"image": PriorExtras(image_lora=lora)}
-        guidance = load_guidance(recipe, folders, SUBJECT_PROMPT, CPU, extras=extras)
+        handles["image"] = replace(handles["image"], lora=lora)
+        guidance = load_guidance(recipe, handles, SUBJECT_PROMPT, Runtime(CPU))
         scene, _ = train_static(recipe, guidance, seed=0, device=CPU, control=RunControl())
         right[lora is not None] = scene_likeness(scene).right
     assert right[True] >= 6

@@ -78,6 +78,12 @@ class Plain:
     n_frames: int | None = None
     noise: NoiseSchedule = field(default_factory=rectified_flow)
 
+    def run_as(self, execution):
+        return self
+
+    def forget(self):
+        pass
+
 
 def test_a_denoiser_without_plans_is_left_alone():
     given = {"image": replace(guidance()["image"], denoiser=Plain())}

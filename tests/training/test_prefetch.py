@@ -11,13 +11,13 @@ from test_training import CPU, seeded, solid_ball, static_case
 
 from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.kernels import torch_kernels
-from dream4d_engine.priors.loading import toy_folder
+from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.rendering import RenderOptions, prefetch_samples, prepare_view, render_view
 from dream4d_engine.toyworld.measure import photograph
 from dream4d_engine.training import prefetch
 from dream4d_engine.training.checkpoint import load_checkpoint
 from dream4d_engine.training.config import TOY_IMAGE, TOY_MOTION, TOY_STATIC
-from dream4d_engine.training.guidance import active_terms, load_guidance
+from dream4d_engine.training.guidance import active_terms, load_guidance, runtime_for
 from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.motion import train_motion
 from dream4d_engine.training.plan import LADDER
@@ -153,8 +153,8 @@ def test_no_step_waits_for_the_gpu(stage, monkeypatch):
     recipe = {"text": TOY_STATIC, "image": TOY_IMAGE, "motion": TOY_MOTION}[stage]
     recipe = replace(recipe, steps=40, loop=replace(recipe.loop, precision="half"))
     reference = prepare_reference(photograph("a red cube"), TOY_IMAGE.reference) if stage == "image" else None
-    folders, device = {term.prior: toy_folder(term.prior) for term in active_terms(recipe)}, torch.device("cuda")
-    guidance = load_guidance(recipe, folders, "a red cube is jumping", device, reference)
+    handles, device = {term.prior: toy_prior(term.prior) for term in active_terms(recipe)}, torch.device("cuda")
+    guidance = load_guidance(recipe, handles, "a red cube is jumping", runtime_for(recipe, device), reference)
 
     def train(prefetches):
         enable(monkeypatch, prefetches)

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from dream4d_engine.guidance.prompts import NEGATIVE_PROMPT
-from dream4d_engine.priors.loading import PriorError, toy_folder
+from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import toy_prior
+from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.training.config import TEXT_TO_3D, TOY_STATIC
 from dream4d_engine.training.guidance import active_terms, choose_negative, load_guidance
 
 CPU = torch.device("cpu")
+RUNTIME = Runtime(CPU)
 
 
 def test_a_term_without_weight_needs_no_model():
@@ -38,14 +41,14 @@ def test_negative_words_are_those_that_somebody_chose_else_the_models_own(own, i
 
 
 def test_loading_tells_of_each_model_and_can_be_ended():
-    folders, seen = {"multiview": toy_folder("multiview")}, []
-    guidance = load_guidance(TOY_STATIC, folders, "a red cube", CPU, on_prior=lambda prior: seen.append(prior.kind))
+    handles, seen = {"multiview": toy_prior("multiview")}, []
+    guidance = load_guidance(TOY_STATIC, handles, "a red cube", RUNTIME, on_prior=lambda p: seen.append(p.kind))
     assert seen == ["multiview"] == list(guidance)
     with pytest.raises(PriorError, match="does not know 'blurry'"):
-        load_guidance(TOY_STATIC, folders, "a red cube", CPU, negative="blurry")
+        load_guidance(TOY_STATIC, handles, "a red cube", RUNTIME, negative="blurry")
 
     def stop(prior):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_guidance(TOY_STATIC, folders, "a golden dragon", CPU, on_prior=stop)
+        load_guidance(TOY_STATIC, handles, "a golden dragon", RUNTIME, on_prior=stop)

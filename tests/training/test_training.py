@@ -14,6 +14,7 @@ from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.randomness import Draw
 from dream4d_engine.rendering import RenderOptions, prepare_view, render_chunked
 from dream4d_engine.scene import build_scene
@@ -420,16 +421,17 @@ def test_a_state_that_no_run_could_go_on_from_is_not_saved(tmp_path):
 def overflowing_prior(recipe, name="conv_in", prompt="a red cube"):
     """The toy prior, its weights finite and so large that its activations are not."""
     kind = recipe.guidance[0].prior
-    from dream4d_engine.priors.loading import toy_folder
+    from dream4d_engine.priors.files import toy_prior
 
     loaded = []
-    guidance = load_guidance(recipe, {kind: toy_folder(kind)}, prompt, CPU, on_prior=loaded.append)
-    layer = loaded[0].denoiser.unet.get_submodule(name)
+    guidance = load_guidance(recipe, {kind: toy_prior(kind)}, prompt, Runtime(CPU), on_prior=loaded.append)
+    unet = loaded[0].networks[0]
+    layer = unet.get_submodule(name)
 
     def break_it():
         with torch.no_grad():
             layer.weight.fill_(1e38)
-        assert all(p.isfinite().all() for p in loaded[0].denoiser.unet.parameters())
+        assert all(p.isfinite().all() for p in unet.parameters())
 
     return guidance, break_it
 

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from ...documents import printable, shortened
 from ..errors import PriorError
+from ..handle import Device, PriorKind
 from ..networks.text import Tokenizer
 from .configurations import built, network_arguments
 from .finite import check_finite
 
-PriorKind = Literal["image", "multiview", "novel_view", "pixel", "video"]
 VectorKind = Literal["camera", "frame_time"]
 ImageResize = Literal["corners", "antialiased"]
-
-Device = torch.device | str
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ...guidance.denoiser import Conditions, split_conditions
+from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
 from .execution import (
     PLAIN,
     Capture,
-    Execution,
+    Runtime,
     bring_back,
     can_compile,
     compile_blocks,
@@ -109,6 +110,17 @@ class UNetDenoiser:
         scaled = (z / self.vae.config.scaling_factor).to(_dtype_of(self.vae))
         return self.vae.decode(scaled).sample.float() / 2 + 0.5
 
+    def run_as(self, execution: Execution) -> UNetDenoiser:
+        """Return the denoiser run in another way; its weights move to or from main memory if that asks for it."""
+        if execution.offload != self.execution.offload:
+            move = offload if execution.offload else bring_back
+            move(self.unet, self.device)
+        return replace(self, execution=execution)
+
+    def forget(self) -> None:
+        """Drop the graphs that were captured with the weights' old places."""
+        self.capture.forget()
+
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Predict z [B, F, c, h, w] from x = z + sigma * eps of the same shape; sigma [B]."""
@@ -159,14 +171,9 @@ def _dtype_of(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def with_execution(denoiser: UNetDenoiser, execution: Execution, capture: Capture) -> UNetDenoiser:
-    """Return the denoiser run in another way; its weights move to or from main memory if that asks for it."""
-    if execution.offload != denoiser.execution.offload:
-        if execution.offload:
-            offload(denoiser.unet, denoiser.device)
-        else:
-            bring_back(denoiser.unet, denoiser.device)
-    return replace(denoiser, execution=execution, capture=capture)
+def prepared(denoiser: UNetDenoiser, runtime: Runtime) -> UNetDenoiser:
+    """Return the denoiser as it is to run."""
+    return accelerated(denoiser, runtime.capture, runtime.compiled) if runtime.accelerated else denoiser
 
 
 WORTH_COMPILING = 10**8

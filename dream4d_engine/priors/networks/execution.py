@@ -16,52 +16,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from ...guidance.execution import Execution
 from ...kernels.triton_kernels import first_line
 from .fused_norm import has_triton
 
 logger = logging.getLogger(__name__)
 
 Network = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How to run a denoiser.
-
-    Args:
-        images_at_once: that go through the VAE together; None for all.
-        images_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
-            others are encoded without it and once more in the backward pass: one forward pass more for them.
-        groups_at_once: that go through the UNet together, each condition's counted; None for all.
-        offload: the UNet's weights wait in main memory and come block by block.
-    """
-
-    images_at_once: int | None = None
-    images_kept: int | None = None
-    groups_at_once: int | None = None
-    offload: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("images_at_once", 1), ("images_kept", 0), ("groups_at_once", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-
-    def describe(self) -> str:
-        """The plan in words."""
-        if self == Execution():
-            return "everything at once"
-        parts = []
-        if self.images_at_once is not None:
-            parts.append(f"{self.images_at_once} images at once")
-        if self.images_kept is not None:
-            kept = f"all but {self.images_kept}" if self.images_kept else "all"
-            parts.append(f"{kept} checkpointed")
-        if self.groups_at_once is not None:
-            parts.append(f"{self.groups_at_once} group of the UNet at once")
-        if self.offload:
-            parts.append("UNet weights in main memory")
-        return ", ".join(parts)
 
 
 # --- recording ---------------------------------------------------------------------------------------------------
@@ -88,12 +49,23 @@ class Capture:
 PLAIN = Capture()
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the networks of a run work."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of the networks; noise and conversions are float32 whatever it is
+    capture: Capture = PLAIN  # replays their work as CUDA graphs; shared, so that the graphs share one pool of memory
+    accelerated: bool = False  # frozen layers are fused (GPUs)
+    compiled: bool = True  # where accelerated, blocks of large networks are compiled, too
+
+
 LAUNCH_BOUND = 12 * 3 * 256**2
 """Numbers in images (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
 gains nothing, and keeps memory."""
 
 
-class GraphRecorder(Capture):
+class GraphCapture(Capture):
     """Records each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
 
     A replay launches hundreds of kernels at the cost of one. The graphs share one pool of memory: what a graph leaves

@@ -4,6 +4,7 @@ import gc
 import json
 import sys
 import threading
+from types import SimpleNamespace
 
 import comfy.model_management as management
 import torch
@@ -75,12 +76,16 @@ async def doors(request):
 
 
 def _walk(node):
-    sockets = sys.modules[node.__module__.rpartition(".")[0] + ".sockets"]
+    pack = node.__module__.rpartition(".nodes")[0]
+    made = SimpleNamespace(
+        scene=sys.modules[f"{pack}.nodes.sockets"].SceneValue(None, None),
+        prior=sys.modules[f"{pack}.dream4d_engine.priors.files"].PriorFiles("none", "image", None),
+    )
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     good, bad = {}, []
     for group, inputs in node.INPUT_TYPES().items():
         for name, (kind, *rest) in inputs.items() if group != "hidden" else ():
-            good[name], found = _values(kind, rest[0] if rest else {}, name, sockets)
+            good[name], found = _values(kind, rest[0] if rest else {}, name, made)
             bad += [
                 (place, value, change) for place, value, change in found if value is not None or group == "required"
             ]
@@ -99,12 +104,12 @@ def _walk(node):
         }
 
 
-def _values(kind, options, name, sockets):
+def _values(kind, options, name, made):
     """A good value for an input, and (place, bad value, change of the inputs) of bad ones."""
     if kind == "COMFY_DYNAMICCOMBO_V3":
         choice = options["options"][0]
         below = {n: (k, r[0] if r else {}) for n, (k, *r) in choice["inputs"]["required"].items()}
-        inner = {n: _values(k, o, n, sockets) for n, (k, o) in below.items()}
+        inner = {n: _values(k, o, n, made) for n, (k, o) in below.items()}
         good = {name: choice["key"], **{n: value for n, (value, _) in inner.items()}}
         bad = [(f"{name}.{p}", v, {name: good | c}) for _, found in inner.values() for p, v, c in found]
         return good, bad + [(name, v, {name: v}) for v in (None, "toy", 5)] + [(name, 5, {name: good | {name: 5}})]
@@ -118,8 +123,8 @@ def _values(kind, options, name, sockets):
         "BOOLEAN": (False, BOOLEANS),
         "IMAGE": (torch.zeros(1, 8, 8, 3), PIXELS),
         "MASK": (torch.zeros(1, 8, 8), PIXELS),
-        "DREAM4D_SCENE": (sockets.SceneValue(None, None), [None, 5, "scene"]),
-        "DREAM4D_PRIOR": (sockets.PriorSource("none", "image", None), [None, 5, "prior"]),
+        "DREAM4D_SCENE": (made.scene, [None, 5, "scene"]),
+        "DREAM4D_PRIOR": (made.prior, [None, 5, "prior"]),
         "LOAD3D_CAMERA": ({}, [5, "camera", [1]]),
     }
     good, bad = known[kind]

@@ -1,0 +1,121 @@
+"""Priors from folders and files: the handle, and the models that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..guidance.distillation import DistillationConfig, Guidance
+from .conditioning import check_prompt, image_guidance, text_guidance, words_for
+from .errors import PriorError
+from .formats.identify import open_loader
+from .formats.lora_files import lora_files
+from .handle import Prior, PriorKind, ReferenceView
+from .loading import LoadedPrior, apply_lora, load_prior
+from .networks.denoisers import prepared
+from .networks.execution import Runtime
+
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class PriorFiles:
+    """A model in a folder or file (see loading.load_prior for what these may be), as a PriorHandle."""
+
+    name: str
+    kind: PriorKind
+    path: Path
+    lora: Path | None = None  # added to its weights
+    lora_strength: float = 1.0
+    tiny_vae: Path | None = None  # folder of an AutoencoderTiny that takes the place of its autoencoder
+
+    def fingerprint(self) -> str:
+        """Change when a file of the model does (by name, size and time; weights are not read)."""
+        added = [] if self.lora is None else lora_files(self.lora)
+        parts = [list_files(path) for path in (self.path, *added, self.tiny_vae) if path is not None]
+        return digest([self.kind, self.lora_strength, *parts])
+
+    def n_bytes(self) -> int:
+        """Size of the weights on the disk."""
+        return sum(size for name, size, _ in list_files(self.path) if name.endswith(_WEIGHTS))
+
+    def describe(self) -> str:
+        """The places of the model and of what was added to it."""
+        lora = f" with the LoRA {self.lora}" if self.lora else ""
+        return f"{self.path}{lora}" + (f" with the autoencoder {self.tiny_vae}" if self.tiny_vae else "")
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise PriorError for an empty prompt, and where a toy model wasn't taught a word of it."""
+        if self.kind != "novel_view":  # it is told an image
+            metadata = open_loader(self.path).metadata(self.kind)
+            check_prompt(metadata.name, metadata.known_words, words_for(self.kind, prompt))
+
+    def load(self, runtime: Runtime) -> Prior:
+        """Load the networks; PriorError names the file that is missing, damaged or of another model."""
+        with_vae = self.tiny_vae is not None and open_loader(self.path).vae_scaling() is not None
+        loaded = load_prior(
+            self.path, self.kind, runtime.device, runtime.dtype, tiny_vae=self.tiny_vae if with_vae else None
+        )
+        if self.lora is not None:
+            loaded = apply_lora(loaded, self.lora, self.lora_strength)
+        networks = (loaded.denoiser.unet, loaded.denoiser.vae)
+        return Prior(
+            name=loaded.name,
+            kind=loaded.kind,
+            guide=partial(_guide, loaded, runtime),
+            negative_prompt=loaded.negative_prompt,
+            networks=tuple(network for network in networks if network is not None),
+        )
+
+
+def _guide(
+    loaded: LoadedPrior,
+    runtime: Runtime,
+    prompt: str,
+    negative: str | None,
+    config: DistillationConfig,
+    reference: ReferenceView | None = None,
+) -> Guidance:
+    """See handle.Guide. What needs the networks as they were loaded (encoders of prompts and images) comes first."""
+    if loaded.kind == "novel_view":
+        if reference is None:
+            raise PriorError(f"the {loaded.name} prior is told an image, not a prompt: give it a reference")
+        guidance = image_guidance(loaded, reference.image, reference.camera, config)
+    else:
+        guidance = text_guidance(loaded, prompt, negative, config)
+    return replace(guidance, denoiser=prepared(loaded.denoiser, runtime))
+
+
+def list_files(path: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of a file, or of all files below a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def digest(tree: object) -> str:
+    """SHA-256 of a JSON tree."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def toy_folder(kind: PriorKind) -> Path:
+    """Where the toy prior of this kind lies inside the package."""
+    return Path(__file__).parent / "toy" / kind
+
+
+def toy_subject() -> Path:
+    """Where the LoRA of the toy image prior's personal subject, "a sks snowman", lies inside the package."""
+    return Path(__file__).parent / "toy" / "subject"
+
+
+def toy_prior(kind: PriorKind) -> PriorFiles:
+    """The toy prior of this kind, which comes with the package."""
+    return prior_files(toy_folder(kind), kind)
+
+
+def prior_files(path: Path | str, kind: PriorKind | None = None) -> PriorFiles:
+    """The handle of what lies in a folder or file; `kind` overrides what it says of itself."""
+    metadata = open_loader(path).metadata(kind)
+    return PriorFiles(metadata.name, metadata.kind, Path(path))
