@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .checks import at_the_door
 from .full_priors import LOADERS, ApplyLora
+from .graph_nodes import ImagePriorFromModel, VideoPriorFromModel
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
@@ -21,6 +22,8 @@ _ALL: list[type[io.ComfyNode]] = [
     LoadPrior,
     *LOADERS,
     ApplyLora,
+    ImagePriorFromModel,
+    VideoPriorFromModel,
     OptimizeStaticScene,
     AnimateScene,
     Render,

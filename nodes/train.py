@@ -18,6 +18,7 @@ from ..dream4d_engine.training.config import (
     find_recipe,
     with_hifa_steps,
 )
+from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
@@ -329,6 +330,7 @@ class AnimateScene(io.ComfyNode):
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         priors = pick_priors(settings, {"video": video_prior})
+        settings = with_frames_of(settings, priors)
         scale = deformation_scale or None
         run = Run(
             "motion",

@@ -30,6 +30,7 @@ class PriorFiles:
     path: Path
     lora: Path | None = None  # added to its weights
     lora_strength: float = 1.0
+    n_frames: int | None = None
     tiny_vae: Path | None = None  # folder of an AutoencoderTiny that takes the place of its autoencoder
 
     def fingerprint(self) -> str:

@@ -60,6 +60,7 @@ class PriorHandle(Protocol):
 
     name: str
     kind: PriorKind
+    n_frames: int | None  # that a take must have for it; None where the recipe may choose
 
     def fingerprint(self) -> str:
         """Change when what `load` gives does."""

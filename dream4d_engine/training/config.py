@@ -245,6 +245,21 @@ IMAGE_TO_3D = StaticRecipe(
     ),
 )
 
+_ANY_IMAGE = DistillationConfig(
+    guidance_scale=100.0,  # DreamFusion 2209.14988 section 3.1 for eps, RFDS 2406.03293 for flows: less is washed out
+    min_noise=constant(0.02),
+    # the shape comes at high noise, then the detail (HiFA 2305.18766, section 3.2)
+    max_noise=Schedule(0.98, 0.5, 0.0, 0.8),
+)
+MODEL_IMAGE = replace(
+    TEXT_TO_3D,
+    name="model-image",
+    # one group of four views around the object: all that an autoencoder of 512x512 can bear on a card of 12 GiB
+    phases=(Phase(0.0, 1, 64, 64), Phase(0.2, 1, 128, 128), Phase(0.5, 1, 256, 256)),
+    guidance=(GuidanceTerm("image", 1.0, _ANY_IMAGE),),
+)
+"""Stage 1 by any model of images; with no view of it that is told apart but by words, faces may come twice."""
+
 # --- Stage 2, as published -------------------------------------------------------------------------------------
 
 _VIDEO = DistillationConfig(
@@ -276,6 +291,20 @@ MODELSCOPE = replace(
     n_frames=16,
     phases=(Phase(0.0, 1, 64, 64), Phase(0.7, 1, 256, 256, displacement_tv=10.0)),
 )
+
+_ANY_VIDEO = DistillationConfig(
+    guidance_scale=25.0,  # where CHORD begins with Wan
+    # motion is decided at high noise, and lower noise prefers stillness: stay high for long, from much to less
+    min_noise=Schedule(0.97, 0.3),
+    max_noise=Schedule(0.98, 0.7),
+)
+MODEL_VIDEO = replace(
+    ZEROSCOPE,
+    name="model-video",
+    n_frames=17,  # replaced by what the model wants
+    guidance=(GuidanceTerm("video", 1.0, _ANY_VIDEO),),
+)
+"""Stage 2 by any model of videos."""
 
 # --- The toy size ----------------------------------------------------------------------------------------------
 
@@ -390,11 +419,13 @@ TOY_PERSONALISED = replace(
 """The multi-view prior, which isn't told the subject's word, leads the shape, the image prior the colours; more
 guidance of the latter would overdraw what it learnt from four images."""
 
-STATIC_RECIPES = {recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, TOY_PERSONALISED)}
+STATIC_RECIPES = {
+    recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, MODEL_IMAGE, TOY_PERSONALISED)
+}
 """Stage 1 from a sentence."""
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
 """Stage 1 from an image."""
-MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE)}
+MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE, MODEL_VIDEO)}
 
 
 def shipped_recipe(recipe: StaticRecipe | MotionRecipe) -> StaticRecipe | MotionRecipe | None:

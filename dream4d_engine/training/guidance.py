@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,14 @@ Handles = Mapping[PriorKind, PriorHandle]
 def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
     """The terms of a recipe that take part, and so need a model."""
     return [term for term in recipe.guidance if term.weight]
+
+
+def with_frames_of(recipe: StaticRecipe | MotionRecipe, handles: Handles) -> StaticRecipe | MotionRecipe:
+    """Return the recipe with as many frames in a take as its prior must have, in order: nothing is interpolated."""
+    wanted = {handle.n_frames for handle in handles.values() if handle.n_frames is not None}
+    if len(wanted) > 1:
+        raise ValueError(f"the priors want takes of {' and '.join(map(str, sorted(wanted)))} frames: they must agree")
+    return replace(recipe, **{recipe.group_field: wanted.pop()}) if wanted else recipe
 
 
 def load_guidance(

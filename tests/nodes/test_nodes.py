@@ -597,7 +597,7 @@ def test_there_are_two_languages_that_the_server_hands_out(server):
         assert told[language]["nodeDefs"] == locale(language, "nodeDefs")
 
 
-def test_every_node_has_a_help_page_with_a_image(schemas, server):
+def test_every_node_has_a_help_page_with_an_image(schemas, server):
     shown = set()
     for name in schemas:
         text = server.read(f"/extensions/dream4d/docs/{name}.md").decode()

@@ -567,7 +567,7 @@ def image_nodes(file: str, **changes) -> dict:
     return graph | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
 
 
-def test_a_scene_from_a_image(server):
+def test_a_scene_from_an_image(server):
     text = server.run(image_nodes(image_file(server, "cut_out.png")))["8"]["text"][0]
     assert "still scene" in text and "recipe toy-image" in text
 

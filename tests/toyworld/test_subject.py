@@ -75,7 +75,7 @@ def test_parts_are_found_where_the_result_stands():
     assert likeness(moved).right == 8
 
 
-def test_aligning_brings_a_image_over_the_truth():
+def test_aligning_brings_an_image_over_the_truth():
     color, opacity = frames_of(subject_renderer, orbit(3, 48, 48))
     shifted = torch.roll(color, (4, -6), (1, 2)), torch.roll(opacity, (4, -6), (1, 2))
     again, covered, iou = align(*shifted, opacity)

@@ -86,7 +86,7 @@ def test_the_object_is_there_after_a_bit_more_than_half_of_the_steps():
     assert found.iou > 0.75
 
 
-def test_a_image_becomes_the_moving_object_that_it_shows():
+def test_an_image_becomes_the_moving_object_that_it_shows():
     """With half of the steps; the whole ones are in the toy models' README."""
     caption = "an orange cone is sliding"
     recipe, motion = replace(TOY_IMAGE, steps=120), replace(TOY_MOTION, steps=120)

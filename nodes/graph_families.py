@@ -1,0 +1,157 @@
+"""What is known of the model families that ComfyUI's loaders give: what they make, at which sizes, with which noise.
+
+Read from the live objects (classes of `comfy.model_base`, `comfy.model_sampling`), so that whatever stands before us in
+the graph (a LoRA, another model sampling, another precision) is taken as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_sampling as sampling
+
+from ..dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
+from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.handle import PriorKind
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one class."""
+
+    name: str
+    kind: PriorKind
+    size: tuple[int, int]  # (height, width) that is asked for where nobody says another, pixels
+    trained_at: str  # in words
+    multiple: int = 16  # of both sides
+    n_frames: int | None = None  # where nobody says another number
+    frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
+
+
+# 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
+FAMILIES: dict[str, Family] = {
+    "BaseModel": Family("Stable Diffusion 1 or 2", "image", (512, 512), "512x512, or 768x768 for version 2 with v", 8),
+    "SDXL": Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8),
+    "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
+    "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
+    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4),
+    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8),
+    "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
+}
+_NOT_SO = {
+    "SDXLRefiner": "a refiner, which only finishes images of another model",
+    "SD15_instructpix2pix": "made for editing images",
+    "SDXL_instructpix2pix": "made for editing images",
+    "Lotus": "a model of depth",
+    "Stable_Zero123": "a model of novel views: connect it to Novel-View Prior from Model",
+    "SV3D_u": "a model of novel views: connect it to Novel-View Prior from Model",
+    "SV3D_p": "a model of novel views: connect it to Novel-View Prior from Model",
+    "SVD_img2vid": "made to continue an image, and is told no words",
+    "HunyuanVideoI2V": "made to continue an image",
+    "HunyuanVideoSkyreelsI2V": "made to continue an image",
+    "SD21UNCLIP": "told images, not words",
+    "SD_X4Upscaler": "an upscaler",
+    "LTXAV": "a model of sound and video together",
+}
+
+
+def family_of(model: Any, kind: PriorKind) -> Family:
+    """Return the family of a MODEL that makes priors of this kind. PriorError with the reason where none does."""
+    base = getattr(model, "model", None)
+    if base is None or not hasattr(base, "model_sampling") or not hasattr(base, "latent_format"):
+        wrapper = type(base if base is not None else model).__name__
+        raise PriorError(
+            f"the model comes in a wrapper ({wrapper}) that doesn't say its noise levels (model_sampling) or its "
+            "latents (latent_format): load it with one of ComfyUI's own loaders"
+        )
+    name = type(base).__name__
+    if name in _NOT_SO:
+        raise PriorError(f"the model ({name}) is {_NOT_SO[name]}")
+    family = FAMILIES.get(name)
+    if family is None:
+        known = ", ".join(f.name for f in FAMILIES.values() if f.kind == kind)
+        raise PriorError(
+            f"models of the class {name} are not among those that have been tried as {kind} priors: {known}"
+        )
+    if family.kind != kind:
+        raise PriorError(
+            f"{family.name} makes {family.kind}s: connect it to {family.kind.title()} Prior from Model, and a model of "
+            f"{kind}s here"
+        )
+    return family
+
+
+def noise_schedule(model: Any) -> NoiseSchedule:
+    """Return the noise levels of a MODEL as shares of its own schedule; PriorError where they have another form."""
+    levels = model.get_model_object("model_sampling")
+    if isinstance(levels, sampling.CONST):
+        if getattr(levels, "noise_scale", 1.0) != 1.0:
+            raise PriorError(f"the model's noise is scaled by {levels.noise_scale:g}: that has not been tried")
+        if isinstance(levels, sampling.ModelSamplingAV):
+            raise PriorError("the model has noise levels for sound and video together: that has not been tried")
+        if isinstance(levels, sampling.ModelSamplingFlux):
+            # e^mu / (e^mu + 1 / t - 1) is the shift by e^mu
+            return rectified_flow(math.exp(levels.shift))
+        if isinstance(levels, sampling.ModelSamplingDiscreteFlow):
+            return rectified_flow(levels.shift)
+    elif isinstance(levels, sampling.ModelSamplingDiscrete) and not isinstance(levels, sampling.StableCascadeSampling):
+        if isinstance(levels, sampling.EPS) and not isinstance(levels, sampling.EDM | sampling.IMG_TO_IMG):
+            return variance_preserving(1 / (1 + levels.sigmas.detach().clone().double().cpu() ** 2))
+    raise PriorError(
+        f"the model's noise levels are of the class {type(levels).__name__}: known are those of discrete eps and v "
+        "models and of rectified flows"
+    )
+
+
+def is_flow(model: Any) -> bool:
+    """Whether the model sees (1 - t) z + t eps, at times t = sigma / (1 + sigma)."""
+    return isinstance(model.get_model_object("model_sampling"), sampling.CONST)
+
+
+def check_vae(model: Any, vae: Any, family: Family) -> None:
+    """Refuse an autoencoder that another family's latents are for, with what is wrong."""
+    latents = model.model.latent_format
+    if getattr(vae, "first_stage_model", None) is None:
+        raise PriorError("the VAE holds no autoencoder: connect the one that belongs to the model")
+    channels, dimensions = latents.latent_channels, latents.latent_dimensions
+    if vae.latent_channels != channels or (vae.latent_dim == 3) != (dimensions == 3):
+        what = {2: "images", 3: "videos"}
+        raise PriorError(
+            f"the VAE ({type(vae.first_stage_model).__name__}) has {vae.latent_channels} channels for "
+            f"{what.get(vae.latent_dim, 'something else')}, {family.name} reads {channels} of {what[dimensions]}: "
+            "connect the VAE that belongs to the model"
+        )
+    ratio = vae.downscale_ratio[1] if isinstance(vae.downscale_ratio, tuple) else vae.downscale_ratio
+    if ratio != latents.spacial_downscale_ratio:
+        raise PriorError(
+            f"the VAE makes images {ratio} times smaller, {family.name} reads latents that are "
+            f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
+        )
+
+
+def check_clip(model: Any, clip: Any, family: Family) -> None:
+    """Refuse a text encoder of another family."""
+    if getattr(clip, "tokenizer", None) is None:
+        raise PriorError("the CLIP holds no text encoder: connect the one that belongs to the model")
+    wanted = model.model.model_config.clip_target({}).tokenizer
+    if not isinstance(clip.tokenizer, wanted):
+        raise PriorError(
+            f"the CLIP splits words for another model ({type(clip.tokenizer).__name__}), {family.name} reads those "
+            f"of {wanted.__name__}: connect the CLIP that belongs to the model, loaded with its type"
+        )
+
+
+def fitting_size(family: Family, height: int, width: int) -> tuple[int, int]:
+    """Return the nearest size that the family's models take; 0 stands for the family's own."""
+    given = (height or family.size[0], width or family.size[1])
+    return tuple(max(family.multiple, round(side / family.multiple) * family.multiple) for side in given)
+
+
+def fitting_frames(family: Family, n_frames: int) -> int | None:
+    """Return the nearest number of frames that the family's models take; 0 stands for the family's own."""
+    if family.n_frames is None:
+        return None
+    steps = max(1, round(((n_frames or family.n_frames) - 1) / family.frame_step))
+    return steps * family.frame_step + 1

@@ -1,0 +1,141 @@
+"""Nodes that make priors of the graph's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
+
+from .checks import check_ranges
+from .graph_families import (
+    FAMILIES,
+    Family,
+    check_clip,
+    check_vae,
+    family_of,
+    fitting_frames,
+    fitting_size,
+    noise_schedule,
+)
+from .graph_prior import GraphPrior
+from .session import say_on_node
+from .sockets import CATEGORY, PriorPort
+
+_MOST_SIDE, _MOST_FRAMES = 2048, 257
+
+
+def _known(kind: str) -> str:
+    return ", ".join(family.name for family in FAMILIES.values() if family.kind == kind)
+
+
+def _sockets(kind: str) -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip=f"Of {_known(kind)}; with whatever LoRA or model sampling stands before it."),
+        io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It encodes the prompts once."),
+        io.Vae.Input("vae", tooltip="The autoencoder that belongs to the model, or a tiny one of its latents."),
+    ]
+
+
+def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
+    return [
+        io.Int.Input(
+            name,
+            default=0,
+            min=0,
+            max=_MOST_SIDE,
+            step=8,
+            advanced=True,
+            tooltip=f"{name.capitalize()} in pixels that the model sees; 0 chooses one that today's cards can bear. "
+            "The nearest that the model takes is used, and said.",
+        )
+        for name in names
+    ]
+
+
+def _make(kind: str, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
+    """Look at what is connected, and say what is made of it."""
+    family = family_of(model, kind)
+    noise_schedule(model)
+    check_vae(model, vae, family)
+    check_clip(model, clip, family)
+    size, n_frames = fitting_size(family, height, width), fitting_frames(family, frames)
+    say_on_node(_statement(family, size, n_frames), node_id)
+    return io.NodeOutput(GraphPrior(family, model, clip, vae, size, n_frames))
+
+
+def _statement(family: Family, size: tuple[int, int], n_frames: int | None) -> str:
+    shown = f"{size[1]}x{size[0]}" + ("" if n_frames is None else f", {n_frames} frames")
+    return f"{family.name} sees {shown} (it was trained on {family.trained_at})"
+
+
+class ImagePriorFromModel(io.ComfyNode):
+    """An image prior of the graph's models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DImagePriorFromModel",
+            display_name="Image Prior from Model",
+            category=f"{CATEGORY}/priors",
+            description=f"Makes an image prior of a model that ComfyUI has loaded ({_known('image')}), for Optimize "
+            "Static Scene: recipe model-image, or beside a multi-view prior in text-to-3d.",
+            search_aliases=["dream4d model", "sdxl prior", "flux prior", "native model"],
+            inputs=[*_sockets("image"), *_sides()],
+            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuse sizes out of the range."""
+        return check_ranges(cls, width=width, height=height)
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int) -> io.NodeOutput:
+        """Wrap the three."""
+        return _make("image", model, clip, vae, width, height, 0, cls.hidden.unique_id)
+
+
+class VideoPriorFromModel(io.ComfyNode):
+    """A video prior of the graph's models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DVideoPriorFromModel",
+            display_name="Video Prior from Model",
+            category=f"{CATEGORY}/priors",
+            description=f"Makes a video prior of a model that ComfyUI has loaded ({_known('video')}), for Animate "
+            "Scene: recipe model-video.",
+            search_aliases=["dream4d model", "wan prior", "ltx prior", "native model"],
+            inputs=[
+                *_sockets("video"),
+                *_sides(),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=_MOST_FRAMES,
+                    advanced=True,
+                    tooltip="Frames of a take; 0 chooses a number that today's cards can bear. The nearest that the "
+                    "autoencoder takes (4n+1, or 8n+1) is used, and said.",
+                ),
+            ],
+            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, width: int | None = None, height: int | None = None, frames: int | None = None
+    ) -> bool | str:
+        """Refuse sizes out of the range."""
+        return check_ranges(cls, width=width, height=height, frames=frames)
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int) -> io.NodeOutput:
+        """Wrap the three."""
+        return _make("video", model, clip, vae, width, height, frames, cls.hidden.unique_id)

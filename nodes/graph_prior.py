@@ -1,0 +1,294 @@
+"""A prior made of ComfyUI's MODEL, CLIP and VAE: what its nodes have loaded and changed, asked as our denoisers are.
+
+Loading, patches, number formats and what lies where stay ComfyUI's; the autoencoder alone is copied, because gradients
+go through it, and ComfyUI's weights are made for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management as management
+import comfy.sampler_helpers as helpers
+import comfy.samplers as samplers
+import torch
+from comfy.model_patcher import create_model_options_clone
+from torch import Tensor
+
+from ..dream4d_engine.cameras import CameraBatch
+from ..dream4d_engine.guidance.denoiser import Conditions
+from ..dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from ..dream4d_engine.guidance.execution import Execution
+from ..dream4d_engine.guidance.noise import NoiseSchedule
+from ..dream4d_engine.guidance.prompts import NEGATIVE_PROMPT, view_index, view_prompts, without_word
+from ..dream4d_engine.priors.conditioning import check_prompt
+from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.files import digest
+from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
+from ..dream4d_engine.priors.networks.execution import Runtime, in_slices
+from .graph_encoder import Encoder
+from .graph_families import Family, is_flow, noise_schedule
+
+_SAMPLED, _NUMBERS = 64, 64
+"""Tensors that a fingerprint looks at, and numbers of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphPrior:
+    """What a graph's nodes have loaded, as a PriorHandle."""
+
+    family: Family
+    model: Any  # MODEL
+    clip: Any  # CLIP
+    vae: Any  # VAE
+    size: tuple[int, int]  # (height, width), pixels
+    n_frames: int | None
+    name: str = field(init=False)
+    kind: PriorKind = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.family.name)
+        object.__setattr__(self, "kind", self.family.kind)
+
+    def fingerprint(self) -> str:
+        """Change when weights, patches, noise levels or sizes do; a sample of the numbers is looked at."""
+        schedule = noise_schedule(self.model)
+        levels = schedule.sigma_of(torch.linspace(0.1, 0.9, 5))
+        parts = [
+            type(self.model.model).__name__,
+            levels.tolist(),
+            self.size,
+            self.n_frames,
+            _sample(self.model.model.state_dict()),
+            _sample(_tensors("", self.model.patches)),
+            _sample(self.clip.cond_stage_model.state_dict()),
+            _sample(_tensors("", self.clip.patcher.patches)),
+            _sample(self.vae.first_stage_model.state_dict()),
+        ]
+        return digest(parts)
+
+    def n_bytes(self) -> int:
+        """Size of the model's weights."""
+        return int(self.model.model_size())
+
+    def describe(self) -> str:
+        """What the model is."""
+        return f"{self.name} ({type(self.model.model).__name__}) from ComfyUI's nodes"
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse an empty prompt."""
+        check_prompt(self.name, None, prompt)
+
+    def load(self, runtime: Runtime) -> Prior:
+        """Prepare the model to be asked, and copy its autoencoder."""
+        encoder = Encoder.copied(self.vae, self.model.model.latent_format)
+        live = LiveModel(self.model, runtime.device)
+        denoiser = GraphDenoiser(
+            live, encoder, self.size, self.n_frames, noise_schedule(self.model), is_flow(self.model), Execution()
+        )
+
+        def guide(
+            prompt: str, negative: str | None, config: DistillationConfig, reference: ReferenceView | None = None
+        ) -> Guidance:
+            return _guidance(self, denoiser, prompt, negative, config)
+
+        return Prior(self.name, self.kind, guide, None, (encoder.network,), live.release)
+
+
+def _sample(state: dict[str, Any]) -> list:
+    """Names and a few numbers of a few tensors, evenly spread."""
+    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and value.numel())
+    found = []
+    for name in names[:: max(1, len(names) // _SAMPLED)]:
+        numbers = state[name].detach().flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
+        found.append([name, list(state[name].shape), numbers])
+    return [len(names), found]
+
+
+def _tensors(name: str, tree: Any) -> dict[str, Any]:
+    """Every tensor and number of a tree of containers and adapters, by a name that says where it is."""
+    if isinstance(tree, Tensor):
+        return {name: tree}
+    if isinstance(tree, int | float) and not isinstance(tree, bool):
+        return {name: torch.tensor([float(tree)])}
+    if isinstance(tree, dict):
+        children = ((str(key), value) for key, value in tree.items())
+    elif isinstance(tree, list | tuple):
+        children = ((str(index), value) for index, value in enumerate(tree))
+    elif hasattr(tree, "weights"):  # an adapter of ComfyUI
+        children = (("weights", tree.weights),)
+    else:
+        return {}
+    found: dict[str, Any] = {}
+    for key, value in children:
+        found |= _tensors(f"{name}.{key}", value)
+    return found
+
+
+class LiveModel:
+    """A MODEL between being prepared for sampling and cleaned up: what a sampler does around its steps."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.patcher, self.device = model, device
+        self.options = create_model_options_clone(model.model_options)
+        self.options.setdefault("transformer_options", {})
+        self.table: list[dict] = []  # what the model can be told, one for each prompt
+        self._extra: list[Any] | None = None
+
+    def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:
+        """Prepare CONDITIONINGs, one for each prompt, for latents of this shape [1, c, ...], and load the model."""
+        for conditioning in conditionings:
+            if len(conditioning) != 1 or any(k in conditioning[0][1] for k in ("control", "area", "mask", "hooks")):
+                raise PriorError(
+                    "the prompt's conditioning has parts (areas, controls, schedules): none of them apply here"
+                )
+        with torch.inference_mode():
+            conds = {"positive": [helpers.convert_cond(c)[0] for c in conditionings]}
+            helpers.prepare_model_patcher(self.patcher, conds, self.options)
+            base, conds, self._extra = helpers.prepare_sampling(self.patcher, shape, conds, self.options)
+            samplers.cast_to_load_options(self.options, device=self.device, dtype=self.patcher.model_dtype())
+            self.patcher.pre_run()
+            noise = torch.zeros(shape, device=self.device)
+            self.table = samplers.process_conds(base, noise, conds, self.device, noise, None, 0)["positive"]
+        if any("c_concat" in cond["model_conds"] for cond in self.table):
+            raise PriorError(
+                f"the model ({type(base).__name__}) wants an image beside its words (inpainting, editing or image to "
+                "video): connect one that is told words alone"
+            )
+
+    def predict(self, x: Tensor, level: Tensor, rows: Tensor) -> Tensor:
+        """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], told the table's rows [n]."""
+        wanted = rows.tolist()
+        with torch.inference_mode():
+            # somebody else may have been given its place since
+            management.load_models_gpu([self.patcher, *(self._extra or [])], self._memory(x.shape))
+            merged = _merged([self.table[row] for row in wanted])
+            if merged is not None:
+                found = samplers.calc_cond_batch(self.patcher.model, [[merged]], x, level, self.options)[0]
+            else:
+                found = torch.empty_like(x)
+                for row in dict.fromkeys(wanted):
+                    mine = rows == row
+                    told = [[self.table[row]]]
+                    found[mine] = samplers.calc_cond_batch(
+                        self.patcher.model, told, x[mine], level[mine], self.options
+                    )[0]
+        return found.clone().float()  # outside of inference mode a clone is an ordinary tensor
+
+    def _memory(self, shape: Sequence[int]) -> float:
+        return self.patcher.model.memory_required(list(shape))
+
+    def release(self) -> None:
+        """Clean up as a sampler does at its end."""
+        if self._extra is None:
+            return
+        self.patcher.cleanup()
+        helpers.cleanup_models({}, self._extra)
+        samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+        self.patcher.restore_hook_patches()
+        self.table, self._extra = [], None
+
+
+def _merged(conds: list[dict]) -> dict | None:
+    """One condition for a batch, whose samples are told different things; None where these can't be stacked."""
+    first = conds[0]
+    if all(cond is first for cond in conds):
+        return first
+    together: dict[str, Any] = {}
+    for key, value in first["model_conds"].items():
+        each = [cond["model_conds"].get(key) for cond in conds]
+        tensors = [getattr(one, "cond", None) for one in each]
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == 1 for t in tensors):
+            if all(_same(one, value) for one in each):
+                together[key] = value
+                continue
+            return None
+        if len({t.shape for t in tensors}) > 1:
+            return None
+        together[key] = type(value)(torch.cat(tensors))
+    if any(cond["model_conds"].keys() != together.keys() for cond in conds):
+        return None
+    return {**first, "model_conds": together}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is not None and type(one) is type(other) and one.can_concat(other)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphDenoiser:
+    """A MODEL and a private copy of its autoencoder as a Denoiser (see guidance/denoiser.py).
+
+    What it is told, `Conditions.tokens` [B, F, 1, 1], are rows of the live model's table: a prompt's embeddings, pooled
+    outputs, masks and the like travel there in whatever form the family needs them.
+    """
+
+    live: LiveModel
+    encoder: Encoder
+    image_size: tuple[int, int]
+    n_frames: int | None
+    noise: NoiseSchedule
+    flow: bool
+    execution: Execution
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
+        if self.encoder.of_videos:
+            checkpointed = self.execution.images_kept is not None
+            videos = [self.encoder.encode(one, checkpointed) for one in images.movedim(1, 2).split(1)]
+            return torch.cat(videos).movedim(2, 1)
+        z = in_slices(self.encoder.encode, images.flatten(0, 1), self.execution)
+        return z.unflatten(0, images.shape[:2])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode to [B, F, 3, H, W] in [0, 1]."""
+        if self.encoder.of_videos:
+            return torch.cat([self.encoder.decode(one) for one in z.movedim(1, 2).split(1)]).movedim(2, 1)
+        return in_slices(self.encoder.decode, z.flatten(0, 1), self.execution).unflatten(0, z.shape[:2])
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """Predict z from x = z + sigma * eps, [B, f, c, h, w]; sigma [B]."""
+        sigma = sigma.to(x.device).float()
+        rows = conditions.tokens[:, 0, 0, 0].long().cpu()  # of a take: what its first frame is told
+        noisy, level = x.float(), sigma
+        if self.flow:  # (1 - t) z + t eps with t = sigma / (1 + sigma)
+            noisy, level = noisy / (1 + sigma)[:, None, None, None, None], sigma / (1 + sigma)
+        noisy = noisy.movedim(1, 2) if self.encoder.of_videos else noisy[:, 0]
+        at_once = self.execution.groups_at_once or len(x)
+        pieces = zip(noisy.split(at_once), level.split(at_once), rows.split(at_once), strict=True)
+        x0 = torch.cat([self.live.predict(*piece) for piece in pieces])
+        return x0.movedim(2, 1) if self.encoder.of_videos else x0[:, None]
+
+    def run_as(self, execution: Execution) -> GraphDenoiser:
+        """Return the same, run in this way; where the model's weights lie is ComfyUI's affair."""
+        return replace(self, execution=execution)
+
+    def forget(self) -> None:
+        """Nothing refers to places of weights."""
+
+
+def _guidance(
+    prior: GraphPrior, denoiser: GraphDenoiser, prompt: str, negative: str | None, config: DistillationConfig
+) -> Guidance:
+    """Encode the prompts of all views once; CLIP may leave afterwards."""
+    if config.perp_neg:
+        raise PriorError(
+            f"perp-neg mixes the words of views, which {prior.name} from ComfyUI's nodes can't: turn it off"
+        )
+    prompt = prompt if prior.kind == "image" else without_word(prompt)
+    prior.check_prompt(prompt)
+    texts = (*view_prompts(prompt), NEGATIVE_PROMPT if negative is None else negative)
+    with torch.inference_mode():
+        told = [prior.clip.encode_from_tokens_scheduled(prior.clip.tokenize(text)) for text in texts]
+    denoiser.live.tell(told, denoiser.encoder.latent_shape(prior.size, prior.n_frames))
+    avoided = len(texts) - 1
+
+    def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
+        view = view_index(cameras.azimuth, cameras.elevation)
+        rows = view[..., None, None].float()
+        return Conditions(rows), Conditions(torch.full_like(rows, avoided))
+
+    return Guidance(prior.name, denoiser, conditions, config)
