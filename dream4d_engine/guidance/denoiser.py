@@ -31,11 +31,13 @@ class Conditions:
         tokens: [B, F, L, D] what the cross-attention reads (text or image tokens).
         vector: [B, F, K] what is added to the time embedding (a camera, a frame's time), or None.
         concat: [B, F, c, h, w] extra input channels, or None.
+        mask: [B, F, L], 1 where a token is one and 0 where it only fills up, or None.
     """
 
     tokens: Tensor
     vector: Tensor | None = None
     concat: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Denoiser(Protocol):

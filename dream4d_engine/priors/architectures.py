@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from ..cameras import CameraBatch
 from ..guidance.denoiser import Conditions
 from ..guidance.distillation import DistillationConfig, Guidance
-from ..guidance.noise import variance_preserving
+from ..guidance.noise import rectified_flow, variance_preserving
 from .conditioning import camera_vector
+from .errors import PriorError
 from .formats.tiny_vae import TinyVAE
-from .loading import PriorError, PriorKind
+from .handle import PriorKind
 from .networks.denoisers import PredictionType, UNetDenoiser, prepared
 from .networks.execution import Runtime
+from .networks.transformers import TransformerDenoiser
 from .networks.view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
@@ -68,24 +70,20 @@ _SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A diffusion model without its weights.
-
-    Args:
-        unet: the configuration of `unet_class`, as the published folder has it. noise: of the training schedule.
-        n_tokens, token_width: of the text or image embedding. n_frames, image_size: see UNetDenoiser.
-        has_vae: it works on the latents of Stable Diffusion's VAE. n_concat: further input channels.
-    """
+    """A diffusion model without its weights."""
 
     name: str
     kind: PriorKind
-    unet: Mapping[str, Any]
-    image_size: tuple[int, int]
-    token_width: int
+    unet: Mapping[str, Any]  # the configuration of `unet_class`, as the published folder has it
+    image_size: tuple[int, int]  # (height, width), pixels
+    token_width: int  # of the text or image embedding
     n_tokens: int = 77
-    n_frames: int | None = None
+    n_frames: int | None = None  # of a group; None for single images
     unet_class: str = "UNet2DConditionModel"
-    has_vae: bool = True
-    n_concat: int = 0
+    has_vae: bool = True  # it works on latents: those of Stable Diffusion's VAE, or of `vae_class`
+    n_concat: int = 0  # further input channels
+    vector_width: int = 0  # of pooled words
+    vae_class: str | None = None  # of a flow's autoencoder of videos, with its own defaults
     noise: Mapping[str, Any] = field(default_factory=lambda: _SD_NOISE)
     prediction_type: PredictionType = "epsilon"
 
@@ -128,8 +126,56 @@ ZEROSCOPE_V2 = Architecture(
 )
 MODELSCOPE_17B = replace(ZEROSCOPE_V2, name="ModelScope 1.7b", image_size=(256, 256), n_frames=16)
 
+SDXL = Architecture(
+    name="Stable Diffusion XL",
+    kind="image",
+    unet={
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    image_size=(512, 512),
+    token_width=2048,
+    vector_width=1280,
+)
+WAN_13B = Architecture(
+    name="Wan 2.1 1.3B",
+    kind="video",
+    unet={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    image_size=(320, 576),
+    token_width=4096,
+    n_tokens=512,
+    n_frames=17,
+    unet_class="WanTransformer3DModel",
+    vae_class="AutoencoderKLWan",
+    noise={"shift": 8.0},
+)
+LTX_2B = Architecture(
+    name="LTX-Video 2B",
+    kind="video",
+    unet={},
+    image_size=(320, 576),
+    token_width=4096,
+    n_tokens=128,
+    n_frames=25,
+    unet_class="LTXVideoTransformer3DModel",
+    vae_class="AutoencoderKLLTXVideo",
+    noise={"shift": 2.37},
+)
+BY_FLAG = {"sdxl": SDXL, "wan-1.3b": WAN_13B, "ltx-2b": LTX_2B}
+"""Of today's models, by what `bench --models` calls them."""
+
 ARCHITECTURES: dict[str, Architecture] = {
-    a.name: a for a in (MVDREAM, STABLE_DIFFUSION, ZERO123_XL, IF_XL, ZEROSCOPE_V2, MODELSCOPE_17B)
+    a.name: a
+    for a in (MVDREAM, STABLE_DIFFUSION, SDXL, ZERO123_XL, IF_XL, ZEROSCOPE_V2, MODELSCOPE_17B, WAN_13B, LTX_2B)
 }
 _OF_KIND = {a.kind: a for a in (MVDREAM, STABLE_DIFFUSION, ZERO123_XL, IF_XL, ZEROSCOPE_V2)}
 
@@ -179,8 +225,10 @@ def random_vae(kind: VaeKind, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 def random_denoiser(
     architecture: Architecture, device: torch.device, dtype: torch.dtype, vae: VaeKind = "full"
-) -> UNetDenoiser:
+) -> UNetDenoiser | TransformerDenoiser:
     """Build a denoiser of this architecture with random weights."""
+    if architecture.vae_class is not None:
+        return _random_flow(architecture, device, dtype)
     from diffusers import DDPMScheduler
 
     unet = random_network(architecture.unet_class, architecture.unet, device, dtype)
@@ -199,13 +247,29 @@ def random_denoiser(
     )
 
 
+def _random_flow(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> TransformerDenoiser:
+    # flows are made for bfloat16: in half precision their activations overflow
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    return TransformerDenoiser(
+        transformer=random_network(architecture.unet_class, architecture.unet, device, dtype),
+        vae=random_network(architecture.vae_class, {}, device, dtype),
+        noise=rectified_flow(**architecture.noise),
+        image_size=architecture.image_size,
+        n_frames=architecture.n_frames,
+        device=device,
+    )
+
+
 def random_conditions(
-    architecture: Architecture, denoiser: UNetDenoiser, seed: int = 0
+    architecture: Architecture, denoiser: UNetDenoiser | TransformerDenoiser, seed: int = 0
 ) -> Callable[[CameraBatch], tuple[Conditions, Conditions]]:
     """Return what gives (text, negative) conditions of the right shapes, random, the same for every camera."""
     generator = torch.Generator().manual_seed(seed)
     width, (height, wide) = architecture.token_width, architecture.image_size
     tokens = torch.randn(2, architecture.n_tokens, width, generator=generator).to(denoiser.device)
+    pooled = None
+    if architecture.vector_width:
+        pooled = torch.randn(architecture.vector_width, generator=generator).to(denoiser.device)
     beside = None
     if architecture.n_concat:
         beside = torch.randn(architecture.n_concat, height // 8, wide // 8, generator=generator).to(denoiser.device)
@@ -214,9 +278,14 @@ def random_conditions(
         vector = camera_vector(cameras).to(denoiser.device) if architecture.kind == "multiview" else None
         shape = cameras.shape
         concat = None if beside is None else beside.expand(*shape, -1, -1, -1)
+        if pooled is not None:
+            vector = pooled.expand(*shape, -1)
+        mask = None
+        if architecture.vae_class is not None:
+            mask = torch.ones(*shape, architecture.n_tokens, device=denoiser.device)
 
         def told(row: Tensor) -> Conditions:
-            return Conditions(row.expand(*shape, -1, -1), vector, concat)
+            return Conditions(row.expand(*shape, -1, -1), vector, concat, mask)
 
         return told(tokens[0]), told(tokens[1])
 
@@ -232,4 +301,8 @@ def random_guidance(
     """Return the guidance by a model of this architecture with random weights and embeddings."""
     denoiser = random_denoiser(architecture, runtime.device, runtime.dtype, vae)
     conditions = random_conditions(architecture, denoiser)
-    return Guidance(architecture.name, prepared(denoiser, runtime), conditions, config)
+    if isinstance(denoiser, UNetDenoiser):
+        denoiser = prepared(denoiser, runtime)
+    elif runtime.accelerated:
+        denoiser = replace(denoiser, capture=runtime.capture)
+    return Guidance(architecture.name, denoiser, conditions, config)

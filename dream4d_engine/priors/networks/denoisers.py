@@ -151,11 +151,18 @@ class UNetDenoiser:
         if is_3d(self.unet):
             output = self.unet(noisy.transpose(1, 2), timestep, tokens[:, 0], return_dict=False)[0]
             return output.transpose(1, 2)
+        vector = None if vector is None else vector.flatten(0, 1)
+        added = None
+        if getattr(self.unet.config, "addition_embed_type", None) == "text_time":  # Stable Diffusion XL
+            # (height, width) of the original, its cut-out's corner, and the target's size: 2307.01952, section 2.2
+            sizes = noisy.new_tensor([[*self.image_size, 0, 0, *self.image_size]])
+            added, vector = {"text_embeds": vector, "time_ids": sizes.expand(len(vector), -1)}, None
         output = self.unet(
             noisy.flatten(0, 1),
             timestep.repeat_interleave(n_frames),
             tokens.flatten(0, 1),
-            class_labels=None if vector is None else vector.flatten(0, 1),
+            class_labels=vector,
+            added_cond_kwargs=added,
             cross_attention_kwargs={"n_views": n_frames} if self.group_attention else None,
             return_dict=False,
         )[0]

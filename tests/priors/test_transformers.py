@@ -1,0 +1,101 @@
+"""Flow models of videos: their encoders, their velocities and what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dream4d_engine.cameras import make_cameras
+from dream4d_engine.guidance.denoiser import Conditions
+from dream4d_engine.guidance.distillation import DistillationConfig, distill
+from dream4d_engine.guidance.execution import Execution
+from dream4d_engine.guidance.noise import rectified_flow
+from dream4d_engine.priors import architectures
+from dream4d_engine.priors.networks.execution import Runtime
+from dream4d_engine.priors.networks.transformers import TransformerDenoiser
+from dream4d_engine.randomness import Draw
+from dream4d_engine.schedules import constant
+
+CPU = torch.device("cpu")
+TRANSFORMERS = {
+    "WanTransformer3DModel": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1}
+    | {"text_dim": 16, "freq_dim": 32},
+    "LTXVideoTransformer3DModel": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    | {"caption_channels": 16, "cross_attention_dim": 16},
+}
+VAES = {
+    "AutoencoderKLWan": {"base_dim": 8, "z_dim": 16},
+    "AutoencoderKLLTXVideo": {"block_out_channels": (8, 8, 16, 16), "decoder_block_out_channels": (8, 8, 16, 16)}
+    | {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5},
+}
+SIZES = {"WanTransformer3DModel": (32, 48), "LTXVideoTransformer3DModel": (64, 96)}
+
+
+@pytest.fixture(params=["WanTransformer3DModel", "LTXVideoTransformer3DModel"])
+def denoiser(request) -> TransformerDenoiser:
+    vae = "AutoencoderKLWan" if request.param.startswith("Wan") else "AutoencoderKLLTXVideo"
+    return TransformerDenoiser(
+        architectures.random_network(request.param, TRANSFORMERS[request.param], CPU, torch.float32),
+        architectures.random_network(vae, VAES[vae], CPU, torch.float32),
+        rectified_flow(3.0),
+        SIZES[request.param],
+        n_frames=9,
+    )
+
+
+def told(n: int) -> Conditions:
+    tokens = torch.randn(n, 1, 7, 16, generator=torch.Generator().manual_seed(5))
+    return Conditions(tokens.expand(-1, 9, -1, -1), mask=torch.ones(n, 9, 7))
+
+
+def test_videos_are_encoded_as_the_library_scales_them(denoiser):
+    images = torch.rand(2, 9, 3, *denoiser.image_size, generator=torch.Generator().manual_seed(1))
+    z = denoiser.encode(images)
+    vae, config = denoiser.vae, denoiser.vae.config
+    plain = vae.encode(2 * images.movedim(1, 2) - 1).latent_dist.mode()
+    of = config if "latents_mean" in config else vae
+    mean, deviation = (torch.as_tensor(v).view(1, -1, 1, 1, 1) for v in (of.latents_mean, of.latents_std))
+    # as WanPipeline and LTXPipeline prepare latents
+    expected = (plain - mean) * getattr(config, "scaling_factor", 1.0) / deviation
+    torch.testing.assert_close(z.movedim(1, 2), expected, rtol=1e-4, atol=1e-4)
+    assert z.shape[1] < 9, "frames are put together"
+    back = denoiser.decode(z)
+    assert back.shape == images.shape
+    torch.testing.assert_close(back, vae.decode(plain).sample.movedim(2, 1) / 2 + 0.5, rtol=1e-3, atol=1e-3)
+
+
+def test_the_velocity_becomes_the_clean_latents(denoiser):
+    z = torch.randn(2, *denoiser.encode(torch.rand(1, 9, 3, *denoiser.image_size)).shape[1:])
+    noise, sigma = torch.randn_like(z), torch.tensor([0.5, 4.0])
+    wide = sigma.view(-1, 1, 1, 1, 1)
+    time = wide / (1 + wide)
+    x = z + wide * noise
+    seen = (1 - time) * z + time * noise
+    given = told(2)
+    velocity = denoiser._forward(seen.movedim(1, 2), 1000 * time.flatten(), given.tokens[:, 0], given.mask[:, 0])
+    expected = seen - time * velocity.movedim(2, 1)
+    torch.testing.assert_close(denoiser.denoise(x, sigma, given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else(denoiser, monkeypatch):
+    architecture = replace(
+        architectures.WAN_13B, image_size=denoiser.image_size, n_frames=9, token_width=16, n_tokens=7
+    )
+    monkeypatch.setattr(architectures, "random_denoiser", lambda *_: denoiser)
+    config = DistillationConfig(25.0, constant(0.5), constant(0.9))
+    guidance = architectures.random_guidance(architecture, config, Runtime(CPU))
+    cameras = make_cameras(torch.zeros(1, 9), 0.2, 3.0, 0.7, torch.linspace(0, 1, 9)[None], *denoiser.image_size)
+    images = torch.rand(1, 9, 3, *denoiser.image_size).requires_grad_()
+    kept, gradients = [], []
+    for execution in (Execution(), Execution(images_kept=0)):
+        sizes: list[int] = []
+        way = replace(guidance, denoiser=denoiser.run_as(execution))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = distill(way, images, cameras, 0.5, Draw(0)).loss
+        kept.append(sum(sizes))
+        gradients.append(torch.autograd.grad(loss, images)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < 0.7 * kept[0], "what is kept for the backward pass"
