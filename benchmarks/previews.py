@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 
 import torch
-from test_nodes import part_of_the_pack
+from pack import part_of_the_pack
 
 from dream4d_engine.priors.loading import toy_folder
 from dream4d_engine.training.config import TOY_MOTION, TOY_STATIC

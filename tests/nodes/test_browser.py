@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pack import GROWN, HEAD, overlaps
 from places import TESTS
-from test_nodes import GROWN, HEAD, overlaps
 
 HERE = TESTS / "browser"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
