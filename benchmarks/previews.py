@@ -11,6 +11,7 @@ import io
 import time
 from dataclasses import replace
 
+import common  # noqa: F401  (finds the checkout and its tests)
 import torch
 from pack import part_of_the_pack
 
