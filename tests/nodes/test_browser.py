@@ -16,6 +16,7 @@ import pytest
 from pack import GROWN, HEAD, overlaps
 from places import TESTS
 
+pytestmark = pytest.mark.browser
 HERE = TESTS / "browser"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
