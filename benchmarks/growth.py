@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from steps import CUDA, DEVICE, milliseconds, moving_scene, static_scene, step_of, takes, views
+from common import CUDA, DEVICE, milliseconds, moving_scene, static_scene, step_of, takes, views
 
 from dream4d_engine.guidance.distillation import Guidance, distill
 from dream4d_engine.priors.architectures import ZEROSCOPE_V2, random_guidance

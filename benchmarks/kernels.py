@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from steps import CUDA, DEVICE, SHRINK, generator, milliseconds, moving_scene, recipe_take, static_scene, views
+from common import CUDA, DEVICE, SHRINK, generator, milliseconds, moving_scene, recipe_take, static_scene, views
 from torch import Tensor
 
 from dream4d_engine.cameras import CameraBatch

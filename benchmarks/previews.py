@@ -11,8 +11,9 @@ import io
 import time
 from dataclasses import replace
 
+import common  # noqa: F401  (finds the checkout and its tests)
 import torch
-from test_nodes import part_of_the_pack
+from pack import part_of_the_pack
 
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.priors.networks.execution import Runtime

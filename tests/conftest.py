@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and a closing line that says what was skipped and why."""
+"""What all tests share: one thread, marks, and a closing line that says what was skipped and why."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only get 
 def pytest_addoption(parser) -> None:
     """`--fuzz N` makes the tests that try files at random N times as long."""
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds of the fuzzing tests")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they need, where a fixture or the reason of a skip says it; see pyproject.toml."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+        if any(mark.kwargs.get("reason", "").startswith("no CUDA GPU") for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
+        if not any(item.get_closest_marker(name) for name in ("server", "browser", "gpu", "slow")):
+            item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 11))  # that all of the lowest versions have wheels for
 ROOM = 12 * 10**9
-TESTS = ("test_nodes.py", "test_folders.py", "test_folder_faults.py", "test_weights.py", "test_export.py")
-TESTS = (*TESTS, "test_assets.py", "test_lora.py")
+TESTS = ("test_assets.py", "export/test_export.py", "nodes/test_nodes.py")
+TESTS = (*TESTS, *(f"priors/test_{name}.py" for name in ("folders", "folder_faults", "weights", "lora")))
 TIMING = "not small_share_of_the_time"  # measured in the main run, of today's versions
 _ONE = re.compile(r"([A-Za-z][\w.-]*)>=([\w.]+)")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_runs import RESULTS, SMALL, fails, finish, start, tensors_of, wait_for
 from PIL import Image
-from test_cli import RESULTS, SMALL, fails, finish, start, tensors_of, wait_for
 
 from dream4d_engine import assets
 from dream4d_engine.cameras import make_cameras

@@ -11,10 +11,10 @@ from pathlib import Path
 import ldm_layout as layout
 import pytest
 import torch
+from ldm_layout import small_checkpoint
+from lora_cases import old_processors
 from places import GUIDANCE
 from safetensors.torch import save_file
-from test_lora import old_processors
-from test_single_file import small_checkpoint
 
 from dream4d_engine.cli import main
 from dream4d_engine.priors.files import toy_folder

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_changes import TABLE, drop, filled, put, rewritten, say
+from cli_runs import PROMPT, SMALL, fails, start, tensors_of, wait_for
 from places import ROOT
-from test_cli import PROMPT, SMALL, fails, start, tensors_of, wait_for
-from test_training import TABLE, drop, filled, put, rewritten, say
 
 from dream4d_engine import locks
 from dream4d_engine.assets import AssetError, Provenance, check_header

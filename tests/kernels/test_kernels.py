@@ -340,7 +340,7 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 # ---- the other backends against the plain one -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.device]:
     """A backend and where it runs: on a GPU, or triton's code interpreted on the CPU."""
     if torch.cuda.is_available():

@@ -13,9 +13,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pack import GROWN, HEAD, overlaps
 from places import TESTS
-from test_nodes import GROWN, HEAD, overlaps
 
+pytestmark = pytest.mark.browser
 HERE = TESTS / "browser"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -7,10 +7,8 @@ import importlib
 import json
 import math
 import re
-import sys
 import threading
 import time
-import types
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -18,25 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_harness import REPOSITORY
+from pack import GROWN, HEAD, NODES, overlaps, part_of_the_pack
 
 from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, TOY_IMAGE
 
-NODES = REPOSITORY / "nodes"
 FILES = sorted(NODES.rglob("*.py")) + [REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 MOST_WIDGETS = 10
 SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO"}
-
-
-def part_of_the_pack(name: str) -> types.ModuleType:
-    """Import a module of nodes/ that knows no ComfyUI, without running the package's own imports."""
-    for package, place in (("dream4d_pack", REPOSITORY), ("dream4d_pack.nodes", NODES)):
-        if package not in sys.modules:
-            module = types.ModuleType(package)
-            module.__path__ = [str(place)]
-            sys.modules[package] = module
-    return importlib.import_module(f"dream4d_pack.nodes.{name}")
 
 
 # ---- the source --------------------------------------------------------------------------------------------------
@@ -653,23 +641,6 @@ def test_the_workflows_fit_the_nodes(path: Path, server):
             if socket.get("link") is not None:
                 _, source, slot, target, _, kind = links[socket["link"]]
                 assert target == node["id"] and by_id[source]["outputs"][slot]["type"] == kind == socket["type"]
-
-
-HEAD = 30
-"""Height of a node's head, which lies above its place."""
-GROWN = {"SaveVideo": 440, "Dream4DOptimizeStaticScene": 700, "Dream4DAnimateScene": 620, "Dream4DPreview4D": 460}
-"""How high nodes become at a width of 340 when they show a square video or a live preview, as the page measures it
-(test_browser.py compares)."""
-
-
-def overlaps(boxes: list[tuple[object, float, float, float, float]]) -> list[tuple[object, object]]:
-    """The pairs of boxes (name, x, y, width, height) that lie over each other."""
-    found = []
-    for number, (one, x, y, width, height) in enumerate(boxes):
-        for other, left, top, wide, high in boxes[:number]:
-            if x < left + wide and left < x + width and y < top + high and top < y + height:
-                found.append((other, one))
-    return found
 
 
 def test_overlaps_are_found():

@@ -452,6 +452,7 @@ def _preview(source: str) -> dict:
     return node("PreviewImage", images=[source, 0])
 
 
+@pytest.mark.server  # one of its own
 def test_a_killed_server_loses_little(tmp_path):
     reason = why_no_server()
     if reason:

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as functional
+from network_cases import CPU, SMALL_UNET, SMALL_VAE, randn, seeded, tokens_for, video_denoiser
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from dream4d_engine.cameras import make_cameras, sample_takes
 from dream4d_engine.guidance.denoiser import Conditions, split_conditions, stack_conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, distill
-from dream4d_engine.guidance.noise import variance_preserving
 from dream4d_engine.kernels import triton_kernels
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.networks import fused_norm
-from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated
+from dream4d_engine.priors.networks.denoisers import accelerated
 from dream4d_engine.priors.networks.execution import (
     PLAIN,
     Capture,
@@ -37,10 +37,6 @@ from dream4d_engine.training.config import CameraRanges
 from dream4d_engine.training.guidance import capture_for
 from dream4d_engine.training.plan import LADDER
 
-CPU = torch.device("cpu")
-SMALL_UNET = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 16}
-SMALL_VAE = {**architectures._SD_VAE, "block_out_channels": (32, 32, 64, 64)}
-
 SMALL_IF = {
     **architectures._IF,
     "block_out_channels": (32, 64),
@@ -52,15 +48,6 @@ SMALL_IF = {
     "encoder_hid_dim": 16,
     "addition_embed_type_num_heads": 4,
 }
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    """Double precision: networks of random weights make thousands of times more of a rounding error."""
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def close(ours, theirs, tolerance=1e-8):
@@ -76,16 +63,6 @@ def vae():
 @pytest.fixture(scope="module")
 def video_unet():
     return random_network("UNet3DConditionModel", {**SMALL_UNET, "attention_head_dim": 8}, CPU, torch.float64)
-
-
-def video_denoiser(unet, vae, **changes):
-    noise = variance_preserving(torch.linspace(0.999, 0.01, 50))
-    return UNetDenoiser(unet, noise, "epsilon", (32, 64), 4, vae, **changes)
-
-
-def tokens_for(cameras):
-    table = randn(2, 5, 16).to(cameras.time.device)
-    return tuple(Conditions(row.expand(*cameras.shape, -1, -1)) for row in table)
 
 
 def video_guidance(denoiser, **changes):

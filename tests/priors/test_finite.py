@@ -11,8 +11,8 @@ from pathlib import Path
 import ldm_layout as layout
 import pytest
 import torch
+from ldm_layout import small_checkpoint
 from safetensors.torch import load_file, save_file
-from test_single_file import small_checkpoint
 
 from dream4d_engine.cameras import make_cameras
 from dream4d_engine.priors.conditioning import image_conditions

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_harness import REPOSITORY
+from prior_folders import NEVER_SAID, copy_of, use
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.priors.errors import PriorError
@@ -30,18 +30,9 @@ TEXT, TOKENIZER, MARKS = (
     "tokenizer/special_tokens_map.json",
 )
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-NEVER_SAID = ("trust_remote_code", "weights_only", "huggingface.co", "Traceback", "token=", "unexpected", "defect")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3438167534\n"
 PAGE = b"<!DOCTYPE html><html><head><title>Log in</title></head></html>"
 GIGABYTE, SECONDS = 2**30, 5
-
-
-def copy_of(kind: str, place: Path) -> Path:
-    """A toy prior's folder to be damaged; the UNet's weights are a link until somebody writes there."""
-    shutil.copytree(toy_folder(kind), place, ignore=shutil.ignore_patterns("*.png", "diffusion_pytorch_model.*"))
-    for path in toy_folder(kind).rglob("diffusion_pytorch_model.*"):
-        (place / path.relative_to(toy_folder(kind))).symlink_to(path)
-    return place
 
 
 def change(folder: Path, name: str, changes: dict) -> None:
@@ -52,16 +43,6 @@ def change(folder: Path, name: str, changes: dict) -> None:
 def replace_file(folder: Path, name: str, content: bytes) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_bytes(content)
-
-
-def use(folder: Path) -> None:
-    """All that a run loads of a folder."""
-    prior = load_prior(folder)
-    if prior.kind == "novel_view":
-        prior.loader.image_encoder(torch.float32, "cpu")
-        prior.loader.projection("cpu")
-    else:
-        prior.encode_text(["a red cube"])
 
 
 def refusal(folder: Path) -> str:
@@ -366,7 +347,7 @@ def test_lists_of_files_name_files_beside_them_only(tmp_path, piece):
 
 def test_names_of_an_older_autoencoder(tmp_path):
     """As published before diffusers renamed the attention of autoencoders."""
-    from test_folders import image_folder
+    from prior_folders import image_folder
 
     folder = image_folder(tmp_path / "sd")
     modern = [p.clone() for p in load_prior(folder).denoiser.vae.parameters()]  # the file is written again below

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prior_folders import WIDTH, image_folder, write_index, write_scheduler, write_text, write_vae
 from safetensors.torch import load_file, save_file
 
 from dream4d_engine.cameras import fixed_take, make_cameras, orbit
@@ -17,46 +18,6 @@ from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.priors.formats.identify import identify
 from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.text import END, write_clip_tokenizer
-
-WIDTH = 32
-
-
-def write_index(folder: Path, pipeline: str, **parts: str) -> None:
-    index = {"_class_name": pipeline, "_diffusers_version": "0.20.0"}
-    for name, what in parts.items():
-        index[name] = what.split(".") if what else [None, None]
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def write_scheduler(folder: Path, **changes) -> None:
-    (folder / "scheduler").mkdir(parents=True)
-    config = {
-        "_class_name": "PNDMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "skip_prk_steps": True,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        **changes,
-    }
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-
-
-def write_vae(folder: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(block_out_channels=(16, 16), norm_num_groups=8, **kinds).save_pretrained(folder / "vae")
-
-
-def write_text(folder: Path, pad: str) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    size = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPTextModel(CLIPTextConfig(vocab_size=49408, **size)).save_pretrained(folder / "text_encoder")
-    write_clip_tokenizer(folder / "tokenizer", pad)
 
 
 @pytest.fixture(scope="module")
@@ -82,30 +43,6 @@ def video(tmp_path_factory) -> Path:
     parts = {"unet": "diffusers.UNet3DConditionModel", "vae": "diffusers.AutoencoderKL"}
     parts |= {"text_encoder": "transformers.CLIPTextModel", "tokenizer": "transformers.CLIPTokenizer"}
     write_index(folder, "TextToVideoSDPipeline", **parts, scheduler="diffusers.DDIMScheduler")
-    return folder
-
-
-def image_folder(folder: Path, **scheduler) -> Path:
-    """Stable Diffusion's layout."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        UNet2DConditionModel(
-            sample_size=96,
-            block_out_channels=(32, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-        ).save_pretrained(folder / "unet")
-        write_vae(folder)
-        write_text(folder, END)
-    write_scheduler(folder, **scheduler)
-    parts = {"unet": "diffusers.UNet2DConditionModel", "vae": "diffusers.AutoencoderKL", "safety_checker": ""}
-    parts |= {"text_encoder": "transformers.CLIPTextModel", "tokenizer": "transformers.CLIPTokenizer"}
-    write_index(folder, "StableDiffusionPipeline", **parts, scheduler="diffusers.PNDMScheduler")
     return folder
 
 
@@ -298,7 +235,7 @@ def test_deepfloyd_prompts_are_encoded_as_its_pipeline_does(pixel):
 def test_zero123_folder_with_a_bin_projection(tmp_path):
     """As the public folders are: without an entry of ours, so with Zero123's own way of resizing."""
     import ldm_layout as layout
-    from test_single_file import small_checkpoint
+    from ldm_layout import small_checkpoint
 
     from dream4d_engine.priors.formats.convert import convert
 

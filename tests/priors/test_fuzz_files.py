@@ -351,7 +351,9 @@ def test_damaged_checkpoints_are_not_converted_in_part(tmp_path, fuzz):
 
 
 def test_damaged_scenes(tmp_path, fuzz):
-    from test_assets import PROVENANCE, save_scene, tiny_scene
+    from scene_cases import PROVENANCE, tiny_scene
+
+    from dream4d_engine.assets import save_scene
 
     path = save_scene(tmp_path / "scene.safetensors", tiny_scene(), PROVENANCE)
     content = path.read_bytes()

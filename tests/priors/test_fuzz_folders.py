@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_folder_faults import NEVER_SAID, copy_of, use
+from prior_folders import NEVER_SAID, copy_of, use
 
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.identify import identify

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from guidance_cases import EpsDenoiser, cameras_of, plain, relative_error, tokens_of
 from places import GUIDANCE as DATA
 from places import ROOT
 from safetensors.torch import load_file
-from test_guidance import EpsDenoiser, cameras_of, plain, relative_error, tokens_of
 from torch import Tensor
 
 from dream4d_engine.cameras import CameraBatch, make_cameras

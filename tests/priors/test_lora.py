@@ -7,19 +7,15 @@ import json
 import ldm_layout as layout
 import pytest
 import torch
+from ldm_layout import WIDTH, small_checkpoint
+from lora_cases import ATTENTION, LAYERS, RANK, TEXT_LAYER, old_processors, pairs
 from safetensors.torch import save_file
-from test_single_file import WIDTH, small_checkpoint
 
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.identify import identify
 from dream4d_engine.priors.formats.lora_files import read_lora
 from dream4d_engine.priors.loading import apply_lora, load_prior
-
-RANK = 3
-ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
-LAYERS = (f"{ATTENTION}.to_q", f"{ATTENTION}.to_k", f"{ATTENTION}.to_v", f"{ATTENTION}.to_out.0")
-TEXT_LAYER = "text_model.encoder.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +28,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture()
 def prior(checkpoint):
     return load_prior(checkpoint)
-
-
-def pairs(text: bool = True) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(down, up) of each layer."""
-    generator = torch.Generator().manual_seed(0)
-    names = (*LAYERS, *((TEXT_LAYER,) if text else ()))
-    return {n: tuple(0.3 * torch.randn(s, generator=generator) for s in ((RANK, WIDTH), (WIDTH, RANK))) for n in names}
-
-
-def old_processors(prefix="unet."):
-    state = {}
-    for name, (down, up) in pairs(text=False).items():
-        head, _, last = name.removesuffix(".0").rpartition(".")
-        state[f"{prefix}{head}.processor.{last}_lora.down.weight"] = down
-        state[f"{prefix}{head}.processor.{last}_lora.up.weight"] = up
-    return state
 
 
 def diffusers_layers():

@@ -62,6 +62,7 @@ def test_one_guess_of_the_video_prior_already_moves_a_still_take():
     assert gate["still"]["pixels_max"] < 1.0
 
 
+@pytest.mark.slow
 def test_a_sentence_becomes_the_moving_object_it_describes():
     prompt = "a green cylinder is jumping"
     still, _ = train_static(TOY_STATIC, guidance_of(TOY_STATIC, prompt), seed=0, device=CPU, control=RunControl())
@@ -77,6 +78,7 @@ def test_a_sentence_becomes_the_moving_object_it_describes():
     assert found.clip_iou > 0.75
 
 
+@pytest.mark.slow
 def test_the_object_is_there_after_a_bit_more_than_half_of_the_steps():
     prompt = "a white torus"
     recipe = replace(TOY_STATIC, steps=140)
@@ -86,6 +88,7 @@ def test_the_object_is_there_after_a_bit_more_than_half_of_the_steps():
     assert found.iou > 0.75
 
 
+@pytest.mark.slow
 def test_an_image_becomes_the_moving_object_that_it_shows():
     """With half of the steps; the whole ones are in the toy models' README."""
     caption = "an orange cone is sliding"
@@ -105,6 +108,7 @@ def test_an_image_becomes_the_moving_object_that_it_shows():
     assert 0.6 < found.motion_amplitude < 1.3
 
 
+@pytest.mark.slow
 def test_a_personal_subject_is_recognised_with_its_lora_and_not_without():
     recipe = replace(TOY_PERSONALISED, steps=100)
     handles = {kind: toy_prior(kind) for kind in KINDS}

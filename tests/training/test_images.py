@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from pack import part_of_the_pack
 from PIL import Image, ImageDraw, ImageFilter
 from places import CASES
-from test_nodes import part_of_the_pack
 
 from dream4d_engine.training.config import ReferenceConfig
 from dream4d_engine.training.masks import what_mask_shows

@@ -91,7 +91,7 @@ def test_a_denoiser_without_plans_is_left_alone():
 
 
 def test_a_budget_without_a_gpu_is_an_error():
-    from test_training import solid_ball
+    from training_cases import solid_ball
 
     with pytest.raises(ValueError, match="for GPUs.*cpu"):
         train_motion(
@@ -124,8 +124,8 @@ def test_the_command_line_refuses_budgets_that_mean_nothing(tmp_path, capsys):
 )
 def test_every_rung_of_the_ladder_takes_the_same_step(device):
     """A whole step with real networks: the gradient on the deformation is that of everything at once."""
-    from test_execution import SMALL_UNET, SMALL_VAE, tokens_for, video_denoiser
-    from test_training import motion_case
+    from network_cases import SMALL_UNET, SMALL_VAE, tokens_for, video_denoiser
+    from training_cases import motion_case
 
     device = torch.device(device)
     recipe, given, _, still, _ = motion_case(steps=1)
@@ -157,7 +157,7 @@ def test_every_rung_of_the_ladder_takes_the_same_step(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")
 def test_a_budget_is_kept_on_a_gpu():
-    from test_training import static_case
+    from training_cases import static_case
 
     from dream4d_engine.training.static import train_static
 
@@ -182,7 +182,7 @@ def test_a_run_can_be_stopped_before_its_first_step():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there is no memory to budget")
 def test_looking_for_a_plan_can_be_stopped():
-    from test_training import static_case
+    from training_cases import static_case
 
     from dream4d_engine.training.static import train_static
 

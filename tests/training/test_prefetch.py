@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import CPU, seeded, solid_ball, static_case
+from training_cases import CPU, seeded, solid_ball, static_case
 
 from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.kernels import torch_kernels

@@ -47,7 +47,7 @@ needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 @needs_gloo
 def test_two_processes_are_one_with_twice_the_groups(tmp_path):
-    codes, _, errors = together([str(TESTS / "training" / "distributed_worker.py"), str(tmp_path)])
+    codes, _, errors = together([str(TESTS / "distributed_worker.py"), str(tmp_path)])
     assert codes == [0, 0], errors
     for stage in ("static", "motion"):
         expected, _ = distributed_worker.train(2, stage, SINGLE, tmp_path / "alone")

@@ -6,19 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoint_changes import TABLE, drop, filled, put, rewritten, say
+from training_cases import CPU, SMALL, ideal_guidance, motion_case, seeded, solid_ball, static_case
 
-from dream4d_engine.cameras import CameraRanges, fixed_take, make_cameras, sample_views
-from dream4d_engine.fields.background import BackgroundConfig
-from dream4d_engine.fields.deformation import DeformationConfig
-from dream4d_engine.fields.encodings import HashGridConfig
-from dream4d_engine.fields.radiance import RadianceConfig
-from dream4d_engine.guidance.denoiser import Conditions
-from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
+from dream4d_engine.cameras import make_cameras
+from dream4d_engine.guidance.distillation import DistillationConfig
 from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.randomness import Draw
 from dream4d_engine.rendering import RenderOptions, prepare_view, render_chunked
 from dream4d_engine.scene import build_scene
-from dream4d_engine.schedules import Schedule, constant
+from dream4d_engine.schedules import constant
 from dream4d_engine.supervision import (
     RandomBackground,
     RegularizerWeights,
@@ -28,8 +25,6 @@ from dream4d_engine.supervision import (
     supervise,
     views_of,
 )
-from dream4d_engine.toyworld.ideal import IdealDenoiser
-from dream4d_engine.toyworld.world import render_caption
 from dream4d_engine.training import loop
 from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint, set_aside
 from dream4d_engine.training.config import (
@@ -40,11 +35,9 @@ from dream4d_engine.training.config import (
     TOY_MOTION,
     TOY_STATIC,
     ZEROSCOPE,
-    GuidanceTerm,
     LoopConfig,
     OptimizerConfig,
     Phase,
-    StaticRecipe,
     find_recipe,
 )
 from dream4d_engine.training.guidance import load_guidance
@@ -60,54 +53,6 @@ from dream4d_engine.training.motion import choose_deformation_scale, train_motio
 from dream4d_engine.training.stages import Stage, current_phase
 from dream4d_engine.training.static import object_extent, static_groups, static_stage, train_static
 from dream4d_engine.training.validate import check_recipe
-
-CPU = torch.device("cpu")
-SMALL = replace(
-    TOY_STATIC.scene,
-    radiance=RadianceConfig(grid=HashGridConfig(n_levels=4, log2_entries=11, base_resolution=4, growth=1.5)),
-    n_samples=32,
-    occupancy_resolution=16,
-)
-SOLID = RandomBackground(probability=0.0)
-GREY = (0.5, 0.5, 0.5)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def ideal_guidance(images, config):
-    """The guidance of a prior that knows exactly one group of images [F, H, W, 3]."""
-    denoiser = IdealDenoiser(images.movedim(-1, 1)[None])
-
-    def conditions(cameras):
-        tokens = Conditions(torch.zeros(*cameras.shape, 1, 1))
-        return tokens, tokens
-
-    return Guidance("ideal", denoiser, conditions, config)
-
-
-def static_case(steps=60, size=16):
-    """A recipe of four fixed views, and the guidance that wants a red cube in them."""
-    ranges = CameraRanges((0, 0), (15, 15), (40, 40), (3, 3), relative_distance=False)
-    config = DistillationConfig(1.0, Schedule(0.9, 0.1), Schedule(0.95, 0.2), loss="x0", shared_timestep=True)
-    recipe = StaticRecipe(
-        name="test",
-        steps=steps,
-        scene=SMALL,
-        cameras=ranges,
-        n_views=4,
-        phases=(Phase(0.0, 1, size, size),),
-        guidance=(GuidanceTerm("multiview", 1.0, config),),
-        regularizers=RegularizerWeights(opacity=20.0, entropy=20.0),
-        background=SOLID,
-        optimizer=OptimizerConfig(lr_mlp=0.01),
-        loop=LoopConfig(precision="full", occupancy_every=8, checkpoint_steps=7),
-    )
-    cameras = sample_views(ranges, 1, 4, size, size, seeded())
-    truth = render_caption("a red cube", cameras, background=GREY)
-    return recipe, {"multiview": ideal_guidance(truth.rgb[0], config)}, cameras, truth
-
 
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
@@ -241,42 +186,6 @@ def whole_checkpoint(tmp_path_factory):
     return path
 
 
-def rewritten(source, path, change):
-    """Write a checkpoint again after `change` has been made to its tensors and header."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(source, "pt") as file:
-        header, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(tensors, header)
-    save_file(tensors, path, header)
-    return path
-
-
-def put(name, make):
-    def change(tensors, header):
-        tensors[name] = make(tensors[name].clone())
-
-    return change
-
-
-def drop(beginning):
-    def change(tensors, header):
-        for name in [name for name in tensors if name.startswith(beginning)]:
-            del tensors[name]
-
-    return change
-
-
-def say(**values):
-    return lambda tensors, header: header.update(values)
-
-
-def filled(value):
-    return lambda tensor: tensor.flatten().index_fill(0, torch.tensor([1]), value).view_as(tensor)
-
-
-TABLE = "scene.canonical.grid.table"
 BAD_STATES = {
     "NaN in a parameter": (put(TABLE, filled(math.nan)), f"{TABLE} holds numbers that are not finite"),
     "infinite occupancy": (put("scene.occupancy.values", filled(math.inf)), "scene.occupancy.values holds numbers"),
@@ -626,12 +535,6 @@ def test_supervisions_keep_their_accuracy_under_autocast():
 # ---- stage 2 -----------------------------------------------------------------------------------------------------
 
 
-def solid_ball(radius, background=SMALL.background):
-    """A static scene that is a ball: only the blob, sharpened."""
-    blob = RadianceConfig(grid=SMALL.radiance.grid, blob_scale=200.0, blob_std=radius)
-    return build_scene(replace(SMALL, radiance=blob, background=background), seeded())
-
-
 @pytest.mark.parametrize("radius", [0.3, 0.5])
 def test_the_extent_of_a_ball_is_its_radius(radius):
     assert object_extent(solid_ball(radius)) == pytest.approx(radius, abs=0.04)
@@ -652,34 +555,6 @@ def test_an_empty_scene_is_not_animated():
 def test_an_impossible_deformation_scale_is_named():
     with pytest.raises(ValueError, match="-1"):
         train_motion(solid_ball(0.5), TOY_MOTION, {}, seed=0, device=CPU, control=RunControl(), deformation_scale=-1)
-
-
-def motion_case(steps):
-    """A recipe of one fixed camera, and the guidance that wants a jump."""
-    n_frames, size = 6, 24
-    config = DistillationConfig(1.0, constant(0.2), constant(0.6), loss="x0", shared_timestep=True)
-    recipe = replace(
-        TOY_MOTION,
-        steps=steps,
-        deformation=DeformationConfig(
-            grid=HashGridConfig(n_levels=3, log2_entries=12, base_resolution=4, growth=1.4),
-            hidden_width=32,
-            hidden_layers=2,
-        ),
-        cameras=CameraRanges((0, 0), (15, 15), (40, 40), (3, 3), relative_distance=False),
-        n_frames=n_frames,
-        phases=(Phase(0.0, 1, size, size),),
-        guidance=(GuidanceTerm("video", 1.0, config),),
-        time_span=(1.0, 1.0),
-        background=SOLID,
-    )
-    cameras = fixed_take(n_frames, size, size)
-    still = solid_ball(0.5, background=BackgroundConfig(color=(0.0, 0.0, 0.0)))
-    mask = render_chunked(still, cameras).opacity
-    rise = [round(4 * math.sin(math.pi * t)) for t in cameras.time[0].tolist()]
-    frames = [torch.roll(m, -shift, 0) for m, shift in zip(mask[0], rise, strict=True)]
-    clip = 0.5 * torch.stack(frames).expand(-1, -1, -1, 3)  # a fresh field is grey
-    return recipe, {"video": ideal_guidance(clip, config)}, cameras, still, rise
 
 
 def test_an_ideal_video_prior_is_distilled_to_its_motion():

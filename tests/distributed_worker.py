@@ -1,4 +1,4 @@
-"""What one of several processes does in test_distributed.py: train a small scene and write down what came out."""
+"""What one of several processes does in test_processes.py: train a small scene and write down what came out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 def recipe_and_guidance(n_groups: int, stage: str):
     """A recipe with so many groups of views or takes, and a guidance whose answer depends on the noise it gets."""
-    from test_training import SMALL, motion_case, static_case
+    from training_cases import SMALL, motion_case, static_case
 
     from dream4d_engine.guidance.denoiser import Conditions
     from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
@@ -58,7 +58,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
 
 def train(n_groups: int, stage: str, processes, folder: Path):
     """Train and return (scene, losses seen)."""
-    from test_training import solid_ball
+    from training_cases import solid_ball
 
     from dream4d_engine.training.loop import RunControl
     from dream4d_engine.training.motion import train_motion
