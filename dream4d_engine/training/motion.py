@@ -64,8 +64,12 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
         # coarse to fine: the grid's levels are set free one after the other
         moving.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
 
-    starts, supervisions = [phase.start for phase in recipe.phases], partial(seen_by_priors, recipe)
-    return Stage("motion", moving, motion_groups(moving, recipe.optimizer), recipe, supervisions, starts, begin)
+    def finish() -> None:
+        moving.canonical.requires_grad_(True)
+        moving.refresh_occupancy()
+
+    groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]
+    return Stage("motion", moving, groups, recipe, partial(seen_by_priors, recipe), starts, begin, finish)
 
 
 def train_motion(
@@ -80,7 +84,4 @@ def train_motion(
 ) -> tuple[Scene, FitSummary]:
     """Run stage 2 on a copy of `scene` and return it (see `motion_stage`)."""
     stage = motion_stage(scene.clone().to(device), recipe, seed, deformation_scale)
-    summary = train(stage, guidance, seed, control)
-    stage.scene.canonical.requires_grad_(True)
-    stage.scene.refresh_occupancy()
-    return stage.scene, summary
+    return stage.scene, train(stage, guidance, seed, control)

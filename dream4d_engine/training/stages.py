@@ -25,23 +25,17 @@ ParameterGroup = tuple[str, list[nn.Parameter], float]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What a run trains, and how.
+    """What a run trains, and how."""
 
-    Args:
-        name: in reports and messages. scene: is trained in place. groups: the parameters that are.
-        recipe: steps, optimiser and loop are taken from it.
-        supervisions: (guidance, rays at once or None for all; see RenderOptions) -> what every step minimises.
-        starts: shares of the run at which a step's size changes.
-        begin: called with the progress before every step.
-    """
-
-    name: str
-    scene: Scene
-    groups: Sequence[ParameterGroup]
-    recipe: StaticRecipe | MotionRecipe
+    name: str  # in reports and messages
+    scene: Scene  # trained in place
+    groups: Sequence[ParameterGroup]  # the parameters that are trained
+    recipe: StaticRecipe | MotionRecipe  # steps, optimiser and loop are taken from it
+    # (guidance, rays at once or None for all, see RenderOptions) -> what every step minimises
     supervisions: Callable[[GuidanceOf, int | None], tuple[Supervision, ...]]
-    starts: Sequence[float] = (0.0,)
-    begin: Callable[[float], None] = lambda progress: None
+    starts: Sequence[float] = (0.0,)  # shares of the run at which a step's size changes
+    begin: Callable[[float], None] = lambda progress: None  # called with the progress before every step
+    finish: Callable[[], None] = lambda: None  # called once, when all steps are done
 
 
 def current_phase(phases: Sequence[AnyPhase], progress: float) -> AnyPhase:

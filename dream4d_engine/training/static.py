@@ -57,7 +57,8 @@ def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None
 
     looked_at = () if recipe.reference is None else recipe.reference.phases
     starts = sorted({phase.start for phase in (*recipe.phases, *looked_at)})
-    return Stage("static", scene, static_groups(scene, recipe.optimizer), recipe, supervisions, starts)
+    groups = static_groups(scene, recipe.optimizer)
+    return Stage("static", scene, groups, recipe, supervisions, starts, finish=scene.refresh_occupancy)
 
 
 def train_static(
@@ -76,9 +77,7 @@ def train_static(
     """
     start = build_scene(recipe.scene, Draw(seed).for_("scene")) if scene is None else scene.clone()
     stage = static_stage(recipe, start.to(device), reference)
-    summary = train(stage, guidance, seed, control)
-    stage.scene.refresh_occupancy()
-    return stage.scene, summary
+    return stage.scene, train(stage, guidance, seed, control)
 
 
 @torch.no_grad()
