@@ -15,7 +15,7 @@ class Schedule:
 
     first: float
     last: float
-    start: float = 0.0
+    start: float = 0.0  # shares of the run
     end: float = 1.0
 
     def __post_init__(self) -> None:
@@ -41,9 +41,9 @@ def stepped(progress: float, first: int, per_run: float) -> int:
 
     The coarse-to-fine rule "4 + step // 500" of a 10,000-step run is `stepped(progress, 4, 20)`.
     """
-    return first + int(progress * per_run + 1e-6)
+    return first + int(progress * per_run + 1e-6)  # 0.29 * 100 is 28.999...
 
 
 def milestones(progress: float, marks: tuple[float, ...], factor: float) -> float:
     """Return `factor` to the power of the number of `marks` (progress values) already passed."""
-    return factor ** sum(progress + 1e-9 >= mark for mark in marks)
+    return factor ** sum(progress + 1e-9 >= mark for mark in marks)  # step / steps may lie just below a mark

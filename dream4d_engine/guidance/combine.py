@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def cfg(text: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Return negative + scale * (text - negative): scale 1 is the text prediction (2207.12598)."""
+    """Return the prediction guided towards the text: scale 1 is the text's own (2207.12598, equation 6)."""
     return negative + scale * (text - negative)
 
 

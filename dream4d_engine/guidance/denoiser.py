@@ -24,17 +24,11 @@ from .noise import NoiseSchedule
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a denoiser is told about each of B x F images.
+    """What a denoiser is told about each of B x F images."""
 
-    Args:
-        tokens: [B, F, L, D] what the cross-attention reads (text or image tokens).
-        vector: [B, F, K] what is added to the time embedding (a camera, a frame's time), or None.
-        concat: [B, F, c, h, w] extra input channels, or None.
-    """
-
-    tokens: Tensor
-    vector: Tensor | None = None
-    concat: Tensor | None = None
+    tokens: Tensor  # [B, F, L, D] what the cross-attention reads (text or image tokens)
+    vector: Tensor | None = None  # [B, F, K] what is added to the time embedding (a camera, a frame's time)
+    concat: Tensor | None = None  # [B, F, c, h, w] extra input channels
 
 
 class Denoiser(Protocol):
