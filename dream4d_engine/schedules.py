@@ -13,10 +13,10 @@ from dataclasses import dataclass
 class Schedule:
     """A value that is `first` until progress `start`, linear to `last` at progress `end`, then `last`."""
 
-    first: float
-    last: float
-    start: float = 0.0  # shares of the run
-    end: float = 1.0
+    first: float  # up to `start`, a share of the run
+    last: float  # from `end` on, linear in between
+    start: float = 0.0  # share of the run
+    end: float = 1.0  # share of the run
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start <= self.end <= 1.0:

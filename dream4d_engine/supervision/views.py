@@ -18,9 +18,9 @@ from .record import ViewFunction
 
 @dataclass(frozen=True)
 class RandomBackground:
-    """The whole batch of a step may be seen before one random colour instead of the scene's own background."""
+    """Of a step, the whole batch may be seen before one random colour."""
 
-    probability: float = 0.5  # that it is
+    probability: float = 0.5  # of a random colour instead of the scene's own background
     low: float = 0.0  # bounds of red, green and blue
     high: float = 1.0
     grey: bool = False  # one number for red, green and blue

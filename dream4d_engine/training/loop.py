@@ -66,7 +66,9 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
 
     for step in range(start, steps):
         step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, processes.rank)
-        _set_rates(optimizer, recipe.optimizer, progress)
+        rate = milestones(progress, recipe.optimizer.milestones, recipe.optimizer.factor)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
         stage.begin(progress)
         optimizer.zero_grad(set_to_none=True)
 
@@ -134,12 +136,6 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: OptimizerConfig) ->
     if config.name == "adam":
         return torch.optim.Adam(listed, **given)
     return torch.optim.AdamW(listed, weight_decay=config.weight_decay, **given)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, progress: float) -> None:
-    factor = milestones(progress, config.milestones, config.factor)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
 
 
 def _nan_unless(good: Tensor, loss: Tensor) -> Tensor:

@@ -31,12 +31,11 @@ SHARE = 0.94
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is taken: how the models are run, how many rays at once are rendered (see RenderOptions), and whether
-    the next step's samples are looked for before this one is done (see prefetch.py)."""
+    """How a step is taken."""
 
     execution: Execution = Execution()
-    rays_at_once: int | None = None
-    prefetch: bool = True
+    rays_at_once: int | None = None  # see RenderOptions
+    prefetch: bool = True  # the next step's samples are looked for before this one is done, see prefetch.py
 
     @property
     def prefetches(self) -> bool:
