@@ -40,8 +40,8 @@ class DistillationConfig:
     """How one prior guides."""
 
     guidance_scale: float  # in the form negative + scale * (text - negative); see combine.published_scale
-    min_noise: Schedule  # bounds of the noise level as shares of the training schedule, over the run
-    max_noise: Schedule
+    min_noise: Schedule  # least noise level as a share of the training schedule, over the run
+    max_noise: Schedule  # largest noise level as a share of the training schedule, over the run
     loss: LossForm = "sds"  # which target the images are pulled to; see guidance/distillation.py
     rescale: float = 0.0  # share of the guided x0 whose standard deviation is brought to that of the text prediction
     n_steps: int = 1  # of the multistep walk over the whole schedule (from a share s it takes about n_steps * s)

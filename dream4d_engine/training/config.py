@@ -30,7 +30,7 @@ class Phase:
     """Image size and number of camera groups from a share of the run on."""
 
     start: float  # share of the run
-    n_groups: int  # B, of each process
+    n_groups: int  # groups of views or takes, B, in each process
     height: int  # pixels
     width: int
     displacement_tv: float | None = None  # weight of that term from here on, where it is another than the recipe's
@@ -109,22 +109,22 @@ class ReferenceConfig:
 class StaticRecipe:
     """Stage 1: a static scene from priors of images, and from an image where there is a `reference`."""
 
-    name: str
-    steps: int
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
     scene: SceneConfig
     cameras: CameraRanges  # that the priors' views are drawn from
-    n_views: int  # F, of one group
+    n_views: int  # of one moment, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
     regularizers: RegularizerWeights = field(default_factory=RegularizerWeights)
     background: RandomBackground = field(default_factory=RandomBackground)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    negative_prompt: str = NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
     reference: ReferenceConfig | None = None
 
     stage: ClassVar[str] = "static"
-    group_field: ClassVar[str] = "n_views"
+    group_field: ClassVar[str] = "n_views"  # the field that holds F
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
@@ -139,11 +139,11 @@ class StaticRecipe:
 class MotionRecipe:
     """Stage 2: a deformation over time of a frozen static scene, from a prior of videos."""
 
-    name: str
-    steps: int
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
     deformation: DeformationConfig
     cameras: CameraRanges
-    n_frames: int  # F, of one take
+    n_frames: int  # of one take, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
     time_span: tuple[float, float] = (0.8, 1.0)  # shortest and longest share of the animation that a take films
@@ -157,10 +157,10 @@ class MotionRecipe:
     background: RandomBackground = field(default_factory=RandomBackground)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    negative_prompt: str = NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
 
     stage: ClassVar[str] = "motion"
-    group_field: ClassVar[str] = "n_frames"
+    group_field: ClassVar[str] = "n_frames"  # the field that holds F
     reference: ClassVar[None] = None
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
