@@ -40,14 +40,14 @@ class AssetError(ValueError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a scene comes from. `parent` is the static scene that a moving one was made from."""
+    """Where a scene comes from."""
 
     prompt: str = ""
-    recipe: str = ""
+    recipe: str = ""  # its name
     seed: int | None = None
     steps: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    parent: Provenance | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # of what it was made with, by package
+    parent: Provenance | None = None  # of the static scene that a moving one was made from
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AssetInfo:
     format_version: int
     config: SceneConfig
     provenance: Provenance
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # by the state_dict's names
 
 
 # ---- configuration trees from plain data -------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def opened(path: Path):
 
     head = head_of(path)
     strange = disguise(head)
+    # eight bytes of length, then JSON; a zip archive begins with PK, a pickle with 0x80
     if strange is None and head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
         strange = (
             "is not a readable .safetensors file but one of torch's, or an archive (dream4d import makes a scene of a "
@@ -287,7 +288,7 @@ def fill(scene: Scene, tensors: Mapping[str, Tensor], where: str) -> None:
         if tensors[name].dtype != target.dtype:
             raise AssetError(f"{where}: {name} has type {tensors[name].dtype}, expected {target.dtype}")
     _require_finite(tensors, where)
-    # A damaged file can hold booleans that are neither 0 nor 1.
+    # a damaged file can hold booleans that are neither 0 nor 1
     clean = {n: t.view(torch.uint8).ne(0) if t.dtype == torch.bool else t for n, t in tensors.items()}
     if scene.deformation is not None:
         active, n_levels = int(clean["deformation.active_levels"]), scene.config.deformation.grid.n_levels

@@ -27,24 +27,15 @@ ElevationLaw = Literal["mixed", "uniform", "sphere"]
 
 @dataclass(frozen=True)
 class CameraBatch:
-    """B groups of F cameras: F views of one moment, F moments of one take, or F = 1 for single images.
+    """B groups of F cameras: F views of one moment, F moments of one take, or F = 1 for single images."""
 
-    Args:
-        c2w: [B, F, 4, 4] camera-to-world matrices.
-        fov_y: [B, F] vertical fields of view, radians.
-        azimuth, elevation: [B, F], radians.
-        distance: [B, F], world units from the origin.
-        time: [B, F], animation moments in [0, 1].
-        height, width: image size in pixels.
-    """
-
-    c2w: Tensor
-    fov_y: Tensor
-    azimuth: Tensor
-    elevation: Tensor
-    distance: Tensor
-    time: Tensor
-    height: int
+    c2w: Tensor  # [B, F, 4, 4] camera-to-world matrices
+    fov_y: Tensor  # [B, F] vertical fields of view, radians
+    azimuth: Tensor  # [B, F], radians
+    elevation: Tensor  # [B, F], radians
+    distance: Tensor  # [B, F], world units from the origin
+    time: Tensor  # [B, F], animation moments in [0, 1]
+    height: int  # of the images, pixels
     width: int
 
     @property
@@ -95,13 +86,11 @@ class CameraBatch:
 
 
 def look_at_origin(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
-    """Return camera-to-world matrices [..., 4, 4] of cameras that look at the origin with z up.
-
-    At elevations of exactly 90 degrees the "right" direction is the limit from below, so the matrix stays proper.
-    """
+    """Return camera-to-world matrices [..., 4, 4] of cameras that look at the origin with z up."""
     sin_a, cos_a = torch.sin(azimuth), torch.cos(azimuth)
     sin_e, cos_e = torch.sin(elevation), torch.cos(elevation)
     zero = torch.zeros_like(sin_a)
+    # not a cross product with z, which is 0 straight above: at 90 degrees this is the limit from below
     right = torch.stack((-sin_a, cos_a, zero), -1)
     backward = torch.stack((cos_e * cos_a, cos_e * sin_a, sin_e), -1)
     up = torch.stack((-sin_e * cos_a, -sin_e * sin_a, cos_e), -1)
@@ -125,6 +114,7 @@ def make_cameras(
     if height < 1 or width < 1:
         raise ValueError(f"images need at least one pixel, got {width}x{height}")
     values = [torch.as_tensor(v, dtype=torch.float32) for v in (azimuth, elevation, distance, fov_y, time)]
+    # [1, 1] makes all of them [B, F]; a broadcast tensor's entries share memory, a copy's don't
     values = [v.clone() for v in torch.broadcast_tensors(*values, torch.zeros(1, 1))[:5]]
     if values[0].ndim != 2:
         raise ValueError(f"camera values must broadcast to [B, F], got shape {tuple(values[0].shape)}")
@@ -136,18 +126,14 @@ def make_cameras(
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """The distribution that training cameras are drawn from.
+    """The distribution that training cameras are drawn from: lowest and highest of each, uniform between them."""
 
-    `distance` is relative (see the module's docstring) unless `relative_distance` is False.
-    `elevation_law`: "uniform" in degrees, "sphere" (uniform on the sphere's surface between the two bounds), or
-    "mixed" (one of the two for each group, each half of the time).
-    """
-
-    azimuth_deg: tuple[float, float] = (-180.0, 180.0)
+    azimuth_deg: tuple[float, float] = (-180.0, 180.0)  # 0 is the front
     elevation_deg: tuple[float, float] = (0.0, 30.0)
-    fov_y_deg: tuple[float, float] = (15.0, 60.0)
+    fov_y_deg: tuple[float, float] = (15.0, 60.0)  # vertical
     distance: tuple[float, float] = (0.8, 1.0)
-    relative_distance: bool = True
+    relative_distance: bool = True  # r means r / tan(fov_y / 2): the object keeps its size in the image
+    # sphere: uniform on the sphere's surface; mixed: uniform in degrees or that, drawn for each group
     elevation_law: ElevationLaw = "mixed"
 
     def __post_init__(self) -> None:
@@ -167,19 +153,16 @@ def _uniform(bounds: tuple[float, float], n: int, source: Source) -> Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), source)
 
 
-def _sample_elevation(ranges: CameraRanges, n: int, source: Source) -> Tensor:
-    """Return [n] elevations in radians by the law of `ranges`."""
-    low, high = (math.radians(e) for e in ranges.elevation_deg)
-    uniform = _uniform((low, high), n, source)
-    sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, source).clamp(-1, 1))
-    coin = draw_rows(torch.rand, (n,), source) < 0.5
-    return {"uniform": uniform, "sphere": sphere, "mixed": torch.where(coin, uniform, sphere)}[ranges.elevation_law]
-
-
 def _sample_pose(ranges: CameraRanges, n: int, source: Source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (azimuth, elevation, distance, fov_y), each [n, 1]."""
     azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, source))
-    elevation = _sample_elevation(ranges, n, source)
+    low, high = (math.radians(e) for e in ranges.elevation_deg)
+    # all laws are drawn, so that the other numbers don't depend on which one it is
+    uniform = _uniform((low, high), n, source)
+    sphere = torch.asin(_uniform((math.sin(low), math.sin(high)), n, source).clamp(-1, 1))  # equal areas: uniform in z
+    coin = draw_rows(torch.rand, (n,), source) < 0.5
+    laws = {"uniform": uniform, "sphere": sphere, "mixed": torch.where(coin, uniform, sphere)}
+    elevation = laws[ranges.elevation_law]
     fov_y = torch.deg2rad(_uniform(ranges.fov_y_deg, n, source))
     distance = _uniform(ranges.distance, n, source)
     if ranges.relative_distance:
@@ -196,7 +179,7 @@ def sample_views(
     """
     azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
     azimuth = azimuth + torch.arange(n_views) * (2 * math.pi / n_views)
-    azimuth = torch.remainder(azimuth + math.pi, 2 * math.pi) - math.pi
+    azimuth = torch.remainder(azimuth + math.pi, 2 * math.pi) - math.pi  # in [-pi, pi)
     return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
 
 
@@ -212,7 +195,7 @@ def sample_takes(
     """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1]."""
     azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
     length = _uniform(time_span, n_groups, source)
-    start = draw_rows(torch.rand, (n_groups,), source) * (1 - length)
+    start = draw_rows(torch.rand, (n_groups,), source) * (1 - length)  # so that it ends within the animation
     time = start[:, None] + length[:, None] * torch.linspace(0, 1, n_frames)
     return make_cameras(azimuth, elevation, distance, fov_y, time.clamp(0, 1), height, width)
 

@@ -20,7 +20,7 @@ from .fields.encodings import HashGridConfig
 from .fields.radiance import RadianceConfig
 from .kernels import Kernels
 from .priors.errors import PriorError
-from .priors.formats.checkpoints import Checkpoint, open_tensors, shown
+from .priors.formats.checkpoints import open_tensors, shown
 from .scene import Scene, SceneConfig
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ T = TypeVar("T")
 class ImportOptions:
     """What a checkpoint's tensors do not say. None: from the settings file beside it, else the published value."""
 
-    settings: Path | None = None
-    base_resolution: int | None = None
+    settings: Path | None = None  # that file, where it stands elsewhere
+    base_resolution: int | None = None  # of the canonical field's grid
     growth: float | None = None
-    deformation_base_resolution: int | None = None
+    deformation_base_resolution: int | None = None  # of the deformation's grid
     deformation_growth: float | None = None
-    deformation_scale: float | None = None
+    deformation_scale: float | None = None  # see DeformationConfig.scale
 
 
 def import_checkpoint(
@@ -74,18 +74,14 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
         state = {name: file.tensor(name) for name in file.shapes if name.startswith(_PARTS)}
     except PriorError as error:
         raise AssetError(f"not a readable checkpoint: {error}") from error
-    _say_unread(file)
-    step = file.extra.get("global_step", 0)
-    if not isinstance(step, int) or not 0 <= step < 2**62:
-        raise AssetError(f"{path} is damaged: global_step is {describe(step)}, not a step's number")
-    return state, int(step)
-
-
-def _say_unread(file: Checkpoint) -> None:
     if file.passed_over:
         some, rest = ", ".join(shown(name) for name in file.passed_over[:4]), len(file.passed_over) - 4
         more = f" and {rest} more" if rest > 0 else ""
         logger.warning("%s: not read, as no scene needs it: %s%s", file.path, some, more)
+    step = file.extra.get("global_step", 0)
+    if not isinstance(step, int) or not 0 <= step < 2**62:
+        raise AssetError(f"{path} is damaged: global_step is {describe(step)}, not a step's number")
+    return state, int(step)
 
 
 class _SettingsError(AssetError):
@@ -98,7 +94,7 @@ class _Settings:
 
     content: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
-    path: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()  # of this section in the file
 
     @property
     def where(self) -> str:
@@ -133,7 +129,8 @@ def _read_settings(path: Path, options: ImportOptions) -> _Settings:
         if not place.is_file():
             continue
         content = read_document(place, AssetError)
-        if place in beside and not _is_settings(content):
+        is_settings = isinstance(content, Mapping) and any(name in content for name in _SETTINGS)
+        if place in beside and not is_settings:  # of a checkpoint's name, but about something else
             logger.warning("%s was passed over: it has none of a run's settings", place)
             continue
         found = _Settings(as_object(content, f"the settings {place}", AssetError), str(place))
@@ -142,10 +139,6 @@ def _read_settings(path: Path, options: ImportOptions) -> _Settings:
         except _SettingsError as error:
             raise AssetError(f"the settings {error}") from error
     return _Settings()
-
-
-def _is_settings(content: object) -> bool:
-    return isinstance(content, Mapping) and any(name in content for name in _SETTINGS)
 
 
 _SETTINGS = ("system", "geometry", "renderer", "background", "background_type", "prompt_processor")
@@ -186,7 +179,7 @@ def _imported_grid(
         raise _SettingsError(f"{said.where}: n_features_per_level must be 1 or more, got {describe(n_features)}")
     base = base or said.get("base_resolution", published.base_resolution)
     growth = growth or said.get("per_level_scale", published.growth)
-    for log2_entries in range(3, 25):
+    for log2_entries in range(3, 25):  # only the table's size isn't said, and it follows from the parameters
         grid = HashGridConfig(n_inputs // n_features, n_features, log2_entries, base, growth)
         if grid.layout(n_dims).n_parameters == n_parameters:
             return grid
@@ -272,6 +265,7 @@ def _imported_tensors(scene: Scene, state: Mapping[str, Tensor], settings: _Sett
     if scene.deformation is not None:
         said = settings.section("geometry", "time_encoding_config")
         first, every = said.get("start_level", 4), max(1, said.get("update_steps", 500))
+        # coarse to fine: one level more every so many steps
         woken = first + max(0, step - said.get("start_step", 0)) // every
         active = max(0, min(woken, scene.deformation.config.grid.n_levels))
         tensors["deformation.grid.table"] = state[_DEFORMATION_GRID]

@@ -33,10 +33,10 @@ class InUse(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Lock:
-    """A lock that this process holds until `release`; `file` is None where the file system knows no locks."""
+    """A lock that this process holds until `release`."""
 
     path: Path
-    file: BinaryIO | None
+    file: BinaryIO | None  # None where the file system knows no locks
 
     def release(self) -> None:
         """Let others in, and remove the file."""

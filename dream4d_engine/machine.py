@@ -62,13 +62,18 @@ def peak_memory(device: torch.device) -> int | None:
     What CUDA graphs keep for their next replay counts, though the allocator calls it free.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + _kept_by_graphs(device)
+        kept = 0
+        if has_own_allocator():  # else there are no graphs
+            segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0)]
+            of_graphs = (s for s in segments if tuple(s["segment_pool_id"]) != (0, 0))  # pools of their own
+            kept = sum(s["total_size"] - s["allocated_size"] for s in of_graphs)
+        return torch.cuda.max_memory_allocated(device) + kept
     try:
         import resource
     except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def limit_memory(device: torch.device, n_bytes: float | None) -> None:
@@ -85,13 +90,6 @@ def has_own_allocator() -> bool:
     Triton's kernels can't be captured as part of a CUDA graph there, and the allocator can't be looked into.
     """
     return torch.cuda.get_allocator_backend() == "native"
-
-
-def _kept_by_graphs(device: torch.device) -> int:
-    if not has_own_allocator():
-        return 0  # there are none
-    segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == (device.index or 0)]
-    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def available_memory() -> int | None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .transfers import send
 
-DECAY = 0.95
-MAX_THRESHOLD = 0.01
+DECAY = 0.95  # of a value from update to update, so that what became empty is forgotten
+MAX_THRESHOLD = 0.01  # of density * step, so about of a sample's opacity
 N_TIMES = 12
 """Moments at which a moving scene is looked at."""
 MOMENTS_AT_ONCE = 2**21
@@ -63,7 +63,7 @@ class OccupancyGrid(nn.Module):
         cells, places = send(cells, device), send(places, device)
         seen = self._max_density(density, self._points(cells, places), times) * step_size
         flat = self.values.view(-1)
-        flat[cells] = torch.maximum(flat[cells] * DECAY, seen)
+        flat[cells] = torch.maximum(flat[cells] * DECAY, seen)  # only of the cells that were looked at
         self._threshold()
 
     @torch.no_grad()
@@ -86,13 +86,13 @@ class OccupancyGrid(nn.Module):
         self.occupied.fill_(True)
 
     def _threshold(self) -> None:
-        threshold = self.values.mean().clamp_max(MAX_THRESHOLD)
+        threshold = self.values.mean().clamp_max(MAX_THRESHOLD)  # the mean: else a faint scene would be empty
         torch.gt(self.values, threshold, out=self.occupied)
 
     def _points(self, cells: Tensor, places: Tensor) -> Tensor:
         """Return the points [M, 3] at `places` [M, 3] in [0, 1] of the cells numbered [M]."""
         n = self.resolution
-        corner = torch.stack((cells // (n * n), cells // n % n, cells % n), -1)
+        corner = torch.stack((cells // (n * n), cells // n % n, cells % n), -1)  # z runs fastest
         return ((corner + places) / n * 2 - 1) * self.radius
 
     @staticmethod

@@ -13,7 +13,7 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel, or on a CPU an operation: its name, seconds and calls in one step."""
+    """A kernel, or on a CPU an operation, in one step."""
 
     name: str
     seconds: float
@@ -22,19 +22,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Profile:
-    """One step of a run, on average.
+    """One step of a run, on average."""
 
-    Args:
-        seconds: of the device at work. calls: kernels (operations) launched. work: all of them, the longest first.
-        waits: where the CPU waited for the device, by the name of CUDA's function: (calls, seconds).
-        idle: seconds in which the device had nothing to do, between its first work and its last; 0 on a CPU.
-    """
-
-    seconds: float
-    calls: float
-    work: tuple[Work, ...]
-    waits: dict[str, tuple[float, float]]
-    idle: float = 0.0
+    seconds: float  # of the device at work
+    calls: float  # kernels (operations) launched
+    work: tuple[Work, ...]  # all of them, the longest first
+    waits: dict[str, tuple[float, float]]  # of the CPU for the device, by CUDA's function: (calls, seconds)
+    idle: float = 0.0  # seconds without work for the device between its first and its last; 0 on a CPU
 
     def lines(self, n: int = 16) -> list[str]:
         """The profile as text, with the `n` longest."""
@@ -63,6 +57,7 @@ class Profiler:
         events, idle = self._profiler.key_averages(), 0.0
         if self._on_gpu:
             spans = [e.time_range for e in self._profiler.events() if e.device_type == DeviceType.CUDA]
+            # microseconds
             idle = gaps((span.start, span.end) for span in spans) / 1e6 / n_steps
             of_device = [e for e in events if e.device_type == DeviceType.CUDA]
             work = [Work(e.key, e.self_device_time_total / 1e6 / n_steps, e.count / n_steps) for e in of_device]

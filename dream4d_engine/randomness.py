@@ -20,20 +20,16 @@ Source = torch.Generator | Sequence[torch.Generator]
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of one step.
+    """The random numbers of one step."""
 
-    Args:
-        seed: of the run. step: its number; 0 also for what is drawn before the first.
-        rank: of this process among those that share the batch, each with as many groups.
-    """
-
-    seed: int
-    step: int = 0
-    rank: int = 0
+    seed: int  # of the run
+    step: int = 0  # its number; 0 also for what is drawn before the first
+    rank: int = 0  # of this process among those that share the batch, each with as many groups
 
     def for_(self, purpose: str, group: int | None = None) -> torch.Generator:
         """A generator for one purpose, and one group of the whole batch; None: the same one in every process."""
         name = f"{self.seed}/{self.step}/{purpose}/{'' if group is None else group}"
+        # hashed, so that no two seeds, steps or purposes share a generator
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits, as every system takes
 
@@ -46,5 +42,5 @@ def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...], source: Sourc
     """Draw [n, ...] (torch.rand, torch.randn); of several generators each draws as many of the n rows."""
     if isinstance(source, torch.Generator):
         return draw(shape, generator=source, **given)
-    each = (shape[0] // len(source), *shape[1:])
+    each = (shape[0] // len(source), *shape[1:])  # rows are in order of their groups
     return torch.cat([draw(each, generator=generator, **given) for generator in source])

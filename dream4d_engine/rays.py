@@ -14,32 +14,22 @@ from .transfers import send
 
 @dataclass(frozen=True)
 class RayBundle:
-    """N = B*F*H*W rays in image order.
+    """N = B*F*H*W rays in image order."""
 
-    Args:
-        origins: [N, 3]. directions: [N, 3], unit length. times: [N], moments in [0, 1].
-        shape: (B, F, H, W).
-    """
-
-    origins: Tensor
-    directions: Tensor
-    times: Tensor
-    shape: tuple[int, int, int, int]
+    origins: Tensor  # [N, 3], world units
+    directions: Tensor  # [N, 3], unit length
+    times: Tensor  # [N], moments in [0, 1]
+    shape: tuple[int, int, int, int]  # (B, F, H, W)
 
 
 @dataclass(frozen=True)
 class RaySamples:
-    """S intervals on N rays, sorted by ray and then by distance.
+    """S intervals on N rays, sorted by ray and then by distance."""
 
-    Args:
-        ray_indices: [S] int64, ascending. t_starts, t_ends: [S] distances along the unit directions.
-        n_rays: N.
-    """
-
-    ray_indices: Tensor
-    t_starts: Tensor
-    t_ends: Tensor
-    n_rays: int
+    ray_indices: Tensor  # [S] int64, ascending
+    t_starts: Tensor  # [S] distances along the unit directions
+    t_ends: Tensor  # [S]
+    n_rays: int  # N
 
     @property
     def middles(self) -> Tensor:
@@ -62,7 +52,6 @@ class RaySamples:
 def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, source: Source | None = None) -> RayBundle:
     """Cast one ray through every pixel's middle.
 
-    Pixel (i, j) looks along ((i + 0.5 - W/2)/f, -(j + 0.5 - H/2)/f, -1) in its camera, f = 0.5 H / tan(fov_y/2).
     `jitter` is the standard deviation of a normal offset on the (unnormalised) direction.
     """
     (n_groups, n_frames), height, width = cameras.shape, cameras.height, cameras.width
@@ -70,9 +59,10 @@ def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, source: Source 
     focal = 0.5 * height / torch.tan(cameras.fov_y / 2)
     i = torch.arange(width, device=device) + 0.5 - width / 2
     j = torch.arange(height, device=device) + 0.5 - height / 2
+    # pixel (i, j) looks along (i / f, -j / f, -1) in its camera: rows go down, y goes up, the camera looks down -z
     x = (i / focal[..., None])[:, :, None, :].expand(-1, -1, height, -1)
     y = (-j / focal[..., None])[:, :, :, None].expand(-1, -1, -1, width)
-    local = torch.stack((x, y, -torch.ones_like(x)), -1)
+    local = torch.stack((x, y, -torch.ones_like(x)), -1)  # [B, F, H, W, 3]
     # summed by hand: a matrix product would be rounded under autocast and with tf32, and rays with it
     rotation = cameras.c2w[:, :, None, None, :3, :3]
     directions = (rotation * local[..., None, :]).sum(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ so that the noise of the finest ones does not show."""
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Everything that fixes a scene's parameters. The marching step is 1.732 * 2 * radius / n_samples."""
+    """Everything that fixes a scene's parameters."""
 
-    radius: float = 1.0
-    radiance: RadianceConfig = field(default_factory=RadianceConfig)
-    deformation: DeformationConfig | None = None
-    background: BackgroundConfig = field(default_factory=BackgroundConfig)
-    occupancy_resolution: int = 32
-    n_samples: int = 512
+    radius: float = 1.0  # of the box [-radius, radius]^3, world units
+    radiance: RadianceConfig = RadianceConfig()
+    deformation: DeformationConfig | None = None  # None: the scene is static
+    background: BackgroundConfig = BackgroundConfig()
+    occupancy_resolution: int = 32  # cells a side
+    n_samples: int = 512  # intervals along the box's diagonal
 
     def __post_init__(self) -> None:
         require_range("radius", self.radius, 1e-3, 1e3)
@@ -41,17 +41,17 @@ class SceneConfig:
 
     def step_size(self, n_samples: int | None = None) -> float:
         """Length of a sample's interval; `n_samples` None means the scene's own."""
-        return 1.732 * 2 * self.radius / (n_samples or self.n_samples)
+        return 1.732 * 2 * self.radius / (n_samples or self.n_samples)  # the box's diagonal, sqrt(3) sides long
 
 
 @dataclass(frozen=True)
 class FieldOutput:
-    """What a scene is at S points: density [S], rgb [S, 3]; unit normals [S, 3] and displacement [S, 3] or None."""
+    """What a scene is at S points."""
 
-    density: Tensor
-    rgb: Tensor
-    normals: Tensor | None = None
-    displacement: Tensor | None = None
+    density: Tensor  # [S], 1 / world unit
+    rgb: Tensor  # [S, 3] in (0, 1)
+    normals: Tensor | None = None  # [S, 3] unit vectors
+    displacement: Tensor | None = None  # [S, 3], in units of the [0, 1] box
 
 
 class Scene(nn.Module):
@@ -93,7 +93,7 @@ class Scene(nn.Module):
 
     def _canonical_points(self, points: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
         """Points [S, 3] of the world -> (places in the canonical [0, 1] box, displacements or None)."""
-        u = ((points / self.config.radius + 1) / 2).clamp(0, 1)
+        u = ((points / self.config.radius + 1) / 2).clamp(0, 1)  # rounding, and the offsets of normals, leave the box
         if self.deformation is None:
             return u, None
         displacement = self.deformation.displacement(u, times, self.kernels)
@@ -102,7 +102,7 @@ class Scene(nn.Module):
     def query(self, points: Tensor, times: Tensor, normals: bool = False) -> FieldOutput:
         """Evaluate the scene at points [S, 3] of the world and times [S] in [0, 1]; differentiable in all parameters.
 
-        Normals are central differences of the density (minus its gradient, normalised): six more density queries.
+        Normals cost six more density queries.
         """
         u, displacement = self._canonical_points(points, times)
         density, rgb = self.canonical(u, self.kernels)
@@ -115,6 +115,7 @@ class Scene(nn.Module):
 
     def normals(self, points: Tensor, times: Tensor) -> Tensor:
         """Return outward unit normals [S, 3] (zero where the density does not change)."""
+        # minus the density's gradient, by central differences
         offsets = torch.eye(3, device=points.device, dtype=points.dtype) * (NORMAL_OFFSET * self.config.radius)
         slopes = [self.density(points + d, times) - self.density(points - d, times) for d in offsets]
         return nn.functional.normalize(-torch.stack(slopes, -1), dim=-1, eps=1e-9)
@@ -143,11 +144,9 @@ class Scene(nn.Module):
         generator: torch.Generator,
         background: BackgroundConfig | None = None,
     ) -> Scene:
-        """Return a copy that can move: a fresh deformation (of zero displacement) and, if asked, a fresh background.
-
-        The copy's occupancy starts as everywhere occupied, since it has to hold for all times.
-        """
+        """Return a copy that can move: a fresh deformation (of zero displacement) and, if asked, a fresh background."""
         changed = replace(self.config, deformation=config, background=background or self.config.background)
+        # the occupancy starts as everywhere occupied, since it has to hold for all times
         fresh = ("deformation", "occupancy") if background is None else ("deformation", "occupancy", "background")
         scene = self._rebuilt(changed, fresh)
         scene.deformation.reset(generator)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 class Schedule:
     """A value that is `first` until progress `start`, linear to `last` at progress `end`, then `last`."""
 
-    first: float
-    last: float
-    start: float = 0.0
-    end: float = 1.0
+    first: float  # up to `start`, a share of the run
+    last: float  # from `end` on, linear in between
+    start: float = 0.0  # share of the run
+    end: float = 1.0  # share of the run
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start <= self.end <= 1.0:
@@ -41,9 +41,9 @@ def stepped(progress: float, first: int, per_run: float) -> int:
 
     The coarse-to-fine rule "4 + step // 500" of a 10,000-step run is `stepped(progress, 4, 20)`.
     """
-    return first + int(progress * per_run + 1e-6)
+    return first + int(progress * per_run + 1e-6)  # 0.29 * 100 is 28.999...
 
 
 def milestones(progress: float, marks: tuple[float, ...], factor: float) -> float:
     """Return `factor` to the power of the number of `marks` (progress values) already passed."""
-    return factor ** sum(progress + 1e-9 >= mark for mark in marks)
+    return factor ** sum(progress + 1e-9 >= mark for mark in marks)  # step / steps may lie just below a mark

@@ -12,7 +12,7 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Bring a tensor to a device without waiting for the device to be done with earlier work."""
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the copy would wait
     return tensor.to(device)
 
 
@@ -20,8 +20,8 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 class Fetched:
     """A device's numbers on their way to the CPU; `read` waits for the device where they aren't there yet."""
 
-    values: Tensor
-    ready: torch.cuda.Event | None = None
+    values: Tensor  # [n], on the CPU; on their way there until `ready`
+    ready: torch.cuda.Event | None = None  # None: they are there
 
     def read(self) -> list[float]:
         """The numbers."""

@@ -132,25 +132,58 @@ def test_nothing_loads_pickles(path):
     assert not any(module.split(".")[0] in ("pickle", "dill", "joblib") for module, _ in imports(path))
 
 
-def test_no_import_cycles():
-    graph = {}
-    for path in FILES:
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        graph[name] = {module for module, at_top in imports(path) if at_top and module.startswith("dream4d_engine")}
-    state: dict[str, str] = {}
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_files() -> dict[str, set[str]]:
+    """Of each module the modules of ours that it imports, wherever: at its top, in functions, for types alone."""
+    modules = {module_of(path): path for path in FILES}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        found[name] = set()
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in modules}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+                module = ".".join(part for part in (base, node.module) if part)
+                if module in modules:  # a name may be a module of its own, or one that the module holds
+                    places = (f"{module}.{alias.name}" for alias in node.names)
+                    found[name] |= {place if place in modules else module for place in places}
+    return found
+
+
+def test_files_import_downwards():
+    """No file imports one that imports it, directly or over others: so the files of a room have an order, too."""
+    graph, state = imported_files(), {}
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert state.get(name) != "open", f"import cycle: {' -> '.join((*trail, name))}"
-        if name in state or name not in graph:
-            return
-        state[name] = "open"
-        for other in sorted(graph[name]):
-            visit(other, (*trail, name))
-        state[name] = "done"
+        circle = (*trail[trail.index(name) :], name) if name in trail else ()
+        assert not circle, f"imports in a circle: {' -> '.join(circle)}"
+        if name not in state:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            state[name] = "done"
 
     for name in sorted(graph):
         visit(name, ())
+
+
+@pytest.mark.parametrize("imported", ["import dream4d_engine.b", "from . import b", "from .b import x"])
+@pytest.mark.parametrize("where", ["{}", "def f():\n    {}", "if TYPE_CHECKING:\n    {}"])
+def test_circles_are_found(where, imported, tmp_path, monkeypatch):
+    package = tmp_path / "dream4d_engine"
+    package.mkdir()
+    sources = {"__init__": "", "a": where.format(imported), "b": "from .c import x", "c": "from . import a"}
+    for name, source in sources.items():
+        (package / f"{name}.py").write_text(source)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(globals(), "FILES", sorted(package.rglob("*.py")))
+    with pytest.raises(AssertionError, match=r"circle: .*a -> .*b -> .*c -> .*a"):
+        test_files_import_downwards()
 
 
 def loaded_by(statement: str) -> set[str]:

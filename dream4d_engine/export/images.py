@@ -15,7 +15,7 @@ from ..machine import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageFont
 
 _MARGIN, _PAPER, _INK = 6, (255, 255, 255), (40, 40, 40)
 _LINE, _MOST_LINES = 16, 4
@@ -52,9 +52,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """Lay images [rows, columns, H, W, 3] out on white, with a label beside each row and above each column.
 
-    The title is broken into lines as wide as the sheet, and shortened where it needs more than four.
-
-    Returns uint8 [height, width, 3].
+    The title is broken into lines as wide as the sheet, and shortened where it needs more than four. Returns uint8
+    [height, width, 3].
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -74,7 +73,8 @@ def contact_sheet(
     for index, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN + _LINE * index), line, fill=_INK, font=font)
     for column, label in enumerate(column_labels):
-        _centre(draw, font, label, left + column * (width + _MARGIN) + width / 2, top - 10)
+        middle = left + column * (width + _MARGIN) + width / 2
+        draw.text((middle, top - 10), label, fill=_INK, font=font, anchor="mm")
     for row, label in enumerate(row_labels):
         y = top + row * (height + _MARGIN)
         draw.text((_MARGIN, y + height / 2), label, fill=_INK, font=font, anchor="lm")
@@ -82,10 +82,6 @@ def contact_sheet(
             tile = Image.fromarray(to_bytes(images[row, column]))
             sheet.paste(tile, (left + column * (width + _MARGIN), y))
     return np.asarray(sheet)
-
-
-def _centre(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, x: float, y: float) -> None:
-    draw.text((x, y), text, fill=_INK, font=font, anchor="mm")
 
 
 def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -112,7 +108,7 @@ def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     """How many letters of a text fit into `width` pixels."""
     fitting, too_many = 0, len(text) + 1
-    while too_many - fitting > 1:
+    while too_many - fitting > 1:  # halving: a text's width takes as long to find as the text is
         middle = (fitting + too_many) // 2
         if font.getlength(text[:middle]) <= width:
             fitting = middle

@@ -28,11 +28,11 @@ _BT709 = 1  # the code of BT.709 in the stream's colour tags; 1 is also "limited
 
 @dataclass(frozen=True)
 class Video:
-    """A decoded file: frames uint8 [F, H, W, 3], frames per second, title and codec as stored."""
+    """A decoded file."""
 
-    frames: Tensor
+    frames: Tensor  # uint8 [F, H, W, 3]
     fps: float
-    title: str
+    title: str  # this and the codec as stored
     codec: str
 
 
@@ -139,11 +139,12 @@ def write_video(path: Path | str, frames: Iterable[Tensor | np.ndarray], fps: fl
 
 def _add_stream(container, codec: str, shape: tuple[int, ...], fps: float):
     """Add a video stream for images [H, W, 3] whose quality is high enough to judge details by."""
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 is television's
     quality = {"crf": "16", "preset": "medium"} if codec == "libx264" else {}
     stream = container.add_stream(codec, rate=rate, options=quality)
     stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
     context = stream.codec_context
+    # players take small videos without tags for BT.601, and show other colours
     context.color_primaries = context.color_trc = context.colorspace = context.color_range = _BT709
     if not quality:
         stream.bit_rate = max(int(shape[0] * shape[1] * fps * 0.4), 500_000)

@@ -14,12 +14,12 @@ from .mlp import MLP
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """`color` None: spherical harmonics of the direction through a network; else that colour, nothing learned."""
+    """Spherical harmonics of the direction through a network, or one colour."""
 
-    degree: int = 3
+    degree: int = 3  # of the harmonics, of which there are degree^2
     hidden_width: int = 16
     hidden_layers: int = 2
-    color: tuple[float, float, float] | None = None
+    color: tuple[float, float, float] | None = None  # red, green, blue in [0, 1]; then nothing is learned
 
     def __post_init__(self) -> None:
         if self.degree != 3:

@@ -5,7 +5,7 @@ It is a *backward* warp (observed -> canonical), one function for all times, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,14 @@ from .encodings import HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
 
-def _default_grid() -> HashGridConfig:
-    return HashGridConfig(n_levels=12, base_resolution=4)
-
-
 @dataclass(frozen=True)
 class DeformationConfig:
-    """A hash grid over (u, t) read by one network. `scale` > 1 enlarges the canonical object in the frame."""
+    """A hash grid over (u, t) read by one network."""
 
-    grid: HashGridConfig = field(default_factory=_default_grid)
+    grid: HashGridConfig = HashGridConfig(n_levels=12, base_resolution=4)
     hidden_width: int = 64
     hidden_layers: int = 4
-    scale: float = 1.0
+    scale: float = 1.0  # above 1 it enlarges the canonical object in the frame
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
@@ -61,7 +57,7 @@ class DeformationField(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.active_levels.device.type != "meta":
+        if self.active_levels.device.type != "meta":  # where only shapes are looked at there is no number
             self._n_active = int(self.active_levels)
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
@@ -71,4 +67,5 @@ class DeformationField(nn.Module):
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
         """Return the places [S, 3] in [0, 1] where the canonical field is queried."""
+        # zoomed about the box's middle: places further apart in the frame show ones that lie closer in the field
         return ((u + displacement - 0.5) / self.config.scale + 0.5).clamp(0, 1)

@@ -19,13 +19,13 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class HashGridConfig:
-    """A multiresolution hash grid; level l has about base_resolution * growth^l cells a side."""
+    """A multiresolution hash grid (Mueller et al. 2022, 2201.05989)."""
 
-    n_levels: int = 16
-    n_features: int = 2
-    log2_entries: int = 19
-    base_resolution: int = 16
-    growth: float = PUBLISHED_GROWTH
+    n_levels: int = 16  # level l has about base_resolution * growth^l cells a side
+    n_features: int = 2  # numbers an entry
+    log2_entries: int = 19  # of a level at most: finer ones are hashed into as many
+    base_resolution: int = 16  # of the coarsest level
+    growth: float = PUBLISHED_GROWTH  # from level to level
 
     def __post_init__(self) -> None:
         require_range("n_levels", self.n_levels, 1, 32)
@@ -34,7 +34,7 @@ class HashGridConfig:
         require_range("base_resolution", self.base_resolution, 1, 1024)
         require_range("growth", self.growth, 1.0, 4.0)
         finest = math.log2(self.base_resolution) + (self.n_levels - 1) * math.log2(self.growth)
-        if finest > 20:
+        if finest > 20:  # of fp32's 24 bits, some must be left for the place within a cell
             raise ValueError(f"the finest level would have 2^{finest:.0f} cells a side, more than fp32 can tell apart")
 
     def layout(self, n_dims: int) -> GridLayout:
@@ -68,15 +68,15 @@ def spherical_harmonics(directions: Tensor) -> Tensor:
     x, y, z = directions.unbind(-1)
     return torch.stack(
         (
-            torch.full_like(x, 0.28209479177387814),
-            -0.48860251190291987 * y,
+            torch.full_like(x, 0.28209479177387814),  # degree 0: 1 / (2 sqrt(pi))
+            -0.48860251190291987 * y,  # degree 1: sqrt(3 / (4 pi))
             0.48860251190291987 * z,
             -0.48860251190291987 * x,
-            1.0925484305920792 * x * y,
+            1.0925484305920792 * x * y,  # degree 2: sqrt(15 / (4 pi))
             -1.0925484305920792 * y * z,
-            0.94617469575756008 * z * z - 0.31539156525252005,
+            0.94617469575756008 * z * z - 0.31539156525252005,  # sqrt(5 / (16 pi)) (3 z^2 - 1)
             -1.0925484305920792 * x * z,
-            0.54627421529603959 * (x * x - y * y),
+            0.54627421529603959 * (x * x - y * y),  # sqrt(15 / (16 pi))
         ),
         -1,
     )

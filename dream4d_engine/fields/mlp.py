@@ -19,10 +19,10 @@ class MLP(nn.Module):
         )
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draw the weights from U(-1/sqrt(n), 1/sqrt(n)), n inputs a layer: what nn.Linear starts from."""
+        """Start afresh."""
         with torch.no_grad():
             for weight in self.layers:
-                bound = weight.shape[1] ** -0.5
+                bound = weight.shape[1] ** -0.5  # 1 / sqrt(inputs): what nn.Linear starts from
                 weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
 
     def forward(self, x: Tensor, kernels: Kernels | None = None) -> Tensor:

@@ -5,7 +5,7 @@ Points are handled in two frames: p in the world's box [-radius, radius]^3, u = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,14 +21,14 @@ Blob = Literal["magic3d", "dreamfusion"]
 
 @dataclass(frozen=True)
 class RadianceConfig:
-    """A hash grid read by two networks. `blob` is the density that a fresh field starts from."""
+    """A hash grid read by two networks, one for density and one for colour."""
 
-    grid: HashGridConfig = field(default_factory=HashGridConfig)
+    grid: HashGridConfig = HashGridConfig()
     hidden_width: int = 64
     hidden_layers: int = 1
-    blob: Blob = "magic3d"
-    blob_scale: float = 10.0
-    blob_std: float = 0.5
+    blob: Blob = "magic3d"  # shape of the density that a fresh field starts from
+    blob_scale: float = 10.0  # its logit in the middle
+    blob_std: float = 0.5  # its size, world units
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
@@ -58,7 +58,7 @@ class RadianceField(nn.Module):
     def blob(self, u: Tensor) -> Tensor:
         """Return the density logit [S] that is added at u [S, 3]."""
         config = self.config
-        squared = ((2 * u - 1) * self.radius).square().sum(-1)
+        squared = ((2 * u - 1) * self.radius).square().sum(-1)  # |p|^2
         if config.blob == "magic3d":  # Magic3D, 2211.10440; the guard keeps the gradient finite at the origin
             return config.blob_scale * (1 - squared.clamp_min(1e-12).sqrt() / config.blob_std)
         return config.blob_scale * torch.exp(-squared / (2 * config.blob_std**2))  # DreamFusion, 2209.14988

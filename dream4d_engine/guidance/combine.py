@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def cfg(text: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Return negative + scale * (text - negative): scale 1 is the text prediction (2207.12598)."""
+    """Return the prediction guided towards the text: scale 1 is the text's own (2207.12598, equation 6)."""
     return negative + scale * (text - negative)
 
 
@@ -30,7 +30,7 @@ def perpendicular(vector: Tensor, direction: Tensor) -> Tensor:
     Where the direction is zero there is nothing to be perpendicular to, and the vector comes back whole.
     """
     dims = (-3, -2, -1)
-    length = (direction * direction).sum(dims, keepdim=True)
+    length = (direction * direction).sum(dims, keepdim=True)  # squared
     along = (vector * direction).sum(dims, keepdim=True) / torch.where(length > 0, length, torch.ones_like(length))
     return vector - along * direction
 
@@ -44,7 +44,7 @@ def perp_neg(text: Tensor, negative: Tensor, others: Sequence[Tensor], weights: 
     Args:
         others: n predictions under the prompts to avoid (the other views). weights: [B, F, n], at most 0.
     """
-    towards = text - negative
+    towards = text - negative  # d
     away = torch.zeros_like(towards)
     for i, other in enumerate(others):
         away = away + weights[:, :, i, None, None, None].to(towards) * perpendicular(other - negative, towards)
@@ -54,11 +54,10 @@ def perp_neg(text: Tensor, negative: Tensor, others: Sequence[Tensor], weights: 
 def rescale(guided: Tensor, text: Tensor, share: float) -> Tensor:
     """Bring the standard deviation of a guided x0 towards that of the text prediction alone.
 
-    The deviation is taken over a group's views, channels and pixels; `share` of the result is rescaled, the rest is
-    not (2305.08891, equations 15-16, on x0 as in MVDream 2308.16512). A share of 0 changes nothing.
+    `share` of the result is rescaled, the rest is not (2305.08891, equations 15-16, on x0 as in MVDream 2308.16512).
     """
     if share == 0:
         return guided
-    dims = (1, 2, 3, 4)
+    dims = (1, 2, 3, 4)  # a group's views, channels and pixels: its views keep their differences
     ratio = text.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp_min(1e-12)
     return guided * (share * ratio + (1 - share))

@@ -25,19 +25,12 @@ from .noise import NoiseSchedule
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a denoiser is told about each of B x F images.
+    """What a denoiser is told about each of B x F images."""
 
-    Args:
-        tokens: [B, F, L, D] what the cross-attention reads (text or image tokens).
-        vector: [B, F, K] what is added to the time embedding (a camera, a frame's time), or None.
-        concat: [B, F, c, h, w] extra input channels, or None.
-        mask: [B, F, L], 1 where a token is one and 0 where it only fills up, or None.
-    """
-
-    tokens: Tensor
-    vector: Tensor | None = None
-    concat: Tensor | None = None
-    mask: Tensor | None = None
+    tokens: Tensor  # [B, F, L, D] what the cross-attention reads (text or image tokens)
+    vector: Tensor | None = None  # [B, F, K] what is added to the time embedding (a camera, a frame's time)
+    concat: Tensor | None = None  # [B, F, c, h, w] extra input channels
+    mask: Tensor | None = None  # [B, F, L], 1 where a token is one, 0 where it only fills up
 
 
 class Denoiser(Protocol):

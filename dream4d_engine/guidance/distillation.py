@@ -25,7 +25,7 @@ from ..randomness import Draw, draw_rows
 from ..schedules import Schedule
 from ..transfers import send
 from .combine import cfg, perp_neg, rescale
-from .denoiser import Conditions, Denoiser, denoise_each
+from .denoiser import Conditions, Denoiser, stack_conditions
 from .noise import NoiseSchedule
 from .prompts import PerpNegConditions
 
@@ -37,33 +37,22 @@ NONFINITE = "nonfinite"
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """How one prior guides.
+    """How one prior guides."""
 
-    Args:
-        guidance_scale: in the form negative + scale * (text - negative); see combine.published_scale.
-        min_noise, max_noise: bounds of the noise level as shares of the training schedule, over progress.
-        loss: see the module's docstring.
-        rescale: share of the guided x0 whose standard deviation is brought to that of the text prediction.
-        n_steps: of the multistep walk over the whole schedule (from a share s it takes about n_steps * s).
-        color_weight: of the squared distance between the images and the decoded target.
-        perp_neg: use Guidance.perp_neg instead of plain guidance.
-        shared_timestep: one noise level for all groups instead of one for each.
-        batch: what the summed loss is divided by the number of. None: what the published recipes do, groups for
-            multistep (a video is one sample) and images otherwise (each of a group's views is one).
-        max_azimuth_deg: images whose camera is this far from the front or farther are left out (180: none is).
-            For priors that see single images.
-    """
-
-    guidance_scale: float
-    min_noise: Schedule
-    max_noise: Schedule
-    loss: LossForm = "sds"
-    rescale: float = 0.0
-    n_steps: int = 1
-    color_weight: float = 0.0
-    perp_neg: bool = False
-    shared_timestep: bool = False
+    guidance_scale: float  # in the form negative + scale * (text - negative); see combine.published_scale
+    min_noise: Schedule  # least noise level as a share of the training schedule, over the run
+    max_noise: Schedule  # largest noise level as a share of the training schedule, over the run
+    loss: LossForm = "sds"  # which target the images are pulled to; see guidance/distillation.py
+    rescale: float = 0.0  # share of the guided x0 whose standard deviation is brought to that of the text prediction
+    n_steps: int = 1  # of the multistep walk over the whole schedule (from a share s it takes about n_steps * s)
+    color_weight: float = 0.0  # of the squared distance between the images and the decoded target
+    perp_neg: bool = False  # perp-neg instead of plain guidance, for priors that see single images
+    shared_timestep: bool = False  # one noise level for all groups instead of one for each
+    # What the summed loss is divided by the number of. None: what the published recipes do, groups for multistep
+    # (a video is one sample) and images otherwise (each of a group's views is one).
     batch: BatchUnit | None = None
+    # Images whose camera is this far from the front or farther are left out (180: none is). For priors that see
+    # single images.
     max_azimuth_deg: float = 180.0
 
     def __post_init__(self) -> None:
@@ -85,38 +74,24 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A prior that has been told what to look for.
+    """A prior that has been told what to look for."""
 
-    Args:
-        conditions: (text, negative) for cameras [B, F]; they are asked for in the grouping that the denoiser sees,
-            [B * F, 1] where its n_frames is None.
-        perp_neg: what the config's perp_neg needs (see prompts.perp_neg_conditions), or None.
-    """
-
-    name: str
+    name: str  # of its terms and its random numbers
     denoiser: Denoiser
+    # cameras [B, F] -> (text, negative); asked for in the denoiser's grouping, [B * F, 1] where its n_frames is None
     conditions: Callable[[CameraBatch], tuple[Conditions, Conditions]]
     config: DistillationConfig
-    perp_neg: Callable[[CameraBatch], PerpNegConditions] | None = None
+    perp_neg: Callable[[CameraBatch], PerpNegConditions] | None = None  # what the config's perp_neg needs
 
 
 @dataclass(frozen=True)
 class DistillationOutput:
-    """What one distillation gives.
+    """What one distillation gives; B', F' in the grouping that the denoiser saw."""
 
-    Args:
-        loss: scalar, with gradient to the images.
-        terms: detached scalars to log: "distillation" and "color" (the parts of the loss, weighted),
-            "gradient_norm" (of the loss with respect to z), NONFINITE (the share of the gradient's values that were
-            not finite and counted as 0), "noise" (mean share).
-        share: [B'] of the noise schedule. x0: [B', F', c, h, w], the guided prediction of z, or the end of the walk for
-            multistep. Both in the grouping that the denoiser saw.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    share: Tensor
-    x0: Tensor
+    loss: Tensor  # [], with gradient to the images
+    terms: dict[str, Tensor]  # detached scalars to log, see `distill_at`
+    share: Tensor  # [B'] of the noise schedule
+    x0: Tensor  # [B', F', c, h, w], the guided prediction of z, or the end of the walk for multistep
 
 
 def _per_group(values: Tensor) -> Tensor:
@@ -125,10 +100,8 @@ def _per_group(values: Tensor) -> Tensor:
 
 
 def sds_gradient(z: Tensor, x0: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return w * (eps_hat - eps), w the schedule's weight, from x0; z, x0 [B, F, c, h, w], sigma [B].
-
-    eps_hat - eps = (z - x0) / sigma, whatever the model predicts.
-    """
+    """Return w * (eps_hat - eps), w the schedule's weight, from x0; z, x0 [B, F, c, h, w], sigma [B]."""
+    # eps_hat - eps = (z - x0) / sigma, whatever the model predicts
     return _per_group(schedule.weight(sigma) / sigma) * (z - x0)
 
 
@@ -136,7 +109,7 @@ def half_squared_distance(z: Tensor, target: Tensor, n: int) -> tuple[Tensor, Te
     """Return (0.5 * |z - stop(target)|^2 / n, the share of values that were not finite and counted as 0)."""
     difference = z - target.detach()
     finite = difference.detach().isfinite()
-    difference = torch.where(finite, difference, torch.zeros_like(difference))
+    difference = torch.where(finite, difference, torch.zeros_like(difference))  # a product with 0 would stay NaN
     return 0.5 * difference.square().sum() / n, (~finite).float().mean()
 
 
@@ -159,10 +132,11 @@ def color_loss(images: Tensor, target: Tensor, n: int | None = None) -> Tensor:
 def ancestral_step(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
     """Return x at sigma_next: a DDIM step with eta = 1 (2010.02502, equations 12 and 16); sigmas [B].
 
-    On the variance exploding scale its deviation is s^2 = s_n^2 * (1 - s_n^2 / sigma^2) with s_n = sigma_next, and
-    what is left of the predicted noise is s_n^2 / sigma. Sigmas that are equal leave x as it is.
+    Sigmas that are equal leave x as it is.
     """
+    # equation 16 on the variance exploding scale: s^2 = s_n^2 * (1 - s_n^2 / sigma^2) with s_n = sigma_next
     fresh = (sigma_next**2 * (1 - sigma_next**2 / sigma**2)).clamp_min(0).sqrt()
+    # equation 12: of the predicted noise (x - x0) / sigma, s_n^2 / sigma is left
     return x0 + _per_group((sigma_next / sigma) ** 2) * (x - x0) + _per_group(fresh) * noise
 
 
@@ -176,10 +150,6 @@ def multistep_target(
 ) -> Tensor:
     """Walk from x to the end of the schedule and return where it leads, on the scale of z.
 
-    Each step goes down by a share of 1 / n_steps (of T timesteps: by T // n_steps of them), until the share is 0. The
-    schedule ends at its lowest level, not at no noise at all, and the result is the variance preserving x there, as
-    the published targets are.
-
     Args:
         x: [B, F, c, h, w] at `share` [B], on the CPU: it says how many steps there are.
         predict: (x, sigma [B]) -> guided x0. noise: shape -> standard normal noise, called once a step.
@@ -187,8 +157,9 @@ def multistep_target(
     n_levels = schedule.n_levels
     if n_steps < 1 or (n_levels is not None and n_steps > n_levels):
         raise ValueError(f"n_steps must lie between 1 and the number of training timesteps ({n_levels}), got {n_steps}")
+    # of T timesteps a step goes down by T // n_steps of them, until the share is 0
     stride = 1 / n_steps if n_levels is None else n_levels // n_steps / n_levels
-    share = share.double().cpu()
+    share = share.double().cpu()  # many small steps must add up
     moving = torch.ones_like(share, dtype=torch.bool)
     while moving.any():
         following = share - stride
@@ -198,6 +169,7 @@ def multistep_target(
         # groups with a smaller share arrive earlier
         x = stepped if moving.all() else torch.where(_per_group(send(moving, x.device)), stepped, x)
         share, moving = following, moving & (following > 1e-9)
+    # the lowest level, not no noise at all; the variance preserving x there, as the published targets are
     last = schedule.sigma_of(torch.zeros(1)).to(x)
     return x * (1 + last**2).rsqrt()
 
@@ -212,10 +184,12 @@ def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Ten
         )
     avoidance = guidance.perp_neg(cameras) if config.perp_neg else None
     each = (text, negative) if avoidance is None else (avoidance.text, negative, *avoidance.avoid)
+    n, together = len(each), stack_conditions(each)  # once, however many steps a walk has
 
     @torch.no_grad()
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
-        x0_text, x0_negative, *x0_avoid = denoise_each(denoiser, x, sigma, each)
+        x0 = denoiser.denoise(x.repeat(n, 1, 1, 1, 1), sigma.repeat(n), together)  # [n B, F, c, h, w], in one pass
+        x0_text, x0_negative, *x0_avoid = x0.chunk(n)
         if avoidance is None:
             guided = cfg(x0_text, x0_negative, config.guidance_scale)
         else:
@@ -260,6 +234,7 @@ def draw_shares(
 
     def one(generator: torch.Generator) -> Tensor:
         if n is not None:
+            # a timestep, both bounds included, as a share
             return torch.randint(round(low * n), round(high * n) + 1, (1,), generator=generator).double() / n
         return low + (high - low) * torch.rand(1, generator=generator, dtype=torch.float64)
 
@@ -276,9 +251,8 @@ def _group_for(guidance: Guidance, images: Tensor, cameras: CameraBatch) -> tupl
     if guidance.config.max_azimuth_deg >= 180:
         return images, cameras, None
     azimuth = cameras.azimuth[:, 0]
-    away = torch.rad2deg(torch.atan2(azimuth.sin(), azimuth.cos())).abs()
-    keep = away < guidance.config.max_azimuth_deg
-    return images, cameras, keep.cpu()
+    away = torch.rad2deg(torch.atan2(azimuth.sin(), azimuth.cos())).abs()  # in [0, 180]
+    return images, cameras, (away < guidance.config.max_azimuth_deg).cpu()
 
 
 def distill_at(
@@ -300,18 +274,19 @@ def distill_at(
     sigma = send(denoiser.noise.sigma_of(share), z.device)
     predict = guided_prediction(guidance, cameras)
     with torch.no_grad():
-        x = z + _per_group(sigma) * send(noise(z.shape), z.device).to(z)
+        x = z + _per_group(sigma) * send(noise(z.shape), z.device).to(z)  # [B, f, c, h, w]
         if config.loss == "multistep":
             target = x0 = multistep_target(x, share, denoiser.noise, predict, config.n_steps, noise)
         else:
             x0 = predict(x, sigma)
             target = x0 if config.loss == "x0" else z - sds_gradient(z, x0, sigma, denoiser.noise)
-    n = _batch_size(config, z.shape)
+    unit = config.batch or ("groups" if config.loss == "multistep" else "images")
+    n = z.shape[0] if unit == "groups" else z.shape[0] * z.shape[1]
     loss, nonfinite = half_squared_distance(z, target, n)
     terms = {
-        "distillation": loss.detach(),
-        "gradient_norm": (2 * loss.detach() / n).sqrt(),
-        NONFINITE: nonfinite,
+        "distillation": loss.detach(),  # this and "color": the parts of the loss, weighted
+        "gradient_norm": (2 * loss.detach() / n).sqrt(),  # of the loss with respect to z: |z - target| / n
+        NONFINITE: nonfinite,  # share of the gradient's values that counted as 0
         "noise": send(share.float(), z.device).mean(),
     }
     if config.color_weight > 0:
@@ -321,12 +296,6 @@ def distill_at(
         terms["color"] = color.detach()
         loss = loss + color
     return DistillationOutput(loss, terms, share, x0)
-
-
-def _batch_size(config: DistillationConfig, shape: torch.Size) -> int:
-    """Return what the summed loss is divided by; shape (B, F, ...)."""
-    unit = config.batch or ("groups" if config.loss == "multistep" else "images")
-    return shape[0] if unit == "groups" else shape[0] * shape[1]
 
 
 def distill(
@@ -343,24 +312,19 @@ def distill(
             f"images must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(images.shape)}"
         )
     seen, cameras, keep = _group_for(guidance, images, cameras)
-    if keep is not None and not keep.any():
-        return _nothing_seen(images)
+    if keep is not None and not keep.any():  # a loss of 0 that still has a gradient, of 0
+        zero, empty = images.new_zeros(()), images.new_zeros((0, 1, 1, 1, 1))
+        terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
+        return DistillationOutput(0.0 * images.sum(), terms, torch.zeros(0), empty)
     n_groups, turns = seen.shape[0], itertools.count()
     share = draw_shares(guidance.config, guidance.denoiser.noise, n_groups, progress, draw, guidance.name)
 
     def noise(shape: torch.Size) -> Tensor:
         purpose = f"{guidance.name} noise {next(turns)}"
+        # for all groups, those that are left out too: a group's numbers follow from its place in the batch
         drawn = draw_rows(torch.randn, (n_groups, *shape[1:]), draw.groups(purpose, n_groups))
         return drawn if keep is None else drawn[keep]
 
     if keep is not None:
         seen, cameras, share = seen[send(keep, seen.device)], cameras.groups(keep), share[keep]
     return distill_at(guidance, seen, cameras, share, noise)
-
-
-def _nothing_seen(images: Tensor) -> DistillationOutput:
-    """The output where every image was left out: a loss of 0 that still has a gradient, of 0."""
-    zero = images.new_zeros(())
-    terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
-    empty = images.new_zeros((0, 1, 1, 1, 1))
-    return DistillationOutput(0.0 * images.sum(), terms, torch.zeros(0), empty)

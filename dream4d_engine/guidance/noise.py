@@ -20,18 +20,12 @@ LAST_FLOW_TIME = 0.999
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The noise levels of a model.
+    """The noise levels of a model."""
 
-    Args:
-        sigma_of: share -> sigma, of the same shape. share_of: its inverse, the nearest level of a model that has T.
-        weight: sigma -> what score distillation multiplies (eps_hat - eps) with.
-        sigmas: [T], the levels that the model was trained on, the lowest first; None where it knows all between.
-    """
-
-    sigma_of: Callable[[Tensor], Tensor]
-    share_of: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor], Tensor]
-    sigmas: Tensor | None = None
+    sigma_of: Callable[[Tensor], Tensor]  # share -> sigma, of the same shape
+    share_of: Callable[[Tensor], Tensor]  # its inverse, the nearest level of a model that has T
+    weight: Callable[[Tensor], Tensor]  # sigma -> what score distillation multiplies (eps_hat - eps) with
+    sigmas: Tensor | None = None  # [T], the levels of its training, the lowest first; None: it knows all between
 
     @property
     def n_levels(self) -> int | None:
@@ -52,12 +46,9 @@ def sigma_of_alpha_bar(alpha_bar: Tensor) -> Tensor:
 
 
 def variance_preserving(alphas_bar: Tensor) -> NoiseSchedule:
-    """Return the schedule of a model that was trained with these products [T], timestep 0 first.
-
-    A share is timestep / T. Weight 1 - alpha_bar: DreamFusion 2209.14988, equation 3.
-    """
+    """Return the schedule of a model that was trained with these products [T], timestep 0 first."""
     sigmas = sigma_of_alpha_bar(alphas_bar.detach().float().cpu())
-    n = len(sigmas)
+    n = len(sigmas)  # T: a share is timestep / T
 
     @lru_cache(maxsize=8)
     def on(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,17 +61,15 @@ def variance_preserving(alphas_bar: Tensor) -> NoiseSchedule:
         distance = (sigma.float().log()[..., None] - on(sigma.device)[1]).abs()
         return distance.argmin(-1) / n
 
+    # the weight is 1 - alpha_bar: DreamFusion 2209.14988, equation 3
     return NoiseSchedule(sigma_of, share_of, lambda sigma: sigma**2 / (1 + sigma**2), sigmas)
 
 
 def rectified_flow(shift: float = 1.0) -> NoiseSchedule:
-    """Return the schedule of a rectified flow whose times were moved towards noise, t = shift u / (1 + (shift - 1) u).
-
-    A share is u, uniform before the shift (2403.03206, section 5.3.2). Weight 1 + sigma, which makes the gradient on z
-    that of the velocity, v_hat - (eps - z) (RFDS 2406.03293, equation 8).
-    """
+    """Return the schedule of a rectified flow whose times were moved towards noise; a share is a time before that."""
 
     def sigma_of(share: Tensor) -> Tensor:
+        # t = shift u / (1 + (shift - 1) u), 2403.03206, section 5.3.2
         time = (shift * share / (1 + (shift - 1) * share)).clamp(0, LAST_FLOW_TIME)
         return (time / (1 - time)).float()
 
@@ -88,4 +77,5 @@ def rectified_flow(shift: float = 1.0) -> NoiseSchedule:
         time = sigma / (1 + sigma)
         return time / (shift - (shift - 1) * time)
 
+    # the weight makes the gradient on z that of the velocity, v_hat - (eps - z): RFDS 2406.03293, equation 8
     return NoiseSchedule(sigma_of, share_of, lambda sigma: 1 + sigma)

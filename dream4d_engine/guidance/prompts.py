@@ -63,16 +63,11 @@ def view_index(
 
 @dataclass(frozen=True)
 class PerpNegViews:
-    """How perp-neg mixes and avoids the views, for B x F cameras.
+    """How perp-neg mixes and avoids the views, for B x F cameras."""
 
-    Args:
-        mix: [B, F, 4] shares of the tokens of VIEWS in the text, summing to 1.
-        avoid: [B, F, 2] indices of the views to avoid. weights: [B, F, 2] how much, at most 0.
-    """
-
-    mix: Tensor
-    avoid: Tensor
-    weights: Tensor
+    mix: Tensor  # [B, F, 4] shares of the tokens of VIEWS in the text, summing to 1
+    avoid: Tensor  # [B, F, 2] indices of the views to avoid
+    weights: Tensor  # [B, F, 2] how much, at most 0
 
 
 def _decay(nearness: Tensor, curve: tuple[float, float, float]) -> Tensor:
@@ -86,7 +81,7 @@ def perp_neg_views(azimuth: Tensor, elevation: Tensor, overhead_deg: float = 60.
     In the front half the text goes from front to side and both are avoided, the farther one more; in the back half it
     goes from side to back and side and front are avoided. Overhead views avoid nothing.
     """
-    quarter = _wrapped_deg(azimuth).abs() / 90
+    quarter = _wrapped_deg(azimuth).abs() / 90  # 0 at the front, 1 at the side, 2 at the back
     ahead, overhead = quarter < 1, elevation > math.radians(overhead_deg)
     nearness = torch.where(ahead, 1 - quarter, 2 - quarter)  # 1 at the front (of the front half), at the side (behind)
     first = torch.where(ahead, _decay(nearness, _BETWEEN_FRONT_AND_SIDE), _decay(nearness, _TOWARDS_BACK_AVOID_SIDE))
@@ -106,15 +101,11 @@ def perp_neg_views(azimuth: Tensor, elevation: Tensor, overhead_deg: float = 60.
 
 @dataclass(frozen=True)
 class PerpNegConditions:
-    """What perp-neg needs beside the negative prompt: the interpolated text, the prompts to avoid, and how much.
+    """What perp-neg needs beside the negative prompt."""
 
-    Args:
-        text: the conditions to reach. avoid: n conditions to avoid. weights: [B, F, n], at most 0.
-    """
-
-    text: Conditions
-    avoid: tuple[Conditions, ...]
-    weights: Tensor
+    text: Conditions  # to reach: the interpolated view's
+    avoid: tuple[Conditions, ...]  # n, to avoid
+    weights: Tensor  # [B, F, n] how much, at most 0
 
 
 def perp_neg_conditions(
@@ -127,5 +118,5 @@ def perp_neg_conditions(
     views = perp_neg_views(azimuth, elevation)
     mixed = torch.einsum("bfv,vld->bfld", views.mix.to(tokens), tokens)
     avoided = views.avoid.to(tokens.device).unbind(-1)
-    avoid = tuple(Conditions(tokens[index], vector) for index in avoided)
+    avoid = tuple(Conditions(tokens[index], vector) for index in avoided)  # [B, F] of a table -> [B, F, L, D]
     return PerpNegConditions(Conditions(mixed, vector), avoid, views.weights.to(tokens))

@@ -35,12 +35,12 @@ class Kernels:
     """The functions a backend provides; signatures and shapes are those of `torch_kernels`."""
 
     name: str
-    hash_encode: Callable[..., Tensor]
-    march_rays: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    march_into: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    composite: Callable[..., tuple[Tensor, Tensor]]
-    accumulate: Callable[..., Tensor]
-    mlp: Callable[..., Tensor]
+    hash_encode: Callable[..., Tensor]  # points -> features of a multiresolution grid
+    march_rays: Callable[..., tuple[Tensor, Tensor, Tensor]]  # rays -> intervals in the box and in occupied cells
+    march_into: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]  # the same in lists of a given length
+    composite: Callable[..., tuple[Tensor, Tensor]]  # samples -> their weights, and weighted sums along rays
+    accumulate: Callable[..., Tensor]  # samples -> sums along rays
+    mlp: Callable[..., Tensor]  # features -> outputs of a bias-free ReLU network
 
 
 def _triton_kernels(device: torch.device) -> Kernels:
@@ -75,11 +75,11 @@ _BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """Whether a backend can run on a device; `reason` says why not, or is empty."""
+    """Whether a backend can run on a device."""
 
     name: str
     usable: bool
-    reason: str
+    reason: str  # why not; empty where it can
 
 
 _TRITON_OF_TORCH = {
@@ -99,13 +99,10 @@ _TRITON_OF_TORCH = {
 
 
 def triton_command(torch_version: str = torch.__version__, platform: str = sys.platform) -> str:
-    """Return what to type to have triton beside a torch of this version.
-
-    On Windows the package is triton-windows, whose newest version fits the newest torch alone: it gets a bound.
-    """
+    """Return what to type to have triton beside a torch of this version."""
     found = re.match(r"(\d+)\.(\d+)", torch_version)
     made_with = (_TRITON_OF_TORCH.get((int(found[1]), int(found[2]))) if found else None) or _required_triton()
-    name = "triton-windows" if platform == "win32" else "triton"
+    name = "triton-windows" if platform == "win32" else "triton"  # its newest fits the newest torch alone: a bound
     return f'pip install "{name}<{made_with[0]}.{made_with[1] + 1}"' if made_with else f"pip install {name}"
 
 

@@ -24,25 +24,25 @@ _ROUNDED_UP = frozenset({1, 2, 6, 9, 10, 11, 13, 15})
 
 @dataclass(frozen=True)
 class GridLevel:
-    """One level: `offset` and `size` count entries (not numbers); a position is u * scale + 0.5."""
+    """One level of a grid."""
 
-    scale: float
-    resolution: int
-    size: int
-    offset: int
-    hashed: bool
+    scale: float  # a position in it is u * scale + 0.5
+    resolution: int  # corners a side
+    size: int  # entries (not numbers)
+    offset: int  # of its first entry
+    hashed: bool  # else dense
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """All levels of a grid over `n_dims` coordinates with `n_features` numbers an entry, and what they follow from."""
+    """All levels of a grid, and what they follow from."""
 
-    n_dims: int
-    n_features: int
-    levels: tuple[GridLevel, ...]
-    log2_entries: int
+    n_dims: int  # coordinates of a point
+    n_features: int  # numbers an entry
+    levels: tuple[GridLevel, ...]  # the coarsest first
+    log2_entries: int  # of a level at most
     base_resolution: int
-    growth: float
+    growth: float  # of the resolution from level to level
 
     def __hash__(self) -> int:
         """Cheap, since what is made of a layout is looked up at every call."""
@@ -60,12 +60,10 @@ class GridLayout:
 
 
 def _level_scale(level: int, base_resolution: int, growth: float) -> float:
-    """Return base * growth^level - 1 as a GPU computes it in fp32: fma(exp2(level * log2(growth)), base, -1).
-
-    At resolution 4096 one unit in the last place of exp2 shows in the fourth digit of the encoding. The GPU's fast
-    exp2 is not always the nearest number; for the published growth its results are known (with them, encodings agree
-    with tiny-cuda-nn's to 2e-7 at all levels), for others the nearest is taken.
-    """
+    """Return base * growth^level - 1 as a GPU computes it in fp32: fma(exp2(level * log2(growth)), base, -1)."""
+    # At resolution 4096 one unit in the last place of exp2 shows in the fourth digit of the encoding. The GPU's fast
+    # exp2 is not always the nearest number; for the published growth its results are known (with them, encodings agree
+    # with tiny-cuda-nn's to 2e-7 at all levels), for others the nearest is taken.
     exponent = np.float32(level) * np.float32(math.log2(np.float32(growth)))
     power = np.float32(2.0 ** float(exponent))
     if growth == PUBLISHED_GROWTH and level in _ROUNDED_UP:
@@ -84,7 +82,7 @@ def grid_layout(
         scale = _level_scale(level, base_resolution, growth)
         resolution = math.ceil(scale) + 1
         dense = resolution**n_dims
-        size = min(-(-dense // 8) * 8, 2**log2_entries)
+        size = min(-(-dense // 8) * 8, 2**log2_entries)  # rounded up to 8, as tiny-cuda-nn does
         levels.append(GridLevel(scale, resolution, size, offset, hashed=dense > size))
         offset += size
     return GridLayout(n_dims, n_features, tuple(levels), log2_entries, base_resolution, growth)

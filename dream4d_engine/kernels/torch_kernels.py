@@ -75,11 +75,11 @@ class _HashEncode(torch.autograd.Function):
                 if wants_x:
                     values = _gather(entries, index) * row[columns]
                     for d, slope in enumerate(_slopes(values, share)):
-                        grad_x[d, columns].add_(slope, alpha=level.scale)
+                        grad_x[d, columns].add_(slope, alpha=level.scale)  # share = u * scale + 0.5 - its integer part
             if wants_table:
                 _unwrap_entries(grad_entries, grad_table, level, n_features)
         if wants_x:
-            grad_x = grad_x.view(x.shape[1], x.shape[0], n_features).sum(-1).t()
+            grad_x = grad_x.view(x.shape[1], x.shape[0], n_features).sum(-1).t()  # [S, D]
         return grad_x, grad_table, None, None
 
 
@@ -99,14 +99,12 @@ def _chunks(x: Tensor, n_features: int) -> list[tuple[slice, Tensor]]:
 
 
 def _wrapped_entries(table: Tensor, level: GridLevel, layout: GridLayout) -> Tensor:
-    """Return the entries of a level [T, F], a dense one's first ones again after the last.
-
-    At u = 1 the upper corners of a dense level lie one beyond the last row: their numbers carry into the next row, and
-    beyond the last entry they start over.
-    """
+    """Return the entries of a level [T, F], a dense one's first ones again after the last."""
     entries = table.detach().view(-1, layout.n_features)[level.offset : level.offset + level.size]
     if level.hashed:
         return entries
+    # at u = 1 the upper corners of a dense level lie one beyond the last row: their numbers carry into the next row,
+    # and beyond the last entry they start over
     beyond = sum(level.resolution ** (d + 1) for d in range(layout.n_dims)) + 1 - level.size
     return torch.cat((entries, entries[: max(beyond, 0)]))
 
@@ -128,7 +126,7 @@ def _swap(values: Tensor) -> Tensor:
 def _position(x: Tensor, scale: float) -> Tensor:
     """Return x * scale + 0.5 rounded once, as a GPU does it (fused): rounding twice shows at the finest levels."""
     if x.device.type == "cpu":
-        return (x * scale).add_(0.5)
+        return (x * scale).add_(0.5)  # x is float64 here
     return torch.addcmul(x.new_tensor(0.5), x, x.new_tensor(scale))
 
 
@@ -141,24 +139,24 @@ def _corners(x: Tensor, level: GridLevel, n_features: int, dtype: torch.dtype) -
 
 
 def _entry_numbers(low: Tensor, level: GridLevel) -> Tensor:
-    """low [D, s] -> [C, s], both int32: products that overflow keep the low 32 bits, which is all the hash needs."""
+    """low [D, s] -> [C, s], both int32."""
     n_dims, n_points = low.shape
     combine = torch.bitwise_xor if level.hashed else torch.add
     index = low.new_zeros(1, n_points)
     for d in reversed(range(n_dims)):
         factor = _SIGNED_PRIMES[d] if level.hashed else level.resolution**d
-        first = low[d] * factor
+        first = low[d] * factor  # what overflows keeps its low 32 bits, which is all the hash needs
         grown = index.new_empty(2, index.shape[0], n_points)
         combine(index, first, out=grown[0])
         combine(index, first + factor, out=grown[1])
         index = grown.view(-1, n_points)
-    return index.bitwise_and_(level.size - 1) if level.hashed else index
+    return index.bitwise_and_(level.size - 1) if level.hashed else index  # the size is a power of two
 
 
 def _interpolate(values: Tensor, share: Tensor) -> Tensor:
     """Reduce [2^k, M] to [M] by k linear interpolations, shares [k, M]."""
     for s in share:
-        low, high = values.view(2, -1, values.shape[-1])
+        low, high = values.view(2, -1, values.shape[-1])  # the first coordinate is the slowest bit
         values = torch.lerp(low, high, s)
     return values[0]
 
@@ -235,11 +233,17 @@ def march_rays(
         parts = []
         for start in range(0, len(origins), rays_at_once):
             rows = slice(start, start + rays_at_once)
-            moved = None if jitter is None else jitter[rows]
-            ray, k = _march_part(
-                origins[rows], directions[rows], radius, step, marks, occupied, moved, first[rows], last[rows]
-            )
-            parts.append((ray + start, k))
+            lowest, highest = first[rows].long(), last[rows].long()
+            n_candidates = int((highest - lowest).max().clamp_min(-1)) + 1
+            k = lowest[:, None] + torch.arange(n_candidates, device=origins.device)  # [n, n_candidates]
+            keep = k <= highest[:, None]
+            if occupied is not None:
+                middle = marks[k.clamp_max(len(marks) - 1)] + 0.5 * step
+                if jitter is not None:
+                    middle = middle + jitter[rows, None] * step
+                keep &= _is_occupied(origins[rows], directions[rows], middle, radius, occupied)
+            ray, column = keep.nonzero(as_tuple=True)
+            parts.append((ray + start, k[ray, column]))
         if not parts:
             return origins.new_zeros(0, dtype=torch.long), origins.new_zeros(0), origins.new_zeros(0)
         rays, k = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -270,11 +274,9 @@ def march_into(
 
 
 def _lattice(n: int, step: float) -> Tensor:
-    """Return the first n multiples of the step as fp32 has them when a ray is walked step by step.
-
-    After hundreds of additions they differ from true multiples in the fifth digit. The published renderer walks like
-    that, and images of fine grids agree with its own only if the samples lie in the same places.
-    """
+    """Return the first n multiples of the step as fp32 has them when a ray is walked step by step."""
+    # After hundreds of additions they differ from true multiples in the fifth digit. The published renderer walks like
+    # that, and images of fine grids agree with its own only if the samples lie in the same places.
     steps = np.full(n, step, dtype=np.float32)
     steps[0] = 0
     return torch.from_numpy(np.add.accumulate(steps, dtype=np.float32))
@@ -282,34 +284,25 @@ def _lattice(n: int, step: float) -> Tensor:
 
 def _lattice_range(origins, directions, radius: float, step: float, jitter) -> tuple[Tensor, Tensor]:
     """Return the first and last k [N] (float) whose interval's middle can be in the box; last < first where none."""
+    # slabs: where a ray crosses the box's two planes of each axis; parallel ones cross them far away
     safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
     a, b = (-radius - origins) / safe, (radius - origins) / safe
-    near = torch.minimum(a, b).amax(-1).clamp_min(0.0)
+    near = torch.minimum(a, b).amax(-1).clamp_min(0.0)  # nothing behind the camera
     far = torch.maximum(a, b).amin(-1)
     middle = 0.5 if jitter is None else 0.5 + jitter
     return (near / step - middle).ceil().clamp_min(0), (far / step - middle).floor()
 
 
-def _march_part(origins, directions, radius, step, marks, occupied, jitter, first, last) -> tuple[Tensor, Tensor]:
-    """`march_rays` for some rays at once: (ray numbers within the part [S], lattice numbers k [S])."""
-    first, last = first.long(), last.long()
-    longest = int((last - first).max().clamp_min(-1)) + 1
-    k = first[:, None] + torch.arange(longest, device=origins.device)
-    keep = k <= last[:, None]
-    if occupied is not None:
-        resolution = occupied.shape[0]
-        cells_per_unit = resolution / (2 * radius)
-        start, slope = (origins + radius) * cells_per_unit, directions * cells_per_unit
-        middle = marks[k.clamp_max(len(marks) - 1)] + 0.5 * step
-        if jitter is not None:
-            middle = middle + jitter[:, None] * step
-        cell = torch.zeros_like(k)
-        for d in range(3):
-            along = torch.addcmul(start[:, d, None], middle, slope[:, d, None])
-            cell = cell * resolution + along.long().clamp_(0, resolution - 1)
-        keep &= occupied.reshape(-1)[cell]
-    ray, column = keep.nonzero(as_tuple=True)
-    return ray, k[ray, column]
+def _is_occupied(origins: Tensor, directions: Tensor, t: Tensor, radius: float, occupied: Tensor) -> Tensor:
+    """Whether the places at the distances t [N, K] on the rays [N, 3] lie in occupied cells: [N, K] bool."""
+    resolution = occupied.shape[0]
+    cells_per_unit = resolution / (2 * radius)
+    start, slope = (origins + radius) * cells_per_unit, directions * cells_per_unit  # positions in cells
+    cell = torch.zeros(t.shape, dtype=torch.long, device=t.device)
+    for d in range(3):
+        along = torch.addcmul(start[:, d, None], t, slope[:, d, None])  # rounded once, as other backends do it
+        cell = cell * resolution + along.long().clamp_(0, resolution - 1)  # the last coordinate runs fastest
+    return occupied.reshape(-1)[cell]
 
 
 def composite(
@@ -325,6 +318,7 @@ def composite(
         weights [S] and sums [n_rays, K], sum over a ray of w_i values_i; differentiable in density and values.
     """
     thickness = density * (t_ends - t_starts)
+    # alpha_i T_i: NeRF 2003.08934, equation 3
     weights = -torch.expm1(-thickness) * torch.exp(-_sum_before(thickness, ray_indices, n_rays))
     return weights, accumulate(weights[:, None] * values, ray_indices, n_rays)
 
@@ -335,22 +329,18 @@ def accumulate(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
 
 
 def _sum_before(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
-    """Return for each sample the sum of its ray's earlier `values` [S].
-
-    One running sum over all rays needs the digits of float64; where a device has none (mps), rays are laid out as
-    rows of a table instead.
-    """
+    """Return for each sample the sum of its ray's earlier `values` [S]."""
     if values.numel() == 0:
         return values
-    begins = torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=values.device))
+    begins = torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=values.device))  # [N + 1]
     starts = begins[ray_indices]
-    if values.device.type == "mps":
+    if values.device.type == "mps":  # which has no float64: rays as rows of a table
         column = torch.arange(len(values), device=values.device) - starts
         table = values.new_zeros(n_rays, int(begins.diff().max())).index_put((ray_indices, column), values)
         return (table.cumsum(1) - table)[ray_indices, column]
-    wide = values.double()
+    wide = values.double()  # one running sum over all rays needs the digits
     before = wide.cumsum(0) - wide
-    return (before - before[starts]).clamp_min(0).to(values.dtype)
+    return (before - before[starts]).clamp_min(0).to(values.dtype)  # a difference may round below 0
 
 
 def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:

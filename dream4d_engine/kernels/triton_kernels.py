@@ -230,7 +230,7 @@ def march_into(
     walk, needed = _walk(origins, directions, radius, step, occupied, jitter)
     marks = _marks(_MARKS, step, origins.device)
     ends = walk.count(marks).cumsum(0)
-    walk.leave_out(ends > capacity)
+    walk.leave_out(ends > capacity)  # whole rays, so that nothing is written beyond the lists
     n_found = torch.where(needed > len(marks), -1, ends[-1])
     return *walk.write(marks, ends, capacity, torch.zeros), n_found
 
@@ -241,9 +241,10 @@ def _walk(
     """Set out: (the walk, the number of marks it needs [] int64)."""
     _require_float32(origins=origins, directions=directions)
     first, last = _lattice_range(origins, directions, radius, step, jitter)
-    met = last >= first
+    met = last >= first  # does the ray meet the box?
     first = torch.where(met, first, 0).clamp_(max=2**30).int()
     last = torch.where(met, last, -1).clamp_(max=2**30).int()
+    # positions are in cells, so that the kernel only rounds
     cells_per_unit = 1.0 if occupied is None else occupied.shape[0] / (2 * radius)
     start, slope = ((origins + radius) * cells_per_unit).contiguous(), (directions * cells_per_unit).contiguous()
     moved = None if jitter is None else (jitter * step).contiguous()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
@@ -66,15 +65,13 @@ def _trusted(shape: Shape, device: torch.device) -> bool:
 
 
 def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 0) -> float:
-    """Largest difference from `torch_kernels.mlp` in float32, of outputs and gradients, as a share of their largest.
-
-    The hidden layers are linear here (positive weights and inputs): where a ReLU's input rounds across 0, a correct
-    gradient differs a lot. A second look at random signs covers the outputs with ReLUs that close.
-    """
+    """Largest difference from `torch_kernels.mlp` in float32, of outputs and gradients, as a share of their largest."""
     generator = torch.Generator().manual_seed(seed)
     n_inputs, width, n_layers, n_outputs = shape
     sizes = [n_inputs, *[width] * n_layers, n_outputs]
     worst = 0.0
+    # First with positive weights and inputs, so that the hidden layers are linear: where a ReLU's input rounds across
+    # 0, a correct gradient differs a lot. A second look at random signs covers the outputs with ReLUs that close.
     for signed in (False, True):
         draws = [torch.rand(o, i, generator=generator) / i for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
         x, grad = (torch.rand(n_samples, n, generator=generator) for n in (n_inputs, n_outputs))
@@ -82,7 +79,10 @@ def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 
             draws, x = [(w - 0.5 / w.shape[1]) * w.shape[1] ** 0.5 * 4 for w in draws], x - 0.5
         found = []
         for function in (lambda x, w: fused_mlp(x, w, shape), torch_kernels.mlp):
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False), _unobserved():
+            # the hooks keep a scene that is being rendered with activation checkpointing, in which this may be the
+            # first look at a network, from counting the tensors saved here
+            unobserved = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False), unobserved:
                 leaves = [tensor.half().float().to(device).requires_grad_() for tensor in (x, *draws)]
                 out = function(leaves[0], leaves[1:])
                 gradients = torch.autograd.grad(out, leaves, grad.to(device))
@@ -90,11 +90,6 @@ def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 
         for ours, theirs in zip(*found, strict=True):
             worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
     return worst
-
-
-def _unobserved() -> AbstractContextManager:
-    """Keep a scene that is being rendered twice (activation checkpointing) from counting the tensors saved here."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _fits(x: Tensor, layers: Sequence[Tensor]) -> bool:

@@ -117,7 +117,7 @@ def _level(
     scale, offset, size, hashed = _place(level, scales_ptr, places_ptr)
     f0, f1, f2, f3 = _factors(level, factors_ptr)
     p0, p1, p2, p3, s0, s1, s2, s3 = _axes(x_ptr, rows, valid, scale, f0, f1, f2, f3, D, FUSED)
-    total = tl.zeros((rows.shape[0], FP), tl.float32)
+    total = tl.zeros((rows.shape[0], FP), tl.float32)  # sums are float32, whatever is written
     for c in tl.static_range(1 << D):
         entry = _entry(p0, p1, p2, p3, f0, f1, f2, f3, size, hashed, c, D)
         weight = _weight(s0, c, 0, D) * _weight(s1, c, 1, D) * _weight(s2, c, 2, D) * _weight(s3, c, 3, D)
@@ -174,7 +174,7 @@ def hash_forward(
         )
         total = _beside(total, _beside(third, fourth))
     column = tl.arange(0, LEVELS * FP)
-    written = tl.minimum(n_active * F - level * F, LEVELS * F)
+    written = tl.minimum(n_active * F - level * F, LEVELS * F)  # levels that are not active stay zero
     to = rows.to(tl.int64)[:, None] * (L * F) + level * F + column[None, :]
     tl.store(out_ptr + to, total, mask=valid[:, None] & (column < written)[None, :])
 
@@ -209,8 +209,8 @@ def hash_backward_table(
     scale, offset, size, hashed = _place(level, scales_ptr, places_ptr)
     f0, f1, f2, f3 = _factors(level, factors_ptr)
     first = (tl.program_id(0) * RUNS + tl.arange(0, RUNS)) * LENGTH
-    held = tl.zeros((RUNS, (1 << D) * FP), tl.float32)
-    owner = tl.zeros((RUNS, (1 << D) * FP), tl.int32)
+    held = tl.zeros((RUNS, (1 << D) * FP), tl.float32)  # sums that were not added yet
+    owner = tl.zeros((RUNS, (1 << D) * FP), tl.int32)  # and the entries that they belong to
     for i in range(LENGTH):
         rows = first + i
         valid = rows < n_samples
@@ -357,7 +357,7 @@ def march(
     rows = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
     valid = rows < n_rays
     first = tl.load(first_ptr + rows, mask=valid, other=0)
-    last = tl.minimum(tl.load(last_ptr + rows, mask=valid, other=-1), n_marks - 2)
+    last = tl.minimum(tl.load(last_ptr + rows, mask=valid, other=-1), n_marks - 2)  # an interval has two marks
     longest = tl.max(last - first) + 1
     moved = tl.load(moved_ptr + rows, mask=valid, other=0.0)[:, None] if MOVED else 0.0
     if WRITE:
@@ -379,7 +379,7 @@ def march(
             keep = tl.load(occupied_ptr + (x * resolution + y) * resolution + z, mask=keep, other=0) != 0
         kept = keep.to(tl.int32)
         if WRITE:
-            place = count[:, None] + (tl.cumsum(kept, 1) - kept)
+            place = count[:, None] + (tl.cumsum(kept, 1) - kept)  # after those of the ray that come before
             tl.store(ray_ptr + place, rows[:, None].to(tl.int64) + tl.zeros_like(k), mask=keep)
             end = tl.load(marks_ptr + k + 1, mask=keep, other=0.0)
             tl.store(t_starts_ptr + place, mark + moved, mask=keep)
@@ -488,7 +488,7 @@ def composite_backward(
             grad += of_sum * value
             tl.store(grad_values_ptr + sample * K + k, weight * of_sum, mask=there)
         share = grad * weight
-        suffix = later[:, None] + tl.cumsum(share, 1) - share
+        suffix = later[:, None] + tl.cumsum(share, 1) - share  # sum of G_j w_j over later j
         tl.store(grad_density_ptr + sample, dt * (grad * (clear - weight) - suffix), mask=there)
         later += tl.sum(share, 1)
 

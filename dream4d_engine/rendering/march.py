@@ -55,22 +55,17 @@ def _first_look(
 
 def is_visible(density: Tensor, samples: RaySamples, alpha_threshold: float) -> Tensor:
     """[S] bool: is a sample's opacity 1 - exp(-density dt) at least `alpha_threshold`?"""
+    # expm1: near 0 the difference from 1 would have few digits left
     return -torch.expm1(-density * (samples.t_ends - samples.t_starts)) >= alpha_threshold
 
 
 @dataclass(frozen=True)
 class PrefetchedSamples:
-    """Samples that were looked for before anyone needs them, so that nobody has to wait for their number.
+    """Samples that were looked for before anyone needs them, so that nobody has to wait for their number."""
 
-    Args:
-        samples: [capacity] of them; those after the ones that were found are of length 0. visible: [capacity], which
-            to keep.
-        counts: how many intervals there are on the rays, and how many of the samples are visible.
-    """
-
-    samples: RaySamples
-    visible: Tensor
-    counts: Fetched
+    samples: RaySamples  # [capacity]; those after the ones that were found are of length 0
+    visible: Tensor  # [capacity] bool, which to keep
+    counts: Fetched  # how many intervals there are on the rays, and how many of the samples are visible
 
     def take(self) -> tuple[RaySamples | None, int]:
         """Return the visible samples (None: they were more than fit) and the number of intervals (-1: unknown)."""

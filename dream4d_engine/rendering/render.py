@@ -32,30 +32,21 @@ GPU_SHARE = 2**32
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How to render.
+    """How to render."""
 
-    Args:
-        n_samples: fixes the step (1.732 * 2 * radius / n_samples); None for the scene's own.
-        stratified: jitter each ray's lattice by a random share of the step (needs a generator).
-        prune: skip empty cells, and samples less opaque than `alpha_threshold` (0 skips that second look).
-        normals, displacement: composite these too.
-        background: a colour [3], or [B, 3] one for each group, instead of the scene's background.
-        ray_jitter: standard deviation of a normal offset on the rays' directions (needs a generator).
-        rays_at_once: in `render` with gradient: slices of so many rays, each rendered once more in the backward pass
-            instead of keeping what that needs. None: all at once, everything kept.
-        half: in `render_chunked` on a GPU, encodings and networks in half precision, as in training (`render` itself
-            does as the autocast around it says).
-    """
-
-    n_samples: int | None = None
-    stratified: bool = False
-    prune: bool = True
-    alpha_threshold: float = 0.01
-    normals: bool = False
+    n_samples: int | None = None  # fixes the step (1.732 * 2 * radius / n_samples); None for the scene's own
+    stratified: bool = False  # jitter each ray's lattice by a random share of the step (needs a generator)
+    prune: bool = True  # skip empty cells, and samples less opaque than the threshold
+    alpha_threshold: float = 0.01  # 0 skips that second look
+    normals: bool = False  # composite these too
     displacement: bool = False
-    background: Tensor | None = None
-    ray_jitter: float = 0.0
+    background: Tensor | None = None  # a colour [3], or [B, 3] one for each group, instead of the scene's background
+    ray_jitter: float = 0.0  # standard deviation of a normal offset on the rays' directions (needs a generator)
+    # With gradient: slices of so many rays, each rendered once more in the backward pass instead of keeping what that
+    # needs. None: all at once, everything kept.
     rays_at_once: int | None = None
+    # In `render_chunked` on a GPU, encodings and networks in half precision, as in training (`render` itself does as
+    # the autocast around it says).
     half: bool = False
 
     def __post_init__(self) -> None:
@@ -67,21 +58,17 @@ class RenderOptions:
 
 @dataclass(frozen=True)
 class RenderOutput:
-    """Images [B, F, H, W, channels]; `samples` and their `weights` [S] only where all rays went at once.
+    """Images [B, F, H, W, channels]. Sums along rays are not divided by the opacity."""
 
-    rgb and background have 3 channels, opacity, depth and z_variance 1, normals and displacement 3. `displacement`
-    is None for a static scene. Sums along rays are not divided by the opacity.
-    """
-
-    rgb: Tensor
-    opacity: Tensor
-    depth: Tensor
-    z_variance: Tensor
-    background: Tensor
-    normals: Tensor | None = None
-    displacement: Tensor | None = None
-    samples: RaySamples | None = None
-    weights: Tensor | None = None
+    rgb: Tensor  # 3 channels, over the background
+    opacity: Tensor  # 1, sum w
+    depth: Tensor  # 1, sum w t
+    z_variance: Tensor  # 1, sum w (t - depth)^2
+    background: Tensor  # 3
+    normals: Tensor | None = None  # 3, sum w n
+    displacement: Tensor | None = None  # 3, sum w d; None for a static scene
+    samples: RaySamples | None = None  # S of them, only where all rays went at once
+    weights: Tensor | None = None  # [S], w of these
 
 
 _IMAGES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples", "weights"))
@@ -89,28 +76,22 @@ _IMAGES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples"
 
 @dataclass(frozen=True)
 class View:
-    """What cameras [B, F] are going to see: all that is random about it has been drawn.
+    """What cameras [B, F] are going to see: all that is random about it has been drawn."""
 
-    Args:
-        background: [N, 3], or None for the scene's own. jitter: [N], of each ray's lattice, or None.
-        apparent_area: of the cameras, see there, to which the number of samples is about proportional; 1 where the
-            cameras given were on a GPU already, which would have to be asked.
-        samples: what is on the rays, if that is known already.
-    """
-
-    cameras: CameraBatch
+    cameras: CameraBatch  # [B, F]
     options: RenderOptions
-    rays: RayBundle
-    background: Tensor | None
-    jitter: Tensor | None
-    apparent_area: float = 1.0
-    samples: RaySamples | None = None
+    rays: RayBundle  # N = B * F * H * W
+    background: Tensor | None  # [N, 3], or None for the scene's own
+    jitter: Tensor | None  # [N] in [0, 1), of each ray's lattice
+    apparent_area: float = 1.0  # of the cameras, see there: the number of samples is about proportional to it
+    samples: RaySamples | None = None  # what is on the rays, if that is known already
 
 
 def prepare_view(scene: Scene, cameras: CameraBatch, options: RenderOptions, source: Source | None = None) -> View:
     """Cast the rays and draw what is random."""
     if source is None and (options.stratified or options.ray_jitter > 0):
         raise ValueError("stratified rendering and ray jitter need a generator")
+    # on a GPU the cameras would have to be waited for
     apparent_area = cameras.apparent_area() if cameras.c2w.device.type == "cpu" else 1.0
     cameras = cameras.to(scene.device)
     rays = rays_from_cameras(cameras, options.ray_jitter, source)
@@ -141,8 +122,9 @@ def render_view(scene: Scene, view: View) -> RenderOutput:
     if view.options.rays_at_once is None or not torch.is_grad_enabled():
         output = _render_rays(scene, view)
     else:
-        output = _rendered_twice(scene, view)
-    return _map_images(output, lambda image: image.view(*view.rays.shape, image.shape[-1]))
+        output = _render_checkpointed(scene, view)
+    shape = view.rays.shape  # [N, c] -> [B, F, H, W, c]
+    return replace(output, **{name: image.view(*shape, image.shape[-1]) for name, image in _images(output).items()})
 
 
 def render(
@@ -172,7 +154,7 @@ def render_chunked(
     view = prepare_view(scene, cameras, options, source)
     n_rays = len(view.rays.origins)
     more = _gpu_factor(scene.device)
-    lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)
+    lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)  # if no cell is empty
     size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
     parts = []
     for start in range(0, n_rays, size):
@@ -186,7 +168,7 @@ def render_chunked(
     return RenderOutput(**whole)
 
 
-def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
+def _render_checkpointed(scene: Scene, view: View) -> RenderOutput:
     """Render slices of the rays now, and once more when the backward pass comes to them."""
 
     def draw(part: View) -> dict[str, Tensor]:
@@ -195,6 +177,7 @@ def _rendered_twice(scene: Scene, view: View) -> RenderOutput:
     parts, size = [], view.options.rays_at_once
     for start in range(0, len(view.rays.origins), size):
         part = _slice(view, slice(start, start + size))
+        # nothing is drawn while rendering, so there is no state of random numbers to bring back
         parts.append(checkpoint(draw, part, use_reentrant=False, preserve_rng_state=False))
     return RenderOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
@@ -275,17 +258,12 @@ def _composite(
     """Sum what was found along the rays."""
     middles = samples.middles[:, None]
     displacement = found.displacement if options.displacement else None
-    columns = [found.rgb, torch.ones_like(middles), middles]
+    columns = [found.rgb, torch.ones_like(middles), middles]  # their sums: colour, opacity, depth
     columns += [extra for extra in (found.normals, displacement) if extra is not None]
-    weights, sums = scene.kernels.composite(
-        found.density,
-        torch.cat(columns, -1),
-        samples.ray_indices,
-        samples.t_starts,
-        samples.t_ends,
-        samples.n_rays,
-    )
+    intervals = samples.ray_indices, samples.t_starts, samples.t_ends, samples.n_rays
+    weights, sums = scene.kernels.composite(found.density, torch.cat(columns, -1), *intervals)  # [S], [N, 5 or more]
     rgb, opacity, depth, *extras = sums.split([column.shape[-1] for column in columns], -1)
+    # HiFA 2305.18766, section 3.2
     spread = weights[:, None] * (middles - depth.index_select(0, samples.ray_indices)) ** 2
     z_variance = scene.kernels.accumulate(spread, samples.ray_indices, samples.n_rays)
     return RenderOutput(
@@ -299,7 +277,3 @@ def _composite(
         samples=samples,
         weights=weights,
     )
-
-
-def _map_images(output: RenderOutput, change: Callable[[Tensor], Tensor]) -> RenderOutput:
-    return replace(output, **{name: change(image) for name, image in _images(output).items()})

@@ -21,7 +21,7 @@ def depth_image(depth: Tensor, opacity: Tensor, bounds: tuple[float, float] | No
     solid = opacity[..., 0] > 0.5
     if not solid.any():
         return torch.zeros_like(depth).expand(*depth.shape[:-1], 3).clone()
-    distance = depth / opacity.clamp_min(1e-6)
+    distance = depth / opacity.clamp_min(1e-6)  # the sum w t as a mean
     near, far = bounds or (float(distance[solid].min()), float(distance[solid].max()))
     bright = 1 - 0.8 * (distance - near) / max(far - near, 1e-6)
     return (bright.clamp(0, 1) * opacity.clamp(0, 1)).expand(*depth.shape[:-1], 3).clone()
@@ -44,8 +44,8 @@ def surface_normals(cameras: CameraBatch, output: RenderOutput, smoothing: int =
     distance = blurred(depth) / blurred(opacity).clamp_min(1e-6)
     distance = distance.movedim(1, -1).view(*rays.shape, 1)
     points = rays.origins.view(*rays.shape, 3) + distance * rays.directions.view(*rays.shape, 3)
-    right, down = torch.gradient(points, dim=(3, 2))
-    normals = F.normalize(torch.linalg.cross(down, right), dim=-1, eps=1e-9)
+    right, down = torch.gradient(points, dim=(3, 2))  # along columns and rows
+    normals = F.normalize(torch.linalg.cross(down, right), dim=-1, eps=1e-9)  # in this order towards the camera
     return normals * (output.opacity > 0.5)
 
 
@@ -53,11 +53,6 @@ def normal_image(normals: Tensor, opacity: Tensor) -> Tensor:
     """World normals (sums along rays) [..., 3] as colours (n + 1) / 2 over black."""
     unit = F.normalize(normals, dim=-1, eps=1e-6)
     return ((unit + 1) / 2 * opacity).clamp(0, 1)
-
-
-def opacity_image(opacity: Tensor) -> Tensor:
-    """Opacity [..., 1] as grey."""
-    return opacity.clamp(0, 1).expand(*opacity.shape[:-1], 3).clone()
 
 
 def displacement_image(displacement: Tensor, largest: float | None = None) -> Tensor:
@@ -76,7 +71,7 @@ def image_of(output: RenderOutput, kind: str) -> Tensor:
     if kind == "depth":
         return depth_image(output.depth, output.opacity)
     if kind == "opacity":
-        return opacity_image(output.opacity)
+        return output.opacity.clamp(0, 1).expand(*output.opacity.shape[:-1], 3).clone()  # as grey
     value = getattr(output, kind)
     if value is None:
         raise ValueError(f"the rendering holds no {kind}: ask for it in RenderOptions (a static scene never moves)")

@@ -1,7 +1,7 @@
 """Supervision: what a training step looks at, and what it thinks of the image."""
 
 from .distil import distillation
-from .record import Supervision, Terms, ViewFunction, Views, supervise, views_of
+from .record import Supervision, Terms, ViewFunction, Views, gather, rendered, views_of
 from .regularise import RegularizerWeights, regularisers
 from .targets import PhotometricWeights, Targets, photometric
 from .views import RandomBackground, draw_background, training_view
@@ -17,9 +17,10 @@ __all__ = [
     "Views",
     "distillation",
     "draw_background",
+    "gather",
     "photometric",
     "regularisers",
-    "supervise",
+    "rendered",
     "training_view",
     "views_of",
 ]

@@ -41,23 +41,20 @@ def opacity_sparsity(opacity: Tensor) -> Tensor:
 
 
 def opacity_entropy(opacity: Tensor) -> Tensor:
-    """Prefer opacities of 0 or 1: mean binary entropy, in nats, of the opacity clamped to [1e-3, 1 - 1e-3]."""
-    p = opacity.clamp(1e-3, 1 - 1e-3)
+    """Prefer opacities of 0 or 1: mean binary entropy, in nats."""
+    p = opacity.clamp(1e-3, 1 - 1e-3)  # at 0 and 1 the logarithm has no finite gradient
     return -(p * p.log() + (1 - p) * (1 - p).log()).mean()
 
 
 def orientation(weights: Tensor, normals: Tensor, directions: Tensor, n_rays: int | None = None) -> Tensor:
-    """Penalise visible surfaces that face away: sum of w * max(0, n . d)^2 over the samples, mean over the rays.
-
-    Ref-NeRF (2112.03907), equation 11; d points from the camera into the scene. No gradient on the weights, which
-    could otherwise hide a surface instead of turning it.
+    """Penalise visible surfaces that face away, mean over the rays: Ref-NeRF (2112.03907), equation 11.
 
     Args:
         weights: [S] of samples, or the opacity [..., 1] of pixels. normals, directions: [S, 3] or [..., 3].
         n_rays: what to divide by; None: the number of weights (right for pixels).
     """
-    weights = weights.detach().reshape(-1)
-    facing_away = (normals * directions).sum(-1).clamp_min(0).reshape(-1)
+    weights = weights.detach().reshape(-1)  # a gradient here could hide a surface instead of turning it
+    facing_away = (normals * directions).sum(-1).clamp_min(0).reshape(-1)  # max(0, n . d), d into the scene
     return (weights * facing_away.square()).sum() / (n_rays or max(weights.numel(), 1))
 
 
@@ -67,7 +64,7 @@ def z_variance(variance: Tensor, opacity: Tensor, threshold: float = 0.5) -> Ten
     HiFA (2305.18766), section 3.2. Both [..., 1]; no opaque pixel gives 0.
     """
     opaque = (opacity.detach() > threshold).to(variance)
-    return (variance * opaque).sum() / opaque.sum().clamp_min(1)
+    return (variance * opaque).sum() / opaque.sum().clamp_min(1)  # 1: where nothing is opaque
 
 
 def normal_smoothness_2d(normals: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ def displacement_tv(displacement: Tensor) -> Tensor:
 
     Squared differences along frames, rows and columns, summed; mean over the groups B.
     """
-    terms = [displacement.diff(dim=dim).square().sum() for dim in (1, 2, 3)]
+    terms = [displacement.diff(dim=dim).square().sum() for dim in (1, 2, 3)]  # F, H, W
     return torch.stack(terms).sum() / displacement.shape[0]
 
 
@@ -117,15 +114,15 @@ def _masked_moments(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
 
 
 def depth(rendered: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error to a reference depth after the scale and jitter of the reference that suit best.
+    """Mean squared error to a reference depth after the scale and shift of the reference that suit best.
 
     The least-squares fit is one for each image and has no gradient: a monocular depth estimate says nothing of
     either. All [B, F, H, W, 1], mask in {0, 1}; only pixels in the mask count.
     """
     centred, reference, _, variance, covariance = _masked_moments(rendered, reference, mask)
-    scale = (covariance / variance.clamp_min(1e-12)).detach()
-    # The fitted jitter makes the means equal, which is what centring both does; the residuals sum to 0, so centring
-    # the rendered depth adds nothing to its gradient.
+    scale = (covariance / variance.clamp_min(1e-12)).detach()  # least squares
+    # the fitted shift makes the means equal, which is what centring both does; the residuals sum to 0, so centring
+    # the rendered depth adds nothing to its gradient
     return (centred - scale * reference).square().sum() / mask.expand(rendered.shape).sum().clamp_min(1)
 
 

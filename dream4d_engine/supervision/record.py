@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,36 +14,25 @@ from ..scene import Scene
 ViewFunction = Callable[[Scene, float, Draw], View]
 """(scene, progress in [0, 1), the step's draws) -> what is to be rendered. Supervisions that share one share its
 rendering."""
-
-
 Views = Mapping[ViewFunction, View]
 """What one step looks at."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a supervision thinks of a rendering.
+    """What a supervision thinks of a rendering: scalars by name."""
 
-    Args:
-        losses: weighted scalars by name, with gradient; the loop minimises the sum of all and reports each.
-        notes: further scalars for people to read, detached.
-    """
-
-    losses: dict[str, Tensor]
-    notes: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor]  # weighted, with gradient; the loop minimises the sum of all and reports each
+    notes: dict[str, Tensor] = field(default_factory=dict)  # for people to read, detached
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Something that looks at a scene in training.
-
-    Args:
-        view: what it looks at. loss: (scene, rendering of the view, view, progress, draws) -> what it thinks of it.
-    """
+    """Something that looks at a scene in training."""
 
     name: str
-    view: ViewFunction
-    loss: Callable[[Scene, RenderOutput, View, float, Draw], Terms]
+    view: ViewFunction  # what it looks at
+    loss: Callable[[Scene, RenderOutput, View, float, Draw], Terms]  # (.., its rendering, .., progress, ..) -> opinion
 
 
 def views_of(supervisions: Sequence[Supervision], scene: Scene, progress: float, draw: Draw) -> Views:
@@ -51,13 +40,18 @@ def views_of(supervisions: Sequence[Supervision], scene: Scene, progress: float,
     return {view: view(scene, progress, draw) for view in dict.fromkeys(one.view for one in supervisions)}
 
 
-def supervise(supervisions: Sequence[Supervision], scene: Scene, views: Views, progress: float, draw: Draw) -> Terms:
-    """Render each view once, when the first supervision asks for it, and gather what all think of it."""
-    outputs, losses, notes = {}, {}, {}
+def rendered(
+    supervisions: Sequence[Supervision], scene: Scene, views: Views
+) -> Iterator[tuple[Supervision, View, RenderOutput]]:
+    """Yield each supervision with its view and the rendering of that."""
+    outputs: dict[ViewFunction, RenderOutput] = {}
     for one in supervisions:
+        # not before it is asked for: what a gradient keeps of it is memory that the priors before it need
         if one.view not in outputs:
             outputs[one.view] = render_view(scene, views[one.view])
-        found = one.loss(scene, outputs[one.view], views[one.view], progress, draw)
-        losses |= found.losses
-        notes |= found.notes
-    return Terms(losses, notes)
+        yield one, views[one.view], outputs[one.view]
+
+
+def gather(found: Sequence[Terms]) -> Terms:
+    """Return what all think in one; their names differ."""
+    return Terms({k: v for t in found for k, v in t.losses.items()}, {k: v for t in found for k, v in t.notes.items()})

@@ -23,13 +23,13 @@ SURFACE_OFFSET = 0.01
 class RegularizerWeights:
     """Weights of the terms that know no prior; 0 leaves a term out. See losses.py."""
 
-    opacity: float = 0.0
-    entropy: float = 0.0
-    orientation: float = 0.0
-    z_variance: float = 0.0
-    normal_smoothness_2d: float = 0.0
-    normal_smoothness_3d: float = 0.0
-    displacement_tv: float = 0.0
+    opacity: float = 0.0  # prefers empty space
+    entropy: float = 0.0  # opacities of 0 or 1
+    orientation: float = 0.0  # surfaces that face the camera
+    z_variance: float = 0.0  # thin surfaces
+    normal_smoothness_2d: float = 0.0  # normals that change little from pixel to pixel
+    normal_smoothness_3d: float = 0.0  # normals that change little from point to point
+    displacement_tv: float = 0.0  # motion that changes little from pixel to pixel and frame to frame
 
 
 def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFunction) -> Supervision:
@@ -68,10 +68,10 @@ def _normal_smoothness(
 ) -> Tensor:
     """Compare the normals where opaque rays end with those of points a little aside."""
     opacity = output.opacity.detach().reshape(-1)
-    seen = opacity > 0.5
+    seen = opacity > 0.5  # [N]; the others end nowhere
     distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
     points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
-    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]
+    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]  # for all rays, see randomness
     times = rays.times[seen]
     nearby = points + SURFACE_OFFSET * scene.config.radius * aside
     return losses.normal_smoothness_3d(scene.normals(points, times), scene.normals(nearby, times))

@@ -17,32 +17,25 @@ from .record import Supervision, Terms
 
 @dataclass(frozen=True)
 class Targets:
-    """What cameras [B, F] should see: F = 1 for an image, F = T for a film, B many for views of a mesh.
+    """What cameras [B, F] should see: F = 1 for an image, F = T for a film, B many for views of a mesh."""
 
-    Args:
-        rgb: [B, F, H, W, 3] in [0, 1], of no meaning outside of the mask. mask: [B, F, H, W, 1], the share of each
-            pixel that the subject covers.
-        depth: as the mask, growing away from the camera, right up to a scale and a jitter for each image; or None.
-        normals: [B, F, H, W, 3] unit vectors in the world's frame, or None.
-    """
-
-    cameras: CameraBatch
-    rgb: Tensor
-    mask: Tensor
-    depth: Tensor | None = None
-    normals: Tensor | None = None
+    cameras: CameraBatch  # [B, F]
+    rgb: Tensor  # [B, F, H, W, 3] in [0, 1], of no meaning outside of the mask
+    mask: Tensor  # [B, F, H, W, 1], the share of each pixel that the subject covers
+    depth: Tensor | None = None  # [B, F, H, W, 1], growing away from the camera, up to a scale and shift of each image
+    normals: Tensor | None = None  # [B, F, H, W, 3] unit vectors in the world's frame
 
 
 @dataclass(frozen=True)
 class PhotometricWeights:
     """Weights of the differences to targets; 0 leaves a term out. See losses.py."""
 
-    rgb: float = 0.0
-    mask: float = 0.0
-    depth: float = 0.0
-    relative_depth: float = 0.0
-    normal: float = 0.0
-    entropy: float = 0.0
+    rgb: float = 0.0  # of the colours' squared error
+    mask: float = 0.0  # of the opacity's squared error
+    depth: float = 0.0  # after the best scale and shift
+    relative_depth: float = 0.0  # by its correlation
+    normal: float = 0.0  # by the cosine
+    entropy: float = 0.0  # of opacities between 0 and 1
 
 
 def photometric(
@@ -54,8 +47,7 @@ def photometric(
 ) -> Supervision:
     """Return the supervision that compares the scene with targets, by scene (for its device) and progress.
 
-    Magic123 (2306.17843), section 3.2. Depths are compared where target and scene are both solid: the distance to what
-    isn't there yet says nothing. `ray_jitter`, `rays_at_once`: see RenderOptions.
+    Magic123 (2306.17843), section 3.2. `ray_jitter`, `rays_at_once`: see RenderOptions.
     """
     options = RenderOptions(
         stratified=True, normals=bool(weights.normal), ray_jitter=ray_jitter, rays_at_once=rays_at_once
@@ -78,8 +70,8 @@ def photometric(
         if weights.normal:
             parts["normal"] = weights.normal * losses.normal(output.normals, wanted.normals, solid)
         if weights.depth or weights.relative_depth:
-            seen = solid * (output.opacity.detach() > 0.5)
-            distance = output.depth / output.opacity.clamp_min(0.5)
+            seen = solid * (output.opacity.detach() > 0.5)  # the distance to what isn't there yet says nothing
+            distance = output.depth / output.opacity.clamp_min(0.5)  # the sum w t as a mean
         if weights.depth:
             parts["depth"] = weights.depth * losses.depth(distance, wanted.depth, seen)
         if weights.relative_depth:

@@ -18,16 +18,17 @@ from .record import ViewFunction
 
 @dataclass(frozen=True)
 class RandomBackground:
-    """With `probability`, the whole batch of a step is seen before one random colour in [low, high]."""
+    """Of a step, the whole batch may be seen before one random colour."""
 
-    probability: float = 0.5
-    low: float = 0.0
+    probability: float = 0.5  # of a random colour instead of the scene's own background
+    low: float = 0.0  # bounds of red, green and blue
     high: float = 1.0
-    grey: bool = False
+    grey: bool = False  # one number for red, green and blue
 
 
 def draw_background(config: RandomBackground, generator: torch.Generator, device: torch.device) -> Tensor | None:
     """Return a random colour [3] for the whole batch, or None to keep the scene's own background."""
+    # both in any case, so that the colour doesn't depend on the probability
     coin, color = torch.rand((), generator=generator), torch.rand(3, generator=generator)
     if coin >= config.probability:
         return None

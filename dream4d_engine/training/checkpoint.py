@@ -35,15 +35,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's state after `step` steps. `identity`: the settings (a JSON tree) that the run was started with.
+    """A run's state."""
 
-    `parts`: how many tensors there were when it was written, None where the file doesn't say.
-    """
-
-    step: int
-    identity: dict
-    tensors: dict[str, Tensor]
-    parts: int | None = None
+    step: int  # steps done
+    identity: dict  # the settings (a JSON tree) that the run was started with
+    tensors: dict[str, Tensor]  # see `pack_state`
+    parts: int | None = None  # how many tensors there were when it was written, None where the file doesn't say
 
 
 def pack_state(
@@ -58,6 +55,7 @@ def pack_state(
     if scaler is not None and scaler.is_enabled():
         state = scaler.state_dict()
         tensors["scaler"] = torch.tensor([state["scale"], float(state["_growth_tracker"])])
+    # clones: on a CPU the tensors would go on changing
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
@@ -75,6 +73,7 @@ def unpack_state(
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             states.setdefault(int(index), {})[key] = value
+    # rates and the like follow from the settings, so the groups stay as they are
     optimizer.load_state_dict({"state": states, "param_groups": packed["param_groups"]})
     if scaler is not None and scaler.is_enabled() and "scaler" in tensors:
         scale, tracker = tensors["scaler"].tolist()
@@ -117,6 +116,7 @@ def _complaint(saved: Checkpoint, steps: int, scene: nn.Module, optimizer: torch
     if unknown := sorted(set(tensors) - set(wanted)):
         return f"the run knows no {shortened(printable(unknown[0]), 80)}"
     strange = _strange_number(saved, scene)
+    # fewer parts than were written: some of them are gone
     if strange is None and (saved.parts not in (None, len(tensors)) or (saved.step and not trained)):
         return "the optimiser's moments are missing, or some of them"
     return strange

@@ -27,16 +27,13 @@ from ..supervision import RandomBackground, RegularizerWeights
 
 @dataclass(frozen=True)
 class Phase:
-    """Image size and number of camera groups from progress `start` on.
+    """Image size and number of camera groups from a share of the run on."""
 
-    `displacement_tv`: the weight of that term from here on, where it is another than the recipe's.
-    """
-
-    start: float
-    n_groups: int
-    height: int
+    start: float  # share of the run
+    n_groups: int  # groups of views or takes, B, in each process
+    height: int  # pixels
     width: int
-    displacement_tv: float | None = None
+    displacement_tv: float | None = None  # weight of that term from here on, where it is another than the recipe's
 
 
 @dataclass(frozen=True)
@@ -44,46 +41,42 @@ class GuidanceTerm:
     """One prior's part in the loss."""
 
     prior: PriorKind
-    weight: float
+    weight: float  # 0 leaves the prior out: its model is not needed then
     distillation: DistillationConfig
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam or AdamW with a learning rate per kind of parameter, multiplied by `factor` at each milestone."""
+    """Adam or AdamW with a learning rate per kind of parameter."""
 
     name: Literal["adamw", "adam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-15
-    weight_decay: float = 0.01
-    lr_grid: float = 0.01
-    lr_mlp: float = 0.001
+    eps: float = 1e-15  # entries of a grid that are rarely met have gradients that small (2201.05989, section 4)
+    weight_decay: float = 0.01  # of AdamW
+    lr_grid: float = 0.01  # of the hash grid's entries
+    lr_mlp: float = 0.001  # of the networks that read it
     lr_background: float = 0.001
-    milestones: tuple[float, ...] = ()
-    factor: float = 0.5
+    milestones: tuple[float, ...] = ()  # shares of the run at which all rates are multiplied
+    factor: float = 0.5  # by which, at each milestone
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the training loop itself needs.
+    """What the training loop itself needs."""
 
-    `precision`: "half" is fp16 autocast with loss scaling on CUDA and full precision elsewhere.
-    A checkpoint is written every `checkpoint_steps` steps or `checkpoint_seconds` seconds, whichever comes first.
-    """
-
-    precision: Literal["half", "full"] = "half"
-    occupancy_every: int = 16
-    checkpoint_steps: int = 500
-    checkpoint_seconds: float = 30.0
-    max_bad_steps: int = 20
+    precision: Literal["half", "full"] = "half"  # half: fp16 autocast with loss scaling on CUDA, full elsewhere
+    occupancy_every: int = 16  # steps between updates of where density may be
+    checkpoint_steps: int = 500  # steps between checkpoints, or earlier after the seconds below
+    checkpoint_seconds: float = 30.0  # seconds between checkpoints, or earlier after the steps above
+    max_bad_steps: int = 20  # in a row without a finite gradient that a run bears
 
 
 @dataclass(frozen=True)
 class ReferencePhase:
-    """Height and width of the reference image from progress `start` on."""
+    """Size of the reference image from a share of the run on."""
 
-    start: float
-    size: int
+    start: float  # share of the run
+    size: int  # height and width, pixels
 
 
 @dataclass(frozen=True)
@@ -91,54 +84,47 @@ class ReferenceConfig:
     """The image that a scene is made from: the camera that saw it, and what its terms weigh.
 
     Every step compares the scene, seen by this camera, with the image (the "reference pass"). A weight of 0 leaves
-    a term out; see supervision/losses.py. The maps are told to training/reference.py.
-
-    Args:
-        fill: the least and the largest share of the frame that the subject's longer side may take. An image whose
-            subject takes less or more is cut or padded until it takes that share; it is centred in any case.
-        phases: image sizes. ray_jitter: deviation of a normal offset on the rays' directions.
-        rgb: of the squared error of the colours, over the scene's background. mask: of the opacity's.
-        depth, relative_depth: of the depth map, after the best scale and shift, and by its correlation.
-        depth_near: whether the depth map is bright where the subject is near (as estimators give it) or far.
-        normal: of the normal map. entropy: of opacities between 0 and 1 in this pass.
+    a term out; see supervision/losses.py.
     """
 
-    azimuth_deg: float = 0.0
+    azimuth_deg: float = 0.0  # 0: the image shows the front
     elevation_deg: float = 0.0
-    distance: float = 3.8
+    distance: float = 3.8  # world units
     fov_y_deg: float = 20.0
+    # Least and largest share of the frame that the subject's longer side may take. An image whose subject takes less
+    # or more is cut or padded until it takes that share; it is centred in any case.
     fill: tuple[float, float] = (0.8, 0.8)
     phases: tuple[ReferencePhase, ...] = (ReferencePhase(0.0, 128),)
-    ray_jitter: float = 2e-3
-    rgb: float = 500.0
-    mask: float = 50.0
-    depth: float = 0.0
-    relative_depth: float = 0.0
-    depth_near: Literal["bright", "dark"] = "bright"
-    normal: float = 0.0
-    entropy: float = 0.0
+    ray_jitter: float = 2e-3  # deviation of a normal offset on the rays' directions
+    rgb: float = 500.0  # weight of the colours' squared error, over the scene's background
+    mask: float = 50.0  # weight of the opacity's squared error
+    depth: float = 0.0  # weight of the depth map after the best scale and shift
+    relative_depth: float = 0.0  # weight of the depth map by its correlation
+    depth_near: Literal["bright", "dark"] = "bright"  # the depth map where the subject is near; estimators: bright
+    normal: float = 0.0  # weight of the normal map
+    entropy: float = 0.0  # weight of opacities between 0 and 1 in this pass
 
 
 @dataclass(frozen=True)
 class StaticRecipe:
     """Stage 1: a static scene from priors of images, and from an image where there is a `reference`."""
 
-    name: str
-    steps: int
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
     scene: SceneConfig
-    cameras: CameraRanges
-    n_views: int
+    cameras: CameraRanges  # that the priors' views are drawn from
+    n_views: int  # of one moment, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
     regularizers: RegularizerWeights = field(default_factory=RegularizerWeights)
     background: RandomBackground = field(default_factory=RandomBackground)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    negative_prompt: str = NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
     reference: ReferenceConfig | None = None
 
     stage: ClassVar[str] = "static"
-    group_field: ClassVar[str] = "n_views"
+    group_field: ClassVar[str] = "n_views"  # the field that holds F
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
@@ -151,36 +137,30 @@ class StaticRecipe:
 
 @dataclass(frozen=True)
 class MotionRecipe:
-    """Stage 2: a deformation over time of a frozen static scene, from a prior of videos.
+    """Stage 2: a deformation over time of a frozen static scene, from a prior of videos."""
 
-    `target_extent` is the object's radius (share of the box's) that the automatic deformation scale aims at;
-    the scale stays between 1 and `max_scale`, and at 1 where it would be less than `min_scale`.
-    `level_rate`: grid levels set free over the whole run, after the first `first_levels`.
-    `fresh_background` replaces the scene's background by one with this configuration, trained too.
-    """
-
-    name: str
-    steps: int
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
     deformation: DeformationConfig
     cameras: CameraRanges
-    n_frames: int
+    n_frames: int  # of one take, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
-    time_span: tuple[float, float] = (0.8, 1.0)
-    target_extent: float = 0.65
-    min_scale: float = 1.2
-    max_scale: float = 2.0
-    first_levels: int = 4
-    level_rate: float = 20.0
-    fresh_background: BackgroundConfig | None = None
+    time_span: tuple[float, float] = (0.8, 1.0)  # shortest and longest share of the animation that a take films
+    target_extent: float = 0.65  # the object's radius (share of the box's) that the automatic deformation scale aims at
+    min_scale: float = 1.2  # where the automatic scale would be less than this, it is 1
+    max_scale: float = 2.0  # of the automatic scale
+    first_levels: int = 4  # grid levels that are trained from the beginning
+    level_rate: float = 20.0  # grid levels set free over the whole run, after the first ones
+    fresh_background: BackgroundConfig | None = None  # takes the place of the scene's background, trained too
     regularizers: RegularizerWeights = field(default_factory=RegularizerWeights)
     background: RandomBackground = field(default_factory=RandomBackground)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    negative_prompt: str = NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
 
     stage: ClassVar[str] = "motion"
-    group_field: ClassVar[str] = "n_frames"
+    group_field: ClassVar[str] = "n_frames"  # the field that holds F
     reference: ClassVar[None] = None
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
@@ -195,6 +175,7 @@ class MotionRecipe:
 
 # --- Stage 1, as published -------------------------------------------------------------------------------------
 
+# MVDream 2308.16512: from much noise to little over the first 80 % of the run
 _MVDREAM = DistillationConfig(
     guidance_scale=50.0,
     min_noise=Schedule(0.98, 0.02, 0.0, 0.8),
@@ -270,6 +251,7 @@ _VIDEO = DistillationConfig(
     n_steps=1,
     color_weight=0.1,
 )
+# the 60 degrees behind the object are left out
 _TAKES = CameraRanges(azimuth_deg=(-150.0, 150.0), elevation_deg=(0.0, 45.0))
 
 ZEROSCOPE = MotionRecipe(

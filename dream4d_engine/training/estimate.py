@@ -21,7 +21,7 @@ def _grid_bytes(grid: HashGridConfig, n_dims: int) -> int:
 
 def scene_bytes(scene: SceneConfig) -> int:
     """Bytes of a scene's parameters; the networks are small beside the grids."""
-    moving = 0 if scene.deformation is None else _grid_bytes(scene.deformation.grid, 4)
+    moving = 0 if scene.deformation is None else _grid_bytes(scene.deformation.grid, 4)  # x, y, z, t
     return _grid_bytes(scene.radiance.grid, 3) + moving + 2**20
 
 
@@ -46,5 +46,7 @@ def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int
 
     reference = recipe.reference
     seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)
+    # what autograd keeps of a sample: the features of its levels, and the networks' layers
     per_ray = 100 + config.n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
+    # parameters, gradient and two moments
     return 4 * scene_bytes(config) + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)

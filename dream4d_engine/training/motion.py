@@ -36,14 +36,11 @@ def check_scale(scale: float) -> None:
 
 
 def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
-    """Return the zoom that brings the object to the recipe's target extent.
-
-    A scale s shows the canonical field s times larger, so that a small object fills the frame that the video
-    prior sees; it is 1 where the object is already large enough.
-    """
+    """Return the zoom that brings the object to the recipe's target extent; 1 where it is large enough already."""
     extent = object_extent(scene)
     if extent == 0:
         raise ValueError("the scene to animate is empty: nothing in it is solid; train the static stage longer")
+    # a scale s shows the canonical field s times larger, so that a small object fills the video prior's frame
     scale = min(recipe.target_extent / extent, recipe.max_scale)
     return scale if scale >= recipe.min_scale else 1.0
 
@@ -58,14 +55,18 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
     deformation, fresh = replace(recipe.deformation, scale=scale), recipe.fresh_background
     moving = scene.with_deformation(deformation, Draw(seed).for_("deformation"), background=fresh).to(scene.device)
-    moving.canonical.requires_grad_(False)
+    moving.canonical.requires_grad_(False)  # the optimiser has none of it: its gradient need not be computed
 
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
         moving.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
 
-    starts, supervisions = [phase.start for phase in recipe.phases], partial(seen_by_priors, recipe)
-    return Stage("motion", moving, motion_groups(moving, recipe.optimizer), recipe, supervisions, starts, begin)
+    def finish() -> None:
+        moving.canonical.requires_grad_(True)
+        moving.refresh_occupancy()
+
+    groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]
+    return Stage("motion", moving, groups, recipe, partial(seen_by_priors, recipe), starts, begin, finish)
 
 
 def train_motion(
@@ -80,7 +81,4 @@ def train_motion(
 ) -> tuple[Scene, FitSummary]:
     """Run stage 2 on a copy of `scene` and return it (see `motion_stage`)."""
     stage = motion_stage(scene.clone().to(device), recipe, seed, deformation_scale)
-    summary = train(stage, guidance, seed, control)
-    stage.scene.canonical.requires_grad_(True)
-    stage.scene.refresh_occupancy()
-    return stage.scene, summary
+    return stage.scene, train(stage, guidance, seed, control)

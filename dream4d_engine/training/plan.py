@@ -16,7 +16,8 @@ from ..guidance.execution import Execution
 from ..machine import has_own_allocator, limit_memory
 from ..priors.handle import PriorKind
 from ..randomness import Draw
-from ..supervision import Supervision, supervise, views_of
+from ..supervision import Supervision, gather, rendered, views_of
+from .control import RunControl
 from .prefetch import Prefetch
 from .stages import GuidanceOf, Stage
 
@@ -29,12 +30,11 @@ SHARE = 0.94
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is taken: how the models are run, how many rays at once are rendered (see RenderOptions), and whether
-    the next step's samples are looked for before this one is done (see prefetch.py)."""
+    """How a step is taken."""
 
     execution: Execution = Execution()
-    rays_at_once: int | None = None
-    prefetch: bool = True
+    rays_at_once: int | None = None  # see RenderOptions
+    prefetch: bool = True  # the next step's samples are looked for before this one is done, see prefetch.py
 
     @property
     def prefetches(self) -> bool:
@@ -96,31 +96,29 @@ def choose_plan(
     return None
 
 
-def fit_into(
-    budget: int,
-    guidance: GuidanceOf,
-    stage: Stage,
-    on_plan: Callable[[str], None] | None = None,
-    give_up: Callable[[], None] | None = None,
-) -> tuple[tuple[Supervision, ...], bool]:
-    """Return the stage's supervisions run in the fastest way that keeps the process within `budget` bytes of GPU
-    memory, and whether the next step's samples may be looked for ahead.
+def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple[tuple[Supervision, ...], bool]:
+    """Return what a stage's steps minimise, run in the fastest way that keeps the process within the control's memory
+    budget, and whether the next step's samples may be looked for ahead.
 
-    Every phase is tried on the scene as it is, forward and backward; the budget stays in force afterwards. `give_up`
-    is called before each way is tried, and may raise. Raises a ValueError where even the smallest way does not fit.
+    Every phase is tried on the scene as it is, forward and backward; the budget stays in force afterwards. Stops where
+    the control asks for it before a way is tried. Raises a ValueError where even the smallest way does not fit.
     """
-    scene = stage.scene
-    device = scene.device
+    budget, scene, device = control.memory_budget, stage.scene, stage.scene.device
+    if budget is None:
+        return stage.supervisions(guidance, None), True
     if device.type != "cuda":
         raise ValueError(f"a memory budget is for GPUs, and the work is done on {device.type}: leave it away")
     # the optimiser's two moments are not there yet
     coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in stage.groups for p in parameters)
     allowed = SHARE * budget - coming
-    _use_whole_segments()
+    if has_own_allocator():
+        # let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays
+        newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        with suppress(RuntimeError, ValueError):
+            (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
     def fits(planned: GuidanceOf, plan: Plan) -> bool:
-        if give_up is not None:
-            give_up()
+        control.stop_if_asked(stage.name)
         _give_back(device)
         before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)
@@ -146,39 +144,31 @@ def fit_into(
             "lower the phases' images"
         )
     planned, plan = found
-    if on_plan is not None:
-        on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
+    if control.on_plan is not None:
+        control.on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
     return stage.supervisions(planned, plan.rays_at_once), plan.prefetches
 
 
 def _give_back(device: torch.device) -> None:
-    """Return to the GPU what nobody holds; the graphs of a plan that failed hang together in circles."""
-    gc.collect()
+    """Return to the GPU what nobody holds."""
+    gc.collect()  # the graphs of a plan that failed hang together in circles
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def _use_whole_segments() -> None:
-    """Let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays."""
-    if not has_own_allocator():
-        return
-    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    with suppress(RuntimeError, ValueError):
-        (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
-
-
 def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage) -> str:
-    """Why steps of the phases don't run smoothly: the allocator has to give memory back and ask again. "": they do."""
+    """Why steps of the phases don't run smoothly; "" where they do."""
     scene, draw = stage.scene, Draw(0)
     for start in stage.starts:
         stage.begin(start)
         prefetch = Prefetch(scene, half=True, enabled=prefetches)
-        for attempt in range(2):
+        for attempt in range(2):  # the first one may have to ask for memory, the second is as all others will be
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
             views = prefetch.take() or views_of(supervisions, scene, start, draw)
             with torch.autocast("cuda", dtype=torch.float16):
-                terms = supervise(supervisions, scene, views, start, draw)
+                seen = rendered(supervisions, scene, views)
+                terms = gather([one.loss(scene, output, view, start, draw) for one, view, output in seen])
                 loss = sum(terms.losses.values())
             if prefetch.enabled:
                 prefetch.begin(views_of(supervisions, scene, start, draw))
@@ -186,5 +176,5 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)
             if attempt and torch.cuda.memory_stats(scene.device)["num_alloc_retries"] > retries:
-                return "memory in pieces"
+                return "memory in pieces"  # the allocator had to give memory back and ask again
     return ""

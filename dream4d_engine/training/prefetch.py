@@ -36,29 +36,27 @@ class Prefetch:
     def begin(self, views: Views) -> None:
         """Begin to find the samples of the next step's views."""
         with torch.autocast(self._scene.device.type, torch.float16, enabled=self._half):
-            each = enumerate(views.values())
-            found = tuple(prefetch_samples(self._scene, v, self._capacity(n, v)) for n, v in each)
-        self._begun = views, found
+            found = []
+            for number, view in enumerate(views.values()):
+                latest = self._densest.get(number)  # None in the first step, which waits for the GPU
+                capacity = math.ceil(SPARE * max(latest) * _size(view)) if latest else None
+                found.append(prefetch_samples(self._scene, view, capacity))
+        self._begun = views, tuple(found)
 
     def take(self) -> Views | None:
         """The views that were begun ahead, with their samples where they are known; None where none were."""
         if self._begun is None:
             return None
         (views, found), self._begun = self._begun, None
-        pairs = zip(views.items(), found, strict=True)
-        return {key: self._complete(n, view, ahead) for n, ((key, view), ahead) in enumerate(pairs)}
-
-    def _capacity(self, number: int, view: View) -> int | None:
-        latest = self._densest.get(number)
-        return math.ceil(SPARE * max(latest) * _size(view)) if latest else None
-
-    def _complete(self, number: int, view: View, found: PrefetchedSamples) -> View:
-        samples, n_found = found.take()
-        if n_found < 0:
-            self.enabled = False  # it wouldn't be known the next time either
-        else:
-            self._densest.setdefault(number, deque(maxlen=REMEMBERED)).append(n_found / _size(view))
-        return replace(view, samples=samples)
+        complete = {}
+        for number, ((key, view), ahead) in enumerate(zip(views.items(), found, strict=True)):
+            samples, n_found = ahead.take()
+            if n_found < 0:
+                self.enabled = False  # it wouldn't be known the next time either
+            else:
+                self._densest.setdefault(number, deque(maxlen=REMEMBERED)).append(n_found / _size(view))
+            complete[key] = replace(view, samples=samples)
+        return complete
 
 
 def _size(view: View) -> float:

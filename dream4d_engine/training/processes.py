@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run: this one is `rank` of `world_size`.
+    """The processes of a run."""
 
-    `words` is for short messages between the CPUs, so that no GPU has to be waited for.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    words: ProcessGroup | None = None
+    rank: int = 0  # this one's number
+    world_size: int = 1  # how many there are
+    words: ProcessGroup | None = None  # for short messages between the CPUs, so that no GPU has to be waited for
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +38,7 @@ class Processes:
         if self.world_size == 1:
             return
         tensors = list(tensors)
-        flat = torch.cat([t.reshape(-1).float() for t in tensors])
+        flat = torch.cat([t.reshape(-1).float() for t in tensors])  # in fp32: a sum may be too large for half precision
         torch.distributed.all_reduce(flat)
         flat /= self.world_size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -81,7 +78,7 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
                 "start as many with torchrun --nproc-per-node, or take --device cpu"
             )
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL works on the current one
     elif device.type != "cpu":
         raise ValueError(f"several processes can share cuda or cpu, not {device.type}: start one process")
     if not torch.distributed.is_initialized():

@@ -15,7 +15,7 @@ from ..randomness import Draw
 from ..rendering import RenderOptions
 from ..scene import Scene
 from ..supervision import RegularizerWeights, Supervision, distillation, regularisers, training_view
-from .config import GuidanceTerm, MotionRecipe, Phase, ReferencePhase, StaticRecipe
+from .config import MotionRecipe, Phase, ReferencePhase, StaticRecipe
 
 AnyPhase = TypeVar("AnyPhase", Phase, ReferencePhase)
 GuidanceOf = Mapping[PriorKind, Guidance]
@@ -25,46 +25,35 @@ ParameterGroup = tuple[str, list[nn.Parameter], float]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What a run trains, and how.
+    """What a run trains, and how."""
 
-    Args:
-        name: in reports and messages. scene: is trained in place. groups: the parameters that are.
-        recipe: steps, optimiser and loop are taken from it.
-        supervisions: (guidance, rays at once or None for all; see RenderOptions) -> what every step minimises.
-        starts: shares of the run at which a step's size changes.
-        begin: called with the progress before every step.
-    """
-
-    name: str
-    scene: Scene
-    groups: Sequence[ParameterGroup]
-    recipe: StaticRecipe | MotionRecipe
+    name: str  # in reports and messages
+    scene: Scene  # trained in place
+    groups: Sequence[ParameterGroup]  # the parameters that are trained
+    recipe: StaticRecipe | MotionRecipe  # steps, optimiser and loop are taken from it
+    # (guidance, rays at once or None for all, see RenderOptions) -> what every step minimises
     supervisions: Callable[[GuidanceOf, int | None], tuple[Supervision, ...]]
-    starts: Sequence[float] = (0.0,)
-    begin: Callable[[float], None] = lambda progress: None
+    starts: Sequence[float] = (0.0,)  # shares of the run at which a step's size changes
+    begin: Callable[[float], None] = lambda progress: None  # called with the progress before every step
+    finish: Callable[[], None] = lambda: None  # called once, when all steps are done
 
 
 def current_phase(phases: Sequence[AnyPhase], progress: float) -> AnyPhase:
     """Return the last phase that has begun."""
-    begun = [phase for phase in phases if phase.start <= progress + 1e-9]
+    begun = [phase for phase in phases if phase.start <= progress + 1e-9]  # step / steps may lie just below a start
     if not begun:
         raise ValueError(f"no phase begins at progress 0: the first begins at {phases[0].start}")
     return begun[-1]
-
-
-def pick_guidance(terms: Sequence[GuidanceTerm], guidance: GuidanceOf) -> list[tuple[GuidanceTerm, Guidance]]:
-    """Pair every term of non-zero weight with its prior's guidance; a missing one is an error."""
-    wanted = [term for term in terms if term.weight]
-    missing = [term.prior for term in wanted if term.prior not in guidance]
-    if missing:
-        raise ValueError(f"the recipe needs a prior of kind {missing[0]!r}: give one, or set its weight to 0")
-    return [(term, guidance[term.prior]) for term in wanted]
 
 
 def seen_by_priors(
     recipe: StaticRecipe | MotionRecipe, guidance: GuidanceOf, rays_at_once: int | None
 ) -> tuple[Supervision, ...]:
     """Return the recipe's priors and regularisers, all of which look at the same view."""
+    wanted = [term for term in recipe.guidance if term.weight]
+    missing = [term.prior for term in wanted if term.prior not in guidance]
+    if missing:
+        raise ValueError(f"the recipe needs a prior of kind {missing[0]!r}: give one, or set its weight to 0")
 
     def cameras(progress: float, draw: Draw) -> CameraBatch:
         phase = current_phase(recipe.phases, progress)
@@ -79,11 +68,12 @@ def seen_by_priors(
     def options(progress: float) -> RenderOptions:
         weights = weights_at(progress)
         return RenderOptions(
+            # the smoothness in 3D asks the scene itself
             normals=bool(weights.orientation or weights.normal_smoothness_2d),
             displacement=bool(weights.displacement_tv),
             rays_at_once=rays_at_once,
         )
 
     view = training_view(cameras, options, recipe.background)
-    priors = (distillation(t.prior, t.weight, one, view) for t, one in pick_guidance(recipe.guidance, guidance))
+    priors = (distillation(term.prior, term.weight, guidance[term.prior], view) for term in wanted)
     return (*priors, regularisers(weights_at, view))

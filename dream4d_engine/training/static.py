@@ -57,7 +57,8 @@ def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None
 
     looked_at = () if recipe.reference is None else recipe.reference.phases
     starts = sorted({phase.start for phase in (*recipe.phases, *looked_at)})
-    return Stage("static", scene, static_groups(scene, recipe.optimizer), recipe, supervisions, starts)
+    groups = static_groups(scene, recipe.optimizer)
+    return Stage("static", scene, groups, recipe, supervisions, starts, finish=scene.refresh_occupancy)
 
 
 def train_static(
@@ -76,24 +77,23 @@ def train_static(
     """
     start = build_scene(recipe.scene, Draw(seed).for_("scene")) if scene is None else scene.clone()
     stage = static_stage(recipe, start.to(device), reference)
-    summary = train(stage, guidance, seed, control)
-    stage.scene.refresh_occupancy()
-    return stage.scene, summary
+    return stage.scene, train(stage, guidance, seed, control)
 
 
 @torch.no_grad()
 def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) -> float:
     """Return how far the still object reaches from the vertical axis or the middle height, as a share of the radius.
 
-    Points of a regular lattice count where a quarter of the radius of their density would be half opaque; the extent
-    is the `quantile` of max(|z|, sqrt(x^2 + y^2)) over them. An empty scene has extent 0.
+    The furthest points, those above the `quantile`, don't count. An empty scene has extent 0.
     """
     device = scene.device
-    axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
+    axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1  # middles of cells, in radii
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     density = scene.canonical.density((points + 1) / 2, scene.kernels)
+    # where a quarter of the radius of such density is half opaque: 1 - exp(-d t) > 1/2
     solid = points[density * (scene.config.radius / 4) > math.log(2)]
     if not len(solid):
         return 0.0
+    # any camera may turn around the axis: sideways, a point takes its distance from that
     reach = torch.maximum(solid[:, 2].abs(), solid[:, :2].norm(dim=-1)).sort().values
     return float(reach[min(int(quantile * len(reach)), len(reach) - 1)])

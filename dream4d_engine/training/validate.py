@@ -6,15 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from .config import (
-    MotionRecipe,
-    OptimizerConfig,
-    Phase,
-    RandomBackground,
-    ReferenceConfig,
-    ReferencePhase,
-    StaticRecipe,
-)
+from .config import MotionRecipe, Phase, ReferenceConfig, ReferencePhase, StaticRecipe
 
 
 def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> None:
@@ -37,8 +29,13 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
                 f"{where}.guidance.{index}.distillation.max_azimuth_deg must lie in (0, 180], got {away}: 180 asks "
                 "the prior for all views"
             )
-    _check_background(recipe.background, f"{where}.background")
-    _check_optimizer(recipe.optimizer, f"{where}.optimizer")
+    for name in ("probability", "low", "high"):
+        if not 0 <= getattr(recipe.background, name) <= 1:
+            raise ValueError(f"{where}.background.{name} must lie in [0, 1], got {getattr(recipe.background, name)}")
+    rates = ("lr_grid", "lr_mlp", "lr_background")
+    _at_least(0, recipe.optimizer, f"{where}.optimizer", "eps", "weight_decay", *rates, "factor")
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        raise ValueError(f"{where}.optimizer.betas must lie in [0, 1), got {recipe.optimizer.betas}")
     _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
     if recipe.stage == "motion":
@@ -87,18 +84,6 @@ def _check_reference(reference: ReferenceConfig, where: str) -> None:
         raise ValueError(f"{where}.distance must be above 0, got {reference.distance}")
     weights = ("rgb", "mask", "depth", "relative_depth", "normal", "entropy")
     _at_least(0, reference, where, "ray_jitter", *weights)
-
-
-def _check_background(background: RandomBackground, where: str) -> None:
-    for name in ("probability", "low", "high"):
-        if not 0 <= getattr(background, name) <= 1:
-            raise ValueError(f"{where}.{name} must lie in [0, 1], got {getattr(background, name)}")
-
-
-def _check_optimizer(optimizer: OptimizerConfig, where: str) -> None:
-    _at_least(0, optimizer, where, "eps", "weight_decay", "lr_grid", "lr_mlp", "lr_background", "factor")
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"{where}.betas must lie in [0, 1), got {optimizer.betas}")
 
 
 def _check_motion(recipe: MotionRecipe, where: str) -> None:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from dream4d_engine.training.config import ReferenceConfig
-from dream4d_engine.training.pixels import file_pixels
 from dream4d_engine.training.reference import ImageError, load_reference, prepare_reference
+from dream4d_engine.training.reference.pixels import file_pixels
 
 CONFIG = ReferenceConfig()
 ROUNDS = 12

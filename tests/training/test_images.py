@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from places import CASES
 
 from dream4d_engine.training.config import ReferenceConfig
-from dream4d_engine.training.masks import what_mask_shows
 from dream4d_engine.training.reference import ImageError, UnclearMask, load_reference, prepare_reference
+from dream4d_engine.training.reference.masks import what_mask_shows
 
 CONFIG = ReferenceConfig()
 TIGHT = ("mug_tight", "building_filled", "tight_circle", "portrait_bust")

@@ -13,7 +13,7 @@ from dream4d_engine.priors.architectures import random_network
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser, accelerated
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
-from dream4d_engine.supervision import supervise, views_of
+from dream4d_engine.supervision import gather, rendered, views_of
 from dream4d_engine.training import plan as plans
 from dream4d_engine.training.config import TOY_MOTION
 from dream4d_engine.training.guidance import capture_for
@@ -145,8 +145,9 @@ def test_every_rung_of_the_ladder_takes_the_same_step(device):
         # so few rays are rendered here that slices of the ladder's size would be all of them
         rays = None if plan.rays_at_once is None else plan.rays_at_once // 2**8
         supervisions = stage.supervisions(plan_of(guidance, plan.execution), rays)
-        views = views_of(supervisions, scene, 0.5, draw)
-        loss = sum(supervise(supervisions, scene, views, 0.5, draw).losses.values())
+        seen = rendered(supervisions, scene, views_of(supervisions, scene, 0.5, draw))
+        terms = gather([one.loss(scene, output, view, 0.5, draw) for one, view, output in seen])
+        loss = sum(terms.losses.values())
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())
     assert found[0].abs().max() > 0

@@ -10,9 +10,9 @@ from PIL import Image
 
 from dream4d_engine.cameras import make_cameras
 from dream4d_engine.randomness import Draw
-from dream4d_engine.rendering import RenderOptions, render, render_chunked
+from dream4d_engine.rendering import RenderOptions, render, render_chunked, render_view
 from dream4d_engine.scene import build_scene
-from dream4d_engine.supervision import PhotometricWeights, photometric, supervise, views_of
+from dream4d_engine.supervision import PhotometricWeights, photometric
 from dream4d_engine.toyworld.evaluate import reference_match
 from dream4d_engine.toyworld.world import render_caption
 from dream4d_engine.training.config import (
@@ -315,7 +315,8 @@ def facing(size):
 def loss_of(scene, targets, config, seed=0):
     weights = PhotometricWeights(*(getattr(config, f.name) for f in fields(PhotometricWeights)))
     one, draw = photometric("reference", lambda scene, progress: targets, weights, config.ray_jitter), Draw(seed)
-    losses = supervise((one,), scene, views_of((one,), scene, 0.0, draw), 0.0, draw).losses
+    view = one.view(scene, 0.0, draw)
+    losses = one.loss(scene, render_view(scene, view), view, 0.0, draw).losses
     return sum(losses.values()), losses
 
 

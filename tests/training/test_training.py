@@ -22,7 +22,8 @@ from dream4d_engine.supervision import (
     Supervision,
     Terms,
     draw_background,
-    supervise,
+    gather,
+    rendered,
     views_of,
 )
 from dream4d_engine.training import loop
@@ -41,6 +42,7 @@ from dream4d_engine.training.config import (
     find_recipe,
 )
 from dream4d_engine.training.guidance import load_guidance
+from dream4d_engine.training.history import all_answered
 from dream4d_engine.training.loop import (
     Interrupted,
     PriorSilent,
@@ -450,8 +452,8 @@ def test_a_silent_prior_leaves_the_loss_scale_alone():
         before = parameters_of(scene).clone()
         optimizer.zero_grad()
         loss = factor * parameters_sum(scene)
-        answered = loop._answered(Terms({}, {"multiview.nonfinite": torch.tensor(share)}), CPU)
-        loop._backward(loss, answered, scaler)
+        answered = all_answered(Terms({}, {"multiview.nonfinite": torch.tensor(share)}), CPU)
+        scaler.scale(loop._nan_unless(loss.detach().isfinite() & answered, loss)).backward()
         finite = loop._step(optimizer, scaler, answered, RunControl().processes)
         changed = not torch.equal(before, parameters_of(scene))
         assert bool(finite) == changed
@@ -464,8 +466,8 @@ def test_a_silent_prior_leaves_the_loss_scale_alone():
 
 
 def test_silence_is_heard_a_step_late_on_a_gpu(monkeypatch):
-    seen = loop._Seen
-    monkeypatch.setattr(loop, "_Seen", lambda stage, max_bad_steps, lag: seen(stage, max_bad_steps, 1))
+    history = loop.History
+    monkeypatch.setattr(loop, "History", lambda stage, max_bad_steps, lag: history(stage, max_bad_steps, 1))
     with pytest.raises(PriorSilent, match="6 steps in a row, up to step 6"):
         spoilt(range(100), lambda answer: answer.fill_(math.nan))
 
@@ -524,8 +526,9 @@ def test_supervisions_keep_their_accuracy_under_autocast():
         scene = build_scene(SMALL, seeded())
         with torch.autocast("cpu", torch.bfloat16, enabled):
             supervisions, draw = static_stage(recipe, scene).supervisions(guidance, None), Draw(1)
-            views = views_of(supervisions, scene, 0.5, draw)
-            loss = sum(supervise(supervisions, scene, views, 0.5, draw).losses.values())
+            seen = rendered(supervisions, scene, views_of(supervisions, scene, 0.5, draw))
+            terms = gather([one.loss(scene, output, view, 0.5, draw) for one, view, output in seen])
+            loss = sum(terms.losses.values())
         loss.backward()
         assert all(p.grad.isfinite().all() for p in scene.canonical.parameters())
         losses.append(loss.item())
@@ -648,8 +651,8 @@ def test_readings_that_come_a_step_late_change_nothing_but_the_reports(monkeypat
         return parameters_of(scene), [report.loss for report in reports], summary
 
     parameters, losses, summary = run()
-    seen = loop._Seen
-    monkeypatch.setattr(loop, "_Seen", lambda stage, max_bad_steps, lag: seen(stage, max_bad_steps, 1))
+    history = loop.History
+    monkeypatch.setattr(loop, "History", lambda stage, max_bad_steps, lag: history(stage, max_bad_steps, 1))
     late_parameters, late_losses, late_summary = run()
     assert torch.equal(parameters, late_parameters)
     assert math.isnan(late_losses[0]) and late_losses[1:] == losses[:-1], "each the loss of the step before"

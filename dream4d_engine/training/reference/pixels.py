@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..documents import disguise, first_line, printable
+from ...documents import disguise, first_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,25 +34,17 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Pixels:
-    """An image, mask or map whose numbers are asked for a part at a time.
+    """An image, mask or map whose numbers are asked for a part at a time."""
 
-    Args:
-        name: what it is and which file, for messages.
-        block: (top, bottom, left, right, channels=ALL) -> [h, w, channels] of 32-bit floats on the CPU, without NaN
-            where it is `finite`.
-        largest: the stored number that became 1. stored: whether it comes from a file. note: what has to be said about
-            the way it was read.
-    """
-
-    name: str
+    name: str  # what it is and which file, for messages
     height: int
     width: int
     channels: int
-    block: Callable[..., Tensor]
-    largest: float = 1.0
-    stored: bool = False
-    finite: bool = False
-    note: str = ""
+    block: Callable[..., Tensor]  # (top, bottom, left, right, channels=ALL) -> [h, w, channels] float32 on the CPU
+    largest: float = 1.0  # the stored number that became 1
+    stored: bool = False  # in a file
+    finite: bool = False  # whether it is known that no number is NaN or infinite
+    note: str = ""  # what has to be said about the way it was read
 
     def strips(self) -> Iterator[tuple[int, Tensor]]:
         """All of it from top to bottom, as (first row, [h, W, channels])."""
@@ -63,6 +55,7 @@ class Pixels:
     def sample(self, most: int) -> Tensor:
         """Its pixels at a grid of no more than `most` rows and columns, the outermost ones among them."""
         columns = spread(self.width, most)
+        # row by row: files are decoded, but not held as floats
         rows = (self.block(row, row + 1, 0, self.width)[:, columns] for row in spread(self.height, most).tolist())
         return torch.cat(list(rows))
 
@@ -79,11 +72,6 @@ class Pixels:
 def spread(n: int, most: int) -> Tensor:
     """No more than `most` of n places, evenly spread from the first to the last."""
     return torch.linspace(0, n - 1, min(n, most)).round().long()
-
-
-def unit_of(largest: float) -> float:
-    """What number means 1 where the largest one is this: numbers are stored up to 1, 255 or 65535."""
-    return next((unit for unit in (1.0, 255.0, 65535.0) if largest <= unit), largest)
 
 
 def tensor_pixels(pixels: Tensor, what: str, channels: tuple[int, ...]) -> Pixels:
@@ -199,6 +187,7 @@ def _image_pixels(image: Image.Image, name: str, note: str) -> Pixels:
     def block(top: int, bottom: int, left: int, right: int, channels: slice = ALL) -> Tensor:
         part = image.crop((left, top, right, bottom))
         if not numbers and part.mode != mode:
+            # Pillow can't bring premultiplied grey to colours in one go
             part = (part.convert("LA") if part.mode == "La" else part).convert(mode)
         stored = np.asarray(part)
         chosen = stored[..., None] if stored.ndim == 2 else stored[..., channels]
@@ -209,5 +198,6 @@ def _image_pixels(image: Image.Image, name: str, note: str) -> Pixels:
         unit = 255.0
         return Pixels(name, image.height, image.width, channels, block, unit, True, True, note)
     raw = Pixels(name, image.height, image.width, 1, block)
-    unit = unit_of(max(float(part.nan_to_num(0, 0, 0).max()) for _, part in raw.strips()))
+    largest = max(float(part.nan_to_num(0, 0, 0).max()) for _, part in raw.strips())
+    unit = next((unit for unit in (1.0, 255.0, 65535.0) if largest <= unit), largest)  # numbers are stored up to these
     return Pixels(name, image.height, image.width, 1, block, unit, True, image.mode[0] == "I", note)

@@ -17,7 +17,7 @@ MaskShows = Literal["automatic", "subject", "background"]
 
 COLORED = 24 / 255
 """How far red, green and blue of grey pixels may lie apart: JPEG and converters leave some of it."""
-SAMPLED = 512
+SAMPLED = 512  # rows and columns at most that are looked at to tell what a mask shows
 _VOID = 224 << 16 | 224 << 8 | 192
 """The colour that label images of the VOC kind draw around an object, where they don't know."""
 
@@ -35,16 +35,11 @@ class UnclearMask(ImageError):
 
 @dataclass(frozen=True, eq=False)
 class Solid:
-    """A mask that was read.
+    """A mask that was read."""
 
-    Args:
-        white: [H, W] booleans. soft: [h, w] in [0, 1], the mask's numbers at the places of `Pixels.sample(SAMPLED)`.
-        note: how it was stored, where that isn't as usual.
-    """
-
-    white: Tensor
-    soft: Tensor
-    note: str = ""
+    white: Tensor  # [H, W] bool
+    soft: Tensor  # [h, w] in [0, 1], the mask's numbers at the places of `Pixels.sample(SAMPLED)`
+    note: str = ""  # how it was stored, where that isn't as usual
 
 
 # ---- how it is stored --------------------------------------------------------------------------------------------
@@ -81,6 +76,7 @@ def read_mask(pixels: Pixels) -> Solid:
         )
     if colored > 0.01 * bright:
         return _one_color(pixels)
+    # 255 and 65535 may stand for 1
     high = high if high <= 1.5 else 255.0 if high <= 255 else 65535.0 if high <= 65535 else high
     unit = high if high > 1.5 else 1.0
     soft = _brightest(pixels.sample(SAMPLED))[0] / unit
@@ -164,17 +160,17 @@ def _codes(strip: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskReading:
-    """What a mask's white part is, and why: "subject", "background" or "unknown"."""
+    """What a mask's white part is."""
 
     shows: Literal["subject", "background", "unknown"]
-    reason: str
+    reason: str  # as the end of a sentence
 
 
 @dataclass(frozen=True)
 class _Hint:
-    """Something that speaks for white being the subject (weight above 0) or the background (below); 2 is enough."""
+    """Something that speaks for white being the subject or the background."""
 
-    weight: float
+    weight: float  # above 0 for the subject, below for the background; 2 is enough
     reason: str = ""
 
 
@@ -195,11 +191,12 @@ def what_mask_shows(mask: Tensor, rgb: Tensor) -> MaskReading:
     if rgb.shape[-1] == 4:
         solid = rgb[..., 3] > 0.5
         agreeing = float((solid == white).float().mean())
-        if not solid.all() and solid.any() and not 0.05 < agreeing < 0.95:
+        if not solid.all() and solid.any() and not 0.05 < agreeing < 0.95:  # the alpha is the mask, or its inverse
             which = SUBJECT if agreeing > 0.5 else BACKGROUND
             return MaskReading(which, f"it is white where the image is {'opaque' if agreeing > 0.5 else 'hidden'}")
     colors, place = _hint_of_colors(mask, rgb[..., :3]), _hint_of_place(white)
     against = colors.weight * place.weight < 0
+    # a weak hint of the colours yields to a strong one of the place; otherwise a contradiction is one
     if against and not (abs(place.weight) == 2 and abs(colors.weight) == 1):
         return MaskReading(UNKNOWN, f"{colors.reason}, but {place.reason}")
     deciding = place if against else max(colors, place, key=lambda hint: abs(hint.weight))
@@ -240,7 +237,9 @@ def _evenness(colors: Tensor) -> tuple[int, Tensor]:
 
 def _hint_of_place(white: Tensor) -> _Hint:
     """The background fills the border, the subject the middle."""
-    border, middle = _border(white), float(_middle(white).float().mean())
+    height, width = white.shape
+    inner = white[height // 4 : height - height // 4, width // 4 : width - width // 4]
+    border, middle = _border(white), float(inner.float().mean())
     if border in (0, 1):
         part = "white" if border else "black"
         return _Hint(2 if part == "black" else -2, f"what is {part} in it fills the image's border")
@@ -254,11 +253,6 @@ def _hint_of_place(white: Tensor) -> _Hint:
 def _border(white: Tensor) -> float:
     edge = torch.cat((white[0], white[-1], white[:, 0], white[:, -1]))
     return float(edge.float().mean())
-
-
-def _middle(white: Tensor) -> Tensor:
-    height, width = white.shape
-    return white[height // 4 : height - height // 4, width // 4 : width - width // 4]
 
 
 # ---- asking ------------------------------------------------------------------------------------------------------

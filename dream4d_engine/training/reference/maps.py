@@ -44,7 +44,7 @@ def read_depth(values: Tensor, mask: Tensor, name: str) -> Tensor:
             f"the {name} is the same everywhere on the subject ({high:.4g}), so it says nothing: give another, or "
             "leave it out"
         )
-    if low < 0 or high > 1:
+    if low < 0 or high > 1:  # distances in some unit
         values = (values - low) / (high - low)
     return values * mask
 
@@ -58,7 +58,7 @@ def read_normals(colors: Tensor, mask: Tensor, name: str) -> tuple[Tensor, str]:
             f"the {name} {complaint}. It must hold the camera's normals as colours (n + 1) / 2: red to the right, "
             "green up, blue towards the camera, (128, 128, 255) where the surface faces it"
         )
-    normals = functional.normalize(2 * colors[..., :3] - 1, dim=-1)
+    normals = functional.normalize(2 * colors[..., :3] - 1, dim=-1)  # 8 bits leave them a little off length 1
     return normals, _turned_round(normals, inside)
 
 
@@ -72,7 +72,7 @@ def _normal_complaint(colors: Tensor, inside: Tensor) -> str | None:
     chosen = colors[inside]
     vectors = 2 * chosen - 1
     length = vectors.norm(dim=-1)
-    if length.median() < 0.1:
+    if length.median() < 0.1:  # (128, 128, 128) is the null vector
         return "is middle grey nearly everywhere on the subject, which is no direction"
     if _colored(chosen) < 0.01:
         return "is grey on the subject: it looks like a depth map or another image"
@@ -89,7 +89,8 @@ def _normal_complaint(colors: Tensor, inside: Tensor) -> str | None:
 
 
 def _turned_round(normals: Tensor, inside: Tensor) -> str:
-    """A warning where the left looks to the right, or the top down: few subjects are hollow."""
+    """A warning where the left looks to the right, or the top down."""
+    # of a subject that isn't hollow, what lies on the right looks to the right, and what lies above looks up
     rows, columns = inside.nonzero().unbind(-1)
     right, up = normals[inside][:, 0], normals[inside][:, 1]
     for name, direction, values, place in (("red", "left", right, columns), ("green", "down", up, -rows)):

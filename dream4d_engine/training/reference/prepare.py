@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..cameras import CameraBatch, make_cameras
-from ..supervision import Targets
-from ..transfers import send
-from .config import ReferenceConfig, StaticRecipe
+from ..config import ReferenceConfig
 from .maps import read_depth, read_normals
 from .masks import (
     AUTOMATIC,
@@ -30,17 +27,12 @@ from .masks import (
     UNKNOWN,
     MaskShows,
     Solid,
-    UnclearMask,
     box_of,
     read_mask,
     unclear_mask,
     what_mask_shows,
 )
 from .pixels import ImageError, Pixels, file_pixels, map_pixels, tensor_pixels
-
-__all__ = ["AUTOMATIC", "MASK_SHOWS", "ImageError", "UnclearMask", "what_mask_shows"]
-__all__ += ["Reference", "load_reference", "prepare_reference", "check_reference"]
-__all__ += ["reference_cameras", "reference_targets"]
 
 LEAST_SUBJECT, LARGEST_SIDE = 8, 1024
 """Pixels: of the subject's longer side, and of a prepared image's side."""
@@ -51,20 +43,13 @@ Source = Callable[[], AbstractContextManager[Pixels]]
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A prepared image of the subject, on the CPU.
+    """A prepared image of the subject, on the CPU."""
 
-    Args:
-        rgb: [S, S, 3] in [0, 1], of no meaning outside of the mask. mask: [S, S, 1], 1 on the subject, else 0.
-        statement: one line about what was done to the image.
-        depth: [S, S, 1] in [0, 1], growing away from the camera, right up to an unknown scale and shift; or None.
-        normals: [S, S, 3] unit vectors in the camera's frame (right, up, towards the camera), or None.
-    """
-
-    rgb: Tensor
-    mask: Tensor
-    statement: str
-    depth: Tensor | None = None
-    normals: Tensor | None = None
+    rgb: Tensor  # [S, S, 3] in [0, 1], of no meaning outside of the mask
+    mask: Tensor  # [S, S, 1], 1 on the subject, else 0
+    statement: str  # one line about what was done to the image
+    depth: Tensor | None = None  # [S, S, 1] in [0, 1], growing away from the camera, up to an unknown scale and shift
+    normals: Tensor | None = None  # [S, S, 3] unit vectors in the camera's frame (right, up, towards the camera)
 
     def over(self, color: Sequence[float] = (1.0, 1.0, 1.0)) -> Tensor:
         """The subject before one colour, [S, S, 3]."""
@@ -73,14 +58,12 @@ class Reference:
     def fingerprint(self) -> str:
         """A name of the contents: a run goes on only with the very same image, mask and maps."""
         name = hashlib.sha256()
+        # what lies outside of the mask is nothing that a run sees
         for tensor in (self.rgb * self.mask, self.mask, self.depth, self.normals):
             name.update(b"none" if tensor is None else f"{list(tensor.shape)}".encode())
             if tensor is not None:
                 name.update(tensor.contiguous().numpy().tobytes())
         return name.hexdigest()
-
-
-# ---- preparing ---------------------------------------------------------------------------------------------------
 
 
 def load_reference(
@@ -160,6 +143,7 @@ def _prepare(
         with depth() as pixels:
             layer = _cut(_of_size(pixels, *size), white, frame)[0]
             values = read_depth(layer, share, pixels.name)
+        # estimators give nearness: turned round, it grows away from the camera
         layers["depth"] = values if config.depth_near == "dark" else (1 - values) * (share > 0)
     if normals is not None:
         with normals() as pixels:
@@ -170,7 +154,7 @@ def _prepare(
         notes.append(warning)
     layers["mask"] = share
     if len(share) > LARGEST_SIDE:
-        layers = _resized(layers, LARGEST_SIDE)
+        layers = resized(layers, LARGEST_SIDE)
     layers["mask"] = (layers["mask"] > 0.5).float()
     return Reference(**layers, statement="; ".join([statement, *filter(None, notes)]))
 
@@ -218,12 +202,12 @@ def _subject(image: Pixels, given: Solid | None, shows: MaskShows) -> tuple[Tens
 
 @dataclass(frozen=True)
 class _Frame:
-    """A square of an image's pixels, perhaps reaching beyond it; `reduction` of them become one on either axis."""
+    """A square of an image's pixels, perhaps reaching beyond it."""
 
-    top: int
+    top: int  # row of its first pixel, below 0 where it begins above the image
     left: int
-    side: int
-    reduction: int
+    side: int  # a multiple of the reduction
+    reduction: int  # so many pixels become one on either axis
 
 
 def _frame(white: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame, str]:
@@ -241,6 +225,7 @@ def _frame(white: Tensor, config: ReferenceConfig, source: str) -> tuple[_Frame,
         raise ImageError(f"the subject is only {longer} pixels large: give an image that shows at least 8 of it")
     share = longer / max(height, width)
     wanted = min(max(share, config.fill[0]), config.fill[1])
+    # without a need to change its size, the frame is as large as the image
     side = max(height, width) if wanted == share else math.ceil(longer / wanted)
     reduction = max(1, side // LARGEST_SIDE)
     side = math.ceil(side / reduction) * reduction
@@ -264,7 +249,7 @@ def _cut(pixels: Pixels, white: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
     layers, shares = [], []
     n = frame.reduction
     left, right = max(frame.left, 0), min(frame.left + frame.side, pixels.width)
-    rows = n * max(1, 2**20 // (n * frame.side))
+    rows = n * max(1, 2**20 // (n * frame.side))  # about a million pixels at once
     for start in range(frame.top, frame.top + frame.side, rows):
         stop = min(start + rows, frame.top + frame.side)
         top, bottom = (min(max(row, 0), pixels.height) for row in (start, stop))
@@ -276,10 +261,10 @@ def _cut(pixels: Pixels, white: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
             if not values.isfinite().logical_or(~inside).all():
                 raise ImageError(f"the {pixels.name} holds values that are no numbers (NaN or infinity) on the subject")
             values = torch.where(inside, values, 0.0)
-        above = top - start if top < bottom else stop - start
+        above = top - start if top < bottom else stop - start  # rows of the frame over the image's first one
         beyond = (0, 0, left - frame.left, frame.left + frame.side - right, above, stop - start - above - len(inside))
         values, share = (_reduced(functional.pad(x, beyond), n) for x in (values * inside, inside.float()))
-        layers.append(values / share.clamp_min(0.5 / n**2))
+        layers.append(values / share.clamp_min(0.5 / n**2))  # a share is 0, or at least 1 / n^2
         shares.append(share)
     return torch.cat(layers), torch.cat(shares)
 
@@ -293,7 +278,7 @@ def _reduced(values: Tensor, n: int) -> Tensor:
     return values.view(height // n, width // n, n, channels).sum(2) / n**2
 
 
-def _resized(layers: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+def resized(layers: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     """Resize all layers; what is outside of the mask doesn't bleed into it."""
     mask = _resize(layers["mask"], size)
     resized = {"mask": mask}
@@ -311,50 +296,3 @@ def _resize(layer: Tensor, size: int) -> Tensor:
     channels_first = layer.movedim(-1, 0)[None]
     resized = functional.interpolate(channels_first, (size, size), mode="bilinear", antialias=True)
     return resized[0].movedim(0, -1)
-
-
-# ---- for training ------------------------------------------------------------------------------------------------
-
-
-def reference_cameras(config: ReferenceConfig, size: int = 1) -> CameraBatch:
-    """The camera that saw the image, [1, 1]."""
-    return make_cameras(
-        math.radians(config.azimuth_deg),
-        math.radians(config.elevation_deg),
-        config.distance,
-        math.radians(config.fov_y_deg),
-        0.0,
-        size,
-        size,
-    )
-
-
-def reference_targets(
-    reference: Reference, config: ReferenceConfig, size: int, device: torch.device | str = "cpu"
-) -> Targets:
-    """The prepared image at one of the recipe's sizes, as targets [1, 1]."""
-    present = {n: getattr(reference, n) for n in ("rgb", "mask", "depth", "normals")}
-    layers = _resized({n: layer for n, layer in present.items() if layer is not None}, size)
-    cameras = reference_cameras(config, size)
-    if "normals" in layers:
-        rotation = cameras.c2w[0, 0, :3, :3]
-        layers["normals"] = (rotation * layers["normals"][..., None, :]).sum(-1)
-    return Targets(cameras.to(device), **{n: send(layer[None, None], device) for n, layer in layers.items()})
-
-
-def check_reference(recipe: StaticRecipe, reference: Reference | None) -> None:
-    """Refuse an image where none is looked at, none where one is needed, and maps that don't fit the weights."""
-    config = recipe.reference
-    if config is None:
-        if reference is not None:
-            raise ImageError(f"the recipe {recipe.name!r} looks at no image: take one that does (image-to-3d)")
-        return
-    if reference is None:
-        raise ImageError(f"the recipe {recipe.name!r} makes a scene from an image: give one")
-    weights = {"depth map": (reference.depth, config.depth or config.relative_depth, "depth or .relative-depth")}
-    weights["normal map"] = (reference.normals, config.normal, "normal")
-    for name, (given, weight, flag) in weights.items():
-        if weight and given is None:
-            raise ImageError(f"the recipe weighs a {name}, but none was given: give one, or set the weight to 0")
-        if given is not None and not weight:
-            raise ImageError(f"a {name} was given, but its weight is 0: raise reference.{flag}, or leave it out")
