@@ -47,7 +47,11 @@ SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "tr
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
-LIBRARY_CODE = {"kernels/triton_source.py": "triton", "kernels/triton_mlp_source.py": "triton"}
+LIBRARY_CODE = {
+    "kernels/triton_source.py": "triton",
+    "kernels/triton_mlp_source.py": "triton",
+    "priors/networks/fused_norm_source.py": "triton",
+}
 """Code in one optional library's language and nothing else, itself imported only where that library is used."""
 ONLY_IN_CLI = {"tyro", "rich"}
 COMFY = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"}

@@ -7,20 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Execution:
-    """How to run a denoiser.
+    """How to run a denoiser; None for all of them."""
 
-    Args:
-        images_at_once: that go through the VAE together; None for all.
-        images_kept: of those encoded for a gradient, how many keep what the backward pass needs; None for all. The
-            others are encoded without it and once more in the backward pass: one forward pass more for them.
-        groups_at_once: that go through the UNet together, each condition's counted; None for all.
-        offload: the UNet's weights wait in main memory and come block by block.
-    """
-
-    images_at_once: int | None = None
+    images_at_once: int | None = None  # that go through the VAE together
+    # Of those encoded for a gradient, how many keep what the backward pass needs. The others are encoded without it
+    # and once more in the backward pass: one forward pass more for them.
     images_kept: int | None = None
-    groups_at_once: int | None = None
-    offload: bool = False
+    groups_at_once: int | None = None  # that go through the UNet together, each condition's counted
+    offload: bool = False  # the UNet's weights wait in main memory and come block by block
 
     def __post_init__(self) -> None:
         for name, least in (("images_at_once", 1), ("images_kept", 0), ("groups_at_once", 1)):

@@ -169,11 +169,20 @@ def test_models_are_not_compiled_where_that_fails(fresh_answers, monkeypatch, ca
     assert "run without being compiled: RuntimeError: Compiler: cl is not found." in caplog.text
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the Triton kernels are not tried")
+@pytest.fixture
+def kernels_device(monkeypatch):
+    """Where the kernels run: on a GPU, or interpreted on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(fused_norm, "_fits", lambda x: x.movedim(1, -1).is_contiguous())
+    return CPU
+
+
 @pytest.mark.parametrize(("channels", "n_groups", "silu", "n_offsets"), [(128, 32, True, 3), (48, 8, False, 0)])
-def test_the_norm_kernels_against_double_precision(channels, n_groups, silu, n_offsets):
+def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_groups, silu, n_offsets):
     def made(*shape, seed):
-        return randn(*shape, seed=seed).float().cuda()
+        return randn(*shape, seed=seed).float().to(kernels_device)
 
     x, grad = (made(3, channels, 37, 41, seed=s).to(memory_format=torch.channels_last) for s in (0, 1))
     weight, bias = made(channels, seed=2), made(channels, seed=3)
@@ -188,6 +197,16 @@ def test_the_norm_kernels_against_double_precision(channels, n_groups, silu, n_o
     (dz,) = torch.autograd.grad(z, exact, grad.double())
     for ours, theirs in ((y, z), (dx, dz)):
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
+def test_the_kernels_that_add_and_repeat(kernels_device):
+    x, h = (randn(2, 48, 5, 6, seed=s).float().to(kernels_device) for s in (0, 1))
+    x, h = (t.to(memory_format=torch.channels_last) for t in (x, h))
+    bias = randn(48, seed=2).float().to(kernels_device)
+    shifted = bias[:, None, None]
+    torch.testing.assert_close(fused_norm.add_residual(x, h, bias), x + (h + shifted))
+    torch.testing.assert_close(fused_norm.add_bias_(x.clone(memory_format=torch.preserve_format), bias), x + shifted)
+    assert torch.equal(fused_norm.double_size(x), functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------

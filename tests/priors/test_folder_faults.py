@@ -294,6 +294,21 @@ def test_weights_that_are_something_else(tmp_path, part, suffix, content, said):
         FolderLoader(folder).check()  # before anything is loaded
 
 
+def test_an_image_encoder_is_missed_only_where_images_are_read(tmp_path):
+    """Pipelines that take images beside prompts list one, and come without it."""
+    listed = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}
+    folder = copy_of("image", tmp_path / "image")
+    change(folder, INDEX, listed)
+    assert load_prior(folder).encode_text(["a red cube"]).shape[0] == 1
+    for changes in ({"dream4d": {"kind": "novel_view"}}, {"dream4d": {"kind": "image"}, "text_encoder": None}):
+        change(folder, INDEX, listed | changes)
+        with pytest.raises(PriorError, match="image_encoder/config.json is missing"):
+            FolderLoader(folder).check()
+    folder = copy_of("novel_view", tmp_path / "novel_view")
+    shutil.rmtree(folder / "image_encoder")
+    assert "image_encoder/config.json is missing" in refusal(folder)
+
+
 def test_weights_that_want_to_run_something_or_are_cut(tmp_path):
     class Runs:
         def __reduce__(self):

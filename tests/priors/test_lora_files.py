@@ -217,7 +217,7 @@ _HEADER = "its header's lora_adapter_metadata"
     ("case", "words"),
     [
         ("lora_alpha_null", f"{_HEADER}: unet.lora_alpha must be a finite number, got null"),
-        ("lora_hdr_null", f"{_HEADER} must hold an object"),
+        ("lora_hdr_null", f"{_HEADER} must hold an object, but holds null: .* save the LoRA anew"),
         ("lora_hdr_list", f"{_HEADER} must hold an object"),
         ("lora_rank0", r"attn2_to_q is empty: its down matrix is \[0, 64\]"),
         ("lora_rank_mismatch", r"attn2.to_v has halves of unequal ranks, 8 \(down, \[8, 64\]\) and 4 \(up"),

@@ -277,6 +277,8 @@ def test_all_pieces_of_large_weights():
     lists = ["text_encoder/model.safetensors.index.fp16.json", "text_encoder/model.safetensors.index.json"]
     assert set(wanted_files([*pieces, *whole, *lists, "model_index.json"])) == {*pieces, lists[0], "model_index.json"}
     assert set(wanted_files([*whole, *lists[1:], "model_index.json"])) == {*whole, lists[1], "model_index.json"}
+    older = "text_encoder/model.safetensors.fp16.index.json"  # as weights are found in folders, too
+    assert set(wanted_files([*pieces, *whole, older, lists[1]])) == {*pieces, older}
 
 
 # --- The table ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...documents import as_object, disguise, first_line, printable, read_document, shortened
+from ...documents import disguise, first_line, printable, shortened
 from ..errors import PriorError
 from .pickled import Made, Named, PickleError, Said, Stored, item_sizes, plain_of, read_pickle, stored_tensors, table_of
 
@@ -30,12 +30,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
-MOST_TENSORS = 50_000
-"""In one file; the largest models that are used here have some thousand."""
+MOST_TENSORS = 50_000  # in one file; the largest models that are used here have some thousand
 _MOST_HEADER = 2**25  # bytes of a header or a pickle, which hold a few hundred for each tensor
 _MOST_REPEATED = 2**20  # numbers of a tensor that repeats stored ones; some buffers of transformers do
+# torch's own old format: the number that its first pickle is, and how many pickles come before the storages
 _MAGIC, _LEGACY_PARTS = 0x1950A86A20F9469CFC6C, 5
 
+# what torch writes for tensors and what python writes for plain values
 _OWN_NAMES = re.compile(
     r"torch\.(cuda\.|storage\.)?\w+Storage|torch\.(Size|device|Tensor|strided|b?float\w*|half|double|u?int\d+|long|bool)"
     r"|torch\.complex\d+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.\w+"
@@ -43,6 +44,7 @@ _OWN_NAMES = re.compile(
     r"|(builtins|__builtin__)\.(set|frozenset|bytearray|bytes|complex|int|float|str|bool|list|dict|tuple|slice|range|object)"
     r"|copy_?reg\._reconstructor"
 )
+# what trainings keep beside the weights
 _PASSED_OVER = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|easydict|addict|yacs|ml_collections)\.[\w.]+"
     r"|numpy\.(\w+|dtypes\.\w+|_?core\.(multiarray|numeric)\.\w+|random\.[\w.]+)"
@@ -61,18 +63,13 @@ _OTHER_FORMATS = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The named tensors of a file; each is read when it is asked for.
-
-    Args:
-        shapes: of every tensor. extra: what else the file says (text of a header, a step count).
-        passed_over: names of what it holds beside weights and was not read.
-    """
+    """The named tensors of a file; each is read when it is asked for."""
 
     path: Path
-    shapes: Shapes
-    read: Callable[[str], Tensor]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    passed_over: tuple[str, ...] = ()
+    shapes: Shapes  # of every tensor
+    read: Callable[[str], Tensor]  # what reads one; `tensor` names the file in its errors
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what else the file says: a header's text, a step count
+    passed_over: tuple[str, ...] = ()  # names of what it holds beside weights and was not read
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU. PriorError where it can't be read."""
@@ -96,25 +93,14 @@ def shown(name: str) -> str:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a file of tensors. PriorError says what is wrong with one that can't be read, or mustn't be."""
     path = Path(path)
-    head = _head(path)
+    first_bytes(path)  # what a pointer or a page really is matters more than what its name ends in
     if path.suffix.lower() not in SUFFIXES:
         raise PriorError(f"{path}: a file of weights ends in one of {', '.join(SUFFIXES)}")
-    return _opened(path, head)
+    return open_tensors(path)
 
 
-def open_tensors(path: Path | str) -> Checkpoint:
-    """Open a file of tensors, whatever its name ends in."""
-    path = Path(path)
-    return _opened(path, _head(path))
-
-
-def refuse_disguise(path: Path) -> None:
-    """Raise PriorError where a file of weights is a Git LFS pointer, a web page, empty or missing."""
-    _head(path)
-
-
-def _head(path: Path) -> bytes:
-    """The first bytes of a file, after a look at whether it is one of weights at all."""
+def first_bytes(path: Path) -> bytes:
+    """The beginning of a file of weights. PriorError where it is a Git LFS pointer, a web page, empty or missing."""
     if not path.is_file():
         raise PriorError(f"there is no file {path}" if not path.exists() else f"{path} is a folder, not a file")
     try:
@@ -128,8 +114,12 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _opened(path: Path, head: bytes) -> Checkpoint:
+def open_tensors(path: Path | str) -> Checkpoint:
+    """Open a file of tensors, whatever its name ends in."""
+    path = Path(path)
+    head = first_bytes(path)
     is_zip, is_pickle = head.startswith(b"PK\x03\x04"), head.startswith(b"\x80")
+    # eight bytes of length, then JSON; what is neither is refused by the reader that its name promises
     if head[8:9] == b"{" or path.suffix.lower() == ".safetensors" and not (is_zip or is_pickle):
         return _open_safetensors(path, head)
     if not (is_zip or is_pickle):
@@ -175,6 +165,7 @@ def _open_zip(path: Path) -> Checkpoint:
     """Open what torch writes since 1.6: an archive of one pickle and, not compressed, every storage."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            # TorchScript's archives have a data.pkl as well
             if any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.namelist()):
                 raise PriorError(f"{path} is a program (TorchScript), not a file of weights")
             members = _members(path, archive, file)
@@ -187,6 +178,7 @@ def _open_zip(path: Path) -> Checkpoint:
                 raise PriorError(f"{path} describes its weights in {length:,} bytes: it can't be meant")
             file.seek(offset)
             text = BytesIO(file.read(length))
+            # older versions don't say it, and nearly all machines are of this order
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
     except (PriorError, OSError):
         raise
@@ -212,6 +204,8 @@ def _members(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, 
                 f"{path} is a zip archive with compressed parts ({shown(entry.filename)}: {entry.file_size:,} bytes "
                 f"from {entry.compress_size:,}), which torch never writes: {_GET_ANOTHER}"
             )
+        # The list at the archive's end says where a part's own header is, not how long it is: 30 bytes, the name, and
+        # an extra field, by which torch begins each storage at a multiple of 64.
         file.seek(entry.header_offset)
         header = file.read(30)
         if len(header) < 30:
@@ -235,11 +229,12 @@ def _open_legacy(path: Path) -> Checkpoint:
             _refuse_foreign(path, parts[-1].names)
             if parts[0].content != _MAGIC:
                 raise PriorError(f"{path} is a pickle, but not of torch's weights: {_GET_ANOTHER}")
+        # magic number, version, the writer's sizes of numbers, the content, the keys of the storages in their order
         said, keys = parts[3], parts[4].content
         sizes = item_sizes(said)
         places = {}
         for key in keys if isinstance(keys, list) else []:
-            n_stored = int.from_bytes(file.read(8), "little")
+            n_stored = int.from_bytes(file.read(8), "little")  # numbers, not bytes
             if not isinstance(key, str) or key not in sizes:
                 raise PickleError("its list of contents is damaged")
             places[key] = (file.tell(), n_stored * sizes[key])
@@ -266,6 +261,7 @@ def _checkpoint(path: Path, said: Said, places: Places) -> Checkpoint:
     _refuse_foreign(path, said.names)
     content = said.content
     table = table_of(content)
+    # trainings keep the weights under this name, beside steps and settings
     inner = None if table is None else table_of(table.get("state_dict", table))
     if table is None or inner is None:
         held = content.name if isinstance(content, Made | Named) else type(content).__name__
@@ -293,6 +289,7 @@ def _check_stored(path: Path, name: str, stored: Stored | PickleError | str, pla
         return
     if stored.numel and (stored.key not in places or stored.n_bytes > places[stored.key][1]):
         raise PriorError(f"{path} is not complete: the numbers of {shown(name)} are missing")
+    # strides of 0 let few numbers stand for many, which nobody stores by the million
     if stored.numel > max(stored.n_stored, _MOST_REPEATED):
         raise PriorError(
             f"{path}: {shown(name)} says that it is of {stored.numel:,} numbers, of which the file holds "
@@ -319,8 +316,3 @@ def _reader(path: Path, tensors: Mapping[str, Stored], places: Places) -> Callab
         return numbers.view(stored.dtype).as_strided(stored.shape, stored.stride)
 
     return read
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a .json or .yaml file that must hold a mapping."""
-    return as_object(read_document(path, PriorError), path, PriorError)

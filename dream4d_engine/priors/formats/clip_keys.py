@@ -28,10 +28,11 @@ START_TOKEN, END_TOKEN = 49406, 49407
 OPEN_CLIP_WIDTH = 1024  # OpenAI's text towers are narrower: from here on it is one of OpenCLIP's
 MOST_LAYERS = 128
 
+# layers of OpenCLIP's published text towers by width (B and L, H and g, bigG and e)
 _TOWERS = {512: (12,), 640: (12,), 768: (12,), 1024: (24,), 1280: (32, 36)}
-"""Layers of OpenCLIP's published text towers by width (B and L, H and g, bigG and e)."""
 
 _TEXT, _VISUAL = "transformer.resblocks.", "model.visual."
+# of a block, CLIP's own names and transformers'
 _BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -43,10 +44,10 @@ _BLOCK = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor comes from: all of `source`, or the given third of its rows; transposed afterwards if need be."""
+    """Where a tensor comes from."""
 
     source: str
-    third: int | None = None
+    third: int | None = None  # of the source's rows, which are query, key and value; None: all of them
     transpose: bool = False
 
     def take(self, read: Callable[[str], Tensor]) -> Tensor:
@@ -64,6 +65,7 @@ def encoder_layout(shapes: Shapes, prefer: EncoderLayout = "open_clip") -> Encod
         prefer: what it is where a whole CLIP was kept, with both of its towers.
     """
     is_text, is_image = _text_root(shapes) is not None, any(key.startswith(_VISUAL) for key in shapes)
+    # a tower of images has resblocks too, so it is looked for by its own beginning
     if is_image and (prefer == "clip_image" or not is_text):
         return "clip_image"
     if is_text:
@@ -89,16 +91,18 @@ def _root(shapes: Shapes, blocks: str, embedding: str) -> str | None:
 def text_pieces(shapes: Shapes, layout: EncoderLayout, condition: Mapping[str, Any] | None = None) -> dict[str, Piece]:
     """Return CLIPTextModel's tensors, of the layers that are read. `condition`: see `text_config`."""
     n_layers = text_config(shapes, layout, condition)["num_hidden_layers"]
-    model = "text_model"
+    model = "text_model"  # the published names; loaders.encoder_state finds the installed version's
     if layout == "transformers":
         root = _hf_root(shapes) or ""
-        kept = {"embeddings": None, "encoder": None, "final_layer_norm": None}
-        names = (key.removeprefix(root) for key in shapes if key.startswith(root))
-        return {
-            f"{model}.{name}": Piece(root + name)
-            for name in names
-            if name.partition(".")[0] in kept and not name.endswith("position_ids") and not _beyond(name, n_layers)
-        }
+        pieces = {}
+        for name in (key.removeprefix(root) for key in shapes if key.startswith(root)):
+            layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+            is_read = layer is None or int(layer[1]) < n_layers
+            # without a projection of the text, which no model here reads
+            known = name.partition(".")[0] in ("embeddings", "encoder", "final_layer_norm")
+            if known and is_read and not name.endswith("position_ids"):
+                pieces[f"{model}.{name}"] = Piece(root + name)
+        return pieces
     root = _text_root(shapes) or ""
     pieces = {
         f"{model}.embeddings.token_embedding.weight": Piece(f"{root}token_embedding.weight"),
@@ -107,12 +111,6 @@ def text_pieces(shapes: Shapes, layout: EncoderLayout, condition: Mapping[str, A
         f"{model}.final_layer_norm.bias": Piece(f"{root}ln_final.bias"),
     }
     return pieces | _block_pieces(root + _TEXT, f"{model}.encoder.layers", n_layers)
-
-
-def _beyond(name: str, n_layers: int) -> bool:
-    """Whether a tensor is of a layer that nobody reads."""
-    found = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return found is not None and int(found[1]) >= n_layers
 
 
 def text_config(shapes: Shapes, layout: EncoderLayout, condition: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def text_config(shapes: Shapes, layout: EncoderLayout, condition: Mapping[str, A
         blocks, wide = root + _TEXT, "mlp.c_fc.weight"
     vocabulary, width = sizes(shapes, token, 2)
     is_open_clip = layout == "open_clip" or width >= OPEN_CLIP_WIDTH
-    projection = shapes.get(f"{root}text_projection", ())
+    projection = shapes.get(f"{root}text_projection", ())  # [width, embedding]
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -142,7 +140,7 @@ def text_config(shapes: Shapes, layout: EncoderLayout, condition: Mapping[str, A
         "num_attention_heads": max(width // HEAD_WIDTH, 1),
         "max_position_embeddings": sizes(shapes, position, 2)[0],
         "projection_dim": projection[1] if len(projection) == 2 else width,
-        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "hidden_act": "gelu" if is_open_clip else "quick_gelu",  # x sigmoid(1.702 x), OpenAI's approximation
         "bos_token_id": START_TOKEN,
         "eos_token_id": END_TOKEN,
         "pad_token_id": 0 if is_open_clip else END_TOKEN,
@@ -185,13 +183,13 @@ def vision_config(shapes: Shapes) -> dict[str, Any]:
     """Return the arguments of CLIPVisionConfig."""
     width, _, patch, _ = sizes(shapes, f"{_VISUAL}conv1.weight", 4)
     blocks = f"{_VISUAL}transformer.resblocks."
-    n_patches = sizes(shapes, f"{_VISUAL}positional_embedding", 2)[0] - 1
+    n_patches = sizes(shapes, f"{_VISUAL}positional_embedding", 2)[0] - 1  # the first position is the class's
     return {
         "hidden_size": width,
         "intermediate_size": sizes(shapes, f"{blocks}0.mlp.c_fc.weight", 2)[0],
         "num_hidden_layers": _n_blocks(shapes, blocks),
         "num_attention_heads": max(width // HEAD_WIDTH, 1),
-        "image_size": patch * round(n_patches**0.5),
+        "image_size": patch * round(n_patches**0.5),  # images are square
         "patch_size": patch,
         "projection_dim": sizes(shapes, f"{_VISUAL}proj", 2)[1],
         "hidden_act": "quick_gelu",

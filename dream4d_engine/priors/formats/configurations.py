@@ -23,10 +23,12 @@ from ..errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
-MOST_NUMBER, MOST_ENTRIES, MOST_TENSORS = 2**20, 64, 20_000
-"""Largest whole number (the longest vocabulary has a quarter of it), longest list, most tensors of a network."""
+MOST_NUMBER = 2**20  # the longest vocabulary has a quarter of it
+MOST_ENTRIES = 64  # of a list
+MOST_TENSORS = 20_000  # of a network
 MOST_TIMESTEPS = 100_000
 
+# every layer has tensors of its own, so none of these can be more than the weights have tensors
 _DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
 _DEPTHS = (*_DEPTHS, "num_hidden_layers", "num_layers")
 _NESTED = ("block_out_channels", "layers_per_block", "transformer_layers_per_block")
@@ -44,6 +46,7 @@ def network_arguments(network_class: Any, config: Mapping[str, Any], n_tensors: 
     hints = typing.get_type_hints(network_class.__init__)
     known = inspect.signature(network_class.__init__).parameters.keys() - {"self"}
     given = {name: value for name, value in config.items() if not name.startswith("_")}
+    # of a newer diffusers; null and false switch nothing on
     foreign = sorted(name for name in given.keys() - known if given[name] not in (None, False))
     if foreign:
         logger.warning("%s: passed over, being unknown here: %s", where, describe(", ".join(foreign)))
@@ -59,7 +62,7 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of JSON can be meant by a type; a list is let through for a number, as one for each block."""
     origin, inner = get_origin(hint), get_args(hint)
     entries = [one for one in inner if one is not ...] or [Any]
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool):  # how the older ones write "none of this"
         return True
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -95,6 +98,7 @@ def _check_sizes(config: Mapping[str, Any], n_tensors: int, where: object) -> No
     for name in _DEPTHS:
         if sum(_numbers(config.get(name))) > n_tensors:
             raise _too_deep(config, name, n_tensors, where)
+    # blocks times resnets times transformers in each: modest numbers whose product is not
     deepest = [max(_numbers(config.get(name)), default=1) for name in _NESTED[1:]]
     channels = config.get(_NESTED[0])
     blocks = len(channels) if isinstance(channels, list | tuple) else 1
@@ -188,7 +192,7 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
 # ---- Schedules of noise ------------------------------------------------------------------------------------------
 
 _BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-_OTHER_SCHEDULERS = ("FlowMatch", "EDM")
+_OTHER_SCHEDULERS = ("FlowMatch", "EDM")  # their sigmas follow from no betas
 Predicted = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -223,6 +227,7 @@ def schedule_of(config: Mapping[str, Any], where: object = "the scheduler's conf
     if betas is not None:
         arguments |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
     alphas_bar = DDPMScheduler(**arguments).alphas_cumprod.float()
+    # the noise only ever grows, so a timestep can be found by it
     if not (torch.isfinite(alphas_bar).all() and (alphas_bar >= 0).all() and (alphas_bar.diff() <= 0).all()):
         raise PriorError(f"{where} gives no schedule of noise: what is left of the image must shrink from step to step")
     return alphas_bar, prediction

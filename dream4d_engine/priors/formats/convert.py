@@ -17,23 +17,23 @@ from ..errors import PriorError
 from ..networks.text import CLIP_TOKENS, write_clip_tokenizer
 from . import clip_keys, ldm_keys
 from .finite import check_finite
-from .folders import ENCODER, NETWORK
+from .folders import ENCODER, INDEX, NETWORK
 from .identify import open_loader
 from .loaders import Metadata, PriorKind
 from .single_file import LdmLoader, usable
 
-_ROOM = 2**20  # for what is no weights
+_ROOM = 2**20  # bytes for what is no weights
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the folder's parts, how many bytes in all, and what was assumed of the model."""
+    """What was written."""
 
     folder: Path
     kind: PriorKind
-    parts: tuple[str, ...]
-    n_bytes: int
-    notes: tuple[str, ...] = ()
+    parts: tuple[str, ...]  # the folder's
+    n_bytes: int  # of all files
+    notes: tuple[str, ...] = ()  # on what was assumed of the model
 
 
 def convert(
@@ -63,6 +63,7 @@ def convert(
     metadata = loader.metadata(kind)
     stored = usable(loader.file, f"{ldm_keys.UNET}input_blocks.0.0.weight").dtype
     dtype = dtype or (stored if stored.itemsize > 1 else torch.float16)  # eight bits are not enough for all layers
+    # beside the folder, so that it is renamed within one file system
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
@@ -87,7 +88,7 @@ def _check_replaceable(folder: Path, source: Path) -> None:
     if source.resolve().is_relative_to(folder.resolve()):
         raise PriorError(f"{source} lies in {folder}, which would be replaced: choose another folder")
     held = next(iter(sorted(folder.iterdir())), None)
-    if held is not None and not (folder / "model_index.json").is_file():
+    if held is not None and not (folder / INDEX).is_file():
         raise PriorError(f"{folder} holds {held.name} and is no model's folder: choose another folder")
 
 
@@ -126,16 +127,24 @@ def _write(loader: LdmLoader, metadata: Metadata, folder: Path, dtype: torch.dty
     index["scheduler"] = ["diffusers", "DDPMScheduler"]
     layout = loader.encoder_layout()
     if layout in ("open_clip", "transformers"):
-        _write_text_encoder(loader, folder, dtype)
+        config, pieces = loader.text_parts()
+        loader.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
+        said = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
+        _write_encoder(loader, folder / "text_encoder", pieces, said, dtype)
+        n_tokens = min(config["max_position_embeddings"], CLIP_TOKENS)
+        write_clip_tokenizer(folder / "tokenizer", loader.pad_token(), n_tokens)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     if layout == "clip_image":
-        _write_image_encoder(loader, folder, dtype)
+        config, pieces = loader.image_parts()
+        loader.image_encoder(dtype, "cpu")
+        said = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", **config}
+        _write_encoder(loader, folder / "image_encoder", pieces, said, dtype)
         index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
     if metadata.kind == "novel_view":
         _write_projection(loader, folder)
         index["clip_camera_projection"] = ["dream4d_engine", "CLIPCameraProjection"]
-    if metadata.kind == "image":
+    if metadata.kind == "image":  # diffusers' own pipeline asks for these, too
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     parts = tuple(name for name, value in index.items() if isinstance(value, list) and value[0])
     index["dream4d"] = {
@@ -147,27 +156,8 @@ def _write(loader: LdmLoader, metadata: Metadata, folder: Path, dtype: torch.dty
         "group_attention": metadata.group_attention,
         "image_resize": metadata.image_resize,
     }
-    _write_json(folder / "model_index.json", index)
+    _write_json(folder / INDEX, index)
     return parts
-
-
-def _write_text_encoder(loader: LdmLoader, folder: Path, dtype: torch.dtype) -> None:
-    config, pieces = loader.text_parts()
-    loader.text_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
-    described = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
-    _write_encoder(loader, folder / "text_encoder", pieces, described, dtype)
-    write_clip_tokenizer(folder / "tokenizer", loader.pad_token(), min(config["max_position_embeddings"], CLIP_TOKENS))
-
-
-def _write_image_encoder(loader: LdmLoader, folder: Path, dtype: torch.dtype) -> None:
-    config, pieces = loader.image_parts()
-    loader.image_encoder(dtype, "cpu")  # PriorError where its tensors don't fit
-    described = {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "model_type": "clip_vision_model",
-        **config,
-    }
-    _write_encoder(loader, folder / "image_encoder", pieces, described, dtype)
 
 
 def _write_encoder(

@@ -19,13 +19,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
     """Raise PriorError, which names the file and the tensor, where one holds NaN or an infinite value.
 
     Args:
-        tensors: by name, all on one device; they are read once. What holds no floating point numbers is passed over.
+        tensors: by name, all on one device; they are read once.
         where: the file they are from, or the folder of several files, or words that name it.
     """
+    # whole numbers (positions, counts) are always finite
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel() and not t.is_meta}
     if not floats:
         return
     # a sum is the fastest pass there is, and no NaN or infinity gets lost in it; it may overflow by itself, though
+    # one stack, one answer: a GPU is waited for once
     sums = torch.stack([t.sum().float() for t in floats.values()]).isfinite().tolist()
     for (name, tensor), sound in zip(floats.items(), sums, strict=True):
         if not sound and not (finite := tensor.isfinite()).all():
@@ -35,6 +37,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: Path | str) -> None:
 def _sentence(name: str, tensor: Tensor, n_bad: int, where: Path | str) -> str:
     place = f"{_file_of(name, where)}: {name}"
     share = f"{n_bad:,} of {tensor.numel():,} values"
+    # infinite but no NaN: most likely a number that was too large for this precision, so the model itself is fine
     if tensor.dtype == torch.float16 and not tensor.isnan().any():
         return (
             f"{place} is infinite in half precision ({share}), which ends at {torch.finfo(torch.float16).max:,.0f}: "
@@ -56,6 +59,7 @@ def _file_of(name: str, where: Path | str) -> Path | str:
             continue
         with contextlib.suppress(PriorError):
             keys = open_checkpoint(path).shapes
+            # modules and files differ in what stands before a name, `text_model.` for one
             if any(key == name or key.endswith(f".{name}") or name.endswith(f".{key}") for key in keys):
                 return path
     return where

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from ...documents import as_object, describe, field, printable, read_document, shortened
 from ..errors import PriorError, reason
 from ..networks.text import Tokenizer, read_tokenizer
-from .checkpoints import SUFFIXES, Checkpoint, open_checkpoint, refuse_disguise
+from .checkpoints import SUFFIXES, Checkpoint, first_bytes, open_checkpoint
 from .configurations import built, encoder_config, schedule_of
 from .loaders import (
+    FRAMES,
     Device,
-    ImageResize,
     Metadata,
     PriorKind,
-    VectorKind,
+    check_kind,
+    declared,
     empty_network,
     encoder_state,
     filled,
@@ -39,11 +40,12 @@ from .loaders import (
 
 INDEX = "model_index.json"
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"
-MOST_PIXELS, MOST_FRAMES = 4096, 1024
+MOST_PIXELS = 4096
 _MOST_BLOCKS = 12
 _UNETS, _VAE = ("UNet2DConditionModel", "UNet3DConditionModel"), "AutoencoderKL"
 _ENCODERS = {"clip": ("CLIPTextModel", "CLIPTextConfig"), "t5": ("T5EncoderModel", "T5Config")}
 _VECTOR = 16  # numbers of a camera or a moment
+# every part that has weights, and how their file is named
 _WEIGHTS = {
     "unet": NETWORK,
     "vae": NETWORK,
@@ -51,104 +53,82 @@ _WEIGHTS = {
     "image_encoder": ENCODER,
     "clip_camera_projection": NETWORK,
 }
-_FRAMES: dict[str, int] = {"multiview": 4, "video": 16}
 # ZeroScope's folder repeats ModelScope's image size; what it was trained on is in its description only
 _ZEROSCOPE, _ZEROSCOPE_SIZE, _ZEROSCOPE_FRAMES = "zeroscope", (320, 576), 24
 
 
 @dataclass(frozen=True)
 class FolderLoader:
-    """A folder in diffusers' format (see loaders.Loader)."""
+    """A folder in diffusers' format; loaders.Loader says what each method gives."""
 
     path: Path
 
     def metadata(self, kind: PriorKind | None = None) -> Metadata:
         """Say what the model is, by its files of text alone."""
         index, unet = read_json(self.path, INDEX), read_json(self.path, "unet/config.json")
-        where = self.path / INDEX
-        ours = field(index, "dream4d", dict, where, PriorError, {})
-        where = f"{where}: dream4d"
+        ours = field(index, "dream4d", dict, self.path / INDEX, PriorError, {})
+        where = f"{self.path / INDEX}: dream4d"
         kind = kind or field(ours, "kind", str, where, PriorError, "") or guess_kind(self.path, unet)
         check_kind(kind, self.path)
-        vector = self._chosen(ours, "vector", VectorKind, "camera" if kind == "multiview" else None)
-        n_frames = _ZEROSCOPE_FRAMES if kind == "video" and self._is_zeroscope(unet) else _FRAMES.get(kind, 0)
-        n_frames = field(ours, "n_frames", int, where, PriorError, n_frames)
-        if not 0 <= n_frames <= MOST_FRAMES:
-            raise PriorError(f"{where}: n_frames is {n_frames:,}; 1 to {MOST_FRAMES} can be used")
-        return Metadata(
-            name=field(ours, "name", str, where, PriorError, self._own_name()),
-            kind=kind,
-            image_size=self._image_size(ours, unet, kind),
-            n_frames=n_frames or None,
-            vector=vector,
-            group_attention=field(ours, "group_attention", bool, where, PriorError, kind == "multiview"),
-            known_words=_known_words(ours, where),
-            negative_prompt=field(ours, "negative_prompt", str, where, PriorError, None),
-            license=field(ours, "license", str, where, PriorError, "unknown"),
-            image_resize=self._chosen(ours, "image_resize", ImageResize, "antialiased" if ours else "corners"),
-        )
-
-    def _chosen(self, ours: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
-        """A field of ours that is one of a few words, or null."""
-        value = ours.get(name, default)
-        if value is not None and value not in get_args(kind):
-            known = ", ".join(get_args(kind))
-            raise PriorError(f"{self.path / INDEX}: dream4d: unknown {name} {describe(value)}; known are {known}")
-        return default if value is None and name != "vector" else value
-
-    def _own_name(self) -> str:
-        """The folder's name; in the hub's cache, where that is a number, the repository's."""
         path = self.path.resolve()
-        return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
-
-    def _is_zeroscope(self, unet: dict[str, Any]) -> bool:
-        names = (*self.path.resolve().parts[-4:], str(unet.get("_name_or_path", "")))
-        return any(_ZEROSCOPE in name.lower() for name in names)
-
-    def _image_size(self, ours: Mapping[str, Any], unet: Mapping[str, Any], kind: PriorKind) -> tuple[int, int]:
-        """Return (height, width) in pixels: as declared, else the UNet's sample size times the autoencoder's factor."""
+        named = (*path.parts[-4:], str(unet.get("_name_or_path", "")))
+        is_zeroscope = kind == "video" and any(_ZEROSCOPE in name.lower() for name in named)
         if ours.get("image_size") is not None:
-            return _size(ours["image_size"], 1, f"{self.path / INDEX}: dream4d: image_size")
-        if kind == "video" and self._is_zeroscope(unet):
-            return _ZEROSCOPE_SIZE
+            image_size = _size(ours["image_size"], 1, f"{where}: image_size")
+        else:
+            image_size = _ZEROSCOPE_SIZE if is_zeroscope else self._image_size(unet)
+        assumed = Metadata(
+            # in the hub's cache a folder's name is a number, and the repository's is models--OWNER--NAME above
+            name=path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name,
+            kind=kind,
+            image_size=image_size,
+            n_frames=_ZEROSCOPE_FRAMES if is_zeroscope else FRAMES.get(kind),
+            vector="camera" if kind == "multiview" else None,
+            group_attention=kind == "multiview",
+            # folders of our own are of models that were trained that way, the published Zero123 was not
+            image_resize="antialiased" if ours else "corners",
+        )
+        return declared(ours, where, assumed)
+
+    def _image_size(self, unet: Mapping[str, Any]) -> tuple[int, int]:
+        """Return (height, width) in pixels: the UNet's sample size times the autoencoder's factor."""
         factor = 1
-        if (self.path / "vae").is_dir():
-            where = self.path / "vae/config.json"
-            config = read_json(self.path, "vae/config.json")
+        if self._has_vae:
+            config, where = part_config(self.path, "vae")
             channels = field(config, "block_out_channels", list, where, PriorError, [0] * 4)
             if not 1 <= len(channels) <= _MOST_BLOCKS:
                 raise PriorError(f"{where}: block_out_channels has {len(channels):,} entries")
-            factor = 2 ** (len(channels) - 1)
+            factor = 2 ** (len(channels) - 1)  # every level but the last halves the image
         size = unet.get("sample_size") or 64
         size = [size, size] if isinstance(size, int) else size
         return _size(size, factor, f"{self.path / 'unet/config.json'}: sample_size")
 
+    @property
+    def _has_vae(self) -> bool:
+        return (self.path / "vae").is_dir()
+
     def check(self) -> None:
-        """Raise PriorError, which names the file, unless all parts that the folder's index lists are there."""
+        """Raise PriorError, which names the file, unless all parts that the model needs of those listed are there."""
         index = read_json(self.path, INDEX)
-        for part in ("scheduler", "tokenizer", *_WEIGHTS):
-            listed = index.get(part)
-            if not (isinstance(listed, list) and any(listed)) and part not in ("scheduler", "unet"):
-                continue
-            if part == "tokenizer":
-                if not (self.path / part).is_dir():
-                    raise PriorError(f"{self.path} is not a complete diffusers folder: {part}/ is missing")
-            elif part == "scheduler":
-                read_schedule(self.path)
-            else:
-                if part != "clip_camera_projection":
-                    read_json(self.path, f"{part}/config.json")
-                weight_files(self.path, part, _WEIGHTS[part])
+        listed = {part for part, value in index.items() if isinstance(value, list) and any(value)}
+        ours = index.get("dream4d")
+        if "text_encoder" in listed and not (isinstance(ours, dict) and ours.get("kind") == "novel_view"):
+            listed -= {"image_encoder"}  # of pipelines that take images too: where prompts are read nobody asks for it
+        read_schedule(self.path)
+        if "tokenizer" in listed and not (self.path / "tokenizer").is_dir():
+            raise _incomplete(self.path, "tokenizer/")
+        for part, stem in _WEIGHTS.items():
+            if part in listed or part == "unet":
+                if part != "clip_camera_projection":  # of one layer, which its weights describe
+                    part_config(self.path, part)
+                weight_files(self.path, part, stem)
 
     def schedule(self) -> tuple[Tensor, str]:
-        """Return (alphas_bar [T], prediction_type)."""
         return read_schedule(self.path)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """Load the UNet."""
         self.check()
-        config = read_json(self.path, "unet/config.json")
-        where = self.path / "unet/config.json"
+        config, where = part_config(self.path, "unet")
         name = field(config, "_class_name", str, where, PriorError, _UNETS[0])
         if name not in _UNETS:
             raise PriorError(
@@ -162,7 +142,11 @@ class FolderLoader:
     def _check_inputs(self, network: Any, where: Path) -> None:
         """Refuse a UNet that wants other inputs than it will get; a run without memory or time shows it."""
         metadata, config = self.metadata(), network.config
-        n_latents = self._latent_channels()
+        n_latents = 3  # colors, where nothing is encoded
+        if self._has_vae:
+            vae, place = part_config(self.path, "vae")
+            n_latents = field(vae, "latent_channels", int, place, PriorError, 4)
+        # Zero123's reads the reference image's latents beside the noisy ones (2303.11328, section 3.2)
         n_given = n_latents * (2 if metadata.kind == "novel_view" else 1)
         if config.in_channels != n_given:
             raise PriorError(
@@ -171,14 +155,16 @@ class FolderLoader:
             )
         width = config.get("encoder_hid_dim") or config.cross_attention_dim
         width = width[0] if isinstance(width, list | tuple) else width
-        encoder = self._token_width()
-        if encoder is not None and isinstance(width, int) and encoder[1] != width:
-            raise PriorError(
-                f"{where}: this UNet reads tokens {width} wide, {encoder[0]} says the text encoder makes them "
-                f"{encoder[1]} wide: they are not of one model"
-            )
+        if (self.path / "text_encoder/config.json").is_file():
+            encoder, place = part_config(self.path, "text_encoder")
+            made = next((encoder[name] for name in ("d_model", "hidden_size") if name in encoder), None)  # T5, CLIP
+            if isinstance(made, int) and isinstance(width, int) and made != width:
+                raise PriorError(
+                    f"{where}: this UNet reads tokens {width} wide, {place} says the text encoder makes them "
+                    f"{made} wide: they are not of one model"
+                )
         is_3d = type(network).__name__ == _UNETS[1]
-        side = 2 ** (len(config.block_out_channels) + 2)
+        side = 2 ** (len(config.block_out_channels) + 2)  # every level can halve it, and something is left
         noisy = torch.empty(1, n_given, *([2] if is_3d else []), side, side, dtype=network.dtype, device="meta")
         tokens = torch.empty(1, 8, width or 1, dtype=network.dtype, device="meta")
         more = {} if is_3d or metadata.vector is None else {"class_labels": tokens.new_empty(1, _VECTOR)}
@@ -192,53 +178,34 @@ class FolderLoader:
                 f"{where}: a network of this configuration can't be run as a model of kind {metadata.kind!r} "
                 f"({reason(error)})"
             ) from error
+        # more channels than latents: IF's UNets answer a variance too, which is left
         if answer.shape[2:] != noisy.shape[2:] or answer.shape[1] < n_latents:
             raise PriorError(
                 f"{where}: of {tuple(noisy.shape[1:])} this network makes {tuple(answer.shape[1:])}; it must answer "
                 f"{n_latents} channels of the same size"
             )
 
-    def _latent_channels(self) -> int:
-        """How many numbers the UNet sees of each place: of the autoencoder's latents, or of the image."""
-        if not (self.path / "vae").is_dir():
-            return 3
-        where = self.path / "vae/config.json"
-        return field(read_json(self.path, "vae/config.json"), "latent_channels", int, where, PriorError, 4)
-
-    def _token_width(self) -> tuple[Path, int] | None:
-        """How wide the text encoder's tokens are, and which file says so."""
-        where = self.path / "text_encoder/config.json"
-        if not where.is_file():
-            return None
-        config = read_json(self.path, "text_encoder/config.json")
-        width = next((config[name] for name in ("d_model", "hidden_size") if name in config), None)
-        return (where, width) if isinstance(width, int) else None
-
     def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
-        """Load the autoencoder, if the folder has one."""
-        if not (self.path / "vae").is_dir():
+        if not self._has_vae:
             return None
-        where = self.path / "vae/config.json"
-        config = read_json(self.path, "vae/config.json")
+        config, where = part_config(self.path, "vae")
         name = field(config, "_class_name", str, where, PriorError, _VAE)
         if name != _VAE:
             raise PriorError(f"{where}: _class_name is {describe(name)}; an {_VAE} can be used")
         return load_network(self.path, "vae", name, dtype, device)
 
     def vae_scaling(self) -> float | None:
-        """Return what the autoencoder's latents are multiplied by."""
-        if not (self.path / "vae").is_dir():
+        if not self._has_vae:
             return None
-        where = self.path / "vae/config.json"
-        scaling = field(read_json(self.path, "vae/config.json"), "scaling_factor", float, where, PriorError, 0.18215)
+        config, where = part_config(self.path, "vae")
+        scaling = field(config, "scaling_factor", float, where, PriorError, 0.18215)
         if not 1e-4 <= scaling <= 1e4:
             raise PriorError(f"{where}: scaling_factor is {scaling}: no autoencoder's latents are scaled so")
         return scaling
 
     def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
         """Load CLIP's or T5's text encoder, as the folder's configuration names it."""
-        where = self.path / "text_encoder/config.json"
-        config = read_json(self.path, "text_encoder/config.json")
+        config, where = part_config(self.path, "text_encoder")
         names = field(config, "architectures", list, where, PriorError, [])
         name = names[0] if names else field(config, "model_type", str, where, PriorError, "clip")
         chosen = next((k for k in ("t5", "clip") if isinstance(name, str) and name.lower().startswith(k)), None)
@@ -250,29 +217,29 @@ class FolderLoader:
         return tokenizer, self._encoder("text_encoder", *_ENCODERS[chosen], dtype, device)
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """Load CLIP's image encoder."""
         return self._encoder("image_encoder", "CLIPVisionModelWithProjection", "CLIPVisionConfig", dtype, device)
 
     def _encoder(self, part: str, class_name: str, config_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
         import transformers
 
-        where = self.path / part / "config.json"
         weights = part_weights(self.path, part, ENCODER)
-        config = encoder_config(config_name, read_json(self.path, f"{part}/config.json"), len(weights.shapes), where)
+        said, where = part_config(self.path, part)
+        config = encoder_config(config_name, said, len(weights.shapes), where)
         encoder = built(lambda: getattr(transformers, class_name)(config), class_name, where)
         names = encoder_state(encoder, {name: name for name in weights.shapes})
-        wanted = encoder.state_dict()
+        # T5's outputs overflow in half precision: as in transformers, that layer stays in float32 then
+        wide = (".wo.weight",) if dtype == torch.float16 else ()
         # what else is stored there, another tower or layers beyond those that are read, has no place here
         state = {
-            name: weights.tensor(names[name]).to(device, _kept_dtype(name, dtype)) for name in wanted if name in names
+            name: weights.tensor(names[name]).to(device, torch.float32 if name.endswith(wide) else dtype)
+            for name in encoder.state_dict()
+            if name in names
         }
         what = f"{self.path / part}: what the weights hold and config.json says"
         return frozen(filled(encoder, state, what), device, self.path / part)
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
-        """Return (weight, bias), float32, of Zero123's pose projection."""
-        part = "clip_camera_projection"
-        file = part_weights(self.path, part, NETWORK)
+        file = part_weights(self.path, "clip_camera_projection", NETWORK)
         names = ("proj.weight", "proj.bias")
         if not set(names) <= file.shapes.keys():
             raise PriorError(f"{file.path} holds {sorted(file.shapes)}, not proj.weight and proj.bias")
@@ -281,21 +248,6 @@ class FolderLoader:
             raise PriorError(f"{file.path}: proj.weight {shapes[0]} and proj.bias {shapes[1]} are no layer's")
         weight, bias = (file.tensor(name).float().to(device) for name in names)
         return weight, bias
-
-
-def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """T5's outputs overflow in half precision: as in transformers, that layer stays in float32 then."""
-    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
-
-
-def _known_words(ours: Mapping[str, Any], where: object) -> frozenset[str] | None:
-    words = field(ours, "known_words", list, where, PriorError, None)
-    if words is None:
-        return None
-    strange = next((word for word in words if not isinstance(word, str)), None)
-    if strange is not None:
-        raise PriorError(f"{where}: known_words must hold text, got {describe(strange)}")
-    return frozenset(words)
 
 
 def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
@@ -308,16 +260,14 @@ def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
     return size[0] * factor, size[1] * factor
 
 
-def check_kind(kind: object, path: Path) -> None:
-    """Refuse a kind of prior that there is not."""
-    if kind not in get_args(PriorKind):
-        raise PriorError(f"{path}: unknown kind of prior {describe(kind)}; known are {', '.join(get_args(PriorKind))}")
-
-
 def read_schedule(folder: Path) -> tuple[Tensor, str]:
     """Return (alphas_bar [T], prediction_type) of the folder's scheduler."""
     name = "scheduler/scheduler_config.json"
     return schedule_of(read_json(folder, name), Path(folder) / name)
+
+
+def _incomplete(folder: Path, name: str) -> PriorError:
+    return PriorError(f"{folder} is not a complete diffusers folder: {name} is missing")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -326,8 +276,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not Path(folder).is_dir():
         raise PriorError(f"there is no model folder {folder}")
     if not path.is_file():
-        raise PriorError(f"{folder} is not a complete diffusers folder: {name} is missing")
+        raise _incomplete(folder, name)
     return as_object(read_document(path, PriorError), path, PriorError)
+
+
+def part_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:
+    """Return a part's configuration, and the file that it is, for messages."""
+    return read_json(folder, f"{part}/config.json"), folder / part / "config.json"
 
 
 def guess_kind(folder: Path, unet_config: dict[str, Any]) -> PriorKind:
@@ -349,23 +304,28 @@ def weight_files(folder: Path, part: str, stem: str) -> list[Path]:
     """
     place = folder / part
     names = {path.name for path in place.glob("*")}
-    stems = (stem, "pytorch_model") if stem == ENCODER else (stem,)
+    stems = (stem, "pytorch_model") if stem == ENCODER else (stem,)  # transformers' name for torch's own format
     wrong: PriorError | None = None
     for infix in ("", ".fp16"):
         for suffix in (".safetensors", ".bin"):
             for name in stems:
-                lists = (f"{name}{suffix}.index{infix}.json", f"{name}{suffix}{infix}.index.json")  # newer, older
+                lists = (name + end for end in list_endings(suffix, infix))
                 for file in dict.fromkeys((f"{name}{infix}{suffix}", *lists)):
                     if file not in names:
                         continue
                     try:
                         found = _pieces(folder, part, file, names) if file.endswith(".json") else [place / file]
                         for path in found:
-                            refuse_disguise(path)
+                            first_bytes(path)
                         return found
                     except PriorError as error:
                         wrong = wrong or error
-    raise wrong or PriorError(f"{folder} is not a complete diffusers folder: {part}/{stem}.safetensors is missing")
+    raise wrong or _incomplete(folder, f"{part}/{stem}.safetensors")
+
+
+def list_endings(suffix: str, infix: str) -> tuple[str, str]:
+    """How the names of lists end that say which of several files holds which tensor: newer and older versions' way."""
+    return f"{suffix}.index{infix}.json", f"{suffix}{infix}.index.json"
 
 
 def _pieces(folder: Path, part: str, name: str, names: Iterable[str]) -> list[Path]:
@@ -373,12 +333,13 @@ def _pieces(folder: Path, part: str, name: str, names: Iterable[str]) -> list[Pa
     where = folder / part / name
     pieces = field(read_json(folder, f"{part}/{name}"), "weight_map", dict, where, PriorError, {}).values()
     for piece in pieces:
+        # a path would lead out of the folder
         if not isinstance(piece, str) or re.search(r"[/\\:]", piece) or not piece.endswith(SUFFIXES):
             raise PriorError(f"{where}: weight_map must name files of weights beside it, got {describe(piece)}")
     missing = sorted(set(pieces) - set(names))
     if missing or not pieces:
         piece = missing[0] if missing else "what weight_map should list"
-        raise PriorError(f"{folder} is not a complete diffusers folder: {part}/{piece} is missing")
+        raise _incomplete(folder, f"{part}/{piece}")
     return [folder / part / piece for piece in sorted(set(pieces))]
 
 
@@ -390,29 +351,23 @@ def part_weights(folder: Path, part: str, stem: str) -> Checkpoint:
     return Checkpoint(files[0].path, shapes, lambda name: owner[name].tensor(name))
 
 
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
 def load_network(folder: Path, part: str, class_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
     """Load a frozen diffusers network from one of the folder's parts."""
-    where = folder / part / "config.json"
-    config = read_json(folder, f"{part}/config.json")
+    config, where = part_config(folder, part)
     weights = part_weights(folder, part, NETWORK)
     network = empty_network(class_name, config, len(weights.shapes), where)
     wanted = shapes_of(network.state_dict())
     state = {}
     for old in weights.shapes:
-        name = _modern(old, wanted)
+        # older files name the layers of an autoencoder's attention otherwise, and keep them as 1x1 convolutions
+        *above, layer, kind = old.rsplit(".", 2) if old.count(".") > 1 else ("", "", old)
+        modern = ".".join((*above, _OLD_ATTENTION.get(layer, layer), kind))
+        name = modern if modern in wanted else old
         tensor = weights.tensor(old).to(device, dtype)
-        # older files keep an autoencoder's attention as 1x1 convolutions
         flat = name != old and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
         state[name] = tensor.flatten(1) if flat else tensor
     what = f"{folder / part}: what the weights hold and config.json says"
     return frozen(filled(network, state, what), device, folder / part)
-
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _modern(name: str, wanted: Mapping[str, Any]) -> str:
-    """The name that diffusers gives today to a tensor of an autoencoder's attention."""
-    *above, layer, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", name)
-    modern = ".".join((*above, _OLD_ATTENTION.get(layer, layer), kind))
-    return modern if modern in wanted else name

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import PriorError
-from .checkpoints import SUFFIXES, open_checkpoint, shown
-from .folders import FolderLoader, read_json
+from .checkpoints import SUFFIXES, Checkpoint, open_checkpoint, shown
+from .folders import INDEX, FolderLoader, read_json
 from .loaders import Loader, PriorKind
 from .lora_files import holds_lora
 from .lora_names import is_lora
@@ -22,38 +22,29 @@ _DEEPEST = 16  # folders below folders, so that links in a circle come to an end
 
 @dataclass(frozen=True)
 class Identity:
-    """What a path holds; `kind` is None for what is no model by itself (LoRA, tiny autoencoder)."""
+    """What a path holds."""
 
     path: Path
     layout: Layout
-    kind: PriorKind | None
-
-    @property
-    def is_prior(self) -> bool:
-        """Whether load_prior can take it."""
-        return self.kind is not None
+    kind: PriorKind | None  # None for what is no model by itself (LoRA, tiny autoencoder)
 
 
 def identify(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Identity:
     """Say what a folder or a file is. PriorError where it is nothing that can be used, or can't be read."""
     path = Path(path).expanduser()
     if path.is_dir():
-        return _identify_folder(path)
-    names = open_checkpoint(path).shapes
-    if is_lora(names):
+        if (path / INDEX).is_file():
+            return Identity(path, "diffusers folder", FolderLoader(path).metadata().kind)
+        if holds_lora(path):
+            return Identity(path, "LoRA", None)
+        if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
+            return Identity(path, "tiny autoencoder", None)
+        raise PriorError(f"{path} is not a model folder in diffusers' format: {INDEX} is missing")
+    file = open_checkpoint(path)
+    if is_lora(file.shapes):  # asked first: no error, since lists of LoRAs are made by this
         return Identity(path, "LoRA", None)
-    loader = open_loader(path, config)
+    loader = _loader_of(file, config)
     return Identity(path, "checkpoint" if isinstance(loader, LdmLoader) else "networks", loader.metadata(None).kind)
-
-
-def _identify_folder(path: Path) -> Identity:
-    if (path / "model_index.json").is_file():
-        return Identity(path, "diffusers folder", FolderLoader(path).metadata().kind)
-    if holds_lora(path):
-        return Identity(path, "LoRA", None)
-    if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
-        return Identity(path, "tiny autoencoder", None)
-    raise PriorError(f"{path} is not a model folder in diffusers' format: model_index.json is missing")
 
 
 def identify_all(folder: Path | str) -> list[Identity]:
@@ -83,17 +74,24 @@ def _collect(place: Path, found: list[Identity], depth: int = 0) -> None:
 def open_loader(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Loader:
     """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
     path = Path(path).expanduser()
+    # what is not there and doesn't look like a file is missed as a folder
     if path.is_dir() or not path.is_file() and path.suffix.lower() not in SUFFIXES:
-        if not (path / "model_index.json").is_file() and holds_lora(path):
+        if not (path / INDEX).is_file() and holds_lora(path):
             raise PriorError(_LORA_ALONE.format(path))
         return FolderLoader(path)
-    file = open_checkpoint(path)
-    settings = find_config(path, config)
+    return _loader_of(open_checkpoint(path), config)
+
+
+def _loader_of(file: Checkpoint, config: Mapping[str, Any] | Path | str | None) -> LdmLoader | NetworksLoader:
+    settings = find_config(file.path, config)
     if ldm_kind(file) is not None:
-        return LdmLoader(path, settings)
+        return LdmLoader(file, settings)
     if is_lora(file.shapes):
-        raise PriorError(_LORA_ALONE.format(path))
+        raise PriorError(_LORA_ALONE.format(file.path))
+    # networks of several kinds in one file, or a UNet alone
     if any(name.startswith(("unet.", "down_blocks.")) for name in file.shapes):
-        return NetworksLoader(path, settings)
+        return NetworksLoader(file, settings)
     first = ", ".join(shown(name) for name in sorted(file.shapes)[:3]) or "nothing"
-    raise PriorError(f"{path} is no model of a known kind: it holds {first}{', ...' if len(file.shapes) > 3 else ''}")
+    raise PriorError(
+        f"{file.path} is no model of a known kind: it holds {first}{', ...' if len(file.shapes) > 3 else ''}"
+    )

@@ -46,6 +46,7 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+# the parts of an autoencoder's attention: latent diffusion's own names first, then those that conversions left
 _VAE_ATTENTION = {
     "group_norm": ("norm", "group_norm"),
     "to_q": ("q", "to_q", "query"),
@@ -53,7 +54,6 @@ _VAE_ATTENTION = {
     "to_v": ("v", "to_v", "value"),
     "to_out.0": ("proj_out", "to_out.0", "to_out", "proj_attn"),
 }
-"""The parts of an autoencoder's attention: latent diffusion's own names first, then those that conversions left."""
 _VAE_ATTENTION_NAMES = {there: here for here, all_names in _VAE_ATTENTION.items() for there in all_names}
 MOST_LEVELS = MOST_RESNETS = 16
 MOST_TRANSFORMERS = 64  # in one block
@@ -66,10 +66,10 @@ def unet_names(keys: Iterable[str]) -> dict[str, str]:
     """Map the names of a UNet's tensors (without `model.diffusion_model.`) to UNet2DConditionModel's."""
     keys = list(keys)
     n_resnets = _resnets_per_level(keys)
-    return {key: _unet_name(key, n_resnets, _is_upsampler(key, keys)) for key in keys}
+    return {key: _unet_name(key, n_resnets) for key in keys}
 
 
-def _unet_name(key: str, n_resnets: int, upsampler: bool) -> str:
+def _unet_name(key: str, n_resnets: int) -> str:
     for edge, name in _EDGES.items():
         if key.startswith(f"{edge}."):
             return f"{name}.{_in_resnet(key.removeprefix(f'{edge}.'))}"
@@ -77,11 +77,14 @@ def _unet_name(key: str, n_resnets: int, upsampler: bool) -> str:
     if found is None:
         raise PriorError(f"the checkpoint's UNet has a part that no known model has: {shown(key)}")
     side, place, part, rest = found[1], int(found[2]), int(found[3]), found[4]
+    # On the way down a level is L resnets and a downsampling, after the first convolution; on the way up it is L + 1
+    # resnets, the last of them with the upsampling.
     level, index = divmod(place - 1 if side == "input" else place, n_resnets + 1)
     block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
     if rest.startswith("op."):
         return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    if upsampler:
+    # behind the resnet, and the attention where there is one
+    if re.fullmatch(r"output_blocks\.\d+\.[12]\.conv\.(weight|bias)", key):
         return f"{block}.upsamplers.0.{rest}"
     return f"{block}.{'attentions' if part == 1 else 'resnets'}.{index}.{_in_resnet(rest)}"
 
@@ -103,7 +106,7 @@ def unet_layer(name: str, n_resnets: int) -> str | None:
     layers = {layer.replace(".", "_"): layer for layer in _RESNET}
     key = ".".join(word for word in (block, layers.get(rest, rest), "weight") if word)
     try:
-        return _unet_name(key, n_resnets, _is_upsampler(key, [])).removesuffix(".weight").replace(".", "_")
+        return _unet_name(key, n_resnets).removesuffix(".weight").replace(".", "_")
     except PriorError:  # a block that no UNet has
         return None
 
@@ -114,13 +117,10 @@ def _in_resnet(rest: str) -> str:
     return f"{_RESNET[layer]}.{parameter}" if layer in _RESNET else rest
 
 
-def _is_upsampler(key: str, keys: list[str]) -> bool:
-    return re.fullmatch(r"output_blocks\.\d+\.[12]\.conv\.(weight|bias)", key) is not None
-
-
 def _resnets_per_level(keys: Iterable[str]) -> int:
     """L, from where the first downsampling is (or, in a network of one level, from the number of blocks)."""
     keys = set(keys)
+    # blocks 0 (the first convolution), then levels of L blocks and a downsampling, which the last level has not
     most = (MOST_RESNETS + 1) * MOST_LEVELS
     n_blocks = count_numbered(dict.fromkeys(keys, ()), r"input_blocks\.(\d+)\.", "the checkpoint's UNet", most)
     steps = [place for place in range(n_blocks) if f"input_blocks.{place}.0.op.weight" in keys]
@@ -144,7 +144,7 @@ def unet_config(shapes: Shapes, params: Mapping[str, Any] | None = None, sample_
     n_transformers = (2 * n_resnets + 1) * sum(d for d, yes in zip(depths, attends, strict=True) if yes) + depths[-1]
     _require_most(shapes, ".in_layers.2.weight", (2 * n_resnets + 1) * len(widths) + 2, "the checkpoint's UNet")
     _require_most(shapes, ".attn1.to_q.weight", n_transformers, "the checkpoint's UNet")
-    linear = len(_first(shapes, ".1.proj_in.weight")) == 2
+    linear = len(shapes[_first(shapes, ".1.proj_in.weight")]) == 2  # else a 1x1 convolution
     camera = sizes(shapes, "camera_embed.0.weight", 2) if "camera_embed.0.weight" in shapes else None
     down = tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends)
     up = tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends))
@@ -157,7 +157,7 @@ def unet_config(shapes: Shapes, params: Mapping[str, Any] | None = None, sample_
         "block_out_channels": widths,
         "layers_per_block": n_resnets,
         "transformer_layers_per_block": depths,
-        "cross_attention_dim": _context(shapes),
+        "cross_attention_dim": sizes(shapes, _first(shapes, ".attn2.to_k.weight"), 2)[1],
         # despite its name this is the number of heads (a slip that diffusers keeps for its old models' sake)
         "attention_head_dim": _heads(widths, linear, params or {}),
         "use_linear_projection": linear,
@@ -187,6 +187,7 @@ def _heads(widths: tuple[int, ...], linear: bool, params: Mapping[str, Any]) -> 
     where = "the model's configuration: unet_config.params"
     head_width = field(params, "num_head_channels", int, where, PriorError, -1)
     n_heads = field(params, "num_heads", int, where, PriorError, -1)
+    # latent diffusion writes -1 where the other one of the two is meant
     if head_width <= 0 and n_heads <= 0:
         return tuple(max(width // HEAD_WIDTH, 1) for width in widths) if linear else (SD1_HEADS,) * len(widths)
     heads = tuple(width // head_width if head_width > 0 else n_heads for width in widths)
@@ -197,8 +198,9 @@ def _heads(widths: tuple[int, ...], linear: bool, params: Mapping[str, Any]) -> 
     return heads
 
 
-def _first(shapes: Shapes, end: str) -> tuple[int, ...]:
-    found = next((shape for key, shape in shapes.items() if key.endswith(end)), None)
+def _first(shapes: Shapes, end: str) -> str:
+    """The first tensor of attention's that is named so."""
+    found = next((key for key in shapes if key.endswith(end)), None)
     if found is None:
         raise PriorError(f"the checkpoint's UNet has no cross-attention (no tensor *{end})")
     return found
@@ -207,15 +209,9 @@ def _first(shapes: Shapes, end: str) -> tuple[int, ...]:
 def _require_most(shapes: Shapes, end: str, n_expected: int, what: str) -> None:
     """Refuse what lacks most of the layers that a few of its names speak of, before they are built."""
     n_there = sum(key.endswith(end) for key in shapes)
+    # what lacks a few is built, and the error then names them
     if n_expected > 2 * n_there + 8:
         raise PriorError(f"{what} is not complete: it has {n_there} tensors *{end}, its blocks need {n_expected}")
-
-
-def _context(shapes: Shapes) -> int:
-    """The width of the condition's tokens."""
-    end = ".attn2.to_k.weight"
-    _first(shapes, end)
-    return sizes(shapes, next(key for key in shapes if key.endswith(end)), 2)[1]
 
 
 def prediction_mark(shapes: Shapes) -> str | None:
@@ -223,7 +219,8 @@ def prediction_mark(shapes: Shapes) -> str | None:
     norm of the last transformer's block. None in other models."""
     places = [int(f[1]) for key in shapes if (f := re.fullmatch(r"output_blocks\.(\d{1,4})\.1\.proj_in\.weight", key))]
     name = f"output_blocks.{max(places, default=0)}.1.transformer_blocks.0.norm1.bias"
-    linear = len(_first(shapes, ".1.proj_in.weight")) == 2
+    linear = len(shapes[_first(shapes, ".1.proj_in.weight")]) == 2
+    # Stable Diffusion 1's projections are convolutions; MVDream, which is on Stable Diffusion 2, predicts noise
     return name if linear and "camera_embed.0.weight" not in shapes and name in shapes else None
 
 
@@ -276,7 +273,7 @@ def _vae_name(key: str, n_levels: int) -> str:
 
 
 def _vae_level(side: str, level: int, n_levels: int) -> str:
-    """The blocks on the way up are numbered by resolution there, by order here."""
+    # there the blocks on the way up are numbered by resolution, here by order
     return f"down_blocks.{level}" if side == "down" else f"up_blocks.{n_levels - 1 - level}"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ...documents import printable, shortened
+from ...documents import describe, field, printable, shortened
 from ..errors import PriorError
 from ..handle import Device, PriorKind
 from ..networks.text import Tokenizer
@@ -21,70 +21,96 @@ from .finite import check_finite
 VectorKind = Literal["camera", "frame_time"]
 ImageResize = Literal["corners", "antialiased"]
 
+FRAMES: dict[str, int] = {"multiview": 4, "video": 16}  # of a group, as MVDream and ModelScope were trained
+MOST_FRAMES = 1024
+
 
 @dataclass(frozen=True)
 class Metadata:
-    """What must be known of a model beside its networks.
-
-    Args:
-        image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single images.
-        vector: what its class embedding reads, None where it has none.
-        group_attention: self-attention runs over a group (see view_attention.py).
-        known_words: the whole vocabulary of a toy model, None where any prompt will do.
-        negative_prompt: the one to use where nobody asks for another; None means the recipes' usual one.
-        image_resize: how a novel-view model's image encoder got its images in training (see clip_pixels).
-        notes: sentences on what was assumed of it, to be said once before a run.
-    """
+    """What must be known of a model beside its networks."""
 
     name: str
-    kind: PriorKind
-    image_size: tuple[int, int]
-    n_frames: int | None = None
-    vector: VectorKind | None = None
-    group_attention: bool = False
-    known_words: frozenset[str] | None = None
-    negative_prompt: str | None = None
+    kind: PriorKind  # how it is conditioned
+    image_size: tuple[int, int]  # (height, width) in pixels
+    n_frames: int | None = None  # views or frames of a group, None for single images
+    vector: VectorKind | None = None  # what its class embedding reads, None where it has none
+    group_attention: bool = False  # self-attention runs over a group (see view_attention.py)
+    known_words: frozenset[str] | None = None  # the whole vocabulary of a toy model, None where any prompt will do
+    negative_prompt: str | None = None  # the one to use where nobody asks for another; None: the recipes' usual one
     license: str = "unknown"
-    image_resize: ImageResize = "corners"
-    notes: tuple[str, ...] = ()
+    image_resize: ImageResize = "corners"  # how a novel-view model's image encoder got its images in training
+    notes: tuple[str, ...] = ()  # sentences on what was assumed of it, to be said once before a run
+
+
+def check_kind(kind: object, path: Path) -> None:
+    """Refuse a kind of prior that there is not."""
+    if kind not in get_args(PriorKind):
+        raise PriorError(f"{path}: unknown kind of prior {describe(kind)}; known are {', '.join(get_args(PriorKind))}")
+
+
+def declared(ours: Mapping[str, Any], where: str, assumed: Metadata) -> Metadata:
+    """What a model's own entry `dream4d` says of it (see folders.py), kind and image size apart.
+
+    Args:
+        where: the entry, for messages. assumed: what holds where it is silent.
+    """
+
+    def chosen(name: str, kinds: Any, default: Any) -> Any:
+        value = ours.get(name, default)
+        if value is not None and value not in get_args(kinds):
+            raise PriorError(f"{where}: unknown {name} {describe(value)}; known are {', '.join(get_args(kinds))}")
+        return value
+
+    n_frames = field(ours, "n_frames", int, where, PriorError, assumed.n_frames or 0)
+    if not 0 <= n_frames <= MOST_FRAMES:
+        raise PriorError(f"{where}: n_frames is {n_frames:,}; 1 to {MOST_FRAMES} can be used")
+    words = field(ours, "known_words", list, where, PriorError, None)
+    strange = next((word for word in words or () if not isinstance(word, str)), None)
+    if strange is not None:
+        raise PriorError(f"{where}: known_words must hold text, got {describe(strange)}")
+    return replace(
+        assumed,
+        name=field(ours, "name", str, where, PriorError, assumed.name),
+        n_frames=n_frames or None,
+        vector=chosen("vector", VectorKind, assumed.vector),  # null: none, whatever is usual
+        group_attention=field(ours, "group_attention", bool, where, PriorError, assumed.group_attention),
+        known_words=None if words is None else frozenset(words),
+        negative_prompt=field(ours, "negative_prompt", str, where, PriorError, None),
+        license=field(ours, "license", str, where, PriorError, assumed.license),
+        image_resize=chosen("image_resize", ImageResize, assumed.image_resize) or assumed.image_resize,
+    )
 
 
 class Loader(Protocol):
     """A folder or a file that holds a model. Networks come frozen, in eval mode."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """Where it is."""
 
     def metadata(self, kind: PriorKind | None) -> Metadata:
         """Say what the model is; `kind` overrides what the source says of itself."""
-        ...
 
     def schedule(self) -> tuple[Tensor, str]:
         """Return (alphas_bar [T], prediction_type)."""
-        ...
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Load the UNet."""
-        ...
 
     def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
         """Load the autoencoder; None where images are not encoded."""
-        ...
 
     def vae_scaling(self) -> float | None:
         """Return what the autoencoder's latents are multiplied by; None where there is none."""
-        ...
 
     def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
         """Load the tokenizer and the text encoder."""
-        ...
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Load the encoder of reference images."""
-        ...
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         """Return (weight, bias), float32, of the layer that turns [embedding, pose] into a token."""
-        ...
 
 
 def frozen(network: nn.Module, device: Device, what: Path | str) -> nn.Module:
@@ -123,19 +149,13 @@ def empty_network(class_name: str, config: Mapping[str, Any], n_tensors: int, wh
     return built(lambda: network_class(**arguments), class_name, where)
 
 
-def filled_encoder(model_class: Any, config: Any, state: Mapping[str, Tensor], what: str) -> nn.Module:
-    """Build an encoder of transformers from tensors under its published names, none missing, none left over."""
-    encoder = built(lambda: model_class(config), model_class.__name__, what)
-    return filled(encoder, encoder_state(encoder, state), what)
-
-
 def filled(network: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
     """Give a network that was built without memory exactly these tensors, as they are."""
     check_names(shapes_of(network.state_dict()), shapes_of(state), what)
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(state, assign=True)  # the tensors themselves: nothing is copied
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name == _COUNTING and buffer.is_meta:  # not stored, as it is the same in every model
+            if name == _COUNTING and buffer.is_meta:  # often not stored, as it is 0, 1, 2, ... in every model
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     if empty:
@@ -148,7 +168,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-_COUNTING = "position_ids"
+_COUNTING = "position_ids"  # a buffer of CLIP's embeddings
 _TOWERS = ("text_model.", "vision_model.")
 _SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # of T5: one tensor, stored under either name or both
 
@@ -160,7 +180,7 @@ def encoder_state(encoder: nn.Module, state: Mapping[str, Any]) -> dict[str, Any
     """
     own = {_bare(name): name for name in encoder.state_dict()}
     named = {own.get(_bare(name), name): value for name, value in state.items() if not name.endswith(_COUNTING)}
-    for name, other in (_SHARED, _SHARED[::-1]):
+    for name, other in (_SHARED, _SHARED[::-1]):  # whichever is missing is the other one
         if name in own and name not in named and other in named:
             named[name] = named[other]
     return named

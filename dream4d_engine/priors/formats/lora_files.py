@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...documents import first_line, printable, shortened
 from ..errors import PriorError
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint, shown
 from .finite import check_finite
 from .lora_names import Part, Role, foreign_kind, foreign_model, place, role_of
 from .lora_scale import CONFIG, read_scaling
@@ -31,16 +30,15 @@ from .lora_scale import CONFIG, read_scaling
 _DIFFUSERS, _PEFT = "pytorch_lora_weights", "adapter_model"
 _SUFFIXES = (".safetensors", ".bin")
 _PARTS: tuple[Part, ...] = ("unet", "text_encoder")
-_LONGEST = 120  # of a name in a message
 
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """One pair: down [r, i] or [r, i, h, w], up [o, r] or [o, r, 1, 1]; what alpha / r makes of it."""
+    """One pair of matrices, which adds scale * up @ down to a layer's weights (2106.09685, section 4.1)."""
 
-    down: Tensor
-    up: Tensor
-    scale: float
+    down: Tensor  # [r, i] or [r, i, h, w]
+    up: Tensor  # [o, r] or [o, r, 1, 1]
+    scale: float  # alpha / r
 
     def delta(self, device: torch.device) -> Tensor:
         """Return what is added at strength 1, [o, i * h * w], float32."""
@@ -114,6 +112,7 @@ _Keys = dict[Role, str]
 
 
 def _read_file(file: Checkpoint, part: Part | None) -> dict[Part, dict[str, LoraLayer]]:
+    # strides of 0 or storages that are shared could make gigabytes of a few bytes
     n_numbers, n_bytes = sum(map(math.prod, file.shapes.values())), file.path.stat().st_size
     if n_numbers > n_bytes:
         raise PriorError(f"{file.path} claims {n_numbers:,} numbers and has {n_bytes:,} bytes: it is damaged")
@@ -127,7 +126,7 @@ def _read_file(file: Checkpoint, part: Part | None) -> dict[Part, dict[str, Lora
     for name, keys in table.items():
         network, layer = places[name]
         if layer in found[network]:
-            raise PriorError(f"{file.path} holds more than one pair for {_short(layer)}: is it several LoRAs in one?")
+            raise PriorError(f"{file.path} holds more than one pair for {shown(layer)}: is it several LoRAs in one?")
         found[network][layer] = LoraLayer(tensors[keys["down"]], tensors[keys["up"]], scales[name])
     return found
 
@@ -142,35 +141,35 @@ def _by_layer(file: Checkpoint) -> dict[str, _Keys]:
     for key in file.shapes:
         kind = foreign_kind(key)
         if kind is not None:
-            raise PriorError(f"{file.path} is {kind}, not a plain LoRA: it can't be used (it holds {_short(key)})")
+            raise PriorError(f"{file.path} is {kind}, not a plain LoRA: it can't be used (it holds {shown(key)})")
         found = role_of(key)
         if found is None:
             strange.append(key)
             continue
         keys = table.setdefault(found[0], {})
         if found[1] in keys:
-            raise PriorError(f"{file.path} holds both {_short(keys[found[1]])} and {_short(key)}: is it several LoRAs?")
+            raise PriorError(f"{file.path} holds both {shown(keys[found[1]])} and {shown(key)}: is it several LoRAs?")
         keys[found[1]] = key
     if strange:
-        names = ", ".join(map(_short, strange[:3]))
+        names = ", ".join(map(shown, strange[:3]))
         also = " beside its pairs (weights that were trained as a whole?)" if table else ""
         raise PriorError(f"{file.path} is no LoRA that can be used: it holds {names}{also}")
     for name, keys in table.items():
         missing = next((role for role in ("down", "up") if role not in keys), None)
         if missing:
-            raise PriorError(f"{file.path} is not complete: {_short(name)} has no {missing} matrix")
+            raise PriorError(f"{file.path} is not complete: {shown(name)} has no {missing} matrix")
     return table
 
 
 def _rank(file: Checkpoint, name: str, keys: _Keys) -> int:
     """Return the rank of a pair, by the shapes of its halves."""
     down, up = file.shapes[keys["down"]], file.shapes[keys["up"]]
-    where = f"{file.path}: {_short(name)}"
+    where = f"{file.path}: {shown(name)}"
     if not (2 <= len(down) <= 5 and 2 <= len(up) <= 5):
         raise PriorError(f"{where} has halves of the shapes {list(down)} and {list(up)}, which are no matrices")
     if 0 in down + up:
         raise PriorError(f"{where} is empty: its down matrix is {list(down)}, its up matrix {list(up)}, of rank 0?")
-    if math.prod(up[1:]) != down[0]:
+    if math.prod(up[1:]) != down[0]:  # of a convolution's pair up is 1x1
         raise PriorError(
             f"{where} has halves of unequal ranks, {down[0]} (down, {list(down)}) and {math.prod(up[1:])} (up, "
             f"{list(up)}): the file is damaged, or was merged wrongly"
@@ -185,41 +184,36 @@ def _scales(
     ranks: Mapping[str, int],
 ) -> dict[str, float]:
     """Return what each pair's product is multiplied by: as its alpha says, else as peft's settings do, else 1."""
-    scales = {name: _alpha(file, keys["alpha"]) / ranks[name] for name, keys in table.items() if "alpha" in keys}
+    scales = {}
+    for name, keys in table.items():
+        if "alpha" not in keys:
+            continue
+        key = keys["alpha"]
+        n_values = math.prod(file.shapes[key])
+        if n_values != 1:
+            raise PriorError(f"{file.path}: {shown(key)} holds {n_values} values, it must be one number")
+        alpha = _tensor(file, key, whole=True).float().item()
+        if not math.isfinite(alpha):
+            raise PriorError(f"{file.path}: {shown(key)} is {alpha}, it must be a finite number")
+        scales[name] = alpha / ranks[name]
     for part, settings in read_scaling(file).items():
         names = {layer: name for name, (network, layer) in places.items() if network == part}
         for layer, factor in settings.factors({layer: ranks[name] for layer, name in names.items()}).items():
             own = scales.setdefault(names[layer], factor)
+            # an alpha may be stored in half precision, so no closer than that
             if not math.isclose(own, factor, rel_tol=1e-3):
                 raise PriorError(
-                    f"{settings.where} makes the factor of {_short(layer)} {factor:g}, {_short(names[layer])}.alpha "
+                    f"{settings.where} makes the factor of {shown(layer)} {factor:g}, {shown(names[layer])}.alpha "
                     f"makes it {own:g}: which one is right can't be known"
                 )
     return {name: scales.get(name, 1.0) for name in table}
 
 
-def _alpha(file: Checkpoint, key: str) -> float:
-    n_values = math.prod(file.shapes[key])
-    if n_values != 1:
-        raise PriorError(f"{file.path}: {_short(key)} holds {n_values} values, it must be one number")
-    value = _tensor(file, key, whole=True).float().item()
-    if not math.isfinite(value):
-        raise PriorError(f"{file.path}: {_short(key)} is {value}, it must be a finite number")
-    return value
-
-
 def _tensor(file: Checkpoint, key: str, whole: bool = False) -> Tensor:
     """Read one tensor; `whole`: whole numbers will do."""
-    try:
-        tensor = file.tensor(key)
-    except Exception as error:  # whatever safetensors raises for types that torch has not
-        raise PriorError(f"{file.path}: {_short(key)} can't be read ({first_line(error)})") from error
+    tensor = file.tensor(key)
     right = tensor.is_floating_point() or whole and not tensor.is_complex() and tensor.dtype != torch.bool
     if not right or tensor.layout != torch.strided or tensor.is_quantized:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise PriorError(f"{file.path}: {_short(key)} holds {kind}, not plain floating point numbers")
+        raise PriorError(f"{file.path}: {shown(key)} holds {kind}, not plain floating point numbers")
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of 8 bits: there is little arithmetic for them
-
-
-def _short(name: str) -> str:
-    return shortened(printable(name), _LONGEST)

@@ -9,6 +9,7 @@ from typing import Literal
 Part = Literal["unet", "text_encoder"]
 Role = Literal["down", "up", "alpha"]
 
+# one a way of writing, see lora_files.py
 _PAIRS = (
     re.compile(r"(?P<layer>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.(?:lora|lora_linear_layer)\.(?P<half>down|up)\.weight"),
@@ -19,10 +20,10 @@ _HALVES: dict[str, Role] = {"down": "down", "up": "up", "A": "down", "B": "up"}
 _ALPHA = re.compile(
     r"(?P<layer>.+?)(?:(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora|\.lora|\.lora_linear_layer)?\.alpha"
 )
-_PEFT = re.compile(r".+\.lora_[AB](?:\.\w+)?\.weight")
+PEFT = re.compile(r".+\.lora_[AB](?:\.\w+)?\.weight")
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
-_WRAPPED = "base_model.model."
+WRAPPED = "base_model.model."  # what peft alone puts before all names, its model being within another
 _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lora_te_", "text_encoder"),
     ("lora_te1_", "text_encoder"),
@@ -39,6 +40,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
 )
 _TEXT_STARTS = ("text_model.", "text_model_", "encoder.layers.")
 
+# what begins so in a LoRA for another model, and which model that is
 _FOREIGN_MODELS = (
     (re.compile(r"lora_te2_|text_encoder_2\.|text_encoders?\.clip_g\.|clip_g\."), "Stable Diffusion XL"),
     (re.compile(r"lora_te3_|text_encoder_3\.|.*joint_blocks[._]\d"), "Stable Diffusion 3"),
@@ -48,12 +50,13 @@ _FOREIGN_MODELS = (
     (re.compile(r"lllite_"), "ControlNet-LLLite"),
     (
         re.compile(
-            rf"(?:{re.escape(_WRAPPED)})?(?:transformer\.|lora_transformer_|"
+            rf"(?:{re.escape(WRAPPED)})?(?:transformer\.|lora_transformer_|"
             r"(?:model\.)?diffusion_model\.(?:layers|blocks|transformer_blocks)\.|lora_unet_(?:layers|blocks)_\d)"
         ),
         "a diffusion transformer (Stable Diffusion 3, Flux and others)",
     ),
 )
+# what tensors are named like in files of the same use and other arithmetic; `_OTHERS` may be whole models' names too
 _RELATIVES = (
     (re.compile(r".*\.(dora_scale|lora_magnitude_vector)\b.*"), "a DoRA (it scales whole columns of the weights too)"),
     (re.compile(r".*\.hada_.*"), "a LoHa (products of pairs)"),
@@ -81,7 +84,7 @@ _OTHERS = (
 
 def role_of(key: str) -> tuple[str, Role] | None:
     """Return the layer that a tensor belongs to, as the file names it, and what it is there; None: nothing known."""
-    found = _ALPHA.fullmatch(key)
+    found = _ALPHA.fullmatch(key)  # first: the pairs' patterns take no alpha, this one takes no half
     role: Role = "alpha"
     if found is None:
         found = next((match for pattern in _PAIRS if (match := pattern.fullmatch(key))), None)
@@ -101,16 +104,6 @@ def is_lora(names: Iterable[str]) -> bool:
     )
 
 
-def is_peft(names: Iterable[str]) -> bool:
-    """Whether they are as peft writes them."""
-    return any(_PEFT.fullmatch(name) for name in names)
-
-
-def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether they are as peft alone writes them, the model being within another."""
-    return any(name.startswith(_WRAPPED) for name in names)
-
-
 def foreign_model(names: Iterable[str]) -> str | None:
     """The model that a LoRA is for, if it is none that can be used here and the names tell."""
     names = list(names)
@@ -124,11 +117,12 @@ def foreign_kind(name: str) -> str | None:
 
 def place(name: str, part: Part | None = None) -> tuple[Part, str]:
     """Return which network a layer is in, and its own name there; `part`: the network, where it is known."""
-    layer = name.removeprefix(_WRAPPED)
+    layer = name.removeprefix(WRAPPED)
     prefix, found = next((entry for entry in _PREFIXES if layer.startswith(entry[0])), ("", None))
-    layer = layer.removeprefix(prefix).removeprefix(_WRAPPED)
+    layer = layer.removeprefix(prefix).removeprefix(WRAPPED)  # before or after the network's name
     part = part or found or ("text_encoder" if layer.startswith(_TEXT_STARTS) else "unet")
-    if part == "unet":
+    if part == "unet":  # attention's output is a linear layer and a dropout, of which the first is meant
         return part, f"{layer}.0" if layer.endswith(".to_out") else layer
+    # diffusers' old names of attention were the UNet's, in the text encoder too
     head, _, last = layer.rpartition(".")
     return part, f"{head}.{_TEXT_NAMES[last]}" if last in _TEXT_NAMES else layer

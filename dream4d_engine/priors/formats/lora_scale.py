@@ -15,17 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...documents import as_object, describe, field, parse_document, printable, read_document, shortened
+from ...documents import as_object, describe, field, parse_document, read_document
 from ..errors import PriorError
-from .checkpoints import SUFFIXES, Checkpoint
-from .lora_names import Part, is_peft, is_wrapped
+from .checkpoints import SUFFIXES, Checkpoint, shown
+from .lora_names import PEFT, WRAPPED, Part
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 _DEFAULT_ALPHA = 8.0  # peft's
-_PATTERN_SECONDS, _LONGEST_PATTERN = 1.0, 1000
+_PATTERN_SECONDS, _LONGEST_PATTERN = 1.0, 1000  # for all layers; some expressions take years of one name
 
 _READ = {"r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "peft_type", "bias", "init_lora_weights"}
+# said of training, or of where the layers are; they don't change what is added
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -48,7 +49,6 @@ _HARMLESS = {
     "target_modules",
     "task_type",
 }
-"""Said of training, or of where the layers are; they don't change what is added."""
 _REFUSED = {
     "use_dora": "DoRA, which scales whole columns of the weights too",
     "modules_to_save": "whole layers beside the pairs",
@@ -60,19 +60,19 @@ _REFUSED = {
     "target_parameters": "parameters that are no layers",
     "alora_invocation_tokens": "pairs that only some words switch on",
 }
+# values of init_lora_weights that leave the model's own weights as they are
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the model's own weights as they are."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What peft's settings say of one network's layers; `where`: the place of the settings, for messages."""
+    """What peft's settings say of one network's layers."""
 
-    where: str
+    where: str  # the place of the settings, for messages
     alpha: float
-    rank: int | None
-    root: bool
-    alphas: Mapping[str, float]
+    rank: int | None  # None: not said
+    root: bool  # divide by sqrt(r) instead of r (rank-stabilized LoRA, 2312.03732)
+    alphas: Mapping[str, float]  # of single layers, by regular expressions
     ranks: Mapping[str, float]
 
     def factors(self, ranks: Mapping[str, int]) -> dict[str, float]:
@@ -83,8 +83,8 @@ class Scaling:
             said = self.ranks.get(_matching(self.ranks, layer, self.where, end), self.rank)
             if said is not None and said != rank:
                 raise PriorError(
-                    f"{self.where} says rank {said:g} for {shortened(printable(layer), 120)}, its matrices have "
-                    f"{rank}: do the settings belong to another file?"
+                    f"{self.where} says rank {said:g} for {shown(layer)}, its matrices have {rank}: do the settings "
+                    "belong to another file?"
                 )
             alpha = self.alphas.get(_matching(self.alphas, layer, self.where, end), self.alpha)
             found[layer] = alpha / (math.sqrt(rank) if self.root else rank)
@@ -96,23 +96,33 @@ def read_scaling(file: Checkpoint) -> Mapping[Part, Scaling]:
     text = file.extra.get(METADATA)
     if isinstance(text, str) and text:
         where = f"{file.path}: its header's {METADATA}"
-        return _by_part(as_object(parse_document(text, where, PriorError), where, PriorError), where)
+        return _by_part(_settings(parse_document(text, where, PriorError), where), where)
     path = file.path.with_name(CONFIG)
     if not path.is_file() or not _is_of(file):
         return {}
-    settings = _scaling(as_object(read_document(path, PriorError), path, PriorError), str(path))
+    settings = _scaling(_settings(read_document(path, PriorError), str(path)), str(path))
     return {"unet": settings, "text_encoder": settings}
+
+
+def _settings(content: Any, where: str) -> dict[str, Any]:
+    if content is None:
+        raise PriorError(
+            f"{where} must hold an object, but holds null: whatever wrote the file left its settings away, and what "
+            "its pairs are multiplied by can't be known; save the LoRA anew"
+        )
+    return as_object(content, where, PriorError)
 
 
 def _is_of(file: Checkpoint) -> bool:
     """Whether an adapter_config.json beside a file is this file's: peft's names, or no other file it could be for."""
-    if file.path.stem == "adapter_model" or is_wrapped(file.shapes):
+    if file.path.stem == "adapter_model" or any(name.startswith(WRAPPED) for name in file.shapes):
         return True
     try:
         names = [path for path in file.path.parent.iterdir() if path.suffix in SUFFIXES]
     except OSError:  # a folder whose files may be read, not listed
         return False
-    return is_peft(file.shapes) and all(path.stem == file.path.stem for path in names)
+    written_by_peft = any(PEFT.fullmatch(name) for name in file.shapes)
+    return written_by_peft and all(path.stem == file.path.stem for path in names)
 
 
 def _by_part(tree: Mapping[str, Any], where: str) -> dict[Part, Scaling]:
@@ -176,6 +186,7 @@ def _refuse(tree: Mapping[str, Any], where: str, prefix: str) -> None:
             "the training: have it converted to an ordinary LoRA"
         )
     for name, value in tree.items():
+        # what is not set can't change anything, whatever it would be
         if name in _READ or name in _HARMLESS or not value:
             continue
         what = _REFUSED.get(name, "which is not known here and may change the result")
@@ -190,7 +201,7 @@ def _matching(patterns: Mapping[str, float], layer: str, where: str, end: float)
 
     for pattern in patterns:
         try:
-            left = end - time.monotonic()
+            left = end - time.monotonic()  # one bound for all layers and patterns together
             if left <= 0 or len(pattern) > _LONGEST_PATTERN:
                 raise TimeoutError
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=left):

@@ -7,6 +7,7 @@ So a file can neither run code nor ask for more memory than its own text is long
 
 from __future__ import annotations
 
+import math
 import pickletools
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-MOST_STEPS = 2_000_000
-"""Of one pickle; the largest published checkpoints, optimizers and all, have some hundred thousand."""
+MOST_STEPS = 2_000_000  # of one pickle; the largest published, optimizers and all, have some hundred thousand
 _MOST_DIMS = 16
 
+# storages by their classes' names ("FloatStorage" and so on)
 _DTYPES = {
     "Float": torch.float32,
     "Half": torch.float16,
@@ -35,6 +36,7 @@ _DTYPES = {
     "Untyped": torch.uint8,
 }
 _REBUILD = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
+# numpy's names of types, and struct's
 _NUMBERS = {
     "f4": "f",
     "f8": "d",
@@ -62,37 +64,37 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What a call would have made. `items` is what the pickle put into it afterwards."""
+    """What a call would have made."""
 
-    name: str
+    name: str  # of what was to be called
     arguments: tuple[Any, ...]
-    items: dict[Any, Any] = field(default_factory=dict)
+    items: dict[Any, Any] = field(default_factory=dict)  # what the pickle put into it afterwards
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """A reference to what lies outside the pickle, a tensor's storage."""
 
-    identity: Any
+    identity: Any  # as torch writes it, see _storage
 
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """A pickle's content, all names in it, and the references to storages outside."""
+    """What a pickle says."""
 
     content: Any
-    names: tuple[str, ...]
-    kept: tuple[Kept, ...]
+    names: tuple[str, ...]  # of all classes and functions in it, whether called or not
+    kept: tuple[Kept, ...]  # the storages outside that it refers to
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor's numbers are: in the storage `key` of `n_stored` numbers, by offset and strides in numbers."""
+    """Where a tensor's numbers are."""
 
-    key: str
+    key: str  # of its storage
     dtype: torch.dtype
-    n_stored: int
-    offset: int
+    n_stored: int  # numbers of the storage
+    offset: int  # in numbers, as the strides are
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -104,7 +106,7 @@ class Stored:
     @property
     def numel(self) -> int:
         """How many numbers the tensor shows; more than are stored where some are repeated."""
-        return _product(self.shape)
+        return math.prod(self.shape)  # whole numbers of any length: damaged sizes don't wrap around
 
 
 def read_pickle(file: BinaryIO) -> Said:
@@ -146,7 +148,7 @@ class _Machine:
             stack.append(self.memory[argument])
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
             self.memory[argument] = stack[-1]
-        elif name == "MEMOIZE":
+        elif name == "MEMOIZE":  # protocol 4: numbered in order
             self.memory[len(self.memory)] = stack[-1]
         elif name == "MARK":
             self.marks.append(len(stack))
@@ -167,12 +169,12 @@ class _Machine:
             stack.append(_put({}, flat[::2], flat[1::2]))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             values = self._take(1) if name == "APPEND" else self._after_mark()
-            if isinstance(stack[-1], list):
+            if isinstance(stack[-1], list):  # else one that was not made (a list's kind, a set)
                 stack[-1].extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             flat = self._take(2) if name == "SETITEM" else self._after_mark()
             _put(stack[-1], flat[::2], flat[1::2])
-        elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+        elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):  # here pickle would call what the file names
             called, *arguments = self._take(3 if name == "NEWOBJ_EX" else 2)
             stack.append(_made(called, arguments[0]))
         elif name == "OBJ":
@@ -201,6 +203,7 @@ class _Machine:
         return Named(self.names[-1])
 
     def _take(self, count: int) -> tuple[Any, ...]:
+        # what lies below the last mark belongs to whoever set it
         if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
             raise PickleError("its pickle is damaged")
         taken = tuple(self.stack[len(self.stack) - count :])
@@ -251,6 +254,7 @@ def table_of(value: Any) -> Mapping[Any, Any] | None:
     if not isinstance(value, Made) or not value.name.endswith((".OrderedDict", ".defaultdict", ".dict")):
         return None
     pairs = value.arguments[0] if value.arguments and isinstance(value.arguments[0], list) else []
+    # what python 2 wrote of an OrderedDict: pairs as the call's argument
     plain = {p[0]: p[1] for p in pairs if isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str)}
     return plain | value.items
 
@@ -262,12 +266,13 @@ def plain_of(value: Any) -> int | float | str | None:
     if not isinstance(value, Made) or not value.name.endswith("multiarray.scalar") or len(value.arguments) != 2:
         return None
     dtype, data = value.arguments
+    # protocol 2 has no bytes: they are text, with a call that turns them into bytes
     if isinstance(data, Made) and data.name == "_codecs.encode" and data.arguments:
         data = data.arguments[0].encode("latin1", "replace") if isinstance(data.arguments[0], str) else None
     code = dtype.arguments[0] if isinstance(dtype, Made) and dtype.arguments else None
     if not isinstance(data, bytes) or not isinstance(code, str):
         return None
-    letter = _NUMBERS.get(code.lstrip("<|="))
+    letter = _NUMBERS.get(code.lstrip("<|="))  # not ">", the other byte order
     fits = letter is not None and struct.calcsize(f"<{letter}") == len(data)
     return struct.unpack(f"<{letter}", data)[0] if fits else None
 
@@ -277,20 +282,17 @@ def stored_of(value: Any) -> Stored | None:
     if not isinstance(value, Made):
         return None
     name, arguments = value.name, value.arguments
+    # a parameter is made of a tensor, a tensor of a subclass of its class, a function and that function's arguments
     if name.startswith("torch._utils._rebuild_parameter"):
         return stored_of(arguments[0]) if arguments else None
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) > 2 and isinstance(arguments[0], Named):
         return stored_of(_made(arguments[0], arguments[2]))
-    if name not in (
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-    ):
+    if name not in _REBUILD:
         return None
     if len(arguments) < 4 or not isinstance(arguments[0], Kept):
         raise PickleError("has no storage")
     key, dtype, n_stored, shift = _storage(arguments[0].identity)
-    if name.endswith("v3"):
+    if name.endswith("v3"):  # types that have no class of storage: bytes, and the type beside them
         wanted = arguments[6] if len(arguments) > 6 else None
         dtype = getattr(torch, wanted.name.removeprefix("torch."), None) if isinstance(wanted, Named) else None
         if not isinstance(dtype, torch.dtype):
@@ -304,6 +306,7 @@ def stored_of(value: Any) -> Stored | None:
     if len(shape) != len(stride) or len(shape) > _MOST_DIMS:
         raise PickleError("has sizes that don't fit its strides")
     found = Stored(key, dtype, n_stored, offset + shift, tuple(shape), tuple(stride))
+    # the number that lies farthest behind, strides being 0 or more
     last = found.offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if found.numel and last >= n_stored:
         raise PickleError(f"reaches beyond the {n_stored:,} numbers of its storage")
@@ -319,23 +322,17 @@ def _storage(identity: Any) -> tuple[str, torch.dtype, int, int]:
     """Key, type, count of a storage and where in it its part begins, from what torch writes of it."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise PickleError("has no storage")
-    _, kind, key, _, n_stored, *view = identity
+    _, kind, key, _, n_stored, *view = identity  # the fourth is the device; a view of a storage only in old files
     dtype = _DTYPES.get(kind.name.rpartition(".")[2].removesuffix("Storage")) if isinstance(kind, Named) else None
     if dtype is None:
         raise PickleError("has numbers of an unknown type")
     if not isinstance(key, str) or type(n_stored) is not int or n_stored < 0:
         raise PickleError("has no storage")
+    # a view is (its own key, where it begins, its length)
     shift = view[0][1] if view and isinstance(view[0], tuple) and len(view[0]) == 3 else 0
     if type(shift) is not int or shift < 0:
         raise PickleError("has no storage")
     return key, dtype, n_stored, shift
-
-
-def _product(numbers: Sequence[int]) -> int:
-    product = 1
-    for n in numbers:
-        product *= n
-    return product
 
 
 def stored_tensors(table: Mapping[Any, Any]) -> Iterator[tuple[str, Stored | PickleError | str]]:

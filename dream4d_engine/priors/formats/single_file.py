@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +30,34 @@ from ...documents import as_object, describe, field, read_document
 from ..errors import PriorError
 from ..networks.text import CLIP_TOKENS, END, Tokenizer, clip_tokenizer
 from . import clip_keys, ldm_keys
-from .checkpoints import Checkpoint, open_checkpoint, read_config, shown
-from .configurations import schedule_of
-from .folders import check_kind
-from .loaders import Device, Metadata, PriorKind, VectorKind, filled_encoder, filled_network, frozen
+from .checkpoints import Checkpoint, shown
+from .configurations import built, schedule_of
+from .loaders import (
+    FRAMES,
+    Device,
+    Metadata,
+    PriorKind,
+    check_kind,
+    declared,
+    encoder_state,
+    filled,
+    filled_network,
+    frozen,
+)
 
 T = TypeVar("T")
 
 # the settings of every model of this family
 LINEAR_START, LINEAR_END, TIMESTEPS, SCALE_FACTOR = 0.00085, 0.0120, 1000, 0.18215
 
-_LATENTS = {"image": 64, "multiview": 32, "novel_view": 32}
+_LATENTS = {"image": 64, "multiview": 32, "novel_view": 32}  # their side: images of 512 and 256 pixels
 _V_LATENTS = 96  # Stable Diffusion 2's v-models were trained at 768 pixels, its others at 512
+# Of the biases that ldm_keys.prediction_mark names: the training for v at 768 pixels went on from the one for noise and
+# moved them. Other loaders of these checkpoints tell the published models apart at the same value.
 _V_SPREAD = 0.09
-"""Of the biases that ldm_keys.prediction_mark names: the training for v at 768 pixels went on from the one for noise
-and moved them. Other loaders of these checkpoints tell the published models apart at the same value."""
 _MOST_STEPS, _MOST_LATENTS = 10_000, 512
 _PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-_INPUTS = {"image": 4, "multiview": 4, "novel_view": 8}
+_INPUTS = {"image": 4, "multiview": 4, "novel_view": 8}  # channels: latents, of Zero123 the reference's beside them
 
 
 # ---- Their configuration -----------------------------------------------------------------------------------------
@@ -59,15 +69,11 @@ _FIELDS = {*_LDM_FIELDS, "unet", "scheduler", "dream4d"}  # not "vae" alone: gal
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
-    """A model's configuration, of LDM's the model's `params`.
-
-    Args:
-        where: the file that it is from, as messages name it. notes: on what was passed over.
-    """
+    """A model's configuration, of LDM's the model's `params`."""
 
     content: Mapping[str, Any]
-    where: str
-    notes: tuple[str, ...] = ()
+    where: str  # the file that it is from, as messages name it
+    notes: tuple[str, ...] = ()  # on what was passed over, for Metadata
 
     def section(self, *names: str) -> dict[str, Any]:
         """An object in it, by the names that lead there; {} where one is missing or null."""
@@ -82,7 +88,7 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
     """Return the configuration that is given, or lies beside the file, or an empty one."""
     if config is not None:
         given = isinstance(config, Mapping)
-        content = dict(config) if given else read_config(Path(config))
+        content = dict(config) if given else as_object(read_document(config, PriorError), config, PriorError)
         where, inner = "the given configuration" if given else str(config), _settings_in(content)
         if inner is None and content:
             raise PriorError(f"{where} has none of a model's settings ({', '.join(sorted(_FIELDS))})")
@@ -105,6 +111,7 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
 def _settings_in(content: object) -> dict[str, Any] | None:
     """What a document says of a model, wherever it stands in it; None where it speaks of other things."""
     found = None
+    # the innermost that holds a known field, as in {"model": {"params": {...}}}; a gallery's file has a "model" too
     for name in ("model", "params", None):
         if isinstance(content, Mapping):
             found = dict(content) if _FIELDS & content.keys() else found
@@ -117,11 +124,11 @@ class LdmSettings:
     """What a configuration of latent diffusion says, checked; None: nothing."""
 
     timesteps: int
-    linear_start: float
+    linear_start: float  # the first beta, and below the last: their roots lie on a line ("scaled linear")
     linear_end: float
-    scale_factor: float
-    parameterization: str | None
-    image_size: int | None
+    scale_factor: float  # what the autoencoder's latents are multiplied by
+    parameterization: str | None  # what the UNet predicts, a key of _PREDICTIONS
+    image_size: int | None  # the latents' side
 
 
 def ldm_settings(config: Configuration) -> LdmSettings:
@@ -170,19 +177,17 @@ def ldm_kind(file: Checkpoint) -> PriorKind | None:
 
 @dataclass(frozen=True, eq=False)
 class LdmLoader:
-    """A checkpoint in latent diffusion's layout (see loaders.Loader and ldm_keys.py)."""
+    """A checkpoint in latent diffusion's layout (see ldm_keys.py); loaders.Loader says what each method gives."""
 
-    path: Path
+    file: Checkpoint
     config: Configuration
 
-    @cached_property
-    def file(self) -> Checkpoint:
-        """The tensors."""
-        return open_checkpoint(self.path)
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @cached_property
     def settings(self) -> LdmSettings:
-        """What the configuration says."""
         return ldm_settings(self.config)
 
     @cached_property
@@ -190,7 +195,7 @@ class LdmLoader:
         """The arguments of UNet2DConditionModel."""
         params = self.config.section("unet_config", "params")
         shapes = self.file.under(ldm_keys.UNET)
-        return self._naming_file(lambda: ldm_keys.unet_config(shapes, params, self._latents(self._kind())))
+        return self._naming_file(lambda: ldm_keys.unet_config(shapes, params, self._latents()))
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
@@ -224,6 +229,7 @@ class LdmLoader:
         }
         betas = self._own_betas()
         if betas is not None:
+            # within 1e-3 it is the same schedule, stored in less precision
             alphas_bar = schedule_of(config)[0].double()
             if alphas_bar.shape != betas.shape or not torch.allclose((1 - betas).cumprod(0), alphas_bar, rtol=1e-3):
                 config |= {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
@@ -255,15 +261,16 @@ class LdmLoader:
                 return _PREDICTIONS[said], None
         if "v_pred" in self.file.shapes:
             return "v_prediction", None
-        mark = self._mark()
+        mark = self._mark
         if mark is None:
             return "epsilon", None
         spread = float(self._tensor(ldm_keys.UNET + mark, torch.float32, "cpu").std(correction=0))
         return "v_prediction" if spread > _V_SPREAD else "epsilon", mark
 
+    @cached_property
     def _mark(self) -> str | None:
         """The tensor that tells Stable Diffusion 2's two sorts of models apart; None in all other models."""
-        if self._kind() != "image":
+        if self._kind != "image":
             return None
         shapes = self.file.under(ldm_keys.UNET)
         mark = self._naming_file(lambda: ldm_keys.prediction_mark(shapes))
@@ -273,15 +280,16 @@ class LdmLoader:
         """What was assumed of the model, one sentence each."""
         yield from self.config.notes
         predicted, mark = self._prediction
-        kind, name = self._kind(), self.path.name
+        name = self.path.name
         says = f'if that is wrong, say "parameterization": "eps" or "v" in a {self.path.stem}.json or .yaml beside it'
         if mark is not None:
             sort = "a v-model" if predicted == "v_prediction" else "a model that predicts noise (eps)"
             yield f"{name} does not say what its UNet predicts; by its weights ({mark}) it was taken for {sort}; {says}"
-        if self._mark() is not None and self._declared_latents() is None:
-            size = self._latents(kind)
+        if self._mark is not None and self._declared_latents() is None:
+            size = self._latents()
             yield f"{name} does not say its image size: {8 * size} pixels were assumed (image_size: {size} in latents)"
 
+    @cached_property
     def _kind(self) -> PriorKind:
         kind = ldm_kind(self.file)
         if kind is None:
@@ -296,21 +304,21 @@ class LdmLoader:
         side = int(found[1]) if found and found[1] == found[2] else 0
         return side // 8 if side and side % 64 == 0 and side // 8 <= _MOST_LATENTS else None
 
-    def _latents(self, kind: PriorKind) -> int:
+    def _latents(self) -> int:
         declared = self._declared_latents()
         if declared is not None:
             return declared
-        is_v = self._mark() is not None and self._prediction[0] == "v_prediction"
-        return _V_LATENTS if is_v else _LATENTS[kind]
+        is_v = self._mark is not None and self._prediction[0] == "v_prediction"
+        return _V_LATENTS if is_v else _LATENTS[self._kind]
 
     def metadata(self, kind: PriorKind | None = None) -> Metadata:
         """Say what the model is, after a look at all that says how its networks are built."""
-        own = self._kind()
-        kind = kind or own
+        kind = kind or self._kind
         check_kind(kind, self.path)
-        if kind != own:
-            raise PriorError(f"{self.path} is a model of kind {own!r} and can't be used as {kind!r}")
-        size = self._latents(kind) * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        if kind != self._kind:
+            raise PriorError(f"{self.path} is a model of kind {self._kind!r} and can't be used as {kind!r}")
+        # latents' side times the autoencoder's factor: every level but the last halves the image
+        size = self._latents() * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         _ = self.unet_config, self.scheduler_config  # PriorError where they make no sense
         if self.encoder_layout() in ("open_clip", "transformers"):
             self.text_parts()
@@ -319,19 +327,19 @@ class LdmLoader:
             name=self.path.stem,
             kind=kind,
             image_size=(size, size),
-            n_frames=4 if grouped else None,
+            n_frames=FRAMES.get(kind),
             vector="camera" if grouped else None,
             group_attention=grouped,
             notes=tuple(self._notes()),
         )
 
     def schedule(self) -> tuple[Tensor, str]:
-        """Return (alphas_bar [T], prediction_type)."""
         return schedule_of(self.scheduler_config)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Build the UNet of the checkpoint's tensors; of their running means, where it keeps those too."""
         keys = self.file.under(ldm_keys.UNET)
+        # a running mean of a part of them only belongs to another training
         averaged = all(ldm_keys.ema_name(key) in self.file.shapes for key in keys)
         sources = {key: ldm_keys.ema_name(key) if averaged else ldm_keys.UNET + key for key in keys}
         names, config = self._naming_file(lambda: ldm_keys.unet_names(keys)), self.unet_config
@@ -350,12 +358,11 @@ class LdmLoader:
         return filled_network("AutoencoderKL", config, state, f"{self.path}: its autoencoder", device)
 
     def vae_scaling(self) -> float | None:
-        """Return what the autoencoder's latents are multiplied by."""
         return self.settings.scale_factor
 
     def encoder_layout(self) -> clip_keys.EncoderLayout | None:
         """Say which encoder of the condition the checkpoint has, if any."""
-        prefer: clip_keys.EncoderLayout = "clip_image" if self._kind() == "novel_view" else "open_clip"
+        prefer: clip_keys.EncoderLayout = "clip_image" if self._kind == "novel_view" else "open_clip"
         return clip_keys.encoder_layout(self.file.under(ldm_keys.CONDITION), prefer)
 
     def text_parts(self) -> tuple[dict[str, Any], dict[str, clip_keys.Piece]]:
@@ -392,7 +399,6 @@ class LdmLoader:
         return self._naming_file(lambda: (clip_keys.vision_config(shapes), clip_keys.vision_pieces(shapes)))
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """Build CLIP's image encoder."""
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         config, pieces = self.image_parts()
@@ -406,10 +412,10 @@ class LdmLoader:
             for name, piece in pieces.items()
         }
         what = f"{self.path}: its encoder"
-        return frozen(filled_encoder(model_class, config, state, what).to(dtype), device, what)
+        encoder = built(lambda: model_class(config), model_class.__name__, what)
+        return frozen(filled(encoder, encoder_state(encoder, state), what).to(dtype), device, what)
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
-        """Return (weight, bias), float32, of Zero123's pose projection."""
         weight, bias = (self._tensor(ldm_keys.PROJECTION + part, torch.float32, device) for part in ("weight", "bias"))
         return weight, bias
 
@@ -433,15 +439,14 @@ def usable(file: Checkpoint, name: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NetworksLoader:
-    """A file with the tensors of a UNet, and perhaps an autoencoder, under diffusers' names (see loaders.Loader)."""
+    """A file with the tensors of a UNet, and perhaps an autoencoder, under diffusers' names."""
 
-    path: Path
+    file: Checkpoint
     config: Configuration
 
-    @cached_property
-    def file(self) -> Checkpoint:
-        """The tensors."""
-        return open_checkpoint(self.path)
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     def _unet_config(self) -> dict[str, Any]:
         if self.config.content.get("unet") is None:
@@ -460,39 +465,32 @@ class NetworksLoader:
         return bool(self.config.section("vae")) and any(name.startswith("vae.") for name in self.file.shapes)
 
     def metadata(self, kind: PriorKind | None = None) -> Metadata:
-        """Say what the model is."""
         unet, ours, where = self._unet_config(), self.config.section("dream4d"), f"{self.config.where}: dream4d"
         kind = kind or field(ours, "kind", str, where, PriorError, "") or self._guess(unet)
         check_kind(kind, self.path)
-        grouped, frames = kind == "multiview", {"multiview": 4, "video": 16}.get(kind)
-        vector = field(ours, "vector", str, where, PriorError, "camera" if grouped else "") or None
-        if vector is not None and vector not in get_args(VectorKind):
-            raise PriorError(
-                f"{where}: vector must be one of {', '.join(get_args(VectorKind))}, got {describe(vector)}"
-            )
-        return Metadata(
-            name=field(ours, "name", str, where, PriorError, self.path.stem),
+        assumed = Metadata(
+            name=self.path.stem,
             kind=kind,
             image_size=self._image_size(unet, ours, where),
-            n_frames=field(ours, "n_frames", int, where, PriorError, frames or 0) or None,
-            vector=vector,
-            group_attention=field(ours, "group_attention", bool, where, PriorError, grouped),
+            n_frames=FRAMES.get(kind),
+            vector="camera" if kind == "multiview" else None,
+            group_attention=kind == "multiview",
             notes=self.config.notes,
         )
+        return declared(ours, where, assumed)
 
     def _image_size(self, unet: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> tuple[int, int]:
         """Return (height, width) in pixels: as declared, else the UNet's sample size times the autoencoder's factor."""
-        factor = 2 ** (len(self._vae_widths()) - 1) if self._has_vae() else 1
+        factor = 1
+        if self._has_vae():
+            vae, place = self._network_config("vae"), f"{self.config.where}: vae"
+            factor = 2 ** (len(field(vae, "block_out_channels", list, place, PriorError, [0])) - 1)
         size = unet.get("sample_size") or 64
         said = ours.get("image_size") or [n * factor if type(n) is int else n for n in _pair(size)]
         if len(_pair(said)) != 2 or not all(type(n) is int and 8 <= n <= 8 * _MOST_LATENTS for n in _pair(said)):
             raise PriorError(f"{where}.image_size must be [height, width] in pixels, got {describe(said)}")
         height, width = _pair(said)
         return height, width
-
-    def _vae_widths(self) -> list[Any]:
-        where = f"{self.config.where}: vae"
-        return field(self._network_config("vae"), "block_out_channels", list, where, PriorError, [0])
 
     def _guess(self, unet: dict[str, Any]) -> PriorKind:
         if self._is_3d(unet):
@@ -507,27 +505,23 @@ class NetworksLoader:
         return isinstance(blocks, list | tuple) and any("3D" in str(name) for name in blocks)
 
     def schedule(self) -> tuple[Tensor, str]:
-        """Return (alphas_bar [T], prediction_type)."""
         if self.config.content.get("scheduler") is None:
             raise PriorError(f"{self.path}: its configuration has no 'scheduler'")
         config, where = self.config.section("scheduler"), f"{self.config.where}: scheduler"
         return schedule_of(config, where)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """Build the UNet."""
         config = self._unet_config()
         name = "UNet3DConditionModel" if self._is_3d(config) else "UNet2DConditionModel"
         return filled_network(name, config, self._state("unet.", dtype, device), f"{self.path}: its UNet", device)
 
     def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
-        """Build the autoencoder, if there is one."""
         if not self._has_vae():
             return None
         state, config = self._state("vae.", dtype, device), self._network_config("vae")
         return filled_network("AutoencoderKL", config, state, f"{self.path}: its autoencoder", device)
 
     def vae_scaling(self) -> float | None:
-        """Return what the autoencoder's latents are multiplied by."""
         if not self._has_vae():
             return None
         where = f"{self.config.where}: vae"
@@ -535,20 +529,17 @@ class NetworksLoader:
 
     def _state(self, prefix: str, dtype: torch.dtype, device: Device) -> dict[str, Tensor]:
         names = [name for name in self.file.shapes if name.startswith(prefix)]
-        if not names and prefix == "unet.":  # the UNet alone, without a prefix
+        if not names and prefix == "unet.":  # a UNet alone, as save_pretrained writes it: without a prefix
             names, prefix = list(self.file.shapes), ""
         return {name.removeprefix(prefix): usable(self.file, name).to(device, dtype) for name in names}
 
     def text_encoder(self, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
-        """There is none."""
         raise PriorError(f"{self.path} has no text encoder: prompts can't be encoded with it")
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        """There is none."""
         raise PriorError(f"{self.path} has no image encoder: images can't be encoded with it")
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
-        """There is none."""
         raise PriorError(f"{self.path} has no pose projection: images can't be encoded with it")
 
 

@@ -29,7 +29,7 @@ class TinyVAE(nn.Module):
 
     def encode(self, images: Tensor) -> Any:
         """Encode images in [-1, 1]; `.latent_dist.mode()` of the result are the latents, not scaled."""
-        latents = self.tiny.encode(images).latents / self.config.scaling_factor
+        latents = self.tiny.encode(images).latents / self.config.scaling_factor  # it has no distribution: all of it
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
     def decode(self, latents: Tensor) -> Any:
@@ -44,12 +44,11 @@ def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype,
         scaling_factor: of the full autoencoder that it replaces.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():  # of a whole model's folder
         folder = folder / "vae"
     config = read_json(folder, "config.json")
     name = str(config.get("_class_name"))
     if name != "AutoencoderTiny":
         raise PriorError(f"{folder} holds a {shortened(printable(name), 60)}, not an AutoencoderTiny")
-    tiny = load_network(folder, ".", "AutoencoderTiny", dtype, device)
-    channels = tuple(tiny.config.encoder_block_out_channels)
-    return TinyVAE(tiny, scaling_factor, channels)
+    tiny = load_network(folder, ".", "AutoencoderTiny", dtype, device)  # the folder itself is the part
+    return TinyVAE(tiny, scaling_factor, tuple(tiny.config.encoder_block_out_channels))

@@ -18,7 +18,7 @@ from typing import Any
 from ...documents import first_line, printable, shortened
 from ..errors import PriorError
 from .checkpoints import SUFFIXES
-from .folders import FolderLoader
+from .folders import INDEX, FolderLoader, list_endings
 from .loaders import PriorKind
 
 HUB = "https://huggingface.co"
@@ -26,27 +26,20 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class KnownWeights:
-    """A model that the recipes were made for.
+    """A model that the recipes were made for."""
 
-    Args:
-        id: its short name here. home: where it was published, a hub id or an address; `gone`: it is not there any more.
-        mirrors: hub ids of copies and conversions, the best first. file: the one that is needed, None for a folder.
-        download: bytes that are fetched. memory: bytes that its UNet and autoencoder take in half precision.
-        gate: what must be agreed to first, "" for nothing. checked: which of these figures were seen where.
-    """
-
-    id: str
+    id: str  # its short name here
     kind: PriorKind
     name: str
-    home: str
-    download: int
-    memory: int
+    home: str  # where it was published, a hub id or an address
+    download: int  # bytes that are fetched
+    memory: int  # bytes that its UNet and autoencoder take in half precision
     license: str
-    mirrors: tuple[str, ...] = ()
-    file: str | None = None
-    gone: bool = False
-    gate: str = ""
-    checked: str = ""
+    mirrors: tuple[str, ...] = ()  # hub ids of copies and conversions, the best first
+    file: str | None = None  # the one that is needed of its home, None for a folder
+    gone: bool = False  # from its home
+    gate: str = ""  # what must be agreed to first, "" for nothing
+    checked: str = ""  # which of these figures were seen where
 
     @property
     def repositories(self) -> tuple[str, ...]:
@@ -129,6 +122,7 @@ WEIGHTS = (
 
 _LONGEST = 1000  # letters of a name; the longest path of most systems has no more than four times as many
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[\w./-]+))?")
+# what is fetched of a repository: in these folders, files of these kinds, and one form of the weights
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_camera_projection")
 _PLAIN = (".json", ".txt", ".model")
 
@@ -178,7 +172,9 @@ def find_weights(
         cache: where downloads are kept; None: huggingface_hub's usual place.
     """
     shown = shortened(printable(str(name)), 200)
-    path = _expanded(name)
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):  # "~somebody", whom this machine does not know
+        path = path.expanduser()
     for candidate in (path, *(Path(folder) / path for folder in folders)):
         if str(name).strip() and _exists(candidate):
             return candidate
@@ -221,13 +217,6 @@ def _check_name(name: str, shown: str) -> None:
     raise PriorError(f"{shown!r} is no name of a model, as {wrong}: give a folder, a file or OWNER/NAME")
 
 
-def _expanded(name: str | Path) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # "~somebody", whom this machine does not know
-        return Path(name)
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -237,10 +226,10 @@ def _exists(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A repository, and the one file of it that is wanted (None: the folder in diffusers' format)."""
+    """What could be fetched."""
 
     repository: str
-    file: str | None
+    file: str | None  # the one that is wanted, None: the folder in diffusers' format
 
 
 def _file_of(known: KnownWeights, repository: str) -> str | None:
@@ -263,7 +252,7 @@ def _cached(choice: _Choice, cache: Path | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(choice.repository, choice.file or "model_index.json", cache_dir=cache)
+        found = try_to_load_from_cache(choice.repository, choice.file or INDEX, cache_dir=cache)
     except ValueError as error:  # "a--b" and the like, which the hub knows no repositories by
         raise PriorError(f"{choice.repository} is no name that a repository can have: OWNER/NAME is meant") from error
     if not isinstance(found, str):  # None, or a mark that there is no such file
@@ -285,8 +274,8 @@ class _Offer:
     """What the hub says of a repository."""
 
     choice: _Choice
-    files: tuple[str, ...]
-    n_bytes: int
+    files: tuple[str, ...]  # of those that it has, the ones that are fetched
+    n_bytes: int  # of them
     license: str
     gated: bool
 
@@ -300,7 +289,11 @@ def _download_first(
             offer = _ask(choice)
         except _NotThere as error:
             if following is None:
-                raise PriorError(_unknown(choice, known, error)) from error
+                more = f" Other places: {', '.join(known.repositories)}." if known is not None else ""
+                raise PriorError(
+                    f"{HUB} has no repository {choice.repository} (or keeps it private: {error}). Check the name, or "
+                    f"give a folder.{more}"
+                ) from error
             say(f"{choice.repository} is not there (any more): trying {following.repository}")
             continue
         return _fetch(offer, say, cache)
@@ -309,14 +302,6 @@ def _download_first(
 
 class _NotThere(Exception):
     """A repository that the hub does not have, or not for this user."""
-
-
-def _unknown(choice: _Choice, known: KnownWeights | None, error: Exception) -> str:
-    more = f" Other places: {', '.join(known.repositories)}." if known is not None else ""
-    return (
-        f"{HUB} has no repository {choice.repository} (or keeps it private: {error}). Check the name, or give a "
-        f"folder.{more}"
-    )
 
 
 def _ask(choice: _Choice) -> _Offer:
@@ -329,7 +314,7 @@ def _ask(choice: _Choice) -> _Offer:
     files = wanted_files(sizes) if choice.file is None else (choice.file,)
     if choice.file is not None and choice.file not in sizes:
         raise PriorError(f"{choice.repository} has no file {choice.file}: it has {', '.join(sorted(sizes)[:8])}")
-    if choice.file is None and "model_index.json" not in sizes:
+    if choice.file is None and INDEX not in sizes:
         models = [name for name in sorted(sizes) if PurePosixPath(name).suffix in SUFFIXES]
         raise PriorError(
             f"{choice.repository} is no folder in diffusers' format (it has no model_index.json); name one of its "
@@ -364,9 +349,10 @@ def _fetch(offer: _Offer, say: Callable[[str], None], cache: Path | None) -> Pat
 
 
 def _check_room(place: Path, n_bytes: int) -> None:
+    # what isn't there yet is made on the file system of the first folder above it that is
     there = next(p for p in (place, *place.resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < n_bytes * 1.02:
+    if free < n_bytes * 1.02:  # a little for what the client keeps beside the files
         raise PriorError(
             f"the download needs {human_size(n_bytes)}, {there} has {human_size(free)} left: free some room, or name "
             "another place in the environment variable HF_HOME"
@@ -380,7 +366,7 @@ def wanted_files(names: Iterable[str]) -> tuple[str, ...]:
     a repository holds is left there.
     """
     names = sorted(names)
-    chosen = [name for name in names if name == "model_index.json"]
+    chosen = [name for name in names if name == INDEX]
     for part in _PARTS:
         inside = [name for name in names if PurePosixPath(name).parent == PurePosixPath(part)]
         chosen += [name for name in inside if name.endswith(_PLAIN) and ".index." not in name]
@@ -389,12 +375,11 @@ def wanted_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _one_form(weights: Sequence[str], inside: Sequence[str]) -> list[str]:
-    for variant in ("fp16", None):
+    for variant, infix in (("fp16", ".fp16"), (None, "")):
         for suffix in (".safetensors", ".bin"):
             form = [n for n in weights if n.endswith(suffix) and _variant(n) == variant]
             if form:
-                end = f"{suffix}.index.json" if variant is None else f"{suffix}.index.{variant}.json"
-                return form + [name for name in inside if name.endswith(end)]
+                return form + [name for name in inside if name.endswith(list_endings(suffix, infix))]
     return []
 
 

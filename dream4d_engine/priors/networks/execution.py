@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Network = Callable[[Tensor], Tensor]
 
 
-# --- recording ---------------------------------------------------------------------------------------------------
+# --- capture -----------------------------------------------------------------------------------------------------
 
 
 class Capture:
@@ -36,7 +36,7 @@ class Capture:
         return function(*inputs)
 
     def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        """Be told that function will be called with such inputs, from somewhere where recording is impossible."""
+        """Be told that function will be called with such inputs, from somewhere where no capture is possible."""
 
     def with_gradient(self, function: Network, x: Tensor) -> Tensor:
         """Return function(x), differentiable in x; what the backward pass needs is kept."""
@@ -60,13 +60,13 @@ class Runtime:
     compiled: bool = True  # where accelerated, blocks of large networks are compiled, too
 
 
+# Numbers in images (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, capturing it
+# gains nothing, and keeps memory.
 LAUNCH_BOUND = 12 * 3 * 256**2
-"""Numbers in images (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, recording it
-gains nothing, and keeps memory."""
 
 
 class GraphCapture(Capture):
-    """Records each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
+    """Captures each function once per shapes of its inputs as a CUDA graph, and replays it from then on.
 
     A replay launches hundreds of kernels at the cost of one. The graphs share one pool of memory: what a graph leaves
     there is copied away before the next one runs. Functions must be methods, of objects whose weights stay where they
@@ -79,8 +79,7 @@ class GraphCapture(Capture):
         # one for all: libraries put memory aside for each stream that they work on
         self._warmup = torch.cuda.Stream(device)
         self._graphs: dict[tuple, tuple | _Captured] = {}
-        self.seconds = 0.0
-        """Spent on recording, compiling on the way included."""
+        self.seconds = 0.0  # spent on capturing, compiling on the way included
 
     def forget(self) -> None:
         self._graphs.clear()
@@ -89,34 +88,34 @@ class GraphCapture(Capture):
         torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        graph, held, output = self._once(self._key(function, inputs), self._record, function, inputs)
+        graph, held, output = self._once(self._key(function, inputs), self._capture, function, inputs)
         for mine, given in zip(held, inputs, strict=True):
             mine.copy_(given)
         graph.replay()
-        return output.clone()
+        return output.clone()  # the next replay of any graph may write there
 
     def prepare(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self._once(self._key(function, inputs), self._record, function, inputs)
+        self._once(self._key(function, inputs), self._capture, function, inputs)
 
     def with_gradient(self, function: Network, x: Tensor) -> Tensor:
         if x.numel() > LAUNCH_BOUND:
             return function(x)
         key = ("with gradient", *self._key(function, (x,)))
-        return _BothWays.apply(self._once(key, self._record_both_ways, function, (x,)), x)
+        return _BothWays.apply(self._once(key, self._capture_both_ways, function, (x,)), x)
 
-    def _once(self, key: tuple, record: Callable, function: Callable, inputs: tuple[Tensor, ...]):
-        """What record(function, inputs) gave the first time."""
+    def _once(self, key: tuple, capture: Callable, function: Callable, inputs: tuple[Tensor, ...]):
+        """What capture(function, inputs) gave the first time."""
         if key not in self._graphs:
             began = time.monotonic()
-            self._graphs[key] = record(function, inputs)
+            self._graphs[key] = capture(function, inputs)
             seconds = time.monotonic() - began
             self.seconds += seconds
             name = getattr(function, "__name__", "function").strip("_")
             logger.info("captured %s of %s in %.1f s", name, [list(t.shape) for t in inputs], seconds)
         return self._graphs[key]
 
-    def _record_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Captured:
-        """Record the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
+    def _capture_both_ways(self, function: Network, inputs: tuple[Tensor]) -> _Captured:
+        """Capture the forward pass, and the backward pass with what the forward pass leaves for it in the pool."""
         (x,) = inputs
         held = x.detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -132,12 +131,13 @@ class GraphCapture(Capture):
 
     @staticmethod
     def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
+        # a denoiser's methods differ by its networks: another denoiser with the same ones replays the same graph
         of = getattr(function, "__self__", None)
         networks = (id(of.unet), id(of.vae)) if hasattr(of, "unet") else (id(function),)
         return function.__name__, networks, *((t.shape, t.dtype) for t in inputs)
 
     @torch.no_grad()
-    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
+    def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
         held = tuple(t.detach().clone() for t in inputs)
         self._warm_up(lambda: function(*held))
         graph = torch.cuda.CUDAGraph()
@@ -156,18 +156,15 @@ class GraphCapture(Capture):
 
 @dataclass
 class _Captured:
-    """A function captured forward and backward, and where its inputs and results lie.
-
-    turns: forward passes so far.
-    """
+    """A function captured forward and backward, and where its inputs and results lie."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     x: Tensor
     output: Tensor
-    grad: Tensor
+    grad: Tensor  # on the output
     grad_x: Tensor
-    turns: int = 0
+    turns: int = 0  # forward passes so far, so that a backward pass knows whether it belongs to the last one
 
 
 class _BothWays(torch.autograd.Function):
@@ -199,7 +196,7 @@ class _Checkpointed(torch.autograd.Function):
         ctx.network, ctx.capture = network, capture
         ctx.save_for_backward(images)
         z = capture(network, images)
-        capture.prepare(_pulled_back(network), images, z)
+        capture.prepare(_pulled_back(network), images, z)  # a backward pass can't capture
         return z
 
     @staticmethod
@@ -217,7 +214,7 @@ def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
             (found,) = torch.autograd.grad(network(again), again, grad)
         return found
 
-    pull_back.__self__ = getattr(network, "__self__", network)
+    pull_back.__self__ = getattr(network, "__self__", network)  # what GraphRecorder knows functions by
     return pull_back
 
 
@@ -229,6 +226,7 @@ def in_slices(network: Network, images: Tensor, execution: Execution, capture: C
     if kept is None or kept >= len(images):
         if at_once >= len(images):
             return capture.with_gradient(network, images)
+        # a graph holds the intermediate results of one pass, and here are several before the first backward pass
         return _joined([network(part) for part in images.split(at_once)])
     n_checkpointed = len(images) - kept
     # those to be kept come last: the backward pass begins with them, and their memory is free for the others
@@ -251,6 +249,7 @@ def offload(network: nn.Module, device: torch.device) -> None:
     home = {}
     for tensor in (*network.parameters(), *network.buffers()):
         held = tensor.detach().to("cpu", copy=True)
+        # pinned memory is copied while the GPU works
         home[tensor] = tensor.data = held.pin_memory() if device.type == "cuda" else held
 
     def bring(part: nn.Module, _inputs) -> None:
@@ -263,6 +262,7 @@ def offload(network: nn.Module, device: torch.device) -> None:
 
     hooks = []
     for part in _parts(network):
+        # prepended: hooks that read the weights find them there
         hooks += [part.register_forward_pre_hook(bring, prepend=True), part.register_forward_hook(leave)]
     for module in network.modules():
         module._compiled_call_impl = None
@@ -305,7 +305,7 @@ def can_compile(device: torch.device) -> bool:
         return False
     try:
         gated = torch.compile(lambda x: functional.silu(x) * x, dynamic=False)
-        gated(torch.ones(64, 64, device=device, dtype=torch.float16))
+        gated(torch.ones(64, 64, device=device, dtype=torch.float16))  # small, and in the models' own precision
     except Exception as error:  # whatever the compilers raise
         reason = first_line(error)
         logger.warning("the models run without being compiled: %s: %s", type(error).__name__, reason)
@@ -321,6 +321,7 @@ def compile_blocks(network: nn.Module) -> int:
     """
     import torch._dynamo
 
+    # a compilation for each shape of a block's input; beyond the limit torch runs it as it is
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     blocks = [m for m in network.modules() if type(m).__name__ == "BasicTransformerBlock"]
     for block in blocks:

@@ -32,7 +32,7 @@ def speed_up(network: nn.Module) -> nn.Module:
     for module in network.modules():
         name = type(module).__name__
         if isinstance(module, nn.Conv2d):
-            module.forward = types.MethodType(_conv_forward, module)
+            module.forward = types.MethodType(frozen_conv, module)
         elif isinstance(module, nn.GroupNorm):
             module.forward = types.MethodType(_norm_forward, module)
         elif name in _FORWARDS and _FORWARDS[name][0](module):
@@ -41,6 +41,8 @@ def speed_up(network: nn.Module) -> nn.Module:
 
 
 class _FrozenConv(torch.autograd.Function):
+    """A convolution that saves its weight and not its input."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         ctx.save_for_backward(weight)
@@ -56,6 +58,7 @@ class _FrozenConv(torch.autograd.Function):
 
 def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Tensor:
     """The gradient on the input: the transposed convolution, which keeps channels_last (conv2d_input does not)."""
+    # how far the transposed convolution reaches by itself: what a stride cut off at the end is missing
     reach = [
         (size - 1) * s - 2 * p + d * (k - 1) + 1
         for size, s, p, d, k in zip(grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
@@ -77,10 +80,6 @@ def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True, padding: tup
     return add_bias_(functional.conv2d(x, conv.weight, None, *settings), bias)
 
 
-def _conv_forward(self: nn.Conv2d, x: Tensor) -> Tensor:
-    return frozen_conv(self, x)
-
-
 def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Tensor | None = None) -> Tensor:
     return norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu, offset)
 
@@ -88,6 +87,7 @@ def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Ten
 def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
     """ResnetBlock2D: norm, silu, conv, + time, norm, silu, conv, + input."""
     h = self.norm1(input_tensor, silu=True)
+    # what is added before the second norm goes into it as an offset, [1, C] or with time [N, C]: one pass less
     offset = None if self.conv1.bias is None else self.conv1.bias[None]
     h = frozen_conv(self.conv1, h, with_bias=False)
     if self.time_emb_proj is not None:
@@ -97,10 +97,11 @@ def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None,
     h = frozen_conv(self.conv2, h, with_bias=False)
     if self.conv_shortcut is not None:
         input_tensor = self.conv_shortcut(input_tensor)
-    return add_residual(input_tensor, h, self.conv2.bias)
+    return add_residual(input_tensor, h, self.conv2.bias)  # with the second convolution's bias in the same pass
 
 
 def _is_plain_resnet(block: Any) -> bool:
+    # scale and shift from time, other activations, resampling inside: diffusers' own forward does those
     return (
         (block.time_embedding_norm == "default" or block.time_emb_proj is None)
         and isinstance(block.nonlinearity, nn.SiLU)
@@ -128,17 +129,9 @@ def _downsample_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Te
     if self.padding != 0 or any(side % 2 for side in hidden_states.shape[2:]):
         padded = functional.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states
         return self.conv(padded)
+    # a 3x3 kernel at stride 2 begins at -2, 0, 2, ...: without the one at -2 these are the places that are wanted
     out = frozen_conv(self.conv, hidden_states, padding=(2, 2))[:, :, 1:, 1:]
     return out.contiguous(memory_format=torch.channels_last)
-
-
-def _is_plain_downsample(layer: Any) -> bool:
-    conv = layer.conv
-    return layer.norm is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (2, 2)
-
-
-def _is_plain_upsample(layer: Any) -> bool:
-    return layer.norm is None and layer.use_conv and not layer.use_conv_transpose and layer.interpolate
 
 
 def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
@@ -150,9 +143,9 @@ def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1
     for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
         norm, conv = layer[0], layer[-1]
         h = norm(h, silu=True, offset=offset)
-        h = functional.conv2d(h, conv.weight.squeeze(-1), None, padding=(1, 0))
+        h = functional.conv2d(h, conv.weight.squeeze(-1), None, padding=(1, 0))  # kernel [3, 1, 1] over (F, H, W)
         offset = conv.bias[None]
-    h = add_residual(x, h, offset[0])
+    h = add_residual(x, h, offset[0])  # the last convolution's bias
     return h.permute(0, 2, 3, 1).reshape(n, height, width, c).permute(0, 3, 1, 2)
 
 
@@ -160,29 +153,18 @@ def _transformer_forward(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
-    timestep: Tensor | None = None,
-    added_cond_kwargs: dict | None = None,
-    class_labels: Tensor | None = None,
-    cross_attention_kwargs: dict | None = None,
-    attention_mask: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
+    *,
+    added_cond_kwargs: dict | None = None,  # a norm reads it that no plain transformer has
     return_dict: bool = True,
+    **of_blocks: Any,
 ):
-    """Transformer2DModel on images [N, C, H, W], a token a place."""
+    """Transformer2DModel on images [N, C, H, W], a token a place. `of_blocks`: passed on to its blocks."""
     n, c, height, width = hidden_states.shape
     residual = hidden_states.permute(0, 2, 3, 1).reshape(n, height * width, c)
     h = self.norm(hidden_states).permute(0, 2, 3, 1).reshape(n, height * width, c)
     h = _project(self.proj_in, h)
     for block in self.transformer_blocks:
-        h = block(
-            h,
-            attention_mask=attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            timestep=timestep,
-            cross_attention_kwargs=cross_attention_kwargs,
-            class_labels=class_labels,
-        )
+        h = block(h, encoder_hidden_states=encoder_hidden_states, **of_blocks)
     h = _project(self.proj_out, h) + residual
     return _returned(h.view(n, height, width, c).permute(0, 3, 1, 2), return_dict)
 
@@ -193,34 +175,23 @@ def _project(layer: nn.Module, tokens: Tensor) -> Tensor:
     return functional.linear(tokens, weight, layer.bias)
 
 
-def _is_plain_transformer(model: Any) -> bool:
-    return bool(model.is_input_continuous) and type(model.proj_in) in (nn.Linear, nn.Conv2d)
-
-
 def _temporal_transformer_forward(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
-    timestep: Tensor | None = None,
-    class_labels: Tensor | None = None,
+    *,
     num_frames: int = 1,
-    cross_attention_kwargs: dict | None = None,
     return_dict: bool = True,
+    **of_blocks: Any,
 ):
     """TransformerTemporalModel: each place of [B*F, C, H, W] is a sequence of F tokens."""
     n, c, height, width = hidden_states.shape
     shape = (n // num_frames, num_frames, height * width, c)
     x = hidden_states.permute(0, 2, 3, 1).reshape(shape)
-    h = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    h = self.proj_in(h.transpose(1, 2).reshape(-1, num_frames, c))
+    h = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # statistics over all frames of a group
+    h = self.proj_in(h.transpose(1, 2).reshape(-1, num_frames, c))  # [B*H*W, F, C]
     for block in self.transformer_blocks:
-        h = block(
-            h,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep=timestep,
-            cross_attention_kwargs=cross_attention_kwargs,
-            class_labels=class_labels,
-        )
+        h = block(h, encoder_hidden_states=encoder_hidden_states, **of_blocks)
     h = self.proj_out(h).view(shape[0], height * width, num_frames, c).transpose(1, 2)
     out = (x + h).reshape(n, height, width, c).permute(0, 3, 1, 2)
     return _returned(out, return_dict)
@@ -236,12 +207,13 @@ def _vae_attention_forward(self: Any, hidden_states: Tensor, *args, **kwargs) ->
     x = hidden_states.permute(0, 2, 3, 1).reshape(n, height * width, c)
     h = self.group_norm(hidden_states).permute(0, 2, 3, 1).reshape(n, height * width, c)
     query, key, value = self.to_q(h), self.to_k(h), self.to_v(h)
-    scores = torch.matmul(query * c**-0.5, key.transpose(1, 2))
+    scores = torch.matmul(query * c**-0.5, key.transpose(1, 2))  # scaled first: sums of C products overflow in half
     h = self.to_out[0](torch.matmul(scores.softmax(-1), value)) + x
     return h.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 def _is_vae_attention(attention: Any) -> bool:
+    # a UNet's transformers have Attention too, of many heads and without a norm of its own
     return (
         attention.group_norm is not None
         and attention.heads == 1
@@ -253,17 +225,24 @@ def _is_vae_attention(attention: Any) -> bool:
     )
 
 
-def _always(_: Any) -> bool:
-    return True
-
-
 _FORWARDS: dict[str, tuple[Callable[[Any], bool], Callable]] = {
     "ResnetBlock2D": (_is_plain_resnet, _resnet_forward),
-    "TemporalConvLayer": (_always, _temporal_conv_forward),
-    "Transformer2DModel": (_is_plain_transformer, _transformer_forward),
-    "TransformerTemporalModel": (_always, _temporal_transformer_forward),
-    "Downsample2D": (_is_plain_downsample, _downsample_forward),
-    "Upsample2D": (_is_plain_upsample, _upsample_forward),
+    "TemporalConvLayer": (lambda _: True, _temporal_conv_forward),
+    "Transformer2DModel": (
+        lambda t: bool(t.is_input_continuous) and type(t.proj_in) in (nn.Linear, nn.Conv2d),
+        _transformer_forward,
+    ),
+    "TransformerTemporalModel": (lambda _: True, _temporal_transformer_forward),
+    "Downsample2D": (
+        lambda d: (
+            d.norm is None and isinstance(d.conv, nn.Conv2d) and (d.conv.kernel_size, d.conv.stride) == ((3, 3), (2, 2))
+        ),
+        _downsample_forward,
+    ),
+    "Upsample2D": (
+        lambda u: u.norm is None and u.use_conv and not u.use_conv_transpose and u.interpolate,
+        _upsample_forward,
+    ),
     "Attention": (_is_vae_attention, _vae_attention_forward),
 }
 """By the class's name: which modules of it, and what they do instead."""

@@ -20,8 +20,7 @@ from ..errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
-# IF was trained with 77 text tokens although its T5 could read more.
-T5_TOKENS = 77
+T5_TOKENS = 77  # IF was trained with as many although its T5 could read more
 CLIP_TOKENS = 77
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -33,8 +32,8 @@ _OPEN_CLIP_PAD, _T5_PAD = "!", "<pad>"
 class Tokenizer:
     """A tokenizer of transformers, and what it pads with."""
 
-    words: Any
-    pad_id: int
+    words: Any  # of transformers, one of _CLASSES
+    pad_id: int  # the token that fills a row up; read here and not asked of `words` (see read_tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -62,16 +61,14 @@ class Tokenizer:
     def cut(self, prompt: str, length: int) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all of it fits."""
         ids = self._ids(prompt, add_special_tokens=False, truncation=False, verbose=False)
-        room = length - self.words.num_special_tokens_to_add()
+        room = length - self.words.num_special_tokens_to_add()  # the marks of start and end take theirs
         return self.words.decode(ids[room:], skip_special_tokens=True).strip() if len(ids) > room else ""
 
 
 def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
-    """Return the encoder's last hidden states [n, L, D], float32. What does not fit into L tokens is cut, and said.
-
-    As in the models' own training: CLIP reads its padding, T5 masks it and reads lower case.
-    """
+    """Return the encoder's last hidden states [n, L, D], float32. What does not fit into L tokens is cut, and said."""
     is_t5 = type(encoder).__name__.startswith("T5")
+    # IF was trained on lower case; CLIP's tokenizers lower it themselves
     texts = [prompt.lower().strip() for prompt in prompts] if is_t5 else list(prompts)
     length = min(tokenizer.max_length, T5_TOKENS if is_t5 else encoder.config.max_position_embeddings)
     for end in dict.fromkeys(tokenizer.cut(text, length) for text in texts):
@@ -85,6 +82,7 @@ def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[s
         )
     device = next(encoder.parameters()).device
     with torch.no_grad():
+        # CLIP was trained with its padding in sight, T5 without
         return encoder(ids.to(device), attention_mask=mask.to(device) if is_t5 else None)[0].float()
 
 
@@ -99,15 +97,11 @@ def clip_merges() -> list[str]:
 
 def clip_vocabulary(merges: Sequence[str]) -> dict[str, int]:
     """Return CLIP's vocabulary: the 256 bytes, the bytes that end a word, what the merges make, two marks."""
-    letters = list(_byte_letters())
+    # each byte is a letter: printable ones stand for themselves and come first, the others are those from 256 on
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = list(map(chr, [*printable, *range(256, 512 - len(printable))]))
     words = [*letters, *(letter + _WORD_END for letter in letters), *("".join(m.split()) for m in merges), START, END]
     return {word: i for i, word in enumerate(words)}
-
-
-def _byte_letters() -> str:
-    """The 256 letters that stand for bytes: printable ones for themselves first, then the others from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return "".join(map(chr, printable)) + "".join(chr(256 + i) for i in range(256 - len(printable)))
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str, length: int = CLIP_TOKENS) -> None:
@@ -158,7 +152,8 @@ _CLASSES = {
     **dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ("PreTrainedTokenizerFast",)),
 }
 """By the name in the folder, without "Fast": those of transformers, of which a version has the first or the second."""
-_MOST_BYTES, _MOST_GROWTH = 2**24, 64
+_MOST_BYTES = 2**24  # of one file; T5's tokenizer.json, the largest that is known, has a seventh
+_MOST_GROWTH = 64  # letters that the replacements may make of one
 LEAST_LENGTH, MOST_LENGTH = 4, 10**30  # what transformers writes where there is no limit is a little more than that
 
 
@@ -167,11 +162,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     A folder may name programs of its own (`auto_map`), which transformers offers to run, and other places to load
     from. So the class is chosen here, and reads a copy of the known files with the known settings.
-
-    Stable Diffusion 2 pads with token 0, which is "!"; its folders say so in special_tokens_map.json alone, and not
-    every version of transformers reads that. Where it is read, "!" becomes a mark that is cut out of every word (a
-    prompt's "!!" is then two paddings, which the model never saw in training), and what such a version saves has it
-    among the added tokens, too: so it is kept out of the tokenizer.
     """
     if not folder.is_dir():
         raise PriorError(f"{folder.parent} is not a complete diffusers folder: {folder.name}/ is missing")
@@ -181,7 +171,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     kept = _kept_settings(settings, folder / _SETTINGS)
     for content, name in ((settings, _SETTINGS), (special, _SPECIAL)):
         for mark in _MARKS:
-            _check_mark(content.get(mark), mark, folder / name)
+            said = content.get(mark)
+            if said is not None and not isinstance(_content_of(said), str):
+                raise PriorError(f"{folder / name}: {mark} must be text, got {describe(said)}")
+    # Stable Diffusion 2 pads with token 0, which is "!"; its folders say so in special_tokens_map.json alone, and not
+    # every version of transformers reads that. Where it is read, "!" becomes a mark that is cut out of every word (a
+    # prompt's "!!" is then two paddings, which the model never saw in training), and what such a version saves has it
+    # among the added tokens, too: so it is kept out of the tokenizer.
     pads = [_content_of(content.get("pad_token")) for content in (special, settings)]
     plain = {"pad_token": END} if _OPEN_CLIP_PAD in pads else {}
     left_out = _OPEN_CLIP_PAD if plain else None
@@ -246,11 +242,6 @@ def _kept_settings(settings: dict[str, Any], where: Path) -> dict[str, Any]:
     return kept
 
 
-def _check_mark(mark: Any, name: str, where: Path) -> None:
-    if mark is not None and not isinstance(_content_of(mark), str):
-        raise PriorError(f"{where}: {name} must be text, got {describe(mark)}")
-
-
 def _content_of(mark: Any) -> Any:
     """The text of a special token, which may be written with how it is to be cut out."""
     return mark.get("content") if isinstance(mark, dict) else mark
@@ -284,6 +275,7 @@ def _copy_data(folder: Path, place: Path, left_out: str | None) -> None:
 
 def _check_pieces(content: dict[str, Any], where: Path) -> None:
     """Refuse a tokenizer.json whose replacements, one after the other, make a prompt grow without end."""
+    # replacements follow one another, so in the worst case their factors multiply
     growth, waiting = 1, [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
     while waiting:
         node = waiting.pop()
@@ -315,11 +307,7 @@ def _load_words(class_name: str, place: Path, folder: Path, plain: dict[str, str
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # damaged files: whatever transformers raises, and the panics of tokenizers
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: Path, error: BaseException) -> PriorError:
-    return PriorError(
-        f"the tokenizer in {folder} can't be read: its files are damaged or don't belong together "
-        f"({type(error).__name__})"
-    )
+        raise PriorError(
+            f"the tokenizer in {folder} can't be read: its files are damaged or don't belong together "
+            f"({type(error).__name__})"
+        ) from error

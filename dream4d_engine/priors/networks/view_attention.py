@@ -30,14 +30,15 @@ class GroupAttention:
             raise ValueError("attention across views takes no attention mask")
         shape = hidden_states.shape
         if encoder_hidden_states is None:
-            hidden_states = hidden_states.reshape(shape[0] // n_views, n_views * shape[1], shape[2])
+            hidden_states = hidden_states.reshape(shape[0] // n_views, n_views * shape[1], shape[2])  # [B, F*N, C]
             context = hidden_states
         else:
             context = encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        # [B, heads, tokens, C / heads]
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        attended = attn.to_out[1](attn.to_out[0](attended.to(query.dtype)))
+        attended = attn.to_out[1](attn.to_out[0](attended.to(query.dtype)))  # a linear layer, then dropout
         return attended.reshape(shape)
 
 
