@@ -1,4 +1,4 @@
-"""The command bench: seconds a step and peak memory of recipes."""
+"""Measure seconds a step and peak memory of recipes, in each of their phases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Annotated, Literal
 
 import torch
 
@@ -23,9 +24,7 @@ from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
-    MotionRecipe,
     Phase,
-    StaticRecipe,
     find_recipe,
     is_toy,
 )
@@ -35,10 +34,11 @@ from ..training.motion import train_motion
 from ..training.plan import parse_bytes
 from ..training.reference import Reference
 from ..training.static import train_static
-from .arguments import Bench
+from .command import Command
+from .errors import UsageError
 from .interrupts import stop_on_interrupt
 from .models import prior_extras, prior_folders
-from .parsing import UsageError
+from .options import FILE, MODEL, Machine, MachineOptions, PriorOptions, Priors, Recipe, check_numbers
 from .progress import Progress, make_progress
 from .terminal import say
 
@@ -50,7 +50,39 @@ PROFILED = 3
 REPEATS = 5
 """Times that the priors alone are asked."""
 
-Recipe = StaticRecipe | MotionRecipe
+
+@dataclass(frozen=True)
+class Bench:
+    recipes: tuple[str, ...] = ("static:toy", "motion:toy")
+    """Recipes as STAGE:NAME, for example static:text-to-3d, image:image-to-3d or motion:zeroscope-144x80; or all."""
+    models: Literal["toy", "full"] = "toy"
+    """toy: the small models unless folders are given; full: the published models' architectures with random weights,
+    built on the device."""
+    variants: tuple[str, ...] = ("fast",)
+    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
+    memory budget."""
+    steps: int = 20
+    """Steps that are measured."""
+    warmup: int = 3
+    """Steps before them that are not."""
+    profile: bool = False
+    """Look into some more steps: which work takes longest, and how often the CPU waits for the GPU."""
+    multiview_prior: Annotated[str | None, MODEL] = None
+    """Multi-view model."""
+    image_prior: Annotated[str | None, MODEL] = None
+    """Text-to-image model."""
+    novel_view_prior: Annotated[str | None, MODEL] = None
+    """Novel-view model."""
+    pixel_prior: Annotated[str | None, MODEL] = None
+    """Text-to-pixels model."""
+    video_prior: Annotated[str | None, MODEL] = None
+    """Text-to-video model."""
+    out: Annotated[Path | None, FILE] = None
+    """Write the results as JSON into this file too."""
+    priors: Priors = PriorOptions()
+    machine: Machine = MachineOptions()
+
+    __post_init__ = check_numbers
 
 
 @dataclass(frozen=True)
@@ -94,7 +126,7 @@ class Measured:
     error: str | None = None
 
 
-def bench(options: Bench) -> int:
+def run(options: Bench) -> int:
     """Measure the recipes and print a table; the exit code is 1 where a recipe failed."""
     if not options.recipes or not options.variants:
         raise UsageError("nothing to measure: name at least one of --recipes and of --variants")
@@ -387,3 +419,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+COMMAND = Command(Bench, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_scene, reference_match
 from ..training.config import ReferenceConfig
 from ..training.reference import Reference
-from .arguments import ImageOptions
+from .errors import UsageError
+from .options import ImageOptions
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
 SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), (0.0, 0.25, 0.5, 0.75, 1.0), 96
@@ -157,3 +158,14 @@ def _scene_measures(scene: Scene) -> dict:
     if moving and output.displacement is not None and solid.any():
         measures["mean_displacement"] = float(output.displacement.norm(dim=-1, keepdim=True)[solid].mean())
     return measures
+
+
+def require_new(paths: Sequence[Path], overwrite: bool, folders: Sequence[Path] = ()) -> None:
+    """Refuse paths that are taken, even with `overwrite` by what is no file, or no folder for those of `folders`."""
+    present = [path for path in paths if path.exists()]
+    for path in present:
+        if path.is_dir() != (path in folders):
+            kinds = ("file", "folder") if path in folders else ("folder", "file")
+            raise UsageError(f"{path} is a {kinds[0]} where a {kinds[1]} belongs: choose another --out")
+    if present and not overwrite:
+        raise UsageError(f"{present[0]} exists: choose another --out, or --overwrite")

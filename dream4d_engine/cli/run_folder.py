@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from .. import locks
-from ..documents import document_bytes
+from ..documents import as_object, document_bytes, field, read_document
 from ..machine import check_folder, peak_memory, versions, write_atomically
-from .parsing import RECORD, UsageError, read_record
+from .errors import UsageError
+from .options import Recipe
+from .terminal import say
 
-UNFINISHED, LOCK, REFERENCE = "unfinished", "run.lock", "reference.png"
+RECORD, UNFINISHED, LOCK, REFERENCE = "run.json", "unfinished", "run.lock", "reference.png"
+_MEANT = {"command": str, "settings": dict, "source": str, "reference": str}
+"""Fields of run.json without which a run isn't the same any more."""
+_NOTED = {"status": str, "error": str, "stage": str, "step": int, "resumed": list, "peak_memory_bytes": int}
+_TABLES = {"seconds": float, "fits": dict, "nonfinite": dict}
+"""Fields that only say how far it came: where they are damaged they begin anew. Of tables, what an entry is."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes. `record` is what run.json holds; it is saved at the beginning and after every stage.
-
-    `writes` is false in the processes beside the one that writes; that one holds the `lock`.
-    """
+    """Where a run writes."""
 
     path: Path
-    record: dict
+    record: dict  # what run.json holds; saved at the beginning and after every stage
     device: torch.device
-    writes: bool = True
-    lock: locks.Lock | None = None
+    writes: bool = True  # not in the processes beside the one that writes
+    lock: locks.Lock | None = None  # of the one that writes
 
     @property
     def unfinished(self) -> Path:
@@ -79,16 +84,13 @@ class RunFolder:
         try:
             self.save(status, **news)
         except OSError:
-            self._mark_failed()
-
-    def _mark_failed(self) -> None:
-        """Change the status where run.json lies: on a full disk that takes no room."""
-        running, failed = b'"status": "running"', b'"status": "failed" '
-        with contextlib.suppress(OSError), open(self.path / RECORD, "r+b") as file:
-            place = file.read().find(running)
-            if place >= 0:
-                file.seek(place)
-                file.write(failed)
+            # on a full disk a change of as many bytes, where they lie, takes no room
+            running, failed = b'"status": "running"', b'"status": "failed" '
+            with contextlib.suppress(OSError), open(self.path / RECORD, "r+b") as file:
+                place = file.read().find(running)
+                if place >= 0:
+                    file.seek(place)
+                    file.write(failed)
 
     def release(self) -> None:
         """Let other processes work here."""
@@ -100,6 +102,59 @@ class RunFolder:
         if self.writes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         self.save("finished", finished=_now())
+
+
+def settings_tree(options: object, *recipes: Recipe) -> dict:
+    """A command's settings as JSON holds them."""
+    tree = {"options": asdict(options)} | {recipe.stage: asdict(recipe) for recipe in recipes}
+    return json.loads(json.dumps(tree))
+
+
+def comparable(settings: dict) -> dict:
+    """The settings that a resumed run must share with its beginning."""
+    options = {key: value for key, value in settings["options"].items() if key not in ("folders", "gpu", "machine")}
+    # how the models came here makes no difference
+    options["priors"] = {key: value for key, value in options["priors"].items() if key != "download"}
+    return settings | {"options": options}
+
+
+def read_record(
+    folder: Path,
+    way_on: str = "start over with another --out",
+    on_repair: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Read a run folder's run.json; what this program reads of it has the right types, or is missing.
+
+    `way_on`: what to do where it can't be read, in words. `on_repair` is told in a line of what only says how far the
+    run came, and had a wrong type: it is left out.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it")
+    try:
+        record = as_object(read_document(path, UsageError), path, UsageError)
+        for name in (*_MEANT, *_NOTED, *_TABLES):
+            if record.get(name) is None:
+                record.pop(name, None)
+        for name, kind in _MEANT.items():
+            field(record, name, kind, path, UsageError, kind())
+    except UsageError as error:
+        raise UsageError(f"{error}; {way_on}") from error
+    _drop_damaged(record, _NOTED | dict.fromkeys(_TABLES, dict), path, on_repair)
+    for name, kind in _TABLES.items():
+        table = record.get(name, {})
+        _drop_damaged(table, dict.fromkeys(table, kind), f"{path}: {name}", on_repair)
+    return record
+
+
+def _drop_damaged(tree: dict, kinds: dict[str, type], where: object, on_repair: Callable[[str], None]) -> None:
+    """Leave out what has not the type that `kinds` says."""
+    for name in kinds.keys() & tree.keys():
+        try:
+            tree[name] = field(tree, name, kinds[name], where, UsageError, kinds[name]())
+        except UsageError as error:
+            del tree[name]
+            on_repair(f"{error}: it begins anew")
 
 
 def _now() -> str:
@@ -220,7 +275,7 @@ def resume_run(folder: Path, names: Sequence[str], device: torch.device, n_bytes
     check_folder(folder, n_bytes)
     _check_kinds(folder, names)
     with _locked(folder) as held:
-        record = read_record(folder)
+        record = read_record(folder, on_repair=lambda text: say(f"note: {text}", error=True))
         if record.get("status") == "finished":
             raise UsageError(f"the run in {folder} was finished by another process just now")
         sweep(folder, names)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import warnings
 from contextlib import suppress
 
 from ..documents import printable
@@ -21,6 +23,20 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(_Warnings(logging.WARNING))
+
+
+def quieten(may_download: bool) -> None:
+    """Keep the libraries' advice to programmers away from people who type commands, and the network from them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not may_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded without being asked for
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # the variables are read when the libraries are imported, the levels hold where they were imported before
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 class _Warnings(logging.Handler):
