@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 from .. import locks
 from ..assets import AssetError, opened, read_info
 from ..kernels import kernel_status
@@ -40,8 +38,14 @@ def run(options: Info) -> int:
     found: dict = {} if options.file is None else describe(options.file)
     lines = _lines(found) if found else []
     if options.kernels:
-        found["kernels"] = describe_kernels(pick_device(options.machine.device))
-        lines += _kernel_lines(found["kernels"])
+        device = pick_device(options.machine.device)
+        backends = kernel_status(device)
+        used = next(one.name for one in backends if one.usable)  # the fastest stands first
+        found["kernels"] = {"device": str(device), "used": used, "backends": [asdict(one) for one in backends]}
+        lines.append(f"kernels on {device}: {used}")
+        for one in backends:
+            state = "in use" if one.name == used else "usable, a faster one is in use"
+            lines.append(f"  {one.name:<7} {state if one.usable else 'not usable: ' + one.reason}")
     if options.json:
         say_json(found)
     else:
@@ -49,25 +53,13 @@ def run(options: Info) -> int:
     return 0
 
 
-def describe_kernels(device: torch.device) -> dict:
-    """Return which kernels are used on a device, and for each backend whether it could be and why not."""
-    found = kernel_status(device)
-    used = next(status.name for status in found if status.usable)
-    return {"device": str(device), "used": used, "backends": [asdict(status) for status in found]}
-
-
-def _kernel_lines(found: dict) -> list[str]:
-    lines = [f"kernels on {found['device']}: {found['used']}"]
-    for status in found["backends"]:
-        state = "in use" if status["name"] == found["used"] else "usable, a faster one is in use"
-        lines.append(f"  {status['name']:<7} {state if status['usable'] else 'not usable: ' + status['reason']}")
-    return lines
-
-
 def describe(path: Path) -> dict:
     """Return what a scene file, a run's checkpoint or a run's folder holds, without reading its numbers."""
     if (path / RECORD).is_file():
-        return _describe_run(path)
+        record = read_record(path, way_on="name one of the files beside it instead")
+        state = state_of(record, locks.holder(path / LOCK))  # whether a process works on it: run.json may be behind
+        known = ("command", "prompt", "seed", "stage", "step", "error", "started", "finished", "seconds", "nonfinite")
+        return {"file": str(path), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
     if not path.is_file():
         raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     header, tensors = _safetensors_header(path)
@@ -86,21 +78,13 @@ def describe(path: Path) -> dict:
     return common | what | {"tensors": tensors}
 
 
-def _describe_run(folder: Path) -> dict:
-    """Return what a run's record says, and whether a process works on it."""
-    record = read_record(folder, way_on="name one of the files beside it instead")
-    state = state_of(record, locks.holder(folder / LOCK))
-    known = ("command", "prompt", "seed", "stage", "step", "error", "started", "finished", "seconds", "nonfinite")
-    return {"file": str(folder), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
-
-
 def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
     """Return a safetensors file's metadata and its tensors' types, shapes and bytes."""
     with opened(path) as file:  # checks that the file is whole
         metadata = file.metadata() or {}
     try:
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            (length,) = struct.unpack("<Q", file.read(8))  # a safetensors file: 8 bytes, so much JSON, the numbers
             entries = json.loads(file.read(length))
     except (OSError, ValueError) as error:
         raise AssetError(f"{path} is not a readable .safetensors file ({error})") from error

@@ -26,6 +26,7 @@ from .run_folder import RECORD, comparable, read_record, settings_tree
 from .terminal import say
 
 T = TypeVar("T")
+# a recipe's parts that may be absent would be subcommands; --no-x is said only of what is on by default
 _MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
 
 
@@ -112,7 +113,7 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
         raise UsageError(
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
         ) from error
-    own = FolderOptions(resume=str(folder))
+    own = FolderOptions(resume=str(folder))  # wherever it was when it began: folders may be moved
     default = replace(default, options=replace(default.options, folders=own))
     call = _with_shorthands(_tyro(kind, words, name, None, default))
     if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
@@ -141,6 +142,7 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
     if hifa is not None:
         call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
     names = ("steps", "motion_steps", "sd_view", "hifa_steps")
     return replace(call, options=replace(options, **{key: None for key in names if hasattr(options, key)}))
 
@@ -173,8 +175,8 @@ def one_line(box: str, prog: str) -> str:
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip("│|╭╮╰╯ ")
-        if not line.lstrip().startswith(("╭", "╰", "+")) and text:
-            if set(text) <= {"─", "-"}:
+        if not line.lstrip().startswith(("╭", "╰", "+")) and text:  # "+": where the terminal knows ASCII alone
+            if set(text) <= {"─", "-"}:  # a rule: what follows is help
                 parts.append([])
             else:
                 parts[-1].append(text)

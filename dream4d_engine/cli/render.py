@@ -13,6 +13,7 @@ from ..assets import load_scene
 from ..cameras import CameraBatch, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_image
 from ..machine import check_folder, check_memory, pick_device
+from ..rendering import RenderOptions
 from ..training.estimate import film_bytes
 from ..training.loop import Interrupted
 from . import results
@@ -70,11 +71,15 @@ class Render:
 def run(options: Render) -> int:
     """Make videos and images of a scene file."""
     width, height = options.size
-    passes = tuple(dict.fromkeys(options.passes))
+    passes = tuple(dict.fromkeys(options.passes))  # each once, in the order they were named
     if not passes or not (options.video or options.png):
         raise UsageError("nothing to render: give --passes, and leave --no-video away or add --png")
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
-    render_options = results.options_for(passes, options.samples, scene.deformation is not None)
+    if "displacement" in passes and scene.deformation is None:
+        raise UsageError("the scene doesn't move: it has no displacement to show; leave that pass out")
+    render_options = RenderOptions(
+        n_samples=options.samples, normals="normals" in passes, displacement="displacement" in passes
+    )
     cameras = _cameras(options, height, width)
     n_frames = cameras.shape[1]
     check_memory(film_bytes(height, width), f"a frame of {width}x{height}", "lower --size")
@@ -82,8 +87,8 @@ def run(options: Render) -> int:
     videos = {name: out / f"{options.path}_{name}.mp4" for name in passes if options.video}
     folders = {name: out / f"{options.path}_{name}" for name in passes if options.png}
     results.require_new([*videos.values(), *folders.values()], options.overwrite, folders=list(folders.values()))
-    check_folder(out, n_frames * len(passes) * height * width * 4)
-    span = results.measure_range(scene, cameras, render_options)
+    check_folder(out, n_frames * len(passes) * height * width * 4)  # bytes, of which no image or video takes more
+    span = results.measure_range(scene, cameras, render_options)  # of all frames, or the brightness would flicker
     with stop_on_interrupt() as should_stop, make_progress() as progress, ExitStack() as stack:
         writers = {n: stack.enter_context(VideoWriter(p, options.fps, provenance.prompt)) for n, p in videos.items()}
         progress.begin("frames", n_frames)

@@ -80,7 +80,7 @@ class RunFolder:
             return
         with contextlib.suppress(OSError):
             if not any(self.unfinished.iterdir()):
-                self.unfinished.rmdir()
+                self.unfinished.rmdir()  # its presence is what makes a run one to be resumed
         try:
             self.save(status, **news)
         except OSError:
@@ -101,13 +101,13 @@ class RunFolder:
         """Remove what only resuming needs and mark the run as finished."""
         if self.writes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.save("finished", finished=_now())
+        self.save("finished", finished=_now())  # last: a run that is killed before is resumed, and finds all made
 
 
 def settings_tree(options: object, *recipes: Recipe) -> dict:
     """A command's settings as JSON holds them."""
     tree = {"options": asdict(options)} | {recipe.stage: asdict(recipe) for recipe in recipes}
-    return json.loads(json.dumps(tree))
+    return json.loads(json.dumps(tree))  # as they will be read again: tuples are lists then
 
 
 def comparable(settings: dict) -> dict:
@@ -173,7 +173,7 @@ def check_out(folder: Path | None, names: Sequence[str], overwrite: bool) -> Non
 
 def check_alone(folder: Path) -> None:
     """Raise InUse where another process works in the folder of a run."""
-    who = locks.holder(folder / LOCK)
+    who = locks.holder(folder / LOCK)  # nobody, where its process is gone
     if who is not None:
         raise locks.InUse(locks.in_use(folder, who))
 
@@ -192,7 +192,7 @@ def _check_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
             f"{folder} holds an unfinished run that can't be gone on with --resume, as its {RECORD} is gone: choose "
             "another --out, or --overwrite it"
         )
-    if status == "failed" and set(present) <= {RECORD, REFERENCE}:
+    if status == "failed" and set(present) <= {RECORD, REFERENCE}:  # it failed before it made anything
         return
     if present:
         raise UsageError(f"{folder} already holds {', '.join(present)}: choose another --out, or --overwrite")
@@ -242,7 +242,7 @@ def start_run(
     with _locked(folder) as held:
         _check_free(folder, names, overwrite)  # another run may have been quicker
         run = RunFolder(folder, {"status": "running", **record, **now}, device, lock=held)
-        document_bytes(run.record)  # before anything is lost
+        document_bytes(run.record)  # raises for what can't be written, before anything is lost
         shutil.rmtree(run.unfinished, ignore_errors=True)
         sweep(folder, names)
         for name in names:
@@ -279,9 +279,9 @@ def resume_run(folder: Path, names: Sequence[str], device: torch.device, n_bytes
         if record.get("status") == "finished":
             raise UsageError(f"the run in {folder} was finished by another process just now")
         sweep(folder, names)
-        sweep(folder / UNFINISHED, ["*"])
+        sweep(folder / UNFINISHED, ["*"])  # no other process writes here: the lock is ours
         record.setdefault("seconds", {})
-        record.pop("error", None)
+        record.pop("error", None)  # it was the last attempt's
         run = RunFolder(folder, record, device, lock=held)
         run.unfinished.mkdir(exist_ok=True)
         now = {"at": _now(), "after": state_of(record, None), "versions": versions(), "device": str(device)}
@@ -294,4 +294,4 @@ def state_of(record: dict, who: str | None) -> str:
     status = record.get("status", "unknown")
     if who is not None:
         return f"running ({who})"
-    return "killed" if status == "running" else status
+    return "killed" if status == "running" else status  # a killed process couldn't say so itself

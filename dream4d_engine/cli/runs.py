@@ -109,7 +109,7 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
     try:
         with stop_on_interrupt() as should_stop:
             run = _open_together(processes, options, recipes, scene, head, device)
-            began = time.monotonic()
+            began = time.monotonic()  # the wall clock may be set in the meantime
             try:
                 with make_progress() if processes.is_main else Quiet() as progress:
                     yield Session(options, comparable(settings), run, progress, should_stop, processes)
@@ -117,7 +117,7 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
             except Interrupted as stop:
                 if not processes.is_main:  # the first process says it
                     sys.exit(should_stop.code)
-                run.end("interrupted", stage=stop.stage, step=stop.step or None)
+                run.end("interrupted", stage=stop.stage, step=stop.step or None)  # 0: before its first step
                 where = f"{stop.stage}, step {stop.step}" if stop.step else stop.stage
                 hint = resuming(run.record, run.path)
                 text = f"stopped in {where}; what is done is saved; resume with: {hint}"
@@ -178,7 +178,7 @@ def _open(
     `head`: how the record of a new run begins.
     """
     folders = options.folders
-    _check_numbers(options, recipes, scene)
+    _check_numbers(options, recipes, scene)  # with --overwrite a folder's results go: not for a run that can't be made
     if folders.resume is None:
         check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
     elif read_record(Path(folders.resume)).get("status") == "finished":
@@ -186,7 +186,7 @@ def _open(
         sys.exit(0)
     else:
         check_alone(Path(folders.resume))
-    if device.type == "cpu":  # a GPU's memory is asked for by the plan, which is made when the models are there
+    if device.type == "cpu":  # a GPU says itself where its memory ends; a CPU would swap, or be killed
         for recipe in recipes:
             way_out = (
                 f"lower --{recipe.stage}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"

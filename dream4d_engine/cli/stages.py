@@ -14,6 +14,7 @@ from ..export import save_image
 from ..machine import versions, write_atomically
 from ..randomness import Draw
 from ..scene import Scene, build_scene
+from ..toyworld.evaluate import reference_match
 from ..training.checkpoint import set_aside
 from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe
 from ..training.guidance import Folders, explain_silence, load_guidance
@@ -51,7 +52,7 @@ def read_reference(command: str, options: RunOptions, recipe: StaticRecipe) -> R
     """Read and check the image that a run starts from."""
     if options.image is None:
         raise UsageError(f"say which image to start from: dream4d {command} IMAGE --out FOLDER")
-    check_recipe(recipe, "static")
+    check_recipe(recipe, "static")  # its numbers are used in looking at the image already
     maps = options.maps
     reference = load_reference(
         options.image,
@@ -136,6 +137,7 @@ def _made_before(session: Session, stage: str, provenance: Provenance, path: Pat
         return None
     try:
         scene, found = load_scene(path, session.device)
+        # not what it was made with, nor from: that may have been updated since, and was made sure of before
         if replace(found, versions={}, parent=None) == replace(provenance, versions={}, parent=None):
             return scene, found
         why = f"{path} is the result of other settings"
@@ -152,12 +154,12 @@ def _made_before(session: Session, stage: str, provenance: Provenance, path: Pat
 
 def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title: str) -> None:
     """Make a video, unless it is there already."""
-    if not session.processes.is_main:
+    if not session.processes.is_main:  # training is shared, what comes after it is not
         return
     path, images, stage = session.run.path / name, session.options.images, name.partition(".")[0]
     n_frames = cameras.shape[1]
     session.progress.begin(stage, n_frames)
-    if path.exists():
+    if path.exists():  # videos are written whole or not at all
         session.progress.update(stage, n_frames)
         return
     began = time.monotonic()
@@ -181,9 +183,9 @@ def show(
         session.pause("measures", alone=True)
         measures, line = results.measure(scene, prompt)
         if compared is not None:
-            found = results.measure_reference(*compared)
-            measures["reference"] = found
-            line += f", reference view {found['psnr']:.1f} dB"
+            psnr, iou = reference_match(*compared)
+            measures["reference"] = {"psnr": psnr, "iou": iou}  # of the image and of the silhouettes
+            line += f", reference view {psnr:.1f} dB"
         write_atomically(session.run.path / METRICS, document_bytes(measures))
     session.progress.say(line)
 

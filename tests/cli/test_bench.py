@@ -134,7 +134,8 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
     assert "gradient's cosine" in capsys.readouterr().out
     options = bench.Bench(image_prior=str(image))
     full, _ = bench._guidance(recipe, bench.Variant("plain", "plain", None), options, CPU, None)
-    assert bench._gradient_cosine(recipe, full, options, CPU) == pytest.approx(1.0, abs=1e-6), "with itself"
+    job = bench._Job(recipe, bench.Variant("tiny", "tiny", None), full, options, CPU)
+    assert bench._gradient_cosine(job, recipe) == pytest.approx(1.0, abs=1e-6), "with itself"
 
 
 @pytest.mark.parametrize(
