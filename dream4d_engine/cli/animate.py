@@ -39,7 +39,8 @@ class Animate:
     gpu: shared.Gpu = shared.GpuOptions()
     machine: shared.Machine = shared.MachineOptions()
 
-    __post_init__ = shared.check_numbers
+    def __post_init__(self) -> None:
+        shared.check_numbers(self)
 
 
 def run(options: Animate, motion: MotionRecipe) -> int:

@@ -82,7 +82,8 @@ class Bench:
     priors: Priors = PriorOptions()
     machine: Machine = MachineOptions()
 
-    __post_init__ = check_numbers
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class ImageTo3D:
     gpu: shared.Gpu = shared.GpuOptions()
     machine: shared.Machine = shared.MachineOptions()
 
-    __post_init__ = shared.check_numbers
+    def __post_init__(self) -> None:
+        shared.check_numbers(self)
 
 
 def run(options: ImageTo3D, static: StaticRecipe) -> int:

@@ -65,7 +65,8 @@ class Render:
     """Replace files of the same names."""
     machine: Machine = MachineOptions()
 
-    __post_init__ = check_numbers
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def run(options: Render) -> int:
@@ -107,9 +108,9 @@ def run(options: Render) -> int:
                     folders[name].mkdir(exist_ok=True)
                     save_image(folders[name] / f"{index:04}.png", image)
         for folder in folders.values():
-            for image in folder.glob("[0-9]*.png"):  # a longer film may have left frames behind these
-                if image.stem.isdecimal() and int(image.stem) >= n_frames:
-                    image.unlink()
+            for path in folder.glob("[0-9]*.png"):  # a longer film may have left frames behind these
+                if path.stem.isdecimal() and int(path.stem) >= n_frames:
+                    path.unlink()
     say(f"{out}: {', '.join(path.name for path in [*videos.values(), *folders.values()])}")
     return 0
 

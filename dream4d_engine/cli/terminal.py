@@ -6,6 +6,7 @@ terminal's encoding doesn't have: none of them arrives there raw.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from ..documents import printable
 def prepare() -> None:
     """Let no letter stop a line, and bring warnings here too."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):  # not every stream that stands in for one can do it
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # not every stream that stands in for one can do it
+            with suppress(ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(_Warnings(logging.WARNING))
 
