@@ -1,4 +1,4 @@
-"""The command bench: seconds a step and peak memory of recipes."""
+"""Measure seconds a step and peak memory of recipes, in each of their phases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Annotated, Literal
 
 import torch
 
@@ -23,9 +24,7 @@ from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
-    MotionRecipe,
     Phase,
-    StaticRecipe,
     find_recipe,
     is_toy,
 )
@@ -35,10 +34,11 @@ from ..training.motion import train_motion
 from ..training.plan import parse_bytes
 from ..training.reference import Reference
 from ..training.static import train_static
-from .arguments import Bench
+from .command import Command
+from .errors import UsageError
 from .interrupts import stop_on_interrupt
 from .models import prior_handles
-from .parsing import UsageError
+from .options import FILE, MODEL, Machine, MachineOptions, PriorOptions, Priors, Recipe, check_numbers
 from .progress import Progress, make_progress
 from .terminal import say
 
@@ -48,53 +48,100 @@ _KINDS = ("fast", "plain", "tiny")
 PROFILED = 3
 """Steps that are looked into."""
 REPEATS = 5
-"""Times that the priors alone are asked."""
+"""Times that the priors alone are asked, after a first one that isn't counted."""
 
-Recipe = StaticRecipe | MotionRecipe
+
+@dataclass(frozen=True)
+class Bench:
+    recipes: tuple[str, ...] = ("static:toy", "motion:toy")
+    """Recipes as STAGE:NAME, for example static:text-to-3d, image:image-to-3d or motion:zeroscope-144x80; or all."""
+    models: Literal["toy", "full"] = "toy"
+    """toy: the small models unless folders are given; full: the published models' architectures with random weights,
+    built on the device."""
+    variants: tuple[str, ...] = ("fast",)
+    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
+    memory budget."""
+    steps: int = 20
+    """Steps that are measured."""
+    warmup: int = 3
+    """Steps before them that are not."""
+    profile: bool = False
+    """Look into some more steps: which work takes longest, and how often the CPU waits for the GPU."""
+    multiview_prior: Annotated[str | None, MODEL] = None
+    """Multi-view model."""
+    image_prior: Annotated[str | None, MODEL] = None
+    """Text-to-image model."""
+    novel_view_prior: Annotated[str | None, MODEL] = None
+    """Novel-view model."""
+    pixel_prior: Annotated[str | None, MODEL] = None
+    """Text-to-pixels model."""
+    video_prior: Annotated[str | None, MODEL] = None
+    """Text-to-video model."""
+    out: Annotated[Path | None, FILE] = None
+    """Write the results as JSON into this file too."""
+    priors: Priors = PriorOptions()
+    machine: Machine = MachineOptions()
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a recipe: `name` as it was asked for, kind and memory budget (bytes) taken from it."""
+    """A way to run a recipe."""
 
-    name: str
-    kind: str
-    budget: int | None
+    name: str  # as it was asked for
+    kind: str  # fast, plain or tiny
+    budget: int | None  # bytes of GPU memory, None for all
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A phase of a recipe in one way.
+    """A phase of a recipe in one way."""
 
-    Args:
-        seconds_per_step: median after the warm-up; None where it failed, see `error`.
-        guidance_seconds: of that, asking the priors about images that are there already, forward and backward.
-        preparing_seconds: of the first step, in which networks are compiled, tuned and captured.
-        peak_memory_bytes: the GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on
-            a CPU. reserved_bytes: what the process took of the GPU in all.
-        plan: how the memory budget is kept to.
-        gradient_cosine: of a step's gradient on the images through the tiny autoencoder with that through the full
-            one, same images, timestep and noise; only for trained models.
-        profile: where the time of steps after the measured ones goes, if it was asked for.
-    """
-
-    recipe: str
+    recipe: str  # STAGE:NAME
     variant: str
-    models: dict[str, str]
-    images: str
-    steps: int
-    seconds_per_step: float | None
+    models: dict[str, str]  # by prior: where it is, or what was built
+    images: str  # of a step: "4 of 64x64"
+    steps: int  # that were measured
+    seconds_per_step: float | None = None  # median after the warm-up; None where it failed, see `error`
     guidance_seconds: float | None = None
-    preparing_seconds: float | None = None
+    """Of that, asking the priors about images that are there already, forward and backward."""
+    preparing_seconds: float | None = None  # of the first step: networks are compiled, tuned and captured in it
     peak_memory_bytes: int | None = None
-    reserved_bytes: int | None = None
-    plan: str | None = None
+    """The GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on a CPU."""
+    reserved_bytes: int | None = None  # what the process took of the GPU in all
+    plan: str | None = None  # how the memory budget is kept to
     gradient_cosine: float | None = None
-    profile: Profile | None = None
+    """Of a step's gradient on the images through the tiny autoencoder with that through the full one, same images,
+    timestep and noise; only for trained models: random weights say nothing about their likeness."""
+    profile: Profile | None = None  # where the time of steps after the measured ones goes, if it was asked for
     error: str | None = None
 
 
-def bench(options: Bench) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """What is measured: a recipe in one way, with its models."""
+
+    recipe: Recipe
+    variant: Variant
+    guidance: dict[PriorKind, Guidance]
+    options: Bench
+    device: torch.device
+
+    def fitted(self, phase: Phase) -> Recipe:
+        """The recipe with one phase all the time, and as many views or frames as its models take."""
+        recipe, options = self.recipe, self.options
+        counts = [g.denoiser.n_frames for g in self.guidance.values() if g.denoiser.n_frames]
+        changes = {recipe.group_field: counts[0]} if counts else {}
+        if recipe.reference is not None:  # the last and largest size of the image all the time
+            last = replace(recipe.reference.phases[-1], start=0.0)
+            changes["reference"] = replace(recipe.reference, phases=(last,))
+        steps = options.warmup + options.steps + PROFILED * options.profile
+        return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
+
+
+def run(options: Bench) -> int:
     """Measure the recipes and print a table; the exit code is 1 where a recipe failed."""
     if not options.recipes or not options.variants:
         raise UsageError("nothing to measure: name at least one of --recipes and of --variants")
@@ -103,7 +150,11 @@ def bench(options: Bench) -> int:
             raise UsageError(f"{options.out} is a folder: --out names the file for the results")
         check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
-    names = _all(options.models) if options.recipes == ("all",) else list(options.recipes)
+    names = list(options.recipes)
+    if options.recipes == ("all",):
+        pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
+        # toy recipes have no models of full size
+        names = [f"{stage}:{r.name}" for stage, r in pairs if options.models == "toy" or not is_toy(r)]
     recipes, variants = {name: _find(name) for name in names}, [_variant(name, device) for name in options.variants]
     measured: list[Measured] = []
     unsaved: WriteError | None = None
@@ -131,12 +182,6 @@ def _save(path: Path | None, measured: list[Measured], device: torch.device) -> 
         write_atomically(path, document_bytes(found))
 
 
-def _all(models: str) -> list[str]:
-    """Every recipe; the toy ones only with toy models."""
-    pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
-    return [f"{stage}:{recipe.name}" for stage, recipe in pairs if models == "toy" or not is_toy(recipe)]
-
-
 def _find(name: str) -> Recipe:
     stage, _, recipe = name.partition(":")
     if stage not in _STAGES or not recipe:
@@ -161,27 +206,27 @@ def _measure(
 ) -> list[Measured]:
     """Measure every phase of a recipe in one way; a failure is noted and ends the recipe."""
     if device.type == "cuda":
-        limit_memory(device, None)
-    reference = _reference(recipe)
-    guidance, models = _guidance(recipe, variant, options, device, reference)
-    found = []
+        limit_memory(device, None)  # the variant before may have kept to a budget
+    guidance, models = _guidance(recipe, variant, options, device, _reference(recipe))
+    job, found = _Job(recipe, variant, guidance, options, device), []
     for number, phase in enumerate(recipe.phases):
-        fitted = _fitting(recipe, phase, guidance, options.warmup + options.steps + PROFILED * options.profile)
+        fitted = job.fitted(phase)
         n_images = phase.n_groups * getattr(fitted, fitted.group_field)
-        images = f"{n_images} of {phase.width}x{phase.height}"
-        blank = Measured(name, variant.name, models, images, options.steps, None)
+        blank = Measured(name, variant.name, models, f"{n_images} of {phase.width}x{phase.height}", options.steps)
         label = f"{name} {variant.name}" + (f" {number + 1}" if len(recipe.phases) > 1 else "")
         progress.begin(label, fitted.steps)
+
+        def show(report: StepReport, label: str = label) -> None:
+            progress.update(label, report.step, report.loss, report.remaining)
+
         try:
-            found.append(
-                _measure_phase(blank, label, fitted, guidance, variant, options, progress, should_stop, device)
-            )
+            found.append(_measure_phase(blank, job, fitted, show, should_stop))
         except (RuntimeError, ValueError) as error:  # of memory, of CUDA, of a network
             if should_stop():
                 raise
             found.append(replace(blank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]))
             break
-    del guidance
+    del guidance, job  # the next models need the room
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -189,28 +234,24 @@ def _measure(
 
 
 def _measure_phase(
-    blank: Measured,
-    label: str,
-    recipe: Recipe,
-    guidance: Mapping[PriorKind, Guidance],
-    variant: Variant,
-    options: Bench,
-    progress: Progress,
-    should_stop: Callable[[], bool],
-    device: torch.device,
+    blank: Measured, job: _Job, recipe: Recipe, show: Callable[[StepReport], None], should_stop: Callable[[], bool]
 ) -> Measured:
+    """Train for some steps of one phase; `blank` with what was found."""
+    options, device, guidance = job.options, job.device, job.guidance
     clock, plans, last = _Clock(device), [], options.warmup + options.steps
     profiler = Profiler(device) if options.profile else None
 
     def on_step(report: StepReport, _scene: Scene) -> None:
         clock.tick()
         if report.step == options.warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats(device)  # what compiling and tuning took is not a step's
         if report.step == last and profiler is not None:
-            profiler.start()
-        progress.update(label, report.step, report.loss, report.remaining)
+            profiler.start()  # only now: what looks on takes time itself
+        show(report)
 
-    control = RunControl(on_step=on_step, should_stop=should_stop, memory_budget=variant.budget, on_plan=plans.append)
+    control = RunControl(
+        on_step=on_step, should_stop=should_stop, memory_budget=job.variant.budget, on_plan=plans.append
+    )
     given = {"seed": 0, "device": device, "control": control}
     clock.tick()
     if recipe.stage == "static":
@@ -220,24 +261,20 @@ def _measure_phase(
         still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
         train_motion(still, recipe, guidance, **given)
     profile = None if profiler is None else profiler.stop(PROFILED)
-    seconds = clock.between()
-    peak = peak_memory(device)
+    seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
+    compares = job.variant.kind == "tiny" and options.models == "toy"  # with random weights that says nothing
     return replace(
         blank,
         seconds_per_step=median(seconds[options.warmup : last]),
-        guidance_seconds=None if variant.budget else _guidance_seconds(recipe, guidance, device),
+        # asked for all images at once they may not keep to a budget
+        guidance_seconds=None if job.variant.budget else _guidance_seconds(job, recipe),
         preparing_seconds=seconds[0],
         peak_memory_bytes=peak,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         plan=plans[0] if plans else None,
-        gradient_cosine=_gradient_cosine(recipe, guidance, options, device) if _compares(variant, options) else None,
+        gradient_cosine=_gradient_cosine(job, recipe) if compares else None,
         profile=profile,
     )
-
-
-def _compares(variant: Variant, options: Bench) -> bool:
-    """Random weights say nothing about the likeness of two autoencoders."""
-    return variant.kind == "tiny" and options.models == "toy"
 
 
 class _Clock:
@@ -251,7 +288,7 @@ class _Clock:
         if self._device.type != "cuda":
             self._moments.append(time.monotonic())
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # the GPU notes it when it gets there
         event.record()
         self._moments.append(event)
 
@@ -271,7 +308,7 @@ class _Distilled:
         phase, generator = recipe.phases[0], torch.Generator().manual_seed(0)
         self.cameras = recipe.sample_cameras(phase, generator).to(device)
         shape = self.cameras.shape
-        # coarse and fine structure, as images have it
+        # coarse and fine structure, as images have it; [B, F, 3, H, W]
         coarse = torch.rand(*shape, 3, 4, 4, generator=generator).flatten(0, 1)
         coarse = torch.nn.functional.interpolate(coarse, (phase.height, phase.width), mode="bilinear")
         fine = torch.rand(*shape, 3, phase.height, phase.width, generator=generator)
@@ -284,23 +321,21 @@ class _Distilled:
         return images.grad
 
 
-def _guidance_seconds(recipe: Recipe, guidance: Mapping[PriorKind, Guidance], device: torch.device) -> float:
+def _guidance_seconds(job: _Job, recipe: Recipe) -> float:
     """Median seconds of asking the priors alone."""
-    distilled, clock = _Distilled(recipe, device), _Clock(device)
+    distilled, clock = _Distilled(recipe, job.device), _Clock(job.device)
     clock.tick()
     for _ in range(REPEATS + 1):
-        distilled.gradient(guidance)
+        distilled.gradient(job.guidance)
         clock.tick()
-    return median(clock.between()[1:])
+    return median(clock.between()[1:])  # the first time memory is taken
 
 
-def _gradient_cosine(
-    recipe: Recipe, guidance: Mapping[PriorKind, Guidance], options: Bench, device: torch.device
-) -> float:
+def _gradient_cosine(job: _Job, recipe: Recipe) -> float:
     """How alike the gradients through the tiny and through the full autoencoder are: 1 the same direction."""
-    full, _ = _guidance(recipe, Variant("plain", "plain", None), options, device, _reference(recipe))
-    distilled = _Distilled(recipe, device)
-    ours, theirs = (distilled.gradient(g).flatten().double() for g in (guidance, full))
+    full, _ = _guidance(recipe, Variant("plain", "plain", None), job.options, job.device, _reference(recipe))
+    distilled = _Distilled(recipe, job.device)
+    ours, theirs = (distilled.gradient(g).flatten().double() for g in (job.guidance, full))
     return torch.nn.functional.cosine_similarity(ours, theirs, 0).item()
 
 
@@ -339,16 +374,6 @@ def _reference(recipe: Recipe) -> Reference | None:
     return Reference(torch.full((size, size, 3), 0.6), disc, "a grey disc")
 
 
-def _fitting(recipe: Recipe, phase: Phase, guidance: Mapping[PriorKind, Guidance], steps: int) -> Recipe:
-    """The recipe with so many steps of one phase, and as many views or frames as its models take."""
-    counts = [g.denoiser.n_frames for g in guidance.values() if g.denoiser.n_frames]
-    changes = {recipe.group_field: counts[0]} if counts else {}
-    if recipe.reference is not None:  # the last and largest size of the image all the time
-        last = replace(recipe.reference.phases[-1], start=0.0)
-        changes["reference"] = replace(recipe.reference, phases=(last,))
-    return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
-
-
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 
@@ -377,3 +402,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+COMMAND = Command(Bench, run)

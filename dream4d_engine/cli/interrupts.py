@@ -26,20 +26,14 @@ class Stopped(RuntimeError):
 
 
 class StopRequest:
-    """To be called: whether the process was asked to stop. `code`: the exit code that says so."""
+    """To be called: whether the process was asked to stop."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self.code = INTERRUPTED
+        self.asked = threading.Event()
+        self.code = INTERRUPTED  # the exit code that says so
 
     def __call__(self) -> bool:
-        return self._asked.is_set()
-
-    def ask(self, number: int) -> None:
-        """A signal came."""
-        if not self():
-            self.code = 128 + number
-            self._asked.set()
+        return self.asked.is_set()
 
 
 @contextmanager
@@ -51,8 +45,10 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, _frame: object) -> None:
-        request.ask(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not request():  # the first signal says how the process ends
+            request.code = 128 + number
+            request.asked.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM goes on being heeded: batch systems send it twice
         with contextlib.suppress(OSError):  # nobody may be left to read it
             say("stopping after this step; Ctrl-C again kills", error=True)
 

@@ -4,149 +4,82 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, make_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 from ..assets import config_from_dict
-from ..documents import as_object, describe, field, read_document, text_fault
+from ..documents import describe, is_text, text_fault
 from ..training.checkpoint import first_difference
-from ..training.config import (
-    IMAGE_RECIPES,
-    MOTION_RECIPES,
-    STATIC_RECIPES,
-    StaticRecipe,
-    find_recipe,
-    is_toy,
-    with_hifa_steps,
-    with_view_limit,
-)
+from ..training.config import with_hifa_steps, with_view_limit
 from ..training.loop import ResumeMismatch
-from .arguments import (
-    Animate,
-    AnimateCall,
-    Bench,
-    Convert,
-    FolderOptions,
-    ImageTo3D,
-    ImageTo3DCall,
-    ImageTo4D,
-    ImageTo4DCall,
-    Import,
-    Info,
-    Priors,
-    Render,
-    TextTo3D,
-    TextTo3DCall,
-    TextTo4D,
-    TextTo4DCall,
-)
+from .command import Command, find_command
+from .errors import UsageError
+from .options import Flat, FolderOptions
+from .run_folder import RECORD, comparable, read_record, settings_tree
 from .terminal import say
 
 T = TypeVar("T")
-RECORD = "run.json"
+# a recipe's parts that may be absent would be subcommands; --no-x is said only of what is on by default
 _MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
 
 
-class UsageError(ValueError):
-    """Something on the command line that can't be understood."""
+def parse_line(words: Sequence[str]) -> tuple[Command, Any]:
+    """Return the command that the words name and what its `run` takes, as fields of one object."""
+    strange = next((word for word in words if not is_text(word)), None)
+    if strange is not None:  # tokenizers and safetensors take no such words and paths
+        raise UsageError(
+            f"{ascii(strange)} is no text in UTF-8: set the terminal to UTF-8 (on Linux LC_ALL=C.UTF-8), or rename the "
+            "file or folder that it names"
+        )
+    return find_command(words[0]), parse(words[0], words[1:])
 
 
-def _text_recipe(name: str) -> StaticRecipe:
-    if name in IMAGE_RECIPES:
-        raise UsageError(f"the recipe {name!r} starts from an image: use dream4d image-to-3d or image-to-4d")
-    return find_recipe(name, STATIC_RECIPES)
-
-
-def _image_recipe(name: str) -> StaticRecipe:
-    if name in STATIC_RECIPES:
-        raise UsageError(f"the recipe {name!r} starts from a sentence: use dream4d text-to-3d or text-to-4d")
-    return find_recipe(name, IMAGE_RECIPES)
-
-
-def _motion_for(static: StaticRecipe) -> str:
-    """The name of the second stage's recipe that goes with a first stage."""
-    return "toy" if is_toy(static) else "zeroscope-144x80"
-
-
-def _default_text_to_3d(options: TextTo3D) -> TextTo3DCall:
-    return TextTo3DCall(options, _text_recipe(options.recipe))
-
-
-def _default_image_to_3d(options: ImageTo3D) -> ImageTo3DCall:
-    return ImageTo3DCall(options, _image_recipe(options.recipe))
-
-
-def _default_animate(options: Animate) -> AnimateCall:
-    return AnimateCall(options, find_recipe(options.recipe, MOTION_RECIPES))
-
-
-def _default_text_to_4d(options: TextTo4D) -> TextTo4DCall:
-    static = _text_recipe(options.recipe)
-    motion = options.motion_recipe or _motion_for(static)
-    return TextTo4DCall(replace(options, motion_recipe=motion), static, find_recipe(motion, MOTION_RECIPES))
-
-
-def _default_image_to_4d(options: ImageTo4D) -> ImageTo4DCall:
-    static = _image_recipe(options.recipe)
-    motion = options.motion_recipe or _motion_for(static)
-    return ImageTo4DCall(replace(options, motion_recipe=motion), static, find_recipe(motion, MOTION_RECIPES))
-
-
-@dataclass(frozen=True)
-class Command:
-    """`call`: what parsing gives; `options`: what `--help` shows, all of it where there is no recipe."""
-
-    call: type
-    options: type
-    default: Callable[[Any], Any] | None = None
-
-
-COMMANDS = {
-    "text-to-3d": Command(TextTo3DCall, TextTo3D, _default_text_to_3d),
-    "image-to-3d": Command(ImageTo3DCall, ImageTo3D, _default_image_to_3d),
-    "animate": Command(AnimateCall, Animate, _default_animate),
-    "text-to-4d": Command(TextTo4DCall, TextTo4D, _default_text_to_4d),
-    "image-to-4d": Command(ImageTo4DCall, ImageTo4D, _default_image_to_4d),
-    "render": Command(Render, Render),
-    "import": Command(Import, Import),
-    "info": Command(Info, Info),
-    "bench": Command(Bench, Bench),
-    "priors": Command(Priors, Priors),
-    "convert": Command(Convert, Convert),
-}
-
-
-def help_text() -> str:
-    """The text of `dream4d --help`."""
-    lines = [f"  {name:<12}{(command.options.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "dream4d: from a sentence or an image to a moving object.",
-            "",
-            "usage: dream4d COMMAND ... (dream4d COMMAND --help says more)",
-            "",
-            *lines,
-            "",
-            'For example: dream4d text-to-4d "a red cube is jumping" --out demo',
-        ]
-    )
+@cache
+def call_type(command: Command) -> type:
+    """A dataclass of what a command's `run` takes: its options, as flags without a prefix, and recipes."""
+    kinds = get_type_hints(command.run)
+    recipes = [(stage, kinds[stage]) for stage in ("static", "motion") if stage in kinds]
+    return make_dataclass("Call", [("options", Annotated[command.options, Flat]), *recipes], frozen=True)
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
     """Parse the words after the command's name. `--help` prints the usual flags, `--help-all` every one."""
-    if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-    command, prog = COMMANDS[name], f"dream4d {name}"
+    command = find_command(name)
+    call, about = call_type(command), sys.modules[command.run.__module__].__doc__
     _check_empty(name, words)
-    if command.default is None:
-        return _tyro(command.call, words, prog)
-    return _check_texts(_parse_call(name, command, words, prog))
+    n_recipes = len(fields(call)) - 1
+    if not n_recipes:
+        return call(_tyro(command.options, words, name, about))
+    if "--help-all" in words:
+        words = ["--help", *(w for w in words if w != "--help-all")]
+        about = f"`{name}` with every number of its recipe{'s' if n_recipes > 1 else ''}."
+    elif "--help" in words or "-h" in words:
+        try:
+            return call(_tyro(command.options, words, name, about))
+        finally:
+            say(f"Every number of the recipe is a flag too: dream4d {name} --help-all [--recipe NAME] lists them.")
+    unfinished = _peek(words, "--resume")
+    if unfinished is not None:
+        found = _parse_resumed(name, call, words, Path(unfinished))
+    else:
+        # the recipe first: its numbers are the defaults of the flags
+        peeked = {"recipe": _peek(words, "--recipe"), "motion_recipe": _peek(words, "--motion-recipe")}
+        known = {key: value for key, value in peeked.items() if value is not None and hasattr(command.options, key)}
+        default = call(*command.with_recipes(command.options(**known)))
+        found = _with_shorthands(_tyro(call, words, name, about, default))
+    for key, what in (("prompt", "the prompt"), ("object_prompt", "--object-prompt")):
+        text = getattr(found.options, key, None)
+        fault = None if text is None else text_fault(text)
+        if fault is not None:  # it couldn't be written down with the result
+            raise UsageError(f"{what} {fault}")
+    return found
 
 
 def _check_empty(name: str, words: Sequence[str]) -> None:
@@ -162,34 +95,7 @@ def _check_empty(name: str, words: Sequence[str]) -> None:
         raise UsageError(f"{name} is given an empty name: say which file is meant")
 
 
-def _parse_call(name: str, command: Command, words: Sequence[str], prog: str) -> Any:
-    """Parse the words of a command that has recipes."""
-    if "--help-all" in words:
-        words = ["--help", *(w for w in words if w != "--help-all")]
-    elif "--help" in words or "-h" in words:
-        print_more = f"Every number of the recipe is a flag too: {prog} --help-all [--recipe NAME] lists them."
-        with _after(print_more):
-            return _tyro(command.options, words, prog)
-    unfinished = _peek(words, "--resume")
-    if unfinished is not None:
-        return _parse_resumed(name, command, words, Path(unfinished))
-    peeked = {"recipe": _peek(words, "--recipe"), "motion_recipe": _peek(words, "--motion-recipe")}
-    known = {key: value for key, value in peeked.items() if value is not None and hasattr(command.options, key)}
-    default = command.default(command.options(**known))
-    return _with_shorthands(_tyro(command.call, words, prog, default))
-
-
-def _check_texts(call: Any) -> Any:
-    """Refuse prompts that couldn't be written down with the result."""
-    for name in ("prompt", "object_prompt"):
-        text = getattr(call.options, name, None)
-        fault = None if text is None else text_fault(text)
-        if fault is not None:
-            raise UsageError(f"{'the prompt' if name == 'prompt' else '--object-prompt'} {fault}")
-    return call
-
-
-def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Path) -> Any:
+def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) -> Any:
     """Parse on top of the settings of the run in `folder`; whatever is given must be equal to them."""
     saved = read_record(folder)
     if saved.get("command") != name:
@@ -198,69 +104,26 @@ def _parse_resumed(name: str, command: Command, words: Sequence[str], folder: Pa
             "start over with another --out"
         )
     try:
-        default = config_from_dict(command.call, _renewed(saved.get("settings")), "settings")
+        settings = saved.get("settings")
+        options = settings.get("options") if isinstance(settings, dict) else None
+        if isinstance(options, dict) and "pictures" in options:  # their name in runs of before
+            settings = settings | {"options": {{"pictures": "images"}.get(k, k): v for k, v in options.items()}}
+        default = config_from_dict(kind, settings, "settings")
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
         ) from error
-    own = FolderOptions(resume=str(folder))
+    own = FolderOptions(resume=str(folder))  # wherever it was when it began: folders may be moved
     default = replace(default, options=replace(default.options, folders=own))
-    call = _with_shorthands(_tyro(command.call, words, f"dream4d {name}", default))
+    call = _with_shorthands(_tyro(kind, words, name, None, default))
     if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
         raise UsageError(f"--resume {folder} writes there: leave --out {call.options.folders.out} away")
-    difference = first_difference(comparable(call), comparable(default))
+    ours, theirs = (comparable(settings_tree(*vars(one).values())) for one in (call, default))
+    difference = first_difference(ours, theirs)
     if difference:
         what = difference.removeprefix("options.")
         raise ResumeMismatch(f"{what}: resume with the same settings, or start over with another --out")
     return call
-
-
-def _renewed(settings: Any) -> Any:
-    """Settings of before under today's names."""
-    options = settings.get("options") if isinstance(settings, dict) else None
-    if not isinstance(options, dict) or "pictures" not in options:
-        return settings
-    return settings | {"options": {{"pictures": "images"}.get(name, name): value for name, value in options.items()}}
-
-
-def settings_tree(call: Any) -> dict:
-    """A command's settings as JSON holds them."""
-    return json.loads(json.dumps(asdict(call)))
-
-
-def comparable(call: Any) -> dict:
-    """The settings that a resumed run must share with its beginning, as a tree."""
-    tree = settings_tree(call)
-    tree["options"] = {key: value for key, value in tree["options"].items() if key not in ("folders", "gpu", "machine")}
-    tree["options"]["priors"].pop("download")  # how the models came here makes no difference
-    return tree
-
-
-def read_record(folder: Path) -> dict:
-    """Read a run folder's run.json; what this program reads of it has the right types, or is missing."""
-    path = folder / RECORD
-    if not path.exists():
-        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it")
-    try:
-        record = as_object(read_document(path, UsageError), path, UsageError)
-        for name, kind in _FIELDS.items():
-            if record.get(name) is None:
-                record.pop(name, None)
-            else:
-                record[name] = field(record, name, kind, path, UsageError, kind())
-        for name in _TABLES:
-            table = as_object(record.get(name, {}), f"{path}: {name}", UsageError)
-            for key, kind in ((key, _TABLES[name]) for key in table):
-                table[key] = field(table, key, kind, f"{path}: {name}", UsageError, kind())
-    except UsageError as error:
-        raise UsageError(f"{error}; start over with another --out") from error
-    return record
-
-
-_FIELDS = {"status": str, "command": str, "source": str, "reference": str, "error": str, "stage": str}
-_FIELDS |= {"settings": dict, "seconds": dict, "fits": dict, "nonfinite": dict, "resumed": list}
-_FIELDS |= {"peak_memory_bytes": int, "step": int}
-_TABLES = {"seconds": float, "fits": dict, "nonfinite": dict}
 
 
 def _with_shorthands(call: Any) -> Any:
@@ -279,6 +142,7 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
     if hifa is not None:
         call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
     names = ("steps", "motion_steps", "sd_view", "hifa_steps")
     return replace(call, options=replace(options, **{key: None for key in names if hasattr(options, key)}))
 
@@ -293,21 +157,13 @@ def _peek(words: Sequence[str], flag: str) -> str | None:
     return found
 
 
-@contextlib.contextmanager
-def _after(text: str):
-    try:
-        yield
-    finally:
-        say(text)
-
-
-def _tyro(kind: type[T], words: Sequence[str], prog: str, default: T | None = None) -> T:
+def _tyro(kind: type[T], words: Sequence[str], name: str, about: str | None, default: T | None = None) -> T:
     """Run tyro; its boxes of several lines become a UsageError of one."""
-    given = {} if default is None else {"default": default}
+    prog, given = f"dream4d {name}", {} if default is None else {"default": default}
     complaints = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaints):
-            return tyro.cli(kind, prog=prog, args=list(words), config=_MARKERS, **given)
+            return tyro.cli(kind, prog=prog, description=about, args=list(words), config=_MARKERS, **given)
     except SystemExit as end:
         if end.code in (0, None):
             raise
@@ -319,8 +175,8 @@ def one_line(box: str, prog: str) -> str:
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip("│|╭╮╰╯ ")
-        if not line.lstrip().startswith(("╭", "╰", "+")) and text:
-            if set(text) <= {"─", "-"}:
+        if not line.lstrip().startswith(("╭", "╰", "+")) and text:  # "+": where the terminal knows ASCII alone
+            if set(text) <= {"─", "-"}:  # a rule: what follows is help
                 parts.append([])
             else:
                 parts[-1].append(text)

@@ -13,6 +13,7 @@ from .terminal import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -51,8 +52,8 @@ class Lines:
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock
-        self._steps: dict[str, int] = {}
-        self._latest: dict[str, float] = {}
+        self._steps: dict[str, int] = {}  # of each stage, in all
+        self._latest: dict[str, float] = {}  # when each stage wrote its last line
         self._done: set[str] = set()
 
     def __enter__(self) -> Lines:
@@ -68,7 +69,7 @@ class Lines:
         self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
     ) -> None:
         steps, now = self._steps[stage], self._clock()
-        if stage in self._done:
+        if stage in self._done:  # its last step says so, and then the stage
             return
         if step >= steps:
             self._done.add(stage)
@@ -93,7 +94,7 @@ class Bars:
 
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
         self._bars.__enter__()
@@ -109,17 +110,15 @@ class Bars:
     def update(
         self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
     ) -> None:
-        left = f"{clock_text(remaining)} left" if remaining is not None and step < self._total(stage) else ""
+        total = next(task.total or 0 for task in self._bars.tasks if task.id == self._tasks[stage])
+        left = f"{clock_text(remaining)} left" if remaining is not None and step < total else ""
         left = " ".join(part for part in (left, warning) if part)
         self._bars.update(
             self._tasks[stage], completed=step, loss="" if loss is None else f"loss {loss:.4g}", left=left
         )
 
-    def _total(self, stage: str) -> float:
-        return next(task.total or 0 for task in self._bars.tasks if task.id == self._tasks[stage])
-
     def say(self, text: str) -> None:
-        self._bars.console.print(printable(text), markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)  # "[red]" in a prompt is no color
 
 
 class Quiet:
@@ -145,7 +144,7 @@ class Quiet:
 
 def make_progress() -> Progress:
     """Bars where standard output is a terminal, else lines."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty():  # a pipe or a log would be filled with every redrawing of the bars
         return Lines(say)
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress

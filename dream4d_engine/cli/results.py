@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,9 @@ from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
 from ..toyworld.captions import parse_caption
-from ..toyworld.evaluate import evaluate_scene, reference_match
-from ..training.config import ReferenceConfig
-from ..training.reference import Reference
-from .arguments import ImageOptions
+from ..toyworld.evaluate import evaluate_scene
+from .errors import UsageError
+from .options import ImageOptions
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
 SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), (0.0, 0.25, 0.5, 0.75, 1.0), 96
@@ -32,18 +31,11 @@ OnFrame = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PassRange:
-    """What a whole video maps to full brightness: distances near..far, the largest displacement."""
+    """What a whole video maps to full brightness."""
 
-    near: float
+    near: float  # distance from the camera, world units
     far: float
-    largest: float
-
-
-def options_for(passes: tuple[str, ...], samples: int | None, moving: bool) -> RenderOptions:
-    """Render options that give what the passes need."""
-    if "displacement" in passes and not moving:
-        raise ValueError("the scene doesn't move: it has no displacement to show; leave that pass out")
-    return RenderOptions(n_samples=samples, normals="normals" in passes, displacement="displacement" in passes)
+    largest: float  # length of a displacement
 
 
 def frames_of(scene: Scene, cameras: CameraBatch, options: RenderOptions, on_frame: OnFrame) -> Iterator[RenderOutput]:
@@ -62,7 +54,7 @@ def measure_range(scene: Scene, cameras: CameraBatch, options: RenderOptions) ->
     near, far, largest = math.inf, 0.0, 0.0
     for index in every:
         output = render_chunked(scene, small.frames(index, index + 1), options)
-        solid = output.opacity > 0.5
+        solid = output.opacity > 0.5  # at edges a distance means little
         if solid.any():
             distance = (output.depth / output.opacity.clamp_min(1e-6))[solid]
             near, far = min(near, float(distance.min())), max(far, float(distance.max()))
@@ -74,7 +66,7 @@ def measure_range(scene: Scene, cameras: CameraBatch, options: RenderOptions) ->
 def pass_image(output: RenderOutput, name: str, span: PassRange) -> Tensor:
     """One pass of a rendered frame as an image [H, W, 3] in [0, 1]."""
     if name == "depth":  # near bright, far dark, nothing black
-        distance = output.depth / output.opacity.clamp_min(1e-6)
+        distance = output.depth / output.opacity.clamp_min(1e-6)  # depth is a sum of weights, which add up to opacity
         bright = 1 - 0.8 * (distance - span.near) / max(span.far - span.near, 1e-6)
         return (bright.clamp(0, 1) * output.opacity)[0, 0].expand(-1, -1, 3)
     if name == "displacement":
@@ -106,7 +98,7 @@ def final_cameras(images: ImageOptions) -> CameraBatch:
 def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None) -> None:
     """Write a sheet of views (rows, by azimuth) and times (columns; one for a scene that doesn't move)."""
     times = SHEET_TIMES if scene.deformation is not None else (0.0,)
-    azimuths = torch.tensor(SHEET_AZIMUTHS_DEG).float().deg2rad()[:, None]
+    azimuths = torch.tensor(SHEET_AZIMUTHS_DEG).float().deg2rad()[:, None]  # [B, 1] against times [1, F]
     cameras = make_cameras(
         azimuths,
         math.radians(ELEVATION_DEG),
@@ -129,16 +121,10 @@ def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
     found: dict = {"prompt": prompt, "scene": _scene_measures(scene)}
     try:
         caption = parse_caption(prompt)
-    except ValueError:
+    except ValueError:  # a prompt of the wide world: no truth to compare with
         return found, f"the object covers {found['scene']['coverage']:.0%} of the image"
     truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
     return found | {"truth": truth.to_dict()}, truth.summary()
-
-
-def measure_reference(scene: Scene, reference: Reference, config: ReferenceConfig) -> dict:
-    """How near the scene, seen by the reference's camera, is to the image: PSNR and the silhouettes' IoU."""
-    psnr, iou = reference_match(scene, reference, config)
-    return {"psnr": psnr, "iou": iou}
 
 
 def _scene_measures(scene: Scene) -> dict:
@@ -157,3 +143,14 @@ def _scene_measures(scene: Scene) -> dict:
     if moving and output.displacement is not None and solid.any():
         measures["mean_displacement"] = float(output.displacement.norm(dim=-1, keepdim=True)[solid].mean())
     return measures
+
+
+def require_new(paths: Sequence[Path], overwrite: bool, folders: Sequence[Path] = ()) -> None:
+    """Refuse paths that are taken, even with `overwrite` by what is no file, or no folder for those of `folders`."""
+    present = [path for path in paths if path.exists()]
+    for path in present:
+        if path.is_dir() != (path in folders):
+            kinds = ("file", "folder") if path in folders else ("folder", "file")
+            raise UsageError(f"{path} is a {kinds[0]} where a {kinds[1]} belongs: choose another --out")
+    if present and not overwrite:
+        raise UsageError(f"{present[0]} exists: choose another --out, or --overwrite")

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from .. import locks
-from ..documents import document_bytes
+from ..documents import as_object, document_bytes, field, read_document
 from ..machine import check_folder, peak_memory, versions, write_atomically
-from .parsing import RECORD, UsageError, read_record
+from .errors import UsageError
+from .options import Recipe
+from .terminal import say
 
-UNFINISHED, LOCK, REFERENCE = "unfinished", "run.lock", "reference.png"
+RECORD, UNFINISHED, LOCK, REFERENCE = "run.json", "unfinished", "run.lock", "reference.png"
+_MEANT = {"command": str, "settings": dict, "source": str, "reference": str}
+"""Fields of run.json without which a run isn't the same any more."""
+_NOTED = {"status": str, "error": str, "stage": str, "step": int, "resumed": list, "peak_memory_bytes": int}
+_TABLES = {"seconds": float, "fits": dict, "nonfinite": dict}
+"""Fields that only say how far it came: where they are damaged they begin anew. Of tables, what an entry is."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes. `record` is what run.json holds; it is saved at the beginning and after every stage.
-
-    `writes` is false in the processes beside the one that writes; that one holds the `lock`.
-    """
+    """Where a run writes."""
 
     path: Path
-    record: dict
+    record: dict  # what run.json holds; saved at the beginning and after every stage
     device: torch.device
-    writes: bool = True
-    lock: locks.Lock | None = None
+    writes: bool = True  # not in the processes beside the one that writes
+    lock: locks.Lock | None = None  # of the one that writes
 
     @property
     def unfinished(self) -> Path:
@@ -75,20 +80,17 @@ class RunFolder:
             return
         with contextlib.suppress(OSError):
             if not any(self.unfinished.iterdir()):
-                self.unfinished.rmdir()
+                self.unfinished.rmdir()  # its presence is what makes a run one to be resumed
         try:
             self.save(status, **news)
         except OSError:
-            self._mark_failed()
-
-    def _mark_failed(self) -> None:
-        """Change the status where run.json lies: on a full disk that takes no room."""
-        running, failed = b'"status": "running"', b'"status": "failed" '
-        with contextlib.suppress(OSError), open(self.path / RECORD, "r+b") as file:
-            place = file.read().find(running)
-            if place >= 0:
-                file.seek(place)
-                file.write(failed)
+            # on a full disk a change of as many bytes, where they lie, takes no room
+            running, failed = b'"status": "running"', b'"status": "failed" '
+            with contextlib.suppress(OSError), open(self.path / RECORD, "r+b") as file:
+                place = file.read().find(running)
+                if place >= 0:
+                    file.seek(place)
+                    file.write(failed)
 
     def release(self) -> None:
         """Let other processes work here."""
@@ -99,7 +101,60 @@ class RunFolder:
         """Remove what only resuming needs and mark the run as finished."""
         if self.writes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.save("finished", finished=_now())
+        self.save("finished", finished=_now())  # last: a run that is killed before is resumed, and finds all made
+
+
+def settings_tree(options: object, *recipes: Recipe) -> dict:
+    """A command's settings as JSON holds them."""
+    tree = {"options": asdict(options)} | {recipe.stage: asdict(recipe) for recipe in recipes}
+    return json.loads(json.dumps(tree))  # as they will be read again: tuples are lists then
+
+
+def comparable(settings: dict) -> dict:
+    """The settings that a resumed run must share with its beginning."""
+    options = {key: value for key, value in settings["options"].items() if key not in ("folders", "gpu", "machine")}
+    # how the models came here makes no difference
+    options["priors"] = {key: value for key, value in options["priors"].items() if key != "download"}
+    return settings | {"options": options}
+
+
+def read_record(
+    folder: Path,
+    way_on: str = "start over with another --out",
+    on_repair: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Read a run folder's run.json; what this program reads of it has the right types, or is missing.
+
+    `way_on`: what to do where it can't be read, in words. `on_repair` is told in a line of what only says how far the
+    run came, and had a wrong type: it is left out.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        raise UsageError(f"{folder} holds no run to resume: there is no {RECORD} in it")
+    try:
+        record = as_object(read_document(path, UsageError), path, UsageError)
+        for name in (*_MEANT, *_NOTED, *_TABLES):
+            if record.get(name) is None:
+                record.pop(name, None)
+        for name, kind in _MEANT.items():
+            field(record, name, kind, path, UsageError, kind())
+    except UsageError as error:
+        raise UsageError(f"{error}; {way_on}") from error
+    _drop_damaged(record, _NOTED | dict.fromkeys(_TABLES, dict), path, on_repair)
+    for name, kind in _TABLES.items():
+        table = record.get(name, {})
+        _drop_damaged(table, dict.fromkeys(table, kind), f"{path}: {name}", on_repair)
+    return record
+
+
+def _drop_damaged(tree: dict, kinds: dict[str, type], where: object, on_repair: Callable[[str], None]) -> None:
+    """Leave out what has not the type that `kinds` says."""
+    for name in kinds.keys() & tree.keys():
+        try:
+            tree[name] = field(tree, name, kinds[name], where, UsageError, kinds[name]())
+        except UsageError as error:
+            del tree[name]
+            on_repair(f"{error}: it begins anew")
 
 
 def _now() -> str:
@@ -118,7 +173,7 @@ def check_out(folder: Path | None, names: Sequence[str], overwrite: bool) -> Non
 
 def check_alone(folder: Path) -> None:
     """Raise InUse where another process works in the folder of a run."""
-    who = locks.holder(folder / LOCK)
+    who = locks.holder(folder / LOCK)  # nobody, where its process is gone
     if who is not None:
         raise locks.InUse(locks.in_use(folder, who))
 
@@ -137,7 +192,7 @@ def _check_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
             f"{folder} holds an unfinished run that can't be gone on with --resume, as its {RECORD} is gone: choose "
             "another --out, or --overwrite it"
         )
-    if status == "failed" and set(present) <= {RECORD, REFERENCE}:
+    if status == "failed" and set(present) <= {RECORD, REFERENCE}:  # it failed before it made anything
         return
     if present:
         raise UsageError(f"{folder} already holds {', '.join(present)}: choose another --out, or --overwrite")
@@ -187,7 +242,7 @@ def start_run(
     with _locked(folder) as held:
         _check_free(folder, names, overwrite)  # another run may have been quicker
         run = RunFolder(folder, {"status": "running", **record, **now}, device, lock=held)
-        document_bytes(run.record)  # before anything is lost
+        document_bytes(run.record)  # raises for what can't be written, before anything is lost
         shutil.rmtree(run.unfinished, ignore_errors=True)
         sweep(folder, names)
         for name in names:
@@ -220,13 +275,13 @@ def resume_run(folder: Path, names: Sequence[str], device: torch.device, n_bytes
     check_folder(folder, n_bytes)
     _check_kinds(folder, names)
     with _locked(folder) as held:
-        record = read_record(folder)
+        record = read_record(folder, on_repair=lambda text: say(f"note: {text}", error=True))
         if record.get("status") == "finished":
             raise UsageError(f"the run in {folder} was finished by another process just now")
         sweep(folder, names)
-        sweep(folder / UNFINISHED, ["*"])
+        sweep(folder / UNFINISHED, ["*"])  # no other process writes here: the lock is ours
         record.setdefault("seconds", {})
-        record.pop("error", None)
+        record.pop("error", None)  # it was the last attempt's
         run = RunFolder(folder, record, device, lock=held)
         run.unfinished.mkdir(exist_ok=True)
         now = {"at": _now(), "after": state_of(record, None), "versions": versions(), "device": str(device)}
@@ -239,4 +294,4 @@ def state_of(record: dict, who: str | None) -> str:
     status = record.get("status", "unknown")
     if who is not None:
         return f"running ({who})"
-    return "killed" if status == "running" else status
+    return "killed" if status == "running" else status  # a killed process couldn't say so itself

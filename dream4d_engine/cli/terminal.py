@@ -6,9 +6,12 @@ terminal's encoding doesn't have: none of them arrives there raw.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
+import warnings
 from contextlib import suppress
 
 from ..documents import printable
@@ -17,10 +20,25 @@ from ..documents import printable
 def prepare() -> None:
     """Let no letter stop a line, and bring warnings here too."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):  # not every stream that stands in for one can do it
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # not every stream that stands in for one can do it
+            with suppress(ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(_Warnings(logging.WARNING))
+
+
+def quieten(may_download: bool) -> None:
+    """Keep the libraries' advice to programmers away from people who type commands, and the network from them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not may_download:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded without being asked for
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # the variables are read when the libraries are imported, the levels hold where they were imported before
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 class _Warnings(logging.Handler):

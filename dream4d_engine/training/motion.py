@@ -29,10 +29,10 @@ def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     ]
 
 
-def check_scale(scale: float) -> None:
-    """Refuse a zoom that no deformation field has."""
+def check_scale(scale: float, name: str = "deformation_scale") -> None:
+    """Refuse a zoom that no deformation field has; `name`: what it was given as."""
     if not 0.05 <= scale <= 10:
-        raise ValueError(f"deformation_scale must lie in [0.05, 10], got {scale}; 1 leaves the size as it is")
+        raise ValueError(f"{name} must lie in [0.05, 10], got {scale}; 1 leaves the size as it is")
 
 
 def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dream4d_engine.cli import bench, main
-from dream4d_engine.cli.arguments import Bench
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.profiling import gaps
@@ -133,9 +132,10 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
     assert code == 0
     assert found[0]["gradient_cosine"] is None and -1 <= found[1]["gradient_cosine"] < 0.99, "they are strangers"
     assert "gradient's cosine" in capsys.readouterr().out
-    options = Bench(image_prior=str(image))
+    options = bench.Bench(image_prior=str(image))
     full, _ = bench._guidance(recipe, bench.Variant("plain", "plain", None), options, CPU, None)
-    assert bench._gradient_cosine(recipe, full, options, CPU) == pytest.approx(1.0, abs=1e-6), "with itself"
+    job = bench._Job(recipe, bench.Variant("tiny", "tiny", None), full, options, CPU)
+    assert bench._gradient_cosine(job, recipe) == pytest.approx(1.0, abs=1e-6), "with itself"
 
 
 @pytest.mark.parametrize(

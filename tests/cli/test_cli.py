@@ -23,7 +23,8 @@ from places import DATA, ROOT
 
 from dream4d_engine import assets
 from dream4d_engine.cli import main
-from dream4d_engine.cli.parsing import COMMANDS, parse
+from dream4d_engine.cli.command import FILES, find_command
+from dream4d_engine.cli.parsing import parse
 from dream4d_engine.cli.progress import Lines, clock_text
 from dream4d_engine.cli.run_folder import sweep
 from dream4d_engine.export import read_video
@@ -163,7 +164,7 @@ def test_two_stages_one_by_one(run, tmp_path, priors, capsys):
         (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "-1"], "--seed must lie in"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--static.optimizer.lr-grid", "nan"], "lr_grid must be a finite"),
         (["text-to-4d", PROMPT, "--out", "OUT", "--motion-steps", "0"], "--motion-steps must lie in [1, "),
-        (["text-to-4d", PROMPT, "--out", "OUT", "--deformation-scale", "nan"], "deformation_scale must lie in"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--deformation-scale", "nan"], "--deformation-scale must lie in"),
         (
             ["text-to-4d", PROMPT, "--out", "OUT", "--motion_recipe", "zeroscope-72x40", "--steps", "0"],
             "--steps must lie in",
@@ -214,7 +215,7 @@ def test_memory_that_runs_out_on_the_way(error, tmp_path, capsys, monkeypatch, p
     def train(*_args, **_settings):
         raise error
 
-    monkeypatch.setattr("dream4d_engine.cli.runs.train_static", train)
+    monkeypatch.setattr("dream4d_engine.cli.stages.train", train)
     out = tmp_path / "out"
     words = ["text-to-3d", PROMPT, "--out", str(out), *priors[:2]]
     assert "out of memory: lower" in fails(capsys, *words)
@@ -247,7 +248,8 @@ def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path,
 @pytest.fixture
 def doors(monkeypatch, run, tmp_path):
     """Commands end where the work would begin; the fixture is a function that says how: what was refused, or None."""
-    from dream4d_engine.cli import bench, entry, files, runs
+    from dream4d_engine import cli
+    from dream4d_engine.cli import bench, render, results, runs, stages
 
     class Begun(Exception):
         pass
@@ -256,12 +258,12 @@ def doors(monkeypatch, run, tmp_path):
         raise Begun
 
     monkeypatch.setattr(runs, "start_run", begin)
-    monkeypatch.setattr(runs, "prior_handles", lambda *_: {})
+    monkeypatch.setattr(stages, "prior_handles", lambda *_: {})
     monkeypatch.setattr(bench, "_measure", begin)
-    monkeypatch.setattr(files.results, "measure_range", begin)
-    monkeypatch.setattr(files, "check_folder", lambda *_: None)
+    monkeypatch.setattr(results, "measure_range", begin)
+    monkeypatch.setattr(render, "check_folder", lambda *_: None)
     said: list[str] = []
-    monkeypatch.setattr(entry, "_report", lambda error, _: said.append(f"{type(error).__name__}: {error}") or 2)
+    monkeypatch.setattr(cli, "report", lambda error, **_: said.append(f"{type(error).__name__}: {error}") or 2)
     places = {"SCENE": str(run[0] / "scene.safetensors"), "OUT": str(tmp_path / "out")}
 
     def refused(*words: str) -> str | None:
@@ -317,20 +319,18 @@ def test_no_flag_of_a_number_is_left_out():
     """The walk above names the flags: a new one must be added there."""
     from typing import get_args, get_type_hints
 
-    from dream4d_engine.cli import arguments
-
     def numbers(kind: type) -> set[str]:
         found = set()
         for name, hint in get_type_hints(kind).items():
             if is_dataclass(hint):
-                found |= numbers(hint) if hint.__module__ == arguments.__name__ else set()
+                found |= numbers(hint) if hint.__module__.startswith("dream4d_engine.cli.") else set()
             elif {int, float} & {hint, *get_args(hint)}:
                 found.add(name)
         return found
 
     walked = {flag.lstrip("-").replace("-", "_") for flags in NUMBERS.values() for flag in flags}
-    for command in COMMANDS.values():
-        assert numbers(command.options) <= walked, command.options.__name__
+    for name in FILES:
+        assert numbers(find_command(name).options) <= walked, name
 
 
 def leaves(value: object, path: tuple = ()) -> Iterator[tuple]:
@@ -636,10 +636,10 @@ def test_help_and_version(capsys):
     for words in ([], ["--help"], ["-h"]):
         assert main(words) == 0
         text = capsys.readouterr().out
-        assert all(name in text for name in COMMANDS)
+        assert all(name in text for name in FILES)
     assert main(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
-    for name in COMMANDS:
+    for name in FILES:
         assert main([name, "--help"]) == 0
         text = capsys.readouterr().out
         assert name in text and "--static.scene" not in text
@@ -647,6 +647,18 @@ def test_help_and_version(capsys):
     text = capsys.readouterr().out
     assert "--static.scene.radiance.grid.n-levels" in text and "--motion.guidance.0.weight" in text
     assert "10000" in text
+
+
+def test_help_of_all_commands_brings_no_torch_in():
+    code = "import sys; from dream4d_engine.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+
+
+def test_every_file_of_a_command_is_registered():
+    folder = Path(assets.__file__).parent / "cli"
+    of_commands = {path.stem for path in folder.glob("*.py") if "\nCOMMAND = " in path.read_text(encoding="utf-8")}
+    assert of_commands == set(FILES.values())
 
 
 def test_every_number_of_a_recipe_is_a_flag():

@@ -156,14 +156,19 @@ FIELDS = [
     ("settings", {"options": {"prompt": {"a": 1}}}),
     ("command", 5),
     ("command", "text-to-5d\x1b[2J"),
+    ("source", {"sha256": "ab"}),
+    ("reference", 5),
+]
+NOTES = [
     ("status", ["running"]),
     ("seconds", 3),
-    ("seconds", {"static": "long"}),
+    ("seconds", {"static": "long", "load models": 2.5}),
     ("resumed", {"at": 1}),
     ("fits", []),
     ("fits", {"static": 1}),
     ("peak_memory_bytes", "much"),
     ("nonfinite", 0.5),
+    ("step", "four\x1b[2J"),
 ]
 
 
@@ -181,6 +186,30 @@ def test_a_record_of_wrong_types_is_a_sentence(name, value, stopped, capsys):
     line = fails(capsys, "text-to-3d", "--resume", str(stopped))
     assert name in line or "holds a run of" in line
     assert line.isprintable()
+
+
+@pytest.mark.parametrize(("name", "value"), NOTES)
+def test_damaged_notes_of_a_record_stop_no_run_whose_checkpoint_is_good(name, value, stopped, unbroken, capsys):
+    record = record_of(stopped) | {name: value}
+    (stopped / "run.json").write_text(json.dumps(record))
+    assert main(["info", str(stopped)]) == 0
+    assert capsys.readouterr().err == "", "looking on repairs nothing"
+    assert main(["text-to-3d", "--resume", str(stopped)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {stopped / 'run.json'}: {name}") and line.endswith(": it begins anew")
+    assert "must be" in line and line.isprintable()
+    assert_same_bits(stopped, unbroken)
+    record = record_of(stopped)
+    assert record["status"] == "finished" and record["seconds"]["static"] > 0 and record["peak_memory_bytes"] > 0
+    if isinstance(value, dict) and "load models" in value:
+        assert record["seconds"]["load models"] > 2.5, "what is good of a table is kept"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_who_only_looks_at_a_damaged_record_is_not_told_to_start_over(name, stopped, capsys):
+    (stopped / "run.json").write_bytes(RECORDS[name])
+    line = fails(capsys, "info", str(stopped))
+    assert "run.json" in line and "--out" not in line and "name one of the files beside it instead" in line
 
 
 def test_a_record_with_a_mark_at_its_beginning_is_read(stopped, unbroken, capsys):
@@ -461,10 +490,10 @@ def test_a_disk_that_fills_up_in_training(small_disk, priors, unbroken, monkeypa
 
 @pytest.mark.parametrize("writer", ["save_scene", "save_scene_video", "save_contact_sheet", "measure"])
 def test_a_disk_that_is_full_when_results_are_written(small_disk, priors, unbroken, monkeypatch, capsys, writer):
-    from dream4d_engine.cli import results, runs
+    from dream4d_engine.cli import results, runs, stages
 
     monkeypatch.setattr(runs, "disk_bytes", lambda *_: 0)
-    place = runs if writer == "save_scene" else results
+    place = stages if writer == "save_scene" else results
     plain, out = getattr(place, writer), small_disk / "out"
 
     def full(*args, **options):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path

@@ -214,7 +214,7 @@ def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
             (found,) = torch.autograd.grad(network(again), again, grad)
         return found
 
-    pull_back.__self__ = getattr(network, "__self__", network)  # what GraphRecorder knows functions by
+    pull_back.__self__ = getattr(network, "__self__", network)  # what GraphCapture knows functions by
     return pull_back
 
 

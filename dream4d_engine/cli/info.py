@@ -1,0 +1,125 @@
+"""Say what a scene file, a checkpoint or a run's folder holds, or which kernels are in use."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from .. import locks
+from ..assets import AssetError, opened, read_info
+from ..kernels import kernel_status
+from ..machine import pick_device
+from ..training.checkpoint import load_checkpoint
+from .command import Command
+from .errors import UsageError
+from .options import Machine, MachineOptions, Positional, arg
+from .run_folder import LOCK, RECORD, read_record, state_of
+from .terminal import say, say_json
+
+
+@dataclass(frozen=True)
+class Info:
+    file: Annotated[Positional[Path | None], arg(metavar="FILE")] = None
+    """The file."""
+    kernels: bool = False
+    """Which kernels run on this machine, and why others don't."""
+    json: bool = False
+    """As JSON, for programs."""
+    machine: Machine = MachineOptions()
+
+
+def run(options: Info) -> int:
+    """Say what a file holds, or which kernels are in use."""
+    if options.file is None and not options.kernels:
+        raise UsageError("name a scene file or a checkpoint, or ask for --kernels")
+    found: dict = {} if options.file is None else describe(options.file)
+    lines = _lines(found) if found else []
+    if options.kernels:
+        device = pick_device(options.machine.device)
+        backends = kernel_status(device)
+        used = next(one.name for one in backends if one.usable)  # the fastest stands first
+        found["kernels"] = {"device": str(device), "used": used, "backends": [asdict(one) for one in backends]}
+        lines.append(f"kernels on {device}: {used}")
+        for one in backends:
+            state = "in use" if one.name == used else "usable, a faster one is in use"
+            lines.append(f"  {one.name:<7} {state if one.usable else 'not usable: ' + one.reason}")
+    if options.json:
+        say_json(found)
+    else:
+        say(*lines)
+    return 0
+
+
+def describe(path: Path) -> dict:
+    """Return what a scene file, a run's checkpoint or a run's folder holds, without reading its numbers."""
+    if (path / RECORD).is_file():
+        record = read_record(path, way_on="name one of the files beside it instead")
+        state = state_of(record, locks.holder(path / LOCK))  # whether a process works on it: run.json may be behind
+        known = ("command", "prompt", "seed", "stage", "step", "error", "started", "finished", "seconds", "nonfinite")
+        return {"file": str(path), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
+    if not path.is_file():
+        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    header, tensors = _safetensors_header(path)
+    common = {"file": str(path), "bytes": path.stat().st_size}
+    if header.get("format", "").endswith("checkpoint"):
+        saved = load_checkpoint(path)
+        what = {"kind": "checkpoint of an unfinished run", "step": saved.step, "identity": saved.identity}
+        return common | what | {"tensors": tensors}
+    asset = read_info(path)  # raises for what is no scene
+    what = {
+        "kind": "still scene" if asset.config.deformation is None else "moving scene",
+        "format_version": asset.format_version,
+        "provenance": asdict(asset.provenance),
+        "config": asdict(asset.config),
+    }
+    return common | what | {"tensors": tensors}
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
+    """Return a safetensors file's metadata and its tensors' types, shapes and bytes."""
+    with opened(path) as file:  # checks that the file is whole
+        metadata = file.metadata() or {}
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))  # a safetensors file: 8 bytes, so much JSON, the numbers
+            entries = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{path} is not a readable .safetensors file ({error})") from error
+    tensors = {
+        name: {"dtype": e["dtype"], "shape": e["shape"], "bytes": e["data_offsets"][1] - e["data_offsets"][0]}
+        for name, e in sorted(entries.items())
+        if name != "__metadata__"
+    }
+    return metadata, tensors
+
+
+def _lines(found: dict) -> list[str]:
+    """The description as text."""
+    if "tensors" not in found:
+        return [f"{found['file']}: {found['kind']}"] + [
+            line for name in list(found)[2:] for line in _tree_lines(name, found[name])
+        ]
+    tensors = found["tensors"]
+    lines = [f"{found['file']}: {found['kind']}, {found['bytes'] / 2**20:.2f} MiB"]
+    for name in ("format_version", "step", "provenance", "config", "identity"):
+        if name in found:
+            lines += _tree_lines(name, found[name])
+    lines.append(f"{len(tensors)} tensors:")
+    width = max(map(len, tensors), default=0)
+    for name, t in tensors.items():
+        shape = "x".join(map(str, t["shape"])) or "scalar"
+        lines.append(f"  {name:<{width}}  {t['dtype']:<5} {shape:<12} {t['bytes']:>12,} bytes")
+    return lines
+
+
+def _tree_lines(name: str, value: object, depth: int = 0) -> list[str]:
+    pad = "  " * depth
+    if isinstance(value, dict) and value:
+        return [f"{pad}{name}:", *(line for key, part in value.items() for line in _tree_lines(key, part, depth + 1))]
+    return [f"{pad}{name}: {value}"]
+
+
+COMMAND = Command(Info, run)

@@ -1,0 +1,259 @@
+"""What several commands share of their flags, and of the recipes that these name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from ..machine import pick_device
+from ..scene import MAX_SAMPLES
+from ..training.config import (
+    IMAGE_RECIPES,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
+    MotionRecipe,
+    StaticRecipe,
+    find_recipe,
+    is_toy,
+)
+from .errors import UsageError
+
+arg, Positional = tyro.conf.arg, tyro.conf.Positional
+
+
+def optional(metavar: str, text: str | None = None) -> Any:
+    """How a flag without a value of its own is shown; its default is said in words, not as None."""
+    return arg(metavar=metavar, help_behavior_hint="", help=text)
+
+
+Flat = arg(name="")  # the group's fields appear as flags without a prefix
+FOLDER, FILE, MODEL, TEXT, INT, FLOAT = map(optional, ("FOLDER", "FILE", "MODEL", "TEXT", "INT", "FLOAT"))
+
+Image = Annotated[Positional[str | None], optional("IMAGE")]
+Prompt = Annotated[Positional[str | None], optional("PROMPT")]
+Seed = Annotated[int, arg(help="Everything random follows from it.")]
+
+# the recipes' names, and the shorthands for numbers of theirs
+TextRecipe = Annotated[
+    str,
+    arg(
+        metavar="NAME",
+        help="toy (small models that come with the package) or text-to-3d (the published settings); toy-personalised "
+        'and\npersonalised-3d for a subject of your own: its word "sks" is told to the image model alone.',
+    ),
+]
+ImageRecipe = Annotated[
+    str,
+    arg(
+        metavar="NAME",
+        help="toy-image (small models that come with the package) or image-to-3d (the published settings).",
+    ),
+]
+SdView = Annotated[
+    float | None,
+    optional(
+        "FLOAT",
+        "Ask the image model only for views less than so many degrees from the front: 180 all, 145 spares the back and"
+        "\nlessens two-faced results (default: the recipe's).",
+    ),
+]
+HifaSteps = Annotated[
+    int | None,
+    optional(
+        "INT",
+        "Denoising steps of the second stage's targets: 4 move more steadily, at several times the cost (default: the"
+        "\nrecipe's).",
+    ),
+]
+DeformationScale = Annotated[
+    float | None,
+    optional("FLOAT", "Zoom of the object into the frame (default: chosen from the object's size)."),
+]
+
+MultiviewPrior = Annotated[
+    str | None, optional("MODEL", "Multi-view model (default with the recipe toy: the one in the package).")
+]
+ImagePrior = Annotated[str | None, optional("MODEL", "Text-to-image model.")]
+VideoPrior = Annotated[
+    str | None, optional("MODEL", "Text-to-video model (default with the recipe toy: the one in the package).")
+]
+NovelViewPrior = Annotated[
+    str | None, optional("MODEL", "Novel-view model (default with the recipe toy-image: the one in the package).")
+]
+PixelPrior = Annotated[
+    str | None, optional("MODEL", "Text-to-pixels model (default with the recipe toy-image: the one in the package).")
+]
+
+
+MOST_FRAMES, MOST_SIDE = 100_000, 8192
+"""Of a video: more is a slip of the finger, found out after the training; H.264 has no much larger images."""
+_RANGES = {
+    "seed": (0, 2**63 - 1),
+    "steps": (1, 10**9),
+    "motion_steps": (1, 10**9),
+    "warmup": (0, 10**9),
+    "sd_view": (0.1, 180),
+    "hifa_steps": (1, 1000),
+    "image_lora_strength": (-10, 10),
+    "size": (1, MOST_SIDE),
+    "frames": (1, MOST_FRAMES),
+    "orbit_frames": (1, MOST_FRAMES),
+    "part_frames": (1, MOST_FRAMES // 8),
+    "fps": (0.1, 1000),
+    "samples": (1, MAX_SAMPLES),
+    "azimuth_deg": (-36000, 36000),
+    "elevation_deg": (-90, 90),
+    "distance": (0.001, 10_000),
+    "fov_y_deg": (0.1, 179.9),
+    "time": (0, 1),
+}
+"""What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
+
+
+def check_numbers(options: object) -> None:
+    """Refuse a number out of its range, as soon as it is typed."""
+    for name, (low, high) in _RANGES.items():
+        given = getattr(options, name, None)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {value}")
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What the run uses of the machine."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    threads: Annotated[int | None, INT] = None
+    """CPU threads (default: one for each core)."""
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """How a GPU is used; results don't depend on it."""
+
+    memory_budget: Annotated[str | None, optional("SIZE")] = None
+    """Keep to so much GPU memory, for example 10GiB: the fastest way to run the models that fits is chosen."""
+    compile: bool = True
+    """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Where results go."""
+
+    out: Annotated[str | None, FOLDER] = None
+    """Folder for the results; made if needed."""
+    resume: Annotated[str | None, FOLDER] = None
+    """Go on with the unfinished run in this folder; its settings need not be given again."""
+    overwrite: bool = False
+    """Replace the results that --out already holds."""
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """Where the models come from. MODEL is a folder in diffusers' format, a checkpoint, or a hub id."""
+
+    download: bool = False
+    """Fetch a model that is named by a hub id (or an id that `dream4d priors` lists) and is not here yet."""
+    tiny_vae: Annotated[str | None, FOLDER] = None
+    """AutoencoderTiny that takes the place of the models' own autoencoder: less memory, coarser images."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What is added to the text-to-image model."""
+
+    image_lora: Annotated[str | None, FILE] = None
+    """LoRA (DreamBooth's, say) for the text-to-image model; its subject is "sks" in the prompt. "toy" is the one in the
+    package, of "a sks snowman", for --recipe toy-personalised."""
+    image_lora_strength: float = 1.0
+    """How much of it."""
+
+    __post_init__ = check_numbers
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """What is known of the image beside its colours."""
+
+    mask: Annotated[str | None, FILE] = None
+    """Image of the same size, black and white (default: the image's alpha)."""
+    mask_shows: Annotated[Literal["automatic", "subject", "background"], arg(metavar="PART")] = "automatic"
+    """What is white in --mask: subject, background, or automatic, which tells it by what lies under the mask and where,
+    and asks where that can't be told."""
+    depth_map: Annotated[str | None, FILE] = None
+    """Grey image of the same size, bright where the object is near (--static.reference.depth-near); it needs
+    --static.reference.depth or .relative-depth above 0."""
+    normal_map: Annotated[str | None, FILE] = None
+    """Image of the same size with the camera's normals as colours (red to the right, green up, blue towards the
+    camera); it needs --static.reference.normal above 0."""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """The videos and images made of the result."""
+
+    size: int = 128
+    """Height and width of the videos, pixels."""
+    orbit_frames: int = 48
+    """Frames of the turn around the still object."""
+    part_frames: int = 24
+    """Frames of each of the final video's 8 parts: still and orbiting camera in turns, the animation once in each."""
+    fps: float = 24.0
+    """Frames per second."""
+    samples: Annotated[int | None, INT] = None
+    """Samples along a ray (default: the scene's own)."""
+
+    __post_init__ = check_numbers
+
+
+Lora = Annotated[LoraOptions, Flat]
+Maps = Annotated[MapOptions, Flat]
+Priors = Annotated[PriorOptions, Flat]
+Images = Annotated[ImageOptions, Flat]
+Folders = Annotated[FolderOptions, Flat]
+Gpu = Annotated[GpuOptions, Flat]
+Machine = Annotated[MachineOptions, Flat]
+
+RunOptions = Any
+"""Options of a command that trains: prompt, seed, priors, images, folders, gpu and machine, named so in all of them."""
+Recipe = StaticRecipe | MotionRecipe
+
+
+def use_machine(options: MachineOptions) -> None:
+    """Refuse a device that is not there, whatever the command; set the number of threads."""
+    pick_device(options.device)
+    most = max(64, os.cpu_count() or 1)  # torch takes any number, and dies where the system has no more threads
+    if options.threads is None:
+        return
+    if not 1 <= options.threads <= most:
+        raise ValueError(f"--threads must lie in [1, {most}], got {options.threads}: one for each core is best")
+    torch.set_num_threads(options.threads)
+
+
+def text_recipe(name: str) -> StaticRecipe:
+    """A recipe that starts from a sentence."""
+    if name in IMAGE_RECIPES:
+        raise UsageError(f"the recipe {name!r} starts from an image: use dream4d image-to-3d or image-to-4d")
+    return find_recipe(name, STATIC_RECIPES)
+
+
+def image_recipe(name: str) -> StaticRecipe:
+    """A recipe that starts from an image."""
+    if name in STATIC_RECIPES:
+        raise UsageError(f"the recipe {name!r} starts from a sentence: use dream4d text-to-3d or text-to-4d")
+    return find_recipe(name, IMAGE_RECIPES)
+
+
+def with_motion(options: RunOptions, static: StaticRecipe) -> tuple[RunOptions, StaticRecipe, MotionRecipe]:
+    """Add the second stage's recipe; where none is named, the one that goes with the first stage's."""
+    name = options.motion_recipe or ("toy" if is_toy(static) else "zeroscope-144x80")
+    return replace(options, motion_recipe=name), static, find_recipe(name, MOTION_RECIPES)
