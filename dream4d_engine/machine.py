@@ -116,7 +116,7 @@ def check_folder(folder: Path, n_bytes: int, otherwise: str = "choose another --
     says what to do `otherwise`.
     """
     if not is_text(folder):  # safetensors opens no file there
-        raise ValueError(f"the name of {ascii(str(folder))} is no text in UTF-8: rename it, or {otherwise}")
+        raise ValueError(f"the name of {str(folder)!a} is no text in UTF-8: rename it, or {otherwise}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

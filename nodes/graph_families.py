@@ -96,9 +96,10 @@ def noise_schedule(model: Any) -> NoiseSchedule:
             return rectified_flow(math.exp(levels.shift))
         if isinstance(levels, sampling.ModelSamplingDiscreteFlow):
             return rectified_flow(levels.shift)
-    elif isinstance(levels, sampling.ModelSamplingDiscrete) and not isinstance(levels, sampling.StableCascadeSampling):
-        if isinstance(levels, sampling.EPS) and not isinstance(levels, sampling.EDM | sampling.IMG_TO_IMG):
-            return variance_preserving(1 / (1 + levels.sigmas.detach().clone().double().cpu() ** 2))
+    others = sampling.StableCascadeSampling | sampling.EDM | sampling.IMG_TO_IMG
+    known = isinstance(levels, sampling.ModelSamplingDiscrete) and isinstance(levels, sampling.EPS)
+    if known and not isinstance(levels, others):
+        return variance_preserving(1 / (1 + levels.sigmas.detach().clone().double().cpu() ** 2))
     raise PriorError(
         f"the model's noise levels are of the class {type(levels).__name__}: known are those of discrete eps and v "
         "models and of rectified flows"

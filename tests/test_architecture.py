@@ -84,7 +84,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             elif isinstance(child, ast.ImportFrom):
                 base = ".".join(package[: len(package) - child.level + 1]) if child.level else ""
                 module = ".".join(part for part in (base, child.module) if part)
-                if child.level and child.module is None or module == "dream4d_engine":
+                if (child.level and child.module is None) or module == "dream4d_engine":
                     yield from ((f"{module}.{alias.name}", at_top) for alias in child.names)
                 else:
                     yield module, at_top

@@ -35,7 +35,7 @@ def parse_line(words: Sequence[str]) -> tuple[Command, Any]:
     strange = next((word for word in words if not is_text(word)), None)
     if strange is not None:  # tokenizers and safetensors take no such words and paths
         raise UsageError(
-            f"{ascii(strange)} is no text in UTF-8: set the terminal to UTF-8 (on Linux LC_ALL=C.UTF-8), or rename the "
+            f"{strange!a} is no text in UTF-8: set the terminal to UTF-8 (on Linux LC_ALL=C.UTF-8), or rename the "
             "file or folder that it names"
         )
     return find_command(words[0]), parse(words[0], words[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [n_inputs, *[hidden_width] * hidden_layers, n_outputs]
         self.layers = nn.ParameterList(
-            nn.Parameter(torch.zeros(n_out, n_in)) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+            nn.Parameter(torch.zeros(n_out, n_in)) for n_in, n_out in itertools.pairwise(widths)
         )
 
     def reset(self, generator: torch.Generator) -> None:

@@ -8,6 +8,7 @@ random numbers, before it is relied on.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -73,7 +74,7 @@ def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 
     # First with positive weights and inputs, so that the hidden layers are linear: where a ReLU's input rounds across
     # 0, a correct gradient differs a lot. A second look at random signs covers the outputs with ReLUs that close.
     for signed in (False, True):
-        draws = [torch.rand(o, i, generator=generator) / i for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        draws = [torch.rand(o, i, generator=generator) / i for i, o in itertools.pairwise(sizes)]
         x, grad = (torch.rand(n_samples, n, generator=generator) for n in (n_inputs, n_outputs))
         if signed:
             draws, x = [(w - 0.5 / w.shape[1]) * w.shape[1] ** 0.5 * 4 for w in draws], x - 0.5

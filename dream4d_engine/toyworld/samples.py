@@ -6,6 +6,7 @@ motion that the caption asks for. Score distillation can only teach what that gu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def sample(
     sigmas = torch.cat((denoiser.noise.sigma_of(torch.linspace(1, 0, n_steps)), torch.zeros(1))).to(device)
     shape = (n_groups, n_frames, 3, *denoiser.image_size)
     x = sigmas[0] * torch.randn(shape, generator=generator).to(device)
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         x0 = guided(denoiser, x, sigma.expand(n_groups), (text, negative), scale)
         x = x0 + (x - x0) * (next_sigma / sigma)
     return denoiser.decode(x).clamp(0, 1)

@@ -128,7 +128,7 @@ def _render_shape(
     return tuple(_pool(layer.reshape(n, height, width, -1), supersample) for layer in layers)
 
 
-def render_objects(
+def render_objects(  # noqa: PLR0913 (each of them is a tensor of its own shape)
     shape_index: Tensor,
     color: Tensor,
     canonical_from_world: Tensor,

@@ -20,7 +20,7 @@ from pack import GROWN, HEAD, NODES, overlaps, part_of_the_pack
 
 from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, TOY_IMAGE
 
-FILES = sorted(NODES.rglob("*.py")) + [REPOSITORY / "__init__.py"]
+FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 MOST_WIDGETS = 10

@@ -127,7 +127,7 @@ def test_half_precision_that_is_too_small(tmp_path, part):
         {name: tensor.float() for name, tensor in load_file(file).items()}, tmp_path / file.name, {"format": "pt"}
     )
     shutil.move(tmp_path / file.name, file)
-    file, name = with_value(folder, part, 1e5)
+    file, _name = with_value(folder, part, 1e5)
     load_all(folder, "image")  # in full precision all is well
     with pytest.raises(PriorError) as raised:
         load_all(folder, "image", dtype=torch.float16)

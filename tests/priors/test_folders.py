@@ -102,7 +102,7 @@ def test_modelscope(video):
     assert (prior.kind, prior.denoiser.n_frames, prior.denoiser.image_size) == ("video", 16, (64, 64))
     assert prior.denoiser.prediction_type == "epsilon" and prior.name == "text-to-video-ms-1.7b"
     cameras = fixed_take(3, 8, 8, azimuth_deg=0.0)
-    text, negative = text_conditions(prior, "a cat")(cameras)
+    text, _negative = text_conditions(prior, "a cat")(cameras)
     assert text.tokens.shape == (1, 3, 77, WIDTH) and text.vector is None
     z = prior.denoiser.encode(torch.rand(1, 3, 3, 16, 24))
     x = torch.randn(1, 3, 4, 8, 12, generator=torch.Generator().manual_seed(0))

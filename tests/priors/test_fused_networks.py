@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 
 import pytest
@@ -16,7 +17,7 @@ SHAPES = [(24, 64, 4, 3), (32, 64, 1, 1), (9, 16, 2, 3), (20, 32, 3, 2), (70, 32
 def weights(shape: tuple[int, int, int, int], seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sizes = [shape[0], *[shape[1]] * shape[2], shape[3]]
-    return [torch.randn(o, i, generator=generator) * i**-0.5 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    return [torch.randn(o, i, generator=generator) * i**-0.5 for i, o in itertools.pairwise(sizes)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

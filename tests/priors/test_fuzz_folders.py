@@ -76,7 +76,7 @@ def damage_bytes(path: Path, draw: random.Random) -> None:
 def damage(folder: Path, draw: random.Random) -> str:
     """Damage one file of a folder; return what was done."""
     path = draw.choice(
-        sorted(p for p in folder.rglob("*") if p.is_file() and p.parent != folder or p.name == "model_index.json")
+        sorted(p for p in folder.rglob("*") if (p.is_file() and p.parent != folder) or p.name == "model_index.json")
     )
     if draw.random() < 0.05:
         path.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 from places import ROOT
@@ -20,8 +21,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(BaseHTTPRequestHandler):
     """As much of huggingface.co as a download asks for. `repositories`: {id: {file: bytes}} or the error's code."""
 
-    repositories: dict = {}
-    fetched: list = []
+    repositories: ClassVar[dict] = {}
+    fetched: ClassVar[list] = []
 
     def log_message(self, *_):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_ladder_needs_less_at_each_rung():
         at_once = (execution.images_at_once, execution.groups_at_once, plan.rays_at_once)
         return (kept, not execution.offload, plan.prefetches, *(n or large for n in at_once))
 
-    for above, below in zip(LADDER, LADDER[1:], strict=False):
+    for above, below in itertools.pairwise(LADDER):
         assert all(b <= a for a, b in zip(size(above), size(below), strict=True)) and size(above) != size(below)
     assert len({plan.describe() for plan in LADDER}) == len(LADDER)
 

@@ -120,7 +120,7 @@ def open_tensors(path: Path | str) -> Checkpoint:
     head = first_bytes(path)
     is_zip, is_pickle = head.startswith(b"PK\x03\x04"), head.startswith(b"\x80")
     # eight bytes of length, then JSON; what is neither is refused by the reader that its name promises
-    if head[8:9] == b"{" or path.suffix.lower() == ".safetensors" and not (is_zip or is_pickle):
+    if head[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and not (is_zip or is_pickle)):
         return _open_safetensors(path, head)
     if not (is_zip or is_pickle):
         raise PriorError(f"{path} can't be read (it is neither of torch nor of safetensors): is the download complete?")

@@ -69,7 +69,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (tuple, list) or hint in (tuple, list):
         return isinstance(value, list | tuple) and all(any(_fits(v, one) for one in entries) for v in value)
     if hint in (int, float):
-        return isinstance(value, int | float) or isinstance(value, list | tuple) and all(_fits(v, hint) for v in value)
+        return isinstance(value, int | float) or (
+            isinstance(value, list | tuple) and all(_fits(v, hint) for v in value)
+        )
     return isinstance(value, str) if hint is str else True
 
 

@@ -75,7 +75,7 @@ def open_loader(path: Path | str, config: Mapping[str, Any] | Path | str | None 
     """Return a model's parts to be loaded, from a folder or a file of any of the kinds that are understood."""
     path = Path(path).expanduser()
     # what is not there and doesn't look like a file is missed as a folder
-    if path.is_dir() or not path.is_file() and path.suffix.lower() not in SUFFIXES:
+    if path.is_dir() or (not path.is_file() and path.suffix.lower() not in SUFFIXES):
         if not (path / INDEX).is_file() and holds_lora(path):
             raise PriorError(_LORA_ALONE.format(path))
         return FolderLoader(path)

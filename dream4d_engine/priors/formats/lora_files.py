@@ -212,7 +212,7 @@ def _scales(
 def _tensor(file: Checkpoint, key: str, whole: bool = False) -> Tensor:
     """Read one tensor; `whole`: whole numbers will do."""
     tensor = file.tensor(key)
-    right = tensor.is_floating_point() or whole and not tensor.is_complex() and tensor.dtype != torch.bool
+    right = tensor.is_floating_point() or (whole and not tensor.is_complex() and tensor.dtype != torch.bool)
     if not right or tensor.layout != torch.strided or tensor.is_quantized:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise PriorError(f"{file.path}: {shown(key)} holds {kind}, not plain floating point numbers")

@@ -181,7 +181,7 @@ def find_weights(
     _check_name(str(name), shown)
     known = known_weights(str(name))
     found = _HUB_ID.fullmatch(str(name))
-    if known is None and (found is None or found["file"] is None and path.suffix in SUFFIXES):
+    if known is None and (found is None or (found["file"] is None and path.suffix in SUFFIXES)):
         raise PriorError(
             f"there is no model folder or file {shown}; models that can be downloaded are named OWNER/NAME, or one of "
             f"{', '.join(w.id for w in WEIGHTS)}"
@@ -205,7 +205,7 @@ def find_weights(
 
 def _check_name(name: str, shown: str) -> None:
     """Refuse what is no name of anything, before it is looked for in the table and the cache."""
-    strange = next((c for c in name if not c.isprintable() and not c.isspace() or c in "\n\r"), None)
+    strange = next((c for c in name if (not c.isprintable() and not c.isspace()) or c in "\n\r"), None)
     if len(name) > _LONGEST:
         wrong = f"it has {len(name):,} letters"
     elif strange is not None:
