@@ -153,10 +153,11 @@ class UNetDenoiser:
             return output.transpose(1, 2)
         vector = None if vector is None else vector.flatten(0, 1)
         added = None
-        if getattr(self.unet.config, "addition_embed_type", None) == "text_time":  # Stable Diffusion XL
-            # (height, width) of the original, its cut-out's corner, and the target's size: 2307.01952, section 2.2
-            sizes = noisy.new_tensor([[*self.image_size, 0, 0, *self.image_size]])
-            added, vector = {"text_embeds": vector, "time_ids": sizes.expand(len(vector), -1)}, None
+        if vector is not None and self.unet.config.get("addition_embed_type") == "text_time":  # Stable Diffusion XL
+            # (height, width) of the original, its cut-out's corner, and the target's size: 2307.01952, section 2.2.
+            # Filled in, not copied: a CUDA graph can't copy from the CPU.
+            sizes = [noisy.new_full((len(vector), 1), float(n)) for n in (*self.image_size, 0, 0, *self.image_size)]
+            added, vector = {"text_embeds": vector, "time_ids": torch.cat(sizes, 1)}, None
         output = self.unet(
             noisy.flatten(0, 1),
             timestep.repeat_interleave(n_frames),
