@@ -413,8 +413,11 @@ PARAMETERS = {
     "DeepFloyd IF-I-XL": 4304.7,
     "ZeroScope v2 576w": 1411.2,
     "ModelScope 1.7b": 1411.2,
+    "Stable Diffusion XL": 2567.5,
+    "Wan 2.1 1.3B": 1419.0,
+    "LTX-Video 2B": 1923.4,
 }
-"""Millions, of the published UNets."""
+"""Millions, of the published UNets and transformers."""
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

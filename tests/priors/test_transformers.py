@@ -66,6 +66,23 @@ def test_videos_are_encoded_as_the_library_scales_them(denoiser):
     torch.testing.assert_close(back, vae.decode(plain).sample.movedim(2, 1) / 2 + 0.5, rtol=1e-3, atol=1e-3)
 
 
+def test_an_encoder_that_fails_keeps_nothing(denoiser):
+    """A plan that doesn't fit into memory must not take the memory of the next one."""
+    images = torch.rand(1, 9, 3, *denoiser.image_size).requires_grad_()
+    whole, calls = denoiser.vae.encoder.forward, []
+
+    def forward(*given, **named):
+        calls.append(1)
+        if len(calls) > 1 or "feat_cache" not in named:
+            raise torch.OutOfMemoryError("no more")
+        return whole(*given, **named)
+
+    denoiser.vae.encoder.forward = forward
+    with pytest.raises(torch.OutOfMemoryError):
+        denoiser.encode(images)
+    assert not any(isinstance(kept, torch.Tensor) for kept in getattr(denoiser.vae, "_enc_feat_map", []))
+
+
 def test_the_velocity_becomes_the_clean_latents(denoiser):
     z = torch.randn(2, *denoiser.encode(torch.rand(1, 9, 3, *denoiser.image_size)).shape[1:])
     noise, sigma = torch.randn_like(z), torch.tensor([0.5, 4.0])
