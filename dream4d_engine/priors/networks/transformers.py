@@ -7,6 +7,7 @@ they predict the velocity eps - z. Their autoencoders put several frames into on
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class TransformerDenoiser:
     """A frozen WanTransformer3DModel or LTXVideoTransformer3DModel with its autoencoder, as a Denoiser."""
 
     transformer: nn.Module
-    vae: nn.Module
+    vae: Any  # torch's stubs know none of a module's own calls
     noise: NoiseSchedule
     image_size: tuple[int, int]  # (height, width), pixels
     n_frames: int
