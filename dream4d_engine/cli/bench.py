@@ -6,16 +6,17 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from ..documents import document_bytes
 from ..guidance.distillation import Guidance, distill
 from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
-from ..priors.architectures import architecture_for, random_guidance
+from ..priors.architectures import VaeKind, architecture_for, random_guidance
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
@@ -24,7 +25,9 @@ from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
+    MotionRecipe,
     Phase,
+    StaticRecipe,
     find_recipe,
     is_toy,
 )
@@ -42,7 +45,11 @@ from .options import FILE, MODEL, Machine, MachineOptions, PriorOptions, Priors,
 from .progress import Progress, make_progress
 from .terminal import say
 
-_STAGES = {"static": STATIC_RECIPES, "image": IMAGE_RECIPES, "motion": MOTION_RECIPES}
+_STAGES: dict[str, dict[str, StaticRecipe] | dict[str, MotionRecipe]] = {
+    "static": STATIC_RECIPES,
+    "image": IMAGE_RECIPES,
+    "motion": MOTION_RECIPES,
+}
 _PROMPT = "a red cube is jumping"
 _KINDS = ("fast", "plain", "tiny")
 PROFILED = 3
@@ -133,7 +140,7 @@ class _Job:
         """The recipe with one phase all the time, and as many views or frames as its models take."""
         recipe, options = self.recipe, self.options
         counts = [g.denoiser.n_frames for g in self.guidance.values() if g.denoiser.n_frames]
-        changes = {recipe.group_field: counts[0]} if counts else {}
+        changes: dict[str, Any] = {recipe.group_field: counts[0]} if counts else {}
         if recipe.reference is not None:  # the last and largest size of the image all the time
             last = replace(recipe.reference.phases[-1], start=0.0)
             changes["reference"] = replace(recipe.reference, phases=(last,))
@@ -208,7 +215,8 @@ def _measure(
     if device.type == "cuda":
         limit_memory(device, None)  # the variant before may have kept to a budget
     guidance, models = _guidance(recipe, variant, options, device, _reference(recipe))
-    job, found = _Job(recipe, variant, guidance, options, device), []
+    job = _Job(recipe, variant, guidance, options, device)
+    found: list[Measured] = []
     for number, phase in enumerate(recipe.phases):
         fitted = job.fitted(phase)
         n_images = phase.n_groups * getattr(fitted, fitted.group_field)
@@ -238,7 +246,8 @@ def _measure_phase(
 ) -> Measured:
     """Train for some steps of one phase; `blank` with what was found."""
     options, device, guidance = job.options, job.device, job.guidance
-    clock, plans, last = _Clock(device), [], options.warmup + options.steps
+    clock, last = _Clock(device), options.warmup + options.steps
+    plans: list[str] = []
     profiler = Profiler(device) if options.profile else None
 
     def on_step(report: StepReport, _scene: Scene) -> None:
@@ -252,14 +261,13 @@ def _measure_phase(
     control = RunControl(
         on_step=on_step, should_stop=should_stop, memory_budget=job.variant.budget, on_plan=plans.append
     )
-    given = {"seed": 0, "device": device, "control": control}
     clock.tick()
     if recipe.stage == "static":
-        train_static(recipe, guidance, reference=_reference(recipe), **given)
+        train_static(recipe, guidance, seed=0, device=device, control=control, reference=_reference(recipe))
     else:
         scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
         still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
-        train_motion(still, recipe, guidance, **given)
+        train_motion(still, recipe, guidance, seed=0, device=device, control=control)
     profile = None if profiler is None else profiler.stop(PROFILED)
     seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
     compares = job.variant.kind == "tiny" and options.models == "toy"  # with random weights that says nothing
@@ -281,7 +289,9 @@ class _Clock:
     """Moments of a device's own time: on a GPU the run isn't held up to take them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._moments = device, []
+        self._device = device
+        self._moments: list[float] = []
+        self._events: list[torch.cuda.Event] = []
 
     def tick(self) -> None:
         """Take a moment."""
@@ -290,15 +300,14 @@ class _Clock:
             return
         event = torch.cuda.Event(enable_timing=True)  # the GPU notes it when it gets there
         event.record()
-        self._moments.append(event)
+        self._events.append(event)
 
     def between(self) -> list[float]:
         """Seconds between the moments."""
-        pairs = zip(self._moments, self._moments[1:], strict=False)
         if self._device.type != "cuda":
-            return [after - before for before, after in pairs]
+            return [after - before for before, after in pairwise(self._moments)]
         torch.cuda.synchronize(self._device)
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self._events)]
 
 
 class _Distilled:
@@ -317,7 +326,9 @@ class _Distilled:
     def gradient(self, guidance: Mapping[PriorKind, Guidance]) -> torch.Tensor:
         """The gradient on the images; timesteps and noise are the same every time."""
         images = self.images.clone().requires_grad_()
-        sum(distill(g, images, self.cameras, 0.0, Draw(1)).loss for g in guidance.values()).backward()
+        losses = [distill(g, images, self.cameras, 0.0, Draw(1)).loss for g in guidance.values()]
+        sum(losses[1:], losses[0]).backward()
+        assert images.grad is not None  # the losses are of them
         return images.grad
 
 
@@ -353,12 +364,13 @@ def _guidance(
         elif options.priors.tiny_vae is None:
             raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
         handles = prior_handles(recipe, options, toys=True)
-        guidance = load_guidance(recipe, handles, _PROMPT, runtime, reference)
-        return guidance, {kind: str(handle.path) for kind, handle in handles.items()}
-    guidance, models = {}, {}
+        loaded = load_guidance(recipe, handles, _PROMPT, runtime, reference)
+        return loaded, {kind: str(handle.path) for kind, handle in handles.items()}
+    guidance: dict[PriorKind, Guidance] = {}
+    models: dict[str, str] = {}
+    vae: VaeKind = "tiny" if variant.kind == "tiny" else "full"
     for term in active_terms(recipe):
         architecture = architecture_for(term.prior, getattr(recipe, "n_frames", None))
-        vae = "tiny" if variant.kind == "tiny" else "full"
         guidance[term.prior] = random_guidance(architecture, term.distillation, runtime, vae)
         models[term.prior] = f"{architecture.name}, random weights"
     return guidance, models
@@ -393,8 +405,9 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
         lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
-    for m in (m for m in measured if m.profile is not None):
-        lines += ["", f"a step of {m.recipe}, {m.variant}, {m.images}:", *(f"  {x}" for x in m.profile.lines())]
+    for m in measured:
+        if m.profile is not None:
+            lines += ["", f"a step of {m.recipe}, {m.variant}, {m.images}:", *(f"  {x}" for x in m.profile.lines())]
     return lines
 
 

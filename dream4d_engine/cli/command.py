@@ -49,7 +49,8 @@ def help_text() -> str:
     lines = []
     for name, file in FILES.items():
         tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
-        lines.append(f"  {name:<12}{ast.get_docstring(tree).splitlines()[0]}")
+        about, _, _ = (ast.get_docstring(tree) or "").partition("\n")
+        lines.append(f"  {name:<12}{about}")
     return "\n".join(
         [
             "dream4d: from a sentence or an image to a moving object.",

@@ -49,7 +49,7 @@ def run(options: ImageTo3D, static: StaticRecipe) -> int:
         path, begin = session.run.path / SCENE, lambda: new_still(session, static, reference)
         scene, _ = train_stage(session, static, handles, prompt, path, begin, reference)
         film(session, ORBIT, scene, orbit_cameras(options.images), prompt)
-        show(session, scene, prompt, (scene, reference, static.reference))
+        show(session, scene, prompt, scene, reference, static.reference)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from ..priors.errors import PriorError
 from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
@@ -13,13 +14,21 @@ from ..priors.formats.lora_files import read_lora
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
-from ..training.config import MotionRecipe, StaticRecipe, is_toy
+from ..training.config import is_toy
 from ..training.guidance import active_terms
+from .options import PriorOptions, Recipe
 from .terminal import say
 
 
+class WithPriors(Protocol):
+    """Options that say where the models come from."""
+
+    @property
+    def priors(self) -> PriorOptions: ...
+
+
 def prior_handles(
-    recipe: StaticRecipe | MotionRecipe, options: object, prompt: str | None = None, toys: bool = False
+    recipe: Recipe, options: WithPriors, prompt: str | None = None, toys: bool = False
 ) -> dict[PriorKind, PriorFiles]:
     """Return the models that the recipe's terms need, after a look at every file that is named.
 
@@ -28,6 +37,7 @@ def prior_handles(
     `prompt`: what they will be told; PriorError where a toy model wasn't taught a word of it.
     """
     added = _added(options)  # says in time what is wrong with them
+    tiny_vae = None if options.priors.tiny_vae is None else Path(options.priors.tiny_vae)
     found: dict[PriorKind, PriorFiles] = {}
     for term in active_terms(recipe):
         given = getattr(options, f"{term.prior}_prior", None)
@@ -37,13 +47,14 @@ def prior_handles(
                 f"id with --{term.prior.replace('_', '-')}-prior MODEL, or take one of the toy recipes"
             )
         handle = toy_prior(term.prior) if given is None else _find(given, term.prior, options)
-        found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=options.priors.tiny_vae)
-    for handle in found.values() if prompt is not None else ():
-        handle.check_prompt(prompt)
+        found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae)
+    if prompt is not None:
+        for handle in found.values():
+            handle.check_prompt(prompt)
     return found
 
 
-def _find(given: str, kind: PriorKind, options: object) -> PriorFiles:
+def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
     """Return a model after a look at what it is."""
     path = find_weights(given, download=options.priors.download, say=lambda text: say(text, error=True))
     loader = open_loader(path)
@@ -54,7 +65,7 @@ def _find(given: str, kind: PriorKind, options: object) -> PriorFiles:
     return prior_files(path, kind)
 
 
-def _added(options: object) -> dict[PriorKind, dict]:
+def _added(options: WithPriors) -> dict[PriorKind, dict[str, Any]]:
     """Return what the options add to the models, as fields of PriorFiles, after a look at the files."""
     lora, tiny_vae = getattr(options, "lora", None), options.priors.tiny_vae
     if tiny_vae is not None and identify(tiny_vae).layout != "tiny autoencoder":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+from tyro.conf import Positional, arg
 
 from ..machine import pick_device
 from ..scene import MAX_SAMPLES
@@ -21,8 +21,6 @@ from ..training.config import (
     is_toy,
 )
 from .errors import UsageError
-
-arg, Positional = tyro.conf.arg, tyro.conf.Positional
 
 
 def optional(metavar: str, text: str | None = None) -> Any:
@@ -177,7 +175,8 @@ class LoraOptions:
     image_lora_strength: float = 1.0
     """How much of it."""
 
-    __post_init__ = check_numbers
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,8 @@ class ImageOptions:
     samples: Annotated[int | None, INT] = None
     """Samples along a ray (default: the scene's own)."""
 
-    __post_init__ = check_numbers
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 Lora = Annotated[LoraOptions, Flat]

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -105,10 +105,10 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
         )
     try:
         settings = saved.get("settings")
-        options = settings.get("options") if isinstance(settings, dict) else None
-        if isinstance(options, dict) and "pictures" in options:  # their name in runs of before
+        if isinstance(settings, dict) and isinstance(options := settings.get("options"), dict):
+            # "pictures": their name in runs of before
             settings = settings | {"options": {{"pictures": "images"}.get(k, k): v for k, v in options.items()}}
-        default = config_from_dict(kind, settings, "settings")
+        default: Any = config_from_dict(kind, settings, "settings")
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
@@ -159,11 +159,11 @@ def _peek(words: Sequence[str], flag: str) -> str | None:
 
 def _tyro(kind: type[T], words: Sequence[str], name: str, about: str | None, default: T | None = None) -> T:
     """Run tyro; its boxes of several lines become a UsageError of one."""
-    prog, given = f"dream4d {name}", {} if default is None else {"default": default}
-    complaints = io.StringIO()
+    prog, complaints = f"dream4d {name}", io.StringIO()
+    cli = partial(tyro.cli, kind, prog=prog, description=about, args=list(words), config=_MARKERS)
     try:
         with contextlib.redirect_stderr(complaints):
-            return tyro.cli(kind, prog=prog, description=about, args=list(words), config=_MARKERS, **given)
+            return cli() if default is None else cli(default=default)
     except SystemExit as end:
         if end.code in (0, None):
             raise

@@ -130,14 +130,14 @@ def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
 def _scene_measures(scene: Scene) -> dict:
     """How much of the images the object covers, and how far what is seen moves (in shares of the box)."""
     cameras = orbit(8, 64, 64, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
-    moving = scene.deformation is not None
+    moving, deformation = scene.deformation is not None, scene.config.deformation
     times = torch.linspace(0, 1, 8)[None] if moving else cameras.time
     output = render_chunked(scene, cameras.at_time(times), RenderOptions(displacement=moving))
     solid = output.opacity > 0.5
     measures = {
         "coverage": float(solid.float().mean()),
         "mean_opacity": float(output.opacity.mean()),
-        "deformation_scale": scene.config.deformation.scale if moving else None,
+        "deformation_scale": None if deformation is None else deformation.scale,
         "mean_displacement": None,
     }
     if moving and output.displacement is not None and solid.any():

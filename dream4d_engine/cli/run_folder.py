@@ -19,14 +19,14 @@ from .. import locks
 from ..documents import as_object, document_bytes, field, read_document
 from ..machine import check_folder, peak_memory, versions, write_atomically
 from .errors import UsageError
-from .options import Recipe
+from .options import Recipe, RunOptions
 from .terminal import say
 
 RECORD, UNFINISHED, LOCK, REFERENCE = "run.json", "unfinished", "run.lock", "reference.png"
-_MEANT = {"command": str, "settings": dict, "source": str, "reference": str}
+_MEANT: dict[str, type] = {"command": str, "settings": dict, "source": str, "reference": str}
 """Fields of run.json without which a run isn't the same any more."""
 _NOTED = {"status": str, "error": str, "stage": str, "step": int, "resumed": list, "peak_memory_bytes": int}
-_TABLES = {"seconds": float, "fits": dict, "nonfinite": dict}
+_TABLES: dict[str, type] = {"seconds": float, "fits": dict, "nonfinite": dict}
 """Fields that only say how far it came: where they are damaged they begin anew. Of tables, what an entry is."""
 
 
@@ -104,7 +104,7 @@ class RunFolder:
         self.save("finished", finished=_now())  # last: a run that is killed before is resumed, and finds all made
 
 
-def settings_tree(options: object, *recipes: Recipe) -> dict:
+def settings_tree(options: RunOptions, *recipes: Recipe) -> dict:
     """A command's settings as JSON holds them."""
     tree = {"options": asdict(options)} | {recipe.stage: asdict(recipe) for recipe in recipes}
     return json.loads(json.dumps(tree))  # as they will be read again: tuples are lists then

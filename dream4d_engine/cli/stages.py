@@ -12,6 +12,7 @@ from ..cameras import CameraBatch
 from ..documents import document_bytes
 from ..export import save_image
 from ..machine import versions, write_atomically
+from ..priors.handle import Prior
 from ..randomness import Draw
 from ..scene import Scene, build_scene
 from ..toyworld.evaluate import reference_match
@@ -46,6 +47,8 @@ def read_reference(command: str, options: RunOptions, recipe: StaticRecipe) -> R
     if options.image is None:
         raise UsageError(f"say which image to start from: dream4d {command} IMAGE --out FOLDER")
     check_recipe(recipe, "static")  # its numbers are used in looking at the image already
+    if recipe.reference is None:  # in the record of a run that is resumed
+        raise UsageError(f"the recipe {recipe.name!r} looks at no image: start over in another folder")
     maps = options.maps
     reference = load_reference(
         options.image,
@@ -99,7 +102,8 @@ def train_stage(
     provenance = Provenance(prompt, recipe.name, options.seed, recipe.steps, versions(), parent)
     made = _made_before(session, name, provenance, path)
     if processes.any(made is None):
-        runtime, loaded = runtime_for(recipe, session.device, compiled=options.gpu.compile), []
+        runtime = runtime_for(recipe, session.device, compiled=options.gpu.compile)
+        loaded: list[Prior] = []
         with run.timed("load models"):
             guidance = load_guidance(recipe, handles, prompt, runtime, reference, on_prior=loaded.append)
         session.pause(name)  # loading takes minutes; it would be done again, but nothing else is lost
@@ -119,6 +123,7 @@ def train_stage(
         run.save()
         processes.wait()  # until it is written
         made = load_scene(path, session.device)  # read back: a resumed run goes on from the very same one
+    assert made is not None  # or it would have been trained just now
     session.progress.update(name, recipe.steps)
     processes.wait()  # until all have it: what is unfinished is removed at the end
     return made
@@ -166,17 +171,22 @@ def film(session: Session, name: str, scene: Scene, cameras: CameraBatch, title:
 
 
 def show(
-    session: Session, scene: Scene, prompt: str, compared: tuple[Scene, Reference, ReferenceConfig] | None = None
+    session: Session,
+    scene: Scene,
+    prompt: str,
+    still: Scene | None = None,
+    reference: Reference | None = None,
+    config: ReferenceConfig | None = None,
 ) -> None:
-    """Make the sheet of images and the measures; `compared`: a still scene with the image it was made from."""
+    """Make the sheet of images and the measures; `still` is compared with the image that it was made from."""
     if not session.processes.is_main:
         return
     with session.run.timed("measures"):
         results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.options.images.samples)
         session.pause("measures", alone=True)
         measures, line = results.measure(scene, prompt)
-        if compared is not None:
-            psnr, iou = reference_match(*compared)
+        if still is not None and reference is not None and config is not None:
+            psnr, iou = reference_match(still, reference, config)
             measures["reference"] = {"psnr": psnr, "iou": iou}  # of the image and of the silhouettes
             line += f", reference view {psnr:.1f} dB"
         write_atomically(session.run.path / METRICS, document_bytes(measures))
@@ -206,5 +216,5 @@ def both_stages(
         scene, _ = train_stage(session, motion, motion_priors, prompt, path, begin, parent=parent)
         film(session, ORBIT, still, results.orbit_cameras(options.images), prompt)
         film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
-        show(session, scene, prompt, None if reference is None else (still, reference, static.reference))
+        show(session, scene, prompt, still, reference, static.reference)
     return 0

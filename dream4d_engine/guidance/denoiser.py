@@ -36,12 +36,17 @@ class Conditions:
 class Denoiser(Protocol):
     """A frozen diffusion model, seen as a function from noisy to clean."""
 
-    image_size: tuple[int, int]
-    """(height, width) in pixels of the images that `encode` takes."""
-    n_frames: int | None
-    """How many views or frames belong together in one group; None where images are independent."""
-    noise: NoiseSchedule
-    """The noise levels that it was trained on."""
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that `encode` takes."""
+
+    @property
+    def n_frames(self) -> int | None:
+        """How many views or frames belong together in one group; None where images are independent."""
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        """The noise levels that it was trained on."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""

@@ -56,7 +56,7 @@ _IF = {
     "addition_embed_type_num_heads": 64,
     "resnet_time_scale_shift": "scale_shift",
 }
-_SD_VAE = {
+_SD_VAE: dict[str, Any] = {
     "sample_size": 512,
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -229,7 +229,7 @@ def random_denoiser(
     """Build a denoiser of this architecture with random weights."""
     if architecture.vae_class is not None:
         return _random_flow(architecture, device, dtype)
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     unet = random_network(architecture.unet_class, architecture.unet, device, dtype)
     if architecture.kind == "multiview":
@@ -250,6 +250,7 @@ def random_denoiser(
 def _random_flow(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> TransformerDenoiser:
     # flows are made for bfloat16: in half precision their activations overflow
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    assert architecture.vae_class is not None and architecture.n_frames is not None  # a flow's, and it is of videos
     return TransformerDenoiser(
         transformer=random_network(architecture.unet_class, architecture.unet, device, dtype),
         vae=random_network(architecture.vae_class, {}, device, dtype),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -213,7 +214,7 @@ def clip_pixels(images: Tensor, size: int, resize: ImageResize = "antialiased") 
 def embed_image(prior: LoadedPrior, images: Tensor) -> Tensor:
     """Return CLIP's embeddings [n, D] of images [n, 3, H, W] in [0, 1]; the encoder is freed afterwards."""
     denoiser = prior.denoiser
-    encoder = prior.loader.image_encoder(denoiser.dtype, denoiser.device)
+    encoder: Any = prior.loader.image_encoder(denoiser.dtype, denoiser.device)
     with torch.no_grad():
         pixels = clip_pixels(images, encoder.config.image_size, prior.image_resize).to(denoiser.dtype)
         return encoder(pixels).image_embeds.float()

@@ -58,9 +58,15 @@ class Prior:
 class PriorHandle(Protocol):
     """A diffusion model that can be had; light, and safe to keep."""
 
-    name: str
-    kind: PriorKind
-    n_frames: int | None  # that a take must have for it; None where the recipe may choose
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> PriorKind: ...
+
+    @property
+    def n_frames(self) -> int | None:
+        """Of the takes that it must have; None where the recipe may choose."""
 
     def fingerprint(self) -> str:
         """Change when what `load` gives does."""

@@ -123,7 +123,7 @@ class StaticRecipe:
     negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
     reference: ReferenceConfig | None = None
 
-    stage: ClassVar[str] = "static"
+    stage: ClassVar[Literal["static"]] = "static"
     group_field: ClassVar[str] = "n_views"  # the field that holds F
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
@@ -159,7 +159,7 @@ class MotionRecipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
 
-    stage: ClassVar[str] = "motion"
+    stage: ClassVar[Literal["motion"]] = "motion"
     group_field: ClassVar[str] = "n_frames"  # the field that holds F
     reference: ClassVar[None] = None
 

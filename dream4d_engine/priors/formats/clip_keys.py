@@ -225,7 +225,7 @@ def count_numbered(shapes: Shapes, pattern: str, what: str, most: int) -> int:
 
 def _block_pieces(there: str, here: str, n_blocks: int) -> dict[str, Piece]:
     """The tensors of a transformer's blocks; query, key and value are one matrix there."""
-    pieces = {}
+    pieces: dict[str, Piece] = {}
     for i in range(n_blocks):
         for old, new in _BLOCK.items():
             pieces |= {f"{here}.{i}.{new}.{part}": Piece(f"{there}{i}.{old}.{part}") for part in ("weight", "bias")}

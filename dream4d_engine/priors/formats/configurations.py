@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -23,15 +23,16 @@ from ..errors import PriorError, reason
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T", bound=str)
+
 MOST_NUMBER = 2**20  # the longest vocabulary has a quarter of it
 MOST_ENTRIES = 64  # of a list
 MOST_TENSORS = 20_000  # of a network
 MOST_TIMESTEPS = 100_000
 
-# every layer has tensors of its own, so none of these can be more than the weights have tensors
-_DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
-_DEPTHS = (*_DEPTHS, "num_hidden_layers", "num_layers")
 _NESTED = ("block_out_channels", "layers_per_block", "transformer_layers_per_block")
+# every layer has tensors of its own, so none of these can be more than the weights have tensors
+_DEPTHS = (*_NESTED[1:], "num_encoder_blocks", "num_decoder_blocks", "num_hidden_layers", "num_layers")
 
 
 # ---- Networks of diffusers ---------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
     given: dict[str, Any] = {}
     for name, kind in _FIELDS[class_name].items():
         if config.get(name) is not None:
-            given[name] = field(config, name, kind, where, PriorError, None)  # type: ignore[type-var]
+            given[name] = field(config, name, kind, where, PriorError, None)
         least = 0 if name in _MAY_BE_NOTHING else 1
         if kind is int and name in given and given[name] < least:
             raise PriorError(f"{where}: {name} is {describe(given[name])}, it must be {least} or more")
@@ -198,37 +199,34 @@ _OTHER_SCHEDULERS = ("FlowMatch", "EDM")  # their sigmas follow from no betas
 Predicted = Literal["epsilon", "v_prediction", "sample"]
 
 
-def schedule_of(config: Mapping[str, Any], where: object = "the scheduler's configuration") -> tuple[Tensor, str]:
+def schedule_of(config: Mapping[str, Any], where: object = "the scheduler's configuration") -> tuple[Tensor, Predicted]:
     """Return (alphas_bar [T], prediction_type) of a diffusers scheduler's configuration.
 
     Args:
         where: the file, for the message.
     """
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     name = field(config, "_class_name", str, where, PriorError, "DDPMScheduler")
     if any(word in name for word in _OTHER_SCHEDULERS):
         raise PriorError(f"{where} describes a {describe(name)}: models trained on another kind of noise can't be used")
-    arguments = {
-        "num_train_timesteps": field(config, "num_train_timesteps", int, where, PriorError, 1000),
-        "beta_start": field(config, "beta_start", float, where, PriorError, 0.0001),
-        "beta_end": field(config, "beta_end", float, where, PriorError, 0.02),
-        "beta_schedule": field(config, "beta_schedule", str, where, PriorError, "linear"),
-        "rescale_betas_zero_snr": field(config, "rescale_betas_zero_snr", bool, where, PriorError, False),
-    }
-    prediction = field(config, "prediction_type", str, where, PriorError, "epsilon")
-    _one_of(prediction, get_args(Predicted), "prediction_type", where)
-    _one_of(arguments["beta_schedule"], _BETAS, "beta_schedule", where)
-    n_steps = arguments["num_train_timesteps"]
+    n_steps = field(config, "num_train_timesteps", int, where, PriorError, 1000)
+    start = field(config, "beta_start", float, where, PriorError, 0.0001)
+    end = field(config, "beta_end", float, where, PriorError, 0.02)
+    curve = field(config, "beta_schedule", str, where, PriorError, "linear")
+    rescaled = field(config, "rescale_betas_zero_snr", bool, where, PriorError, False)
+    said = field(config, "prediction_type", str, where, PriorError, "epsilon")
+    prediction: Predicted = _one_of(said, get_args(Predicted), "prediction_type", where)
+    _one_of(curve, _BETAS, "beta_schedule", where)
     if not 2 <= n_steps <= MOST_TIMESTEPS:
         raise PriorError(f"{where}: num_train_timesteps is {n_steps:,}; 2 to {MOST_TIMESTEPS:,} can be used")
-    for end in ("beta_start", "beta_end"):
-        if not 0 < arguments[end] < 1:
-            raise PriorError(f"{where}: {end} is {arguments[end]}, it must lie between 0 and 1")
+    for name, beta in (("beta_start", start), ("beta_end", end)):
+        if not 0 < beta < 1:
+            raise PriorError(f"{where}: {name} is {beta}, it must lie between 0 and 1")
     betas = _trained_betas(config, where)
-    if betas is not None:
-        arguments |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
-    alphas_bar = DDPMScheduler(**arguments).alphas_cumprod.float()
+    n_steps = n_steps if betas is None else len(betas)
+    scheduler = DDPMScheduler(n_steps, start, end, curve, betas, rescale_betas_zero_snr=rescaled)
+    alphas_bar = scheduler.alphas_cumprod.float()
     # the noise only ever grows, so a timestep can be found by it
     if not (torch.isfinite(alphas_bar).all() and (alphas_bar >= 0).all() and (alphas_bar.diff() <= 0).all()):
         raise PriorError(f"{where} gives no schedule of noise: what is left of the image must shrink from step to step")
@@ -250,6 +248,9 @@ def _trained_betas(config: Mapping[str, Any], where: object) -> list[float] | No
     return betas
 
 
-def _one_of(value: str, known: tuple[str, ...], name: str, where: object) -> None:
-    if value not in known:
-        raise PriorError(f"{where}: {name} is {describe(value)}; known are {', '.join(known)}")
+def _one_of(value: str, known: tuple[T, ...], name: str, where: object) -> T:
+    """The value as one of those that are known."""
+    for one in known:
+        if one == value:
+            return one
+    raise PriorError(f"{where}: {name} is {describe(value)}; known are {', '.join(known)}")

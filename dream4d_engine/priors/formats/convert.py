@@ -114,13 +114,17 @@ def _check_room(folder: Path, loader: LdmLoader, dtype: torch.dtype) -> None:
         raise PriorError(f"{folder.parent} has {free / 1e9:.1f} GB left, the folder needs {need / 1e9:.1f} GB")
 
 
+def _save(network: Any, folder: Path) -> None:  # of diffusers: torch's stubs know none of a module's own calls
+    network.save_pretrained(folder, safe_serialization=True)
+
+
 def _write(loader: LdmLoader, metadata: Metadata, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
     """Write the parts one after the other, so that only one is in memory; return their names."""
     pipeline = "StableDiffusionPipeline" if metadata.kind == "image" else "DiffusionPipeline"
     index: dict[str, Any] = {"_class_name": pipeline}
-    loader.unet(dtype, "cpu").save_pretrained(folder / "unet", safe_serialization=True)
+    _save(loader.unet(dtype, "cpu"), folder / "unet")
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    loader.vae(dtype, "cpu").save_pretrained(folder / "vae", safe_serialization=True)
+    _save(loader.vae(dtype, "cpu"), folder / "vae")
     index["vae"] = ["diffusers", "AutoencoderKL"]
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", loader.scheduler_config)

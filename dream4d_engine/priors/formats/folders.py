@@ -23,7 +23,7 @@ from ...documents import as_object, describe, field, printable, read_document, s
 from ..errors import PriorError, reason
 from ..networks.text import Tokenizer, read_tokenizer
 from .checkpoints import SUFFIXES, Checkpoint, first_bytes, open_checkpoint
-from .configurations import built, encoder_config, schedule_of
+from .configurations import Predicted, built, encoder_config, schedule_of
 from .loaders import (
     FRAMES,
     Device,
@@ -68,8 +68,9 @@ class FolderLoader:
         index, unet = read_json(self.path, INDEX), read_json(self.path, "unet/config.json")
         ours = field(index, "dream4d", dict, self.path / INDEX, PriorError, {})
         where = f"{self.path / INDEX}: dream4d"
-        kind = kind or field(ours, "kind", str, where, PriorError, "") or guess_kind(self.path, unet)
-        check_kind(kind, self.path)
+        kind = check_kind(
+            kind or field(ours, "kind", str, where, PriorError, "") or guess_kind(self.path, unet), self.path
+        )
         path = self.path.resolve()
         named = (*path.parts[-4:], str(unet.get("_name_or_path", "")))
         is_zeroscope = kind == "video" and any(_ZEROSCOPE in name.lower() for name in named)
@@ -123,7 +124,7 @@ class FolderLoader:
                     part_config(self.path, part)
                 weight_files(self.path, part, stem)
 
-    def schedule(self) -> tuple[Tensor, str]:
+    def schedule(self) -> tuple[Tensor, Predicted]:
         return read_schedule(self.path)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
@@ -260,7 +261,7 @@ def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
     return size[0] * factor, size[1] * factor
 
 
-def read_schedule(folder: Path) -> tuple[Tensor, str]:
+def read_schedule(folder: Path) -> tuple[Tensor, Predicted]:
     """Return (alphas_bar [T], prediction_type) of the folder's scheduler."""
     name = "scheduler/scheduler_config.json"
     return schedule_of(read_json(folder, name), Path(folder) / name)

@@ -15,7 +15,7 @@ from ...documents import describe, field, printable, shortened
 from ..errors import PriorError
 from ..handle import Device, PriorKind
 from ..networks.text import Tokenizer
-from .configurations import built, network_arguments
+from .configurations import Predicted, built, network_arguments
 from .finite import check_finite
 
 VectorKind = Literal["camera", "frame_time"]
@@ -42,10 +42,12 @@ class Metadata:
     notes: tuple[str, ...] = ()  # sentences on what was assumed of it, to be said once before a run
 
 
-def check_kind(kind: object, path: Path) -> None:
-    """Refuse a kind of prior that there is not."""
-    if kind not in get_args(PriorKind):
-        raise PriorError(f"{path}: unknown kind of prior {describe(kind)}; known are {', '.join(get_args(PriorKind))}")
+def check_kind(kind: str, path: Path) -> PriorKind:
+    """Return the kind; a kind of prior that there is not is refused."""
+    for known in get_args(PriorKind):
+        if known == kind:
+            return known
+    raise PriorError(f"{path}: unknown kind of prior {describe(kind)}; known are {', '.join(get_args(PriorKind))}")
 
 
 def declared(ours: Mapping[str, Any], where: str, assumed: Metadata) -> Metadata:
@@ -91,7 +93,7 @@ class Loader(Protocol):
     def metadata(self, kind: PriorKind | None) -> Metadata:
         """Say what the model is; `kind` overrides what the source says of itself."""
 
-    def schedule(self) -> tuple[Tensor, str]:
+    def schedule(self) -> tuple[Tensor, Predicted]:
         """Return (alphas_bar [T], prediction_type)."""
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:

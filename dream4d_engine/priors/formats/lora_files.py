@@ -49,7 +49,7 @@ class LoraLayer:
 Layers = Mapping[str, LoraLayer]
 
 
-def read_lora(path: Path | str) -> dict[Part, Layers]:
+def read_lora(path: Path | str) -> Mapping[Part, Layers]:
     """Read a LoRA file, or the one in a folder: the layers of the UNet and of the text encoder by name.
 
     A layer's name is that of the module, or with `_` for `.` where the file writes it so. PriorError names the file
@@ -57,12 +57,12 @@ def read_lora(path: Path | str) -> dict[Part, Layers]:
     """
     parts: dict[Part, dict[str, LoraLayer]] = {"unet": {}, "text_encoder": {}}
     for file, part in _weights(Path(path)):
-        for found, layers in _read_file(open_checkpoint(file), part).items():
-            parts[found] |= layers
-    layers = [layer for part in parts.values() for layer in part.values()]
-    if not layers:
+        for of, layers in _read_file(open_checkpoint(file), part).items():
+            parts[of] |= layers
+    found = [layer for part in parts.values() for layer in part.values()]
+    if not found:
         raise PriorError(f"{path} holds no LoRA")
-    if not any(layer.scale for layer in layers):
+    if not any(layer.scale for layer in found):
         raise PriorError(f"{path} would add nothing: its alpha is 0 in every layer")
     return parts
 

@@ -294,10 +294,10 @@ def stored_of(value: Any) -> Stored | None:
     key, dtype, n_stored, shift = _storage(arguments[0].identity)
     if name.endswith("v3"):  # types that have no class of storage: bytes, and the type beside them
         wanted = arguments[6] if len(arguments) > 6 else None
-        dtype = getattr(torch, wanted.name.removeprefix("torch."), None) if isinstance(wanted, Named) else None
-        if not isinstance(dtype, torch.dtype):
+        named = getattr(torch, wanted.name.removeprefix("torch."), None) if isinstance(wanted, Named) else None
+        if not isinstance(named, torch.dtype):
             raise PickleError("has numbers of an unknown type")
-        n_stored //= dtype.itemsize
+        dtype, n_stored = named, n_stored // named.itemsize
     offset, shape, stride = arguments[1:4]
     shape = shape.arguments[0] if isinstance(shape, Made) and shape.name == "torch.Size" and shape.arguments else shape
     for sizes in ((offset,), shape, stride):

@@ -31,7 +31,7 @@ from ..errors import PriorError
 from ..networks.text import CLIP_TOKENS, END, Tokenizer, clip_tokenizer
 from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, shown
-from .configurations import built, schedule_of
+from .configurations import Predicted, built, schedule_of
 from .loaders import (
     FRAMES,
     Device,
@@ -62,8 +62,10 @@ _INPUTS = {"image": 4, "multiview": 4, "novel_view": 8}  # channels: latents, of
 
 # ---- Their configuration -----------------------------------------------------------------------------------------
 
-_LDM_FIELDS = ("linear_start", "linear_end", "timesteps", "scale_factor", "parameterization", "image_size")
-_LDM_FIELDS += ("unet_config", "cond_stage_config", "first_stage_config")
+_LDM_FIELDS = (
+    *("linear_start", "linear_end", "timesteps", "scale_factor", "parameterization", "image_size"),
+    *("unet_config", "cond_stage_config", "first_stage_config"),
+)
 _FIELDS = {*_LDM_FIELDS, "unet", "scheduler", "dream4d"}  # not "vae" alone: galleries note a file's name under it
 
 
@@ -87,9 +89,11 @@ class Configuration:
 def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Configuration:
     """Return the configuration that is given, or lies beside the file, or an empty one."""
     if config is not None:
-        given = isinstance(config, Mapping)
-        content = dict(config) if given else as_object(read_document(config, PriorError), config, PriorError)
-        where, inner = "the given configuration" if given else str(config), _settings_in(content)
+        if isinstance(config, Mapping):
+            content, where = dict(config), "the given configuration"
+        else:
+            content, where = as_object(read_document(config, PriorError), config, PriorError), str(config)
+        inner = _settings_in(content)
         if inner is None and content:
             raise PriorError(f"{where} has none of a model's settings ({', '.join(sorted(_FIELDS))})")
         return Configuration(inner or {}, where)
@@ -333,7 +337,7 @@ class LdmLoader:
             notes=tuple(self._notes()),
         )
 
-    def schedule(self) -> tuple[Tensor, str]:
+    def schedule(self) -> tuple[Tensor, Predicted]:
         return schedule_of(self.scheduler_config)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
@@ -346,7 +350,7 @@ class LdmLoader:
         state = {names[key]: self._tensor(source, dtype, device) for key, source in sources.items()}
         return filled_network("UNet2DConditionModel", config, state, f"{self.path}: its UNet", device)
 
-    def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
+    def vae(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Build the autoencoder; what are 1x1 convolutions there are linear layers in diffusers."""
         keys, config = self.file.under(ldm_keys.VAE), self.vae_config
         names = self._naming_file(lambda: ldm_keys.vae_names(keys))
@@ -357,7 +361,7 @@ class LdmLoader:
             state[name] = tensor.flatten(1) if flat else tensor
         return filled_network("AutoencoderKL", config, state, f"{self.path}: its autoencoder", device)
 
-    def vae_scaling(self) -> float | None:
+    def vae_scaling(self) -> float:
         return self.settings.scale_factor
 
     def encoder_layout(self) -> clip_keys.EncoderLayout | None:
@@ -466,8 +470,7 @@ class NetworksLoader:
 
     def metadata(self, kind: PriorKind | None = None) -> Metadata:
         unet, ours, where = self._unet_config(), self.config.section("dream4d"), f"{self.config.where}: dream4d"
-        kind = kind or field(ours, "kind", str, where, PriorError, "") or self._guess(unet)
-        check_kind(kind, self.path)
+        kind = check_kind(kind or field(ours, "kind", str, where, PriorError, "") or self._guess(unet), self.path)
         assumed = Metadata(
             name=self.path.stem,
             kind=kind,
@@ -504,7 +507,7 @@ class NetworksLoader:
         blocks = unet.get("down_block_types")
         return isinstance(blocks, list | tuple) and any("3D" in str(name) for name in blocks)
 
-    def schedule(self) -> tuple[Tensor, str]:
+    def schedule(self) -> tuple[Tensor, Predicted]:
         if self.config.content.get("scheduler") is None:
             raise PriorError(f"{self.path}: its configuration has no 'scheduler'")
         config, where = self.config.section("scheduler"), f"{self.config.where}: scheduler"

@@ -24,7 +24,7 @@ class TinyVAE(nn.Module):
 
     def __init__(self, tiny: nn.Module, scaling_factor: float, block_out_channels: tuple[int, ...]):
         super().__init__()
-        self.tiny = tiny
+        self.tiny: Any = tiny  # torch's stubs know none of a module's own calls
         self.config = SimpleNamespace(scaling_factor=scaling_factor, block_out_channels=block_out_channels)
 
     def encode(self, images: Tensor) -> Any:
@@ -50,5 +50,5 @@ def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype,
     name = str(config.get("_class_name"))
     if name != "AutoencoderTiny":
         raise PriorError(f"{folder} holds a {shortened(printable(name), 60)}, not an AutoencoderTiny")
-    tiny = load_network(folder, ".", "AutoencoderTiny", dtype, device)  # the folder itself is the part
+    tiny: Any = load_network(folder, ".", "AutoencoderTiny", dtype, device)  # the folder itself is the part
     return TinyVAE(tiny, scaling_factor, tuple(tiny.config.encoder_block_out_channels))

@@ -8,7 +8,7 @@ whatever the model's dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class UNetDenoiser:
         noise: of T timesteps. prediction_type: what the network's output means.
         device: where the work is done (the weights may wait elsewhere).
         image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single images.
-        vae: an AutoencoderKL (or one with the same calls), or None where z = 2 * image - 1 is the image itself.
+        vae: an AutoencoderKL (or one with the same calls: Any, for torch's stubs know none of a module's own), or
+            None where z = 2 * image - 1 is the image itself.
         group_attention: the UNet2DConditionModel's self-attention runs over a group (see view_attention.py).
         execution, capture: how much runs at once, and how; they change memory and time, nothing else.
     """
@@ -70,7 +71,7 @@ class UNetDenoiser:
     prediction_type: PredictionType
     image_size: tuple[int, int]
     n_frames: int | None = None
-    vae: nn.Module | None = None
+    vae: Any = None
     group_attention: bool = False
     execution: Execution = field(default_factory=Execution)
     capture: Capture = PLAIN
@@ -132,13 +133,15 @@ class UNetDenoiser:
 
     def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, sigma = x.float(), sigma.to(x.device).float()
+        if self.noise.n_levels is None:
+            raise ValueError("a UNet is told timesteps, of which a flow has none")
         timestep = (self.noise.share_of(sigma) * self.noise.n_levels).round().long()
         noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
         if conditions.concat is not None:
             noisy = torch.cat((noisy, conditions.concat.to(noisy)), 2)
-        inputs = (noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype))
+        inputs = [noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype)]
         if conditions.vector is not None:
-            inputs = (*inputs, conditions.vector.to(self.dtype))
+            inputs.append(conditions.vector.to(self.dtype))
         # a network whose weights come and go can't be captured
         run = PLAIN if self.execution.offload else self.capture
         output = run(self._forward, *inputs).float()

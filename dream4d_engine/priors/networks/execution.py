@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -132,7 +133,7 @@ class GraphCapture(Capture):
     @staticmethod
     def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
         # a denoiser's methods differ by its networks: another denoiser with the same ones replays the same graph
-        of = getattr(function, "__self__", None)
+        of: Any = getattr(function, "__self__", None)
         networks = (id(of.unet), id(of.vae)) if hasattr(of, "unet") else (id(function),)
         return function.__name__, networks, *((t.shape, t.dtype) for t in inputs)
 
@@ -214,7 +215,7 @@ def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
             (found,) = torch.autograd.grad(network(again), again, grad)
         return found
 
-    pull_back.__self__ = getattr(network, "__self__", network)  # what GraphCapture knows functions by
+    pull_back.__dict__["__self__"] = getattr(network, "__self__", network)  # what GraphCapture knows functions by
     return pull_back
 
 
@@ -266,7 +267,7 @@ def offload(network: nn.Module, device: torch.device) -> None:
         hooks += [part.register_forward_pre_hook(bring, prepend=True), part.register_forward_hook(leave)]
     for module in network.modules():
         module._compiled_call_impl = None
-    network._offload_hooks = hooks
+    network.__dict__["_offload_hooks"] = hooks
 
 
 def bring_back(network: nn.Module, device: torch.device) -> None:

@@ -32,11 +32,14 @@ def speed_up(network: nn.Module) -> nn.Module:
     for module in network.modules():
         name = type(module).__name__
         if isinstance(module, nn.Conv2d):
-            module.forward = types.MethodType(frozen_conv, module)
+            forward: Callable = frozen_conv
         elif isinstance(module, nn.GroupNorm):
-            module.forward = types.MethodType(_norm_forward, module)
+            forward = _norm_forward
         elif name in _FORWARDS and _FORWARDS[name][0](module):
-            module.forward = types.MethodType(_FORWARDS[name][1], module)
+            forward = _FORWARDS[name][1]
+        else:
+            continue
+        module.forward = types.MethodType(forward, module)
     return network
 
 
@@ -69,15 +72,13 @@ def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Te
 
 def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True, padding: tuple[int, int] | None = None) -> Tensor:
     """Apply a convolution whose weights get no gradient; `padding` None: its own."""
-    bias = conv.bias if with_bias else None
-    padding = conv.padding if padding is None else padding
-    settings = (conv.stride, padding, conv.dilation, conv.groups)
+    bias, pad = conv.bias if with_bias else None, conv.padding if padding is None else padding
     if conv.weight.requires_grad:
-        return functional.conv2d(x, conv.weight, bias, *settings)
+        return functional.conv2d(x, conv.weight, bias, conv.stride, pad, conv.dilation, conv.groups)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FrozenConv.apply(x, conv.weight, bias, *settings)
+        return _FrozenConv.apply(x, conv.weight, bias, conv.stride, pad, conv.dilation, conv.groups)
     # the library adds the bias in a pass of its own anyway, and a slower one
-    return add_bias_(functional.conv2d(x, conv.weight, None, *settings), bias)
+    return add_bias_(functional.conv2d(x, conv.weight, None, conv.stride, pad, conv.dilation, conv.groups), bias)
 
 
 def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Tensor | None = None) -> Tensor:
@@ -91,6 +92,7 @@ def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None,
     offset = None if self.conv1.bias is None else self.conv1.bias[None]
     h = frozen_conv(self.conv1, h, with_bias=False)
     if self.time_emb_proj is not None:
+        assert temb is not None  # a block that projects it is told it
         time = self.time_emb_proj(temb if self.skip_time_act else functional.silu(temb))
         offset = time if offset is None else offset + time
     h = self.norm2(h, silu=True, offset=offset)
@@ -145,7 +147,7 @@ def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1
         h = norm(h, silu=True, offset=offset)
         h = functional.conv2d(h, conv.weight.squeeze(-1), None, padding=(1, 0))  # kernel [3, 1, 1] over (F, H, W)
         offset = conv.bias[None]
-    h = add_residual(x, h, offset[0])  # the last convolution's bias
+    h = add_residual(x, h, self.conv4[-1].bias)
     return h.permute(0, 2, 3, 1).reshape(n, height, width, c).permute(0, 3, 1, 2)
 
 
@@ -169,7 +171,7 @@ def _transformer_forward(
     return _returned(h.view(n, height, width, c).permute(0, 3, 1, 2), return_dict)
 
 
-def _project(layer: nn.Module, tokens: Tensor) -> Tensor:
+def _project(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
     """Apply a linear layer, or a 1x1 convolution as one, to tokens [N, L, C]."""
     weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.flatten(1)
     return functional.linear(tokens, weight, layer.bias)

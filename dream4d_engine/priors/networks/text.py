@@ -70,12 +70,13 @@ def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[s
     is_t5 = type(encoder).__name__.startswith("T5")
     # IF was trained on lower case; CLIP's tokenizers lower it themselves
     texts = [prompt.lower().strip() for prompt in prompts] if is_t5 else list(prompts)
-    length = min(tokenizer.max_length, T5_TOKENS if is_t5 else encoder.config.max_position_embeddings)
+    config: Any = encoder.config  # of transformers
+    length = min(tokenizer.max_length, T5_TOKENS if is_t5 else config.max_position_embeddings)
     for end in dict.fromkeys(tokenizer.cut(text, length) for text in texts):
         if end:
             logger.warning("the prompt is longer than the text encoder's %d tokens; this end is cut: %r", length, end)
     ids, mask = tokenizer.tokens(texts, length)
-    known = encoder.config.vocab_size
+    known = config.vocab_size
     if not 0 <= int(ids.min()) <= int(ids.max()) < known:
         raise PriorError(
             f"the tokenizer gives token {int(ids.max())}, the text encoder knows {known:,}: they are not of one model"

@@ -7,6 +7,7 @@ they predict the velocity eps - z. Their autoencoders put several frames into on
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class TransformerDenoiser:
     """A frozen WanTransformer3DModel or LTXVideoTransformer3DModel with its autoencoder, as a Denoiser."""
 
     transformer: nn.Module
-    vae: nn.Module
+    vae: Any  # torch's stubs know none of a module's own calls
     noise: NoiseSchedule
     image_size: tuple[int, int]  # (height, width), pixels
     n_frames: int
@@ -53,10 +54,13 @@ class TransformerDenoiser:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable. The mean of the autoencoder's guess."""
         checkpointed = self.execution.images_kept is not None
         dtype = next(self.vae.parameters()).dtype
-        with without_autocast(self.device), checkpointing(self.vae, checkpointed):
-            each = [
-                self.vae.encode(one).latent_dist.mode() for one in (2 * images - 1).to(dtype).movedim(1, 2).split(1)
-            ]
+        videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
+        try:
+            with without_autocast(self.device), checkpointing(self.vae, checkpointed):
+                each = [self.vae.encode(one).latent_dist.mode() for one in videos]
+        finally:
+            if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
+                self.vae.clear_cache()
         z = torch.cat(each).float()
         mean, deviation = self._scaling(z)
         return ((z - mean) / deviation).movedim(2, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as functional
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class GroupAttention:
@@ -42,6 +42,6 @@ class GroupAttention:
         return attended.reshape(shape)
 
 
-def attend_across_views(unet: nn.Module) -> None:
+def attend_across_views(unet: Any) -> None:
     """Give every attention of a UNet2DConditionModel the processor above; no weight changes."""
     unet.set_attn_processor(GroupAttention())
