@@ -103,7 +103,10 @@ def edges_of(faces: Tensor) -> Tensor:
 
 
 def smoothed(vertices: Tensor, faces: Tensor, rounds: int) -> Tensor:
-    """Smooth without shrinking: each round a step towards the neighbours' mean and one back (Taubin 1995)."""
+    """Smooth what vertices have (places, or the ways they went) [V, 3] without shrinking it.
+
+    Each round is a step towards the neighbours' mean and one back (Taubin 1995).
+    """
     a, b = edges_of(faces).unbind(-1)
     n = torch.zeros(len(vertices), 1, device=vertices.device)
     for end in (a, b):

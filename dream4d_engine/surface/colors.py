@@ -12,8 +12,8 @@ from ..mesh import Mesh, MeshError, rasterize
 from ..scene import Scene
 from .look import Progress, in_pieces, looks_at
 
-_N_DEPTHS = 8  # places along the normal that a colour is composed of
-_OUTSIDE, _INSIDE = 1.5, 4.0  # how far they reach, in cells of the lattice
+_N_DEPTHS = 12  # places along the normal that a colour is composed of
+_OUTSIDE, _INSIDE = 6.0, 4.0  # how far they reach, in cells of the lattice: the haze before a surface counts
 _GUTTER = 4  # texels around each chart, so that filtering at its border finds its colour
 
 

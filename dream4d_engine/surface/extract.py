@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from .silhouettes import find_threshold
 _COARSE = 48  # cells a side of the first lattice over the whole box
 _BLOCK = 4  # fine cells a side of what is looked at, or not, as one
 _WITHIN_REACH = 0.05  # of the threshold: density that may hide a thin part between the coarse points
+_HIDDEN = 0.35  # optical depth: behind 30 % of opacity from every side, nothing tells a cave from a solid
 _SMALL = 0.02  # of the largest component's area: less is a speck
 
 
@@ -76,7 +79,7 @@ def extract_surface(
     low, high = _bounds(density, threshold, scene, notes)
     report(0.3)
     values, cell = _lattice(density, threshold, low, high, options.resolution, lambda share: report(0.3 + 0.4 * share))
-    vertices, faces = _marching_cubes(values, low, cell)
+    vertices, faces = _marching_cubes(_filled(values, threshold, cell), low, cell)
     report(0.75)
     vertices, faces = _main_components(vertices, faces, options.keep_specks, notes)
     if options.smoothing:
@@ -140,6 +143,37 @@ def _lattice(
     places = wanted.nonzero()
     values[wanted] = _level(in_pieces(density, low + places * cell, on_progress), threshold)
     return values, cell
+
+
+def _filled(values: Tensor, threshold: float, cell: float) -> Tensor:
+    """Return the lattice with all solid that cannot be seen into.
+
+    A field is trained on what is seen of it: behind its skin there may be caves, which would become a surface of their
+    own. A point is hidden if along each of 26 ways out there is more than _HIDDEN of optical depth.
+    """
+    depth_of_cell = values.exp() * (threshold * cell)
+    least = torch.full_like(values, torch.inf)
+    for way in itertools.product((-1, 0, 1), repeat=3):
+        axis = next((k for k in range(3) if way[k]), None)
+        if axis is None:
+            continue
+        # from slice to slice along the first axis that it moves along, shifted along the two others
+        order = [k for k in range(3) if k != axis]
+        cells = depth_of_cell.movedim(axis, 0) * math.sqrt(sum(abs(k) for k in way))
+        deepest = least.movedim(axis, 0)
+        slices = range(len(cells)) if way[axis] > 0 else range(len(cells) - 1, -1, -1)
+        depth = torch.zeros_like(cells[0])
+        for i in slices:
+            deepest[i] = torch.minimum(deepest[i], depth)  # `deepest` looks into `least`
+            depth = _shifted(depth + cells[i], way[order[0]], way[order[1]])
+    return torch.where(least > _HIDDEN, values.clamp_min(1.0), values)
+
+
+def _shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """Move an image [X, Y] by a cell or none; what comes in is 0."""
+    height, width = image.shape
+    image = functional.pad(image, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)))
+    return image[max(-down, 0) :, max(-right, 0) :][:height, :width]
 
 
 def _level(density: Tensor, threshold: float) -> Tensor:

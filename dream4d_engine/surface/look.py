@@ -47,14 +47,19 @@ def looks_at(scene: Scene, time: float | None) -> Look:
     return look
 
 
+def require_finite(values: Tensor) -> Tensor:
+    """Return values of the field, if that is what they are."""
+    if not bool(values.isfinite().all()):
+        raise MeshError("the scene's field is not a finite number everywhere: it has no surface; train it anew")
+    return values
+
+
 @torch.no_grad()
 def in_pieces(look: Look, points: Tensor, on_progress: Progress = None) -> Tensor:
     """Ask for all points [S, 3]; what is not a finite number is an error."""
     found, done = [], 0
     for piece in points.split(AT_ONCE):
-        found.append(look(piece).float())
-        if not found[-1].isfinite().all():
-            raise MeshError("the scene's field is not a finite number everywhere: it has no surface; train it anew")
+        found.append(require_finite(look(piece).float()))
         done += len(piece)
         if on_progress is not None:
             on_progress(done / len(points))

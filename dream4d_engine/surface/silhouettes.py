@@ -13,6 +13,7 @@ from ..rays import rays_from_cameras
 from ..rendering import render_chunked
 from ..rendering.march import points_of, sample_rays
 from ..scene import Scene
+from .look import require_finite
 
 N_VIEWS, IMAGE_SIZE = 8, 72
 _FINE = 256  # samples along a ray, at least, among which its densest one is looked for
@@ -43,7 +44,7 @@ def find_threshold(scene: Scene, time: float | None) -> tuple[float, float]:
     that give the IoU of every threshold at once.
     """
     cameras = silhouette_cameras(scene, time)
-    solid = (render_chunked(scene, cameras).opacity > _SOLID).reshape(-1)
+    solid = (require_finite(render_chunked(scene, cameras).opacity) > _SOLID).reshape(-1)
     if not bool(solid.any()):
         raise MeshError("the scene is empty: from nowhere is there anything to see that a surface could be put on")
     if float(solid.float().mean()) > 0.95:
@@ -63,8 +64,6 @@ def _densest(scene: Scene, cameras: CameraBatch) -> Tensor:
     samples = sample_rays(scene, rays, n_samples)
     densest = torch.zeros(len(rays.origins), device=scene.device)
     for piece in samples.split(2**18):
-        density = scene.density(*points_of(rays, piece)).float()
-        if not density.isfinite().all():
-            raise MeshError("the scene's field is not a finite number everywhere: it has no surface; train it anew")
+        density = require_finite(scene.density(*points_of(rays, piece)).float())
         densest.scatter_reduce_(0, piece.ray_indices, density, "amax")
     return densest

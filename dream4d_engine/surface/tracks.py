@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..fields.deformation import DeformationField
 from ..kernels import Kernels
-from ..mesh import MeshError, edges_of
+from ..mesh import MeshError, edges_of, smoothed
 from ..scene import Scene
 from .look import AT_ONCE, Progress
 
@@ -35,7 +35,7 @@ class Tracks:
     positions: Tensor
     """[T, V, 3] in the world."""
     residual: Tensor
-    """[T, V], |w(x, t) - c| in units of the box's side, also of those that were carried."""
+    """[T, V], |w(x, t) - c| in units of the box's side before smoothing, also of those that were carried."""
     carried: Tensor
     """[T, V] bool: no inverse there; placed by a rigid fit of the neighbours."""
 
@@ -70,9 +70,13 @@ class _Warp:
 
 @torch.no_grad()
 def track_vertices(
-    scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None
+    scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None, smoothing: int = 2
 ) -> Tracks:
-    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through ascending times [T]."""
+    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through ascending times [T].
+
+    `smoothing`: rounds by which the displacements are smoothed over the surface in the end. Where the warp folds,
+    neighbours part; this takes half of that away and moves the others by less than the residual that is allowed.
+    """
     if scene.deformation is None:
         shape = (len(times), len(vertices))
         still = vertices.expand(len(times), -1, -1).clone()
@@ -82,7 +86,8 @@ def track_vertices(
     edges = edges_of(faces)
     both = torch.cat((edges, edges.flip(-1)))
     canonical = (vertices / radius + 1) / 2
-    x = ((canonical - 0.5) * scale + 0.5).clamp(0, 1)  # where it was, were there no displacement
+    rest = (canonical - 0.5) * scale + 0.5  # where it was, were there no displacement
+    x = rest.clamp(0, 1)
     rows, moment = [], None
     for number, goal in enumerate(times.tolist(), 1):
         between = [] if moment is None else _stops(moment, goal)
@@ -95,7 +100,16 @@ def track_vertices(
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
     if not places.isfinite().all():
         raise MeshError("the scene's deformation is not a finite number everywhere: animate it anew")
+    places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
     return Tracks((places * 2 - 1) * radius, residuals, carried)
+
+
+def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:
+    """Smooth the ways from `rest` to `places` over the surface, but for what of them is one affine map of all."""
+    ones = torch.ones_like(rest[:, :1])
+    at = torch.cat((rest, ones), -1)
+    affine = at @ torch.linalg.lstsq(at, places, driver="gels" if places.is_cuda else "gelsd").solution
+    return affine + smoothed(places - affine, faces, rounds)
 
 
 def _stops(start: float, end: float) -> list[float]:
