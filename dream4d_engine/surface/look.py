@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ Progress = Callable[[float], None] | None
 """Told the share done, 0 to 1; may raise to stop."""
 
 
-class Look(Protocol):
-    """What of the field is asked: (places [S, 3]) -> values [S, ...]."""
-
-    def __call__(self, places: Tensor) -> Tensor: ...
+Look = Callable[[Tensor], Tensor]
+"""What of the field is asked: places [S, 3] -> values [S, ...]."""
 
 
 def density_at(scene: Scene, time: float | None) -> Look:
