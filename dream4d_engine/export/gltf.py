@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..documents import document_bytes
+from ..fields.encodings import require_range
 from ..mesh import Mesh, MeshError, vertex_normals
 from .images import to_bytes
 
@@ -47,10 +48,8 @@ class GltfOptions:
     """Of the object and its clip."""
 
     def __post_init__(self) -> None:
-        if not 0.01 <= self.duration <= 3600:
-            raise ValueError(f"duration must lie in [0.01, 3600] seconds, got {self.duration}")
-        if not 0 < self.error <= 1:
-            raise ValueError(f"error must lie in (0, 1] object sizes, got {self.error}")
+        require_range("duration", self.duration, 0.01, 3600)
+        require_range("error", self.error, 1e-6, 1.0)
 
 
 def y_up(vectors: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
@@ -38,12 +39,10 @@ class ExportOptions:
     """How a GLB is written."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_times <= 1000:
-            raise ValueError(f"n_times must lie in [1, 1000], got {self.n_times}")
-        if not 0 <= self.time <= 1:
-            raise ValueError(f"time must lie in [0, 1], got {self.time}")
-        if self.texture and not 16 <= self.texture <= 8192:
-            raise ValueError(f"texture must be 0 or lie in [16, 8192] texels, got {self.texture}")
+        require_range("n_times", self.n_times, 1, 1000)
+        require_range("time", self.time, 0.0, 1.0)
+        if self.texture:
+            require_range("texture", self.texture, 16, 8192)
 
 
 @dataclass(frozen=True)

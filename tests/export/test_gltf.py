@@ -175,7 +175,7 @@ def test_24_moments_of_30000_vertices_stay_small() -> None:
     mesh = moving_ball(24, 174)
     assert len(mesh.vertices) > 30_000
     for quantize, most in ((True, 11e6), (False, 20e6)):
-        data, n_keys = glb_bytes(mesh, GltfOptions(error=1e-9, quantize=quantize))
+        data, n_keys = glb_bytes(mesh, GltfOptions(error=1e-6, quantize=quantize))
         assert n_keys == 24 and len(data) < most
 
 
@@ -307,7 +307,7 @@ def test_a_name_without_a_format_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("change", [{"n_times": 0}, {"time": 1.5}, {"texture": 3}])
 def test_options_out_of_range(change: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(change))):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must lie in"):
         ExportOptions(**change)
 
 
