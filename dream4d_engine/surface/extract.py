@@ -46,7 +46,7 @@ class SurfaceOptions:
         require_range("smoothing", self.smoothing, 0, 100)
         require_range("n_faces", self.n_faces, 0, 10_000_000)
         if self.threshold is not None:
-            require_range("threshold", self.threshold, 1e-6, 1e9)
+            require_range("threshold", self.threshold, 1e-6, 1e8)
 
 
 @dataclass(frozen=True)
