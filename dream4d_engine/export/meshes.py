@@ -57,7 +57,7 @@ class SceneMesh:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        if self.tracks is None or not self.tracks.unconverged:
+        if self.tracks is None or self.tracks.unconverged < 5e-5:  # what would read as 0.00 %
             return self.surface.notes
         share = (
             f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there)"

@@ -68,6 +68,7 @@ class _Warp:
         return w.detach(), torch.stack(rows, 1)
 
 
+@torch.inference_mode(False)  # a caller's, in which there are no slopes
 @torch.no_grad()
 def track_vertices(
     scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None, smoothing: int = 2

@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact_scene import BOTTOM, DENSEST, TOP, exact_scene, jump, stretch, sway, turn
+from exact_scene import BOTTOM, DENSEST, GRID, TOP, exact_scene, jump, stretch, sway, turn
 
+from dream4d_engine.fields.deformation import DeformationConfig
+from dream4d_engine.fields.radiance import RadianceConfig
 from dream4d_engine.mesh import MeshError, edges_of, face_normals, rasterize
 from dream4d_engine.rendering import render_chunked
+from dream4d_engine.scene import SceneConfig, build_scene
 from dream4d_engine.surface import SurfaceOptions, bake_texture, extract_surface, track_vertices
 from dream4d_engine.surface.silhouettes import find_threshold, silhouette_cameras
 from dream4d_engine.toyworld.shapes import SHAPE_MODELS, surface_normals
@@ -235,3 +238,14 @@ def test_tracking_tells_its_progress_and_can_be_stopped() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         track_vertices(scene, mesh.vertices, mesh.faces, torch.linspace(0, 1, 4), stop)
+
+
+def test_scenes_that_were_made_in_inference_mode_are_followed_too() -> None:
+    config = SceneConfig(radiance=RadianceConfig(GRID, hidden_width=8), occupancy_resolution=8, n_samples=32)
+    with torch.inference_mode():
+        scene = build_scene(config, torch.Generator().manual_seed(0))
+        scene = scene.with_deformation(DeformationConfig(GRID, 8, 1), torch.Generator().manual_seed(1))
+        scene.deformation.mlp.layers[-1].fill_(0.05)
+        mesh = extract_surface(scene, options=replace(QUICK, n_faces=500, colors=False)).mesh
+        tracks = track_vertices(scene, mesh.vertices, mesh.faces, torch.linspace(0, 1, 2))
+    assert tracks.unconverged == 0 and tracks.residual.max() < 5e-3
