@@ -22,6 +22,7 @@ LEVELS = {
     "kernels": 0,
     "locks": 0,
     "machine": 0,
+    "mesh": 0,
     "profiling": 0,
     "randomness": 0,
     "transfers": 0,
@@ -34,6 +35,7 @@ LEVELS = {
     "assets": 3,
     "dream_in_4d": 3,
     "rendering": 3,
+    "surface": 3,
     "export": 3,
     "supervision": 4,
     "training": 5,
@@ -42,11 +44,12 @@ LEVELS = {
     "__main__": 7,
 }
 SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
-SAME_LEVEL |= {("dream_in_4d", "assets")}
+SAME_LEVEL |= {("dream_in_4d", "assets"), ("surface", "rendering"), ("export", "surface")}
 SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "training"), ("machine", "documents")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
+HEAVY |= {"skimage", "fast_simplification", "xatlas"}
 LIBRARY_CODE = {
     "kernels/triton_source.py": "triton",
     "kernels/triton_mlp_source.py": "triton",

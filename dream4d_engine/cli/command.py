@@ -18,6 +18,7 @@ FILES = {
     "text-to-4d": "text_to_4d",
     "image-to-4d": "image_to_4d",
     "render": "render",
+    "export": "export",
     "import": "import_scene",
     "info": "info",
     "bench": "bench",

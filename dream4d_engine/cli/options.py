@@ -108,6 +108,14 @@ _RANGES = {
     "distance": (0.001, 10_000),
     "fov_y_deg": (0.1, 179.9),
     "time": (0, 1),
+    "times": (1, 1000),
+    "resolution": (8, 1024),
+    "faces": (0, 10**7),
+    "threshold": (1e-6, 1e8),
+    "smoothing": (0, 100),
+    "texture": (0, 8192),
+    "duration": (0.01, 3600),
+    "error": (1e-6, 1),
 }
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
 

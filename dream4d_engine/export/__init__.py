@@ -1,6 +1,25 @@
-"""Images and videos as files."""
+"""Images, videos and meshes as files."""
 
+from .gltf import GltfOptions, glb_bytes
 from .images import contact_sheet, save_image, to_bytes
+from .meshes import MESH_FORMATS, ExportOptions, ExportReport, SceneMesh, export_scene, save_mesh, scene_mesh
 from .video import Video, VideoWriter, read_video, write_video
 
-__all__ = ["Video", "VideoWriter", "contact_sheet", "read_video", "save_image", "to_bytes", "write_video"]
+__all__ = [
+    "MESH_FORMATS",
+    "ExportOptions",
+    "ExportReport",
+    "GltfOptions",
+    "SceneMesh",
+    "Video",
+    "VideoWriter",
+    "contact_sheet",
+    "export_scene",
+    "glb_bytes",
+    "read_video",
+    "save_image",
+    "save_mesh",
+    "scene_mesh",
+    "to_bytes",
+    "write_video",
+]

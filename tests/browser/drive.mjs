@@ -90,7 +90,7 @@ async function lookAt(type, n = 0) {
 const viewer = (n, selector = "") => page.locator(".d4d-view").nth(n).locator(selector || "xpath=.");
 
 /** A fingerprint of what a viewer's canvas shows, how many different colours it has, and its width. */
-const picture = (n = 0) =>
+const image = (n = 0) =>
   page.evaluate((n) => {
     const canvas = document.querySelectorAll(".d4d-stage canvas")[n];
     if (!canvas) return { print: "", colours: 0, width: 0 };
@@ -105,7 +105,7 @@ const picture = (n = 0) =>
     return { print: String(print), colours: colours.size, width: canvas.width };
   }, n);
 
-/** The picture of a viewer that waits for nothing: it is drawn, as large as its place, and stays. */
+/** The image of a viewer that waits for nothing: it is drawn, as large as its place, and stays. */
 async function settled(n = 0) {
   const rest = (n) => {
     const view = document.querySelectorAll(".d4d-view")[n];
@@ -115,7 +115,7 @@ async function settled(n = 0) {
   let before = null;
   for (let i = 0; i < 100; i++) {
     if (!(await soon(rest, n, 120000))) break;
-    const now = await picture(n);
+    const now = await image(n);
     if (now.print === before?.print) return now;
     before = now;
     await page.waitForTimeout(150);
@@ -123,19 +123,19 @@ async function settled(n = 0) {
   throw new Error(`viewer ${n} does not come to rest`);
 }
 
-async function waitForPicture(timeout = 240000, n = 0) {
+async function waitForImage(timeout = 240000, n = 0) {
   const end = Date.now() + timeout;
   while (Date.now() < end) {
-    if ((await picture(n)).colours > 50) return true;
+    if ((await image(n)).colours > 50) return true;
     await page.waitForTimeout(200);
   }
   return false;
 }
 
-/** Whether a viewer soon shows another picture, and it is one; a busy machine takes its time. */
+/** Whether a viewer soon shows another image, and it is one; a busy machine takes its time. */
 async function changed(before, n = 0, colours = 20) {
   for (let i = 0; i < 100; i++) {
-    const now = await picture(n);
+    const now = await image(n);
     if (now.print !== before.print && now.colours > colours) return true;
     await page.waitForTimeout(100);
   }
@@ -151,7 +151,7 @@ async function drag(n, x, y) {
   await page.mouse.up();
 }
 
-/** Drag, use the keys, move the slider, switch the passes, play; say what changed the picture. */
+/** Drag, use the keys, move the slider, switch the passes, play; say what changed the image. */
 async function tryViewer(name) {
   const found = {};
   const place = () => page.evaluate((type) => [...window.app.graph.nodes.find((n) => n.type === type).pos], VIEWER);
@@ -181,7 +181,7 @@ async function tryViewer(name) {
   await viewer(0, ".d4d-time button").click();
   for (let i = 0; i < 8; i++) {
     await page.waitForTimeout(170);
-    prints.add((await picture()).print);
+    prints.add((await image()).print);
   }
   await viewer(0, ".d4d-time button").click();
   found.play = prints.size > 2;
@@ -210,7 +210,7 @@ async function trySeveral(name) {
   }, VIEWER);
   await lookAt(VIEWER);
   await pressRun();
-  found.pictures = (await waitForPicture(120000, 0)) && (await waitForPicture(120000, 1));
+  found.images = (await waitForImage(120000, 0)) && (await waitForImage(120000, 1));
   found.finished = await soon(() => [...document.querySelectorAll(".d4d-bar")].every((bar) => bar.hidden), null, 60000);
   found.times = [await viewer(0, ".d4d-time").isVisible(), await viewer(1, ".d4d-time").isVisible()];
   await shot(name);
@@ -223,7 +223,7 @@ async function trySeveral(name) {
     window.app.canvas.setDirty(true, true);
   }, VIEWER);
   const wider = (width) => document.querySelector(".d4d-stage canvas").width > width;
-  found.resized = (await soon(wider, one.width, 20000)) && (await picture(0)).colours > 20;
+  found.resized = (await soon(wider, one.width, 20000)) && (await image(0)).colours > 20;
 
   const cancelled = await page.evaluate((type) => {
     const [, node] = window.app.graph.nodes.filter((node) => node.type === type);
@@ -236,7 +236,7 @@ async function trySeveral(name) {
   found.progress = await soon(bar, null, 120000);
   await page.evaluate(() => fetch("/api/interrupt", { method: "POST" }));
   found.settled = await soon(() => document.querySelectorAll(".d4d-bar")[1].hidden, null, 120000);
-  found.partly = await waitForPicture(10000, 1);
+  found.partly = await waitForImage(10000, 1);
   await page.evaluate((id) => window.app.graph.remove(window.app.graph.getNodeById(id)), cancelled);
   await soon(() => document.querySelectorAll(".d4d-view").length === 1, null, 20000);
   found.left = await page.locator(".d4d-view").count();
@@ -273,15 +273,15 @@ async function story() {
   await page.waitForTimeout(700);
   await shot("live-preview");
   await lookAt(VIEWER);
-  seen.firstPicture = await waitForPicture();
+  seen.firstImage = await waitForImage();
   seen.early = await viewer(0, ".d4d-bar").isVisible();
-  await shot("first-picture");
+  await shot("first-image");
   seen.whole = await soon(() => document.querySelector(".d4d-bar")?.hidden, null, 240000);
   // nothing is clicked any more: what stays has to be kept by itself
   await page.waitForTimeout(1500);
   await open();
   await lookAt(VIEWER);
-  seen.afterReload = await waitForPicture(20000);
+  seen.afterReload = await waitForImage(20000);
   await shot("after-reload");
   seen.classic = seen.afterReload ? await tryViewer("classic") : null;
 
@@ -291,7 +291,7 @@ async function story() {
   await open();
   await lookAt(VIEWER);
   seen.vueNodes = (await page.locator("[data-node-id]").count()) > 0;
-  seen.inNewTab = await waitForPicture(20000);
+  seen.inNewTab = await waitForImage(20000);
   await shot("vue");
   seen.vue = seen.inNewTab ? await tryViewer("vue") : null;
 
@@ -476,7 +476,7 @@ async function damaged() {
     await makeFlow(Object.values(DAMAGED).slice(0, 3));
     await lookAt(VIEWER);
     await pressRun();
-    found.works = await waitForPicture(120000, 0);
+    found.works = await waitForImage(120000, 0);
     const before = await settled(0);
     await drag(0, 110, 0);
     found.turns = await changed(before, 0);

@@ -171,6 +171,8 @@ def test_two_stages_one_by_one(run, tmp_path, priors, capsys):
         ),
         (["render", "OUT/none.safetensors"], "does not exist"),
         (["render"], "SCENE"),
+        (["export", "OUT/none.safetensors"], "does not exist"),
+        (["export", "OUT/none.safetensors", "--out", "OUT/mesh.fbx"], "names no format for meshes"),
         (["info", "OUT/none"], "does not exist"),
         (["import", "OUT/none.ckpt", "--out", "OUT/s.safetensors"], "does not exist"),
         (["bench", "--recipes", "grand"], "unknown recipe 'grand'"),
@@ -249,7 +251,7 @@ def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path,
 def doors(monkeypatch, run, tmp_path):
     """Commands end where the work would begin; the fixture is a function that says how: what was refused, or None."""
     from dream4d_engine import cli
-    from dream4d_engine.cli import bench, render, results, runs, stages
+    from dream4d_engine.cli import bench, export, render, results, runs, stages
 
     class Begun(Exception):
         pass
@@ -262,6 +264,7 @@ def doors(monkeypatch, run, tmp_path):
     monkeypatch.setattr(bench, "_measure", begin)
     monkeypatch.setattr(results, "measure_range", begin)
     monkeypatch.setattr(render, "check_folder", lambda *_: None)
+    monkeypatch.setattr(export, "export_scene", begin)
     said: list[str] = []
     monkeypatch.setattr(cli, "report", lambda error, **_: said.append(f"{type(error).__name__}: {error}") or 2)
     places = {"SCENE": str(run[0] / "scene.safetensors"), "OUT": str(tmp_path / "out")}
@@ -284,6 +287,10 @@ NUMBERS = {
     ("text-to-4d", PROMPT, "--out", "OUT"): {"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": ""},
     ("animate", "SCENE", PROMPT, "--out", "OUT"): {"--seed": "0", "--steps": "", "--hifa-steps": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},
+    ("export", "SCENE", "--out", "OUT", "--format", "glb"): {
+        **{"--times": "", "--time": "0", "--resolution": "", "--faces": "0", "--threshold": "", "--smoothing": "0"},
+        **{"--texture": "0", "--duration": "", "--error": ""},
+    },
     ("render", "SCENE", "--out", "OUT"): {
         **{"--frames": "", "--fps": "", "--distance": "", "--fov-y-deg": "", "--samples": "", "--size": ""},
         **{"--azimuth-deg": "0 -1", "--elevation-deg": "0 -1", "--time": "0"},

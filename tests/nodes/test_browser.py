@@ -8,33 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from browsers import HERE, find_browser, why_no_browser
 from pack import GROWN, HEAD, overlaps
-from places import TESTS
 
 pytestmark = pytest.mark.browser
-HERE = TESTS / "browser"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def find_browser() -> str | None:
-    """The browser to use, or None."""
-    return os.environ.get("DREAM4D_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-def why_no_browser() -> str | None:
-    """Return why the browser tests can't run here, or None."""
-    if shutil.which("node") is None:
-        return "no node.js found"
-    if find_browser() is None:
-        return "no Chromium found: install it or set DREAM4D_CHROMIUM"
-    if not (HERE / "node_modules" / "playwright-core").is_dir():
-        return "playwright-core is missing: run npm install in tests/browser"
-    return None
 
 
 def look(server, tmp_path_factory, part: str) -> dict:

@@ -1,0 +1,102 @@
+"""Write a scene as a mesh: a GLB that moves, or one of its moments as OBJ, PLY or STL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ..assets import load_scene
+from ..export import ExportOptions, GltfOptions, export_scene
+from ..machine import check_folder, pick_device
+from ..priors.formats.weights import human_size
+from ..surface import SurfaceOptions
+from ..training.loop import Interrupted
+from . import results
+from .command import Command
+from .errors import UsageError
+from .interrupts import stop_on_interrupt
+from .options import FILE, FLOAT, Machine, MachineOptions, Positional, arg, check_numbers
+from .progress import make_progress
+from .terminal import say
+
+_STEPS = 100  # of the progress bar
+_MOST_BYTES = 2**26  # of a file as these flags make it
+
+
+@dataclass(frozen=True)
+class Export:
+    scene: Annotated[Positional[Path], arg(metavar="SCENE")]
+    """The scene file."""
+    out: Annotated[Path | None, FILE] = None
+    """The file to write (default: the scene's name with the format's suffix, beside it)."""
+    format: Literal["glb", "obj", "ply", "stl"] | None = None
+    """What to write (default: as the suffix of --out says, else glb)."""
+    times: int = 24
+    """Moments that the surface is followed through; 1 for a still GLB."""
+    time: float = 0.0
+    """The moment, 0 to 1, that a still file shows."""
+    resolution: int = 128
+    """Cells along the object's longest side."""
+    faces: int = 20_000
+    """Faces at most; 0 for all that are found."""
+    threshold: Annotated[float | None, FLOAT] = None
+    """The density that is the surface (default: the one whose silhouettes are the renderer's)."""
+    smoothing: int = 4
+    """Rounds of smoothing."""
+    texture: int = 0
+    """Side of a texture to bake, in texels; 0 for colours at the vertices."""
+    duration: float = 2.0
+    """Seconds that the animation takes."""
+    bounce: bool = False
+    """Play forwards, then backwards."""
+    error: float = 0.004
+    """How far places between key frames may be off, in object sizes."""
+    quantize: bool = True
+    """Targets in 16 and 8 bits instead of 32."""
+    lit: bool = False
+    """A material that takes the viewer's light, instead of colours as they are."""
+    overwrite: bool = False
+    """Replace a file of the same name."""
+    machine: Machine = MachineOptions()
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+
+def run(options: Export) -> int:
+    """Write a scene as a mesh's file."""
+    form = options.format or (options.out.suffix.lower().removeprefix(".") if options.out else "glb")
+    if form not in ("glb", "obj", "ply", "stl"):
+        raise UsageError(
+            f"{options.out} names no format for meshes: end it in .glb, .obj, .ply or .stl, or add --format"
+        )
+    out = options.out or options.scene.with_suffix(f".{form}")
+    results.require_new([out], options.overwrite)
+    export_options = ExportOptions(
+        n_times=options.times,
+        time=options.time,
+        texture=options.texture,
+        surface=SurfaceOptions(options.resolution, options.threshold, options.faces, options.smoothing),
+        gltf=GltfOptions(options.duration, options.bounce, options.error, options.quantize, options.lit),
+    )
+    scene, _ = load_scene(options.scene, pick_device(options.machine.device))
+    check_folder(out.parent, _MOST_BYTES)
+    with stop_on_interrupt() as should_stop, make_progress() as progress:
+        progress.begin("mesh", _STEPS)
+
+        def on_progress(share: float) -> None:
+            if should_stop():
+                raise Interrupted("the export", int(share * _STEPS), None)
+            progress.update("mesh", int(share * _STEPS))
+
+        report = export_scene(scene, out, export_options, form, on_progress)
+    for note in report.made.notes:
+        say(f"note: {note}")
+    mesh = report.made.mesh
+    keys = f", {report.n_keys} key frames" if report.n_keys else ""
+    say(f"{out}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces{keys}, {human_size(report.n_bytes)}")
+    return 0
+
+
+COMMAND = Command(Export, run)

@@ -1,0 +1,15 @@
+"""From a scene to a mesh: its surface, where that goes over time, and what it looks like."""
+
+from .colors import bake_texture, surface_colors
+from .extract import Surface, SurfaceOptions, extract_surface
+from .tracks import Tracks, track_vertices
+
+__all__ = [
+    "Surface",
+    "SurfaceOptions",
+    "Tracks",
+    "bake_texture",
+    "extract_surface",
+    "surface_colors",
+    "track_vertices",
+]
