@@ -99,7 +99,7 @@ def check_ranges(node: type[io.ComfyNode], **numbers: float | None) -> Verdict:
     known = described_inputs(node)
     for name, value in numbers.items():
         options = known[name][1]
-        low, high = options.get("min"), options.get("max")
+        low, high = options["min"], options["max"]
         if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             return f"{name} is {describe(value)}: it must lie between {low} and {high}"
     return True

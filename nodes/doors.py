@@ -107,9 +107,12 @@ def _check_number(place: str, value: object, kind: str, options: Mapping) -> int
         raise DoorError(f"{place} is {describe(value)}: it must lie between {low} and {high}")
     if kind == "FLOAT":
         return float(value)
-    if not isinstance(value, Integral) and value != math.floor(value):
+    if isinstance(value, Integral):
+        return int(value)
+    whole = math.floor(value)
+    if value != whole:
         raise DoorError(f"{place} is {describe(value)}: it must be {_IN_WORDS[kind]}")
-    return int(value)
+    return int(whole)
 
 
 def _check_pixels(place: str, value: object, n_dims: int, shape: str) -> torch.Tensor:

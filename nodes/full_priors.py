@@ -114,7 +114,7 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             cls, model: str | None = None, hub_id: str | None = None, download: bool | None = None
         ) -> bool | str:
             """Refuse what is not here and is not to be downloaded, with all that is needed to get it."""
-            if None in (model, hub_id, download):  # comes from another node
+            if model is None or hub_id is None or download is None:  # comes from another node
                 return True
             try:
                 asked = wanted(of, check_choice("model", model, None), hub_id)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..dream4d_engine.export.images import to_bytes
 from ..dream4d_engine.training.config import ReferenceConfig
 from ..dream4d_engine.training.reference import AUTOMATIC, ImageError, Reference, prepare_reference
+from ..dream4d_engine.training.reference.masks import MaskShows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _SHOWN = 256
 
 
-def reference_of(image: Tensor, mask: Tensor | None, shows: str, config: ReferenceConfig) -> Reference:
+def reference_of(image: Tensor, mask: Tensor | None, shows: MaskShows, config: ReferenceConfig) -> Reference:
     """Prepare an image [1, H, W, 3 or 4] with its mask [1, H, W], or with its own alpha.
 
     `shows`: what is white in the mask. Load Image's masks are white where the image is transparent, those of nodes

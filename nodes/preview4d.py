@@ -142,7 +142,7 @@ class Preview4D(io.ComfyNode):
         cls, views: int | None = None, heights: int | None = None, times: int | None = None, size: int | None = None
     ) -> bool | str:
         """Refuse grids that are too large."""
-        if None in (views, heights, times, size):  # comes from another node
+        if views is None or heights is None or times is None or size is None:  # comes from another node
             return True
         return check_grid(views, heights, times, size)
 

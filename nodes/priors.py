@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Final, Literal, get_args
 
 import folder_paths
 from comfy_api.latest import io
@@ -22,7 +22,7 @@ from .sockets import CATEGORY, PriorPort
 
 logger = logging.getLogger(__name__)
 
-_FROM_FOLDER = "as the folder says"
+_FROM_FOLDER: Final = "as the folder says"
 _NOTHING = "(no models found)"
 _KINDS = list(get_args(PriorKind))
 _DEEPEST = 4  # folders below folders, so that links in a circle come to an end
@@ -54,7 +54,7 @@ class LoadToyPrior(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, kind: str) -> io.NodeOutput:
+    def execute(cls, kind: PriorKind) -> io.NodeOutput:
         """Point at the model's folder."""
         return io.NodeOutput(toy_prior(kind))
 
@@ -102,7 +102,7 @@ class LoadPrior(io.ComfyNode):
         return "" if found is None else digest(list_files(found))
 
     @classmethod
-    def execute(cls, folder: str, kind: str) -> io.NodeOutput:
+    def execute(cls, folder: str, kind: PriorKind | Literal["as the folder says"]) -> io.NodeOutput:
         """Point at the model after a look at its description."""
         found = models().get(folder)
         if found is None:

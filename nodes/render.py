@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import comfy.model_management as management
@@ -25,6 +25,46 @@ from .sockets import CATEGORY, ScenePort, SceneValue
 _ROOM = 2**31
 """Bytes of GPU memory asked for before rendering."""
 _NO_CAMERA = "connect the camera output of a 3D viewer to the socket camera, or choose other cameras"
+
+
+def _place() -> list[io.Input]:
+    """Where the cameras stand, and how much they see."""
+    return [
+        io.Float.Input(
+            "azimuth",
+            default=0.0,
+            min=-360.0,
+            max=360.0,
+            step=1.0,
+            tooltip="Where the fixed view stands and the orbit starts, degrees; 0 is the front, 90 its left.",
+        ),
+        io.Float.Input(
+            "elevation",
+            default=15.0,
+            min=-90.0,
+            max=90.0,
+            step=1.0,
+            tooltip="Height of the cameras above the object's middle, degrees.",
+        ),
+        io.Float.Input(
+            "distance",
+            default=3.0,
+            min=0.1,
+            max=100.0,
+            step=0.1,
+            advanced=True,
+            tooltip="Distance of the cameras; the scene's box reaches from -1 to 1.",
+        ),
+        io.Float.Input(
+            "field_of_view",
+            default=40.0,
+            min=1.0,
+            max=170.0,
+            step=1.0,
+            advanced=True,
+            tooltip="Vertical angle that the cameras see, degrees.",
+        ),
+    ]
 
 
 class Render(io.ComfyNode):
@@ -70,40 +110,7 @@ class Render(io.ComfyNode):
                     default=False,
                     tooltip="Make the normals too: several times the work. The output is empty without it.",
                 ),
-                io.Float.Input(
-                    "azimuth",
-                    default=0.0,
-                    min=-360.0,
-                    max=360.0,
-                    step=1.0,
-                    tooltip="Where the fixed view stands and the orbit starts, degrees; 0 is the front, 90 its left.",
-                ),
-                io.Float.Input(
-                    "elevation",
-                    default=15.0,
-                    min=-90.0,
-                    max=90.0,
-                    step=1.0,
-                    tooltip="Height of the cameras above the object's middle, degrees.",
-                ),
-                io.Float.Input(
-                    "distance",
-                    default=3.0,
-                    min=0.1,
-                    max=100.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Distance of the cameras; the scene's box reaches from -1 to 1.",
-                ),
-                io.Float.Input(
-                    "field_of_view",
-                    default=40.0,
-                    min=1.0,
-                    max=170.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip="Vertical angle that the cameras see, degrees.",
-                ),
+                *_place(),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The frames."),
@@ -143,6 +150,8 @@ class Render(io.ComfyNode):
         field_of_view: float | None = None,
     ) -> bool | str:
         """Refuse sockets of another kind, and films that no camera is there for or that don't fit into the memory."""
+        # All are named, though most are only compared with their ranges: with **numbers ComfyUI would compare no input
+        # of the node itself any more, and put every complaint beside scene, camera and normals too.
         known = cameras is None or cameras in CAMERAS
         unseen = cameras == CONNECTED and "camera" not in input_types
         return first_complaint(
@@ -206,7 +215,7 @@ class Render(io.ComfyNode):
 
 def check_film(cameras: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:
     """Return True, or why so many and so large frames can't be made; what isn't known yet passes."""
-    if None in (cameras, frames, width, height):
+    if cameras is None or frames is None or width is None or height is None:
         return True
     n_frames = frames * (FINAL_PARTS if cameras == FINAL_PATH else 1)
     try:
@@ -257,7 +266,8 @@ def render_shot(scene: Scene, cameras: CameraBatch, options: RenderOptions) -> R
 
 def _moved(output: RenderOutput, device: torch.device) -> RenderOutput:
     columns = {f.name: getattr(output, f.name) for f in fields(RenderOutput)}
-    return RenderOutput(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in columns.items()})
+    moved = {name: value.to(device) for name, value in columns.items() if isinstance(value, torch.Tensor)}
+    return replace(output, samples=output.samples, **moved)
 
 
 @contextmanager
@@ -276,7 +286,7 @@ def _joined(frames: list[RenderOutput]) -> RenderOutput:
     """One output of all frames; what a rendering of many has not is left out."""
     columns = {f.name: [getattr(frame, f.name) for frame in frames] for f in fields(RenderOutput)}
     given = {name: parts for name, parts in columns.items() if isinstance(parts[0], torch.Tensor)}
-    return RenderOutput(**{name: torch.cat(parts, 1) for name, parts in given.items()})
+    return RenderOutput(samples=None, **{name: torch.cat(parts, 1) for name, parts in given.items()})
 
 
 def _nothing(reason: str):

@@ -238,7 +238,7 @@ class Run:
     """One stage to be trained.
 
     `settings`: all that its result depends on beside the other fields. `start`: the configuration of the scene that
-    training starts from, if it isn't the recipe's. `memory_budget`: bytes of GPU memory, which change no result.
+    training starts from. `memory_budget`: bytes of GPU memory, which change no result.
     """
 
     stage: str
@@ -248,18 +248,18 @@ class Run:
     negative: str
     seed: int
     settings: dict
+    start: SceneConfig
     parent: Provenance | None = None
-    start: SceneConfig | None = None
     reference: Reference | None = None
     memory_budget: int | None = None
 
     def needed_bytes(self) -> int:
         """What training takes at the least, beside the models."""
-        return memory_bytes(self.recipe, self.start or self.recipe.scene)
+        return memory_bytes(self.recipe, self.start)
 
     def check(self) -> None:
         """Refuse what no run can be made with, or whose result could not be read back."""
-        config = self.recipe.trained(self.start or self.recipe.scene)
+        config = self.recipe.trained(self.start)
         try:
             if isinstance(self.seed, int) and not 0 <= self.seed < 2**63:
                 raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
@@ -344,7 +344,7 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
 def out_of_memory(run: Run, reporter: Reporter, kept: bool) -> str:
     """What to say when the memory was too small: where it happened, what is kept, what can be done."""
     family = next(known for known in (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES) if run.recipe.name in known)
-    smaller = [r.name for r in family.values() if memory_bytes(r, run.start or run.recipe.scene) < run.needed_bytes()]
+    smaller = [r.name for r in family.values() if memory_bytes(r, run.start) < run.needed_bytes()]
     where = f"after step {reporter.value} of {run.recipe.steps}" if reporter.value else "before the first step was done"
     state = "The checkpoint is kept" if kept else "There is no checkpoint yet"
     lower = (

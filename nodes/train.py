@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io
 
-from ..dream4d_engine.priors.handle import PriorHandle
+from ..dream4d_engine.priors.handle import PriorHandle, PriorKind
 from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
@@ -22,6 +22,7 @@ from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
+from ..dream4d_engine.training.reference.masks import MaskShows
 from ..dream4d_engine.training.static import train_static
 from .checks import (
     check_budget,
@@ -40,81 +41,63 @@ from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
 _MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
+_GOES_ON = "Cancel keeps what is done: queue again to go on."
+_ALIASES = ("dream4d", "score distillation", "sds")
 
 
-def _schema(
-    node_id: str,
-    display_name: str,
-    description: str,
-    aliases: list[str],
-    sockets: Sequence[io.Input],
-    prompt_tooltip: str,
-    recipe: io.Input,
-    output: io.Output,
-    extra: Sequence[io.Input] = (),
-    last: Sequence[io.Input] = (),
-) -> io.Schema:
-    """What both stages have in common: a prompt, a recipe, and how the run is made."""
-    return io.Schema(
-        node_id=node_id,
-        display_name=display_name,
-        category=CATEGORY,
-        description=f"{description} Cancel keeps what is done: queue again to go on.",
-        search_aliases=[*aliases, "dream4d", "score distillation", "sds"],
-        inputs=[
-            *sockets,
-            io.String.Input("prompt", multiline=True, default="a red cube is jumping", tooltip=prompt_tooltip),
-            recipe,
-            *extra,
-            io.Int.Input(
-                "seed",
-                default=0,
-                min=0,
-                max=_MOST_SEED,
-                control_after_generate=False,
-                tooltip="Everything random follows from it.",
-            ),
-            io.String.Input(
-                "negative",
-                default="",
-                multiline=True,
-                advanced=True,
-                tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
-            ),
-            io.Combo.Input(
-                "resume",
-                options=[AUTOMATIC, START_OVER],
-                default=AUTOMATIC,
-                advanced=True,
-                tooltip="A run that was cancelled goes on when it is queued again with the same settings and inputs; "
-                "'start over' throws away what was done.",
-            ),
-            io.Float.Input(
-                "preview_seconds",
-                default=4.0,
-                min=0.0,
-                max=600.0,
-                step=0.5,
-                advanced=True,
-                tooltip="Time between two live previews on the node; 0 shows none. They take at most a twentieth of "
-                "the run's time.",
-            ),
-            *last,
-            io.Float.Input(
-                "memory_budget",
-                default=0.0,
-                min=0.0,
-                max=1000.0,
-                step=0.5,
-                optional=True,
-                advanced=True,
-                tooltip="GiB of GPU memory that ComfyUI may take in this run: the fastest way that fits is found by "
-                "trying, and shown on the node. 0: no limit. For GPUs only.",
-            ),
-        ],
-        outputs=[output],
-        hidden=[io.Hidden.unique_id],
-    )
+def _prompt(tooltip: str) -> io.Input:
+    return io.String.Input("prompt", multiline=True, default="a red cube is jumping", tooltip=tooltip)
+
+
+def _how_it_runs(last: Sequence[io.Input] = ()) -> list[io.Input]:
+    """The inputs of both stages that come after the recipe's; `last`: a stage's own that belong to the end."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=_MOST_SEED,
+            control_after_generate=False,
+            tooltip="Everything random follows from it.",
+        ),
+        io.String.Input(
+            "negative",
+            default="",
+            multiline=True,
+            advanced=True,
+            tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
+        ),
+        io.Combo.Input(
+            "resume",
+            options=[AUTOMATIC, START_OVER],
+            default=AUTOMATIC,
+            advanced=True,
+            tooltip="A run that was cancelled goes on when it is queued again with the same settings and inputs; "
+            "'start over' throws away what was done.",
+        ),
+        io.Float.Input(
+            "preview_seconds",
+            default=4.0,
+            min=0.0,
+            max=600.0,
+            step=0.5,
+            advanced=True,
+            tooltip="Time between two live previews on the node; 0 shows none. They take at most a twentieth of "
+            "the run's time.",
+        ),
+        *last,
+        io.Float.Input(
+            "memory_budget",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            optional=True,
+            advanced=True,
+            tooltip="GiB of GPU memory that ComfyUI may take in this run: the fastest way that fits is found by "
+            "trying, and shown on the node. 0: no limit. For GPUs only.",
+        ),
+    ]
 
 
 def _steps(default: int) -> io.Int.Input:
@@ -132,12 +115,22 @@ class OptimizeStaticScene(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
         from_images = ", ".join(IMAGE_RECIPES)
-        return _schema(
-            "Dream4DOptimizeStaticScene",
-            "Optimize Static Scene",
-            "Makes a still 3D object from a sentence, or from an image and a sentence, by score distillation.",
-            ["text to 3d", "image to 3d", "dreamfusion", "nerf"],
-            [
+        mask_shows = io.Combo.Input(
+            "mask_shows",
+            options=list(MASK_SHOWS),
+            default=AUTOMATIC_MASK,
+            advanced=True,
+            tooltip="What is white in reference_mask. automatic tells it by what lies under the mask and where, and "
+            "asks where that can't be told.",
+        )
+        return io.Schema(
+            node_id="Dream4DOptimizeStaticScene",
+            display_name="Optimize Static Scene",
+            category=CATEGORY,
+            description="Makes a still 3D object from a sentence, or from an image and a sentence, by score "
+            f"distillation. {_GOES_ON}",
+            search_aliases=["text to 3d", "image to 3d", "dreamfusion", "nerf", *_ALIASES],
+            inputs=[
                 _prior("multiview", "; the recipes that start from a sentence need it."),
                 _prior("image", "; text-to-3d and the personalised recipes need it."),
                 _prior("novel_view", "; the recipes that start from an image need it."),
@@ -157,25 +150,18 @@ class OptimizeStaticScene(io.ComfyNode):
                 ScenePort.Input(
                     "scene", optional=True, tooltip="A still scene to start from (a copy is trained); else a new one."
                 ),
+                _prompt("What to make, for example: a red cube. With the toy priors only their own words."),
+                io.DynamicCombo.Input(
+                    "recipe",
+                    options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STILL_RECIPES.values()],
+                    tooltip="All numbers of the run. The toy ones: for the toy priors, some minutes on a CPU. The "
+                    "others: the published settings, for full-size models and a GPU. "
+                    f"{from_images} start from an image.",
+                ),
+                *_how_it_runs([mask_shows]),
             ],
-            "What to make, for example: a red cube. With the toy priors only their own words.",
-            io.DynamicCombo.Input(
-                "recipe",
-                options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STILL_RECIPES.values()],
-                tooltip="All numbers of the run. The toy ones: for the toy priors, some minutes on a CPU. The others: "
-                f"the published settings, for full-size models and a GPU. {from_images} start from an image.",
-            ),
-            ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene."),
-            last=[
-                io.Combo.Input(
-                    "mask_shows",
-                    options=list(MASK_SHOWS),
-                    default=AUTOMATIC_MASK,
-                    advanced=True,
-                    tooltip="What is white in reference_mask. automatic tells it by what lies under the mask and "
-                    "where, and asks where that can't be told.",
-                )
-            ],
+            outputs=[ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -188,7 +174,7 @@ class OptimizeStaticScene(io.ComfyNode):
         memory_budget: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, and sockets that don't fit the recipe."""
-        name = recipe_name(recipe)
+        name = recipe_name(recipe) or ""
         complaint = first_complaint(check_types(cls, input_types), check_recipe(name, STILL_RECIPES))
         if complaint is not True:
             return complaint
@@ -206,7 +192,7 @@ class OptimizeStaticScene(io.ComfyNode):
         cls,
         prompt: str,
         recipe: Mapping,
-        mask_shows: str,
+        mask_shows: MaskShows,
         seed: int,
         negative: str,
         resume: str,
@@ -224,7 +210,7 @@ class OptimizeStaticScene(io.ComfyNode):
         _require(check_prompt(prompt), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
-        given = {"multiview": multiview_prior, "image": image_prior}
+        given: dict[PriorKind, PriorHandle | None] = {"multiview": multiview_prior, "image": image_prior}
         given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
         priors = pick_priors(settings, given)
         if scene is not None and scene.scene.deformation is not None:
@@ -239,8 +225,8 @@ class OptimizeStaticScene(io.ComfyNode):
             negative.strip(),
             seed,
             {"scene": None if scene is None else scene.fingerprint()},
+            settings.scene if start is None else start.config,
             parent=None if scene is None else scene.provenance,
-            start=None if start is None else start.config,
             reference=reference,
             memory_budget=_bytes(memory_budget),
         )
@@ -258,27 +244,26 @@ class AnimateScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return _schema(
-            "Dream4DAnimateScene",
-            "Animate Scene",
-            "Lets the object of a still scene move as a sentence says, by distilling a video model into a deformation "
-            "over time.",
-            ["text to 4d", "animate 3d", "motion"],
-            [
+        return io.Schema(
+            node_id="Dream4DAnimateScene",
+            display_name="Animate Scene",
+            category=CATEGORY,
+            description="Lets the object of a still scene move as a sentence says, by distilling a video model into a "
+            f"deformation over time. {_GOES_ON}",
+            search_aliases=["text to 4d", "animate 3d", "motion", *_ALIASES],
+            inputs=[
                 ScenePort.Input("scene", tooltip="The still scene (a copy is animated)."),
                 _prior("video", ".", optional=False),
-            ],
-            "What it does, for example: a red cube is jumping. With the toy prior only its words.",
-            io.DynamicCombo.Input(
-                "recipe",
-                options=[
-                    io.DynamicCombo.Option(r.name, [_steps(r.steps), _hifa_steps(r)]) for r in MOTION_RECIPES.values()
-                ],
-                tooltip="All numbers of the run. toy: for the toy prior, some minutes on a CPU. The others: the "
-                "published settings, for full-size models and a GPU.",
-            ),
-            ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene."),
-            extra=[
+                _prompt("What it does, for example: a red cube is jumping. With the toy prior only its words."),
+                io.DynamicCombo.Input(
+                    "recipe",
+                    options=[
+                        io.DynamicCombo.Option(r.name, [_steps(r.steps), _hifa_steps(r)])
+                        for r in MOTION_RECIPES.values()
+                    ],
+                    tooltip="All numbers of the run. toy: for the toy prior, some minutes on a CPU. The others: the "
+                    "published settings, for full-size models and a GPU.",
+                ),
                 io.Float.Input(
                     "deformation_scale",
                     default=0.0,
@@ -287,8 +272,11 @@ class AnimateScene(io.ComfyNode):
                     step=0.05,
                     advanced=True,
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
-                )
+                ),
+                *_how_it_runs(),
             ],
+            outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -340,8 +328,8 @@ class AnimateScene(io.ComfyNode):
             negative.strip(),
             seed,
             {"scene": scene.fingerprint(), "deformation_scale": scale},
+            scene.scene.config,
             parent=scene.provenance,
-            start=scene.scene.config,
             memory_budget=_bytes(memory_budget),
         )
 
@@ -384,14 +372,14 @@ def motion_recipe(name: str, steps: int, hifa_steps: int) -> MotionRecipe:
 
 
 def _reference(
-    recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: str, node_id: str | None
+    recipe: StaticRecipe, image: torch.Tensor | None, mask: torch.Tensor | None, shows: MaskShows, node_id: str | None
 ) -> Reference | None:
     """The prepared image that the recipe needs, shown on the node, or None where it needs none.
 
     Raises RunError or ImageError for what doesn't fit it.
     """
     _require(check_image(recipe, image is not None, mask is not None, IMAGE_RECIPES))
-    if image is None:
+    if image is None or recipe.reference is None:  # both, as none was refused
         return None
     with gradients():
         try:

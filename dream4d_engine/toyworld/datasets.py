@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 import torch
@@ -43,30 +43,35 @@ class Bank:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads; images are in [-1, 1].
+    """What one training step reads; images are in [-1, 1]."""
 
-    Args:
-        clean, noise: [B, F, 3, H, W]. timestep: [B].
-        token_ids, token_mask: [B, L], or None for novel views.
-        vector: [B, F, 16] or None.
-        reference: [B, 3, H, W], pose: [B, 4], keep: [B] 0 where the condition is dropped; novel views only.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    timestep: Tensor
-    token_ids: Tensor | None = None
-    token_mask: Tensor | None = None
-    vector: Tensor | None = None
-    reference: Tensor | None = None
-    pose: Tensor | None = None
-    keep: Tensor | None = None
+    clean: Tensor  # [B, F, 3, H, W]
+    noise: Tensor  # of the same shape
+    timestep: Tensor  # [B]
 
     def copy_from(self, other: Batch) -> None:
         """Overwrite the tensors in place."""
         for f in fields(self):
             if (tensor := getattr(self, f.name)) is not None:
                 tensor.copy_(getattr(other, f.name))
+
+
+@dataclass(frozen=True)
+class TextBatch(Batch):
+    """Of a prior that reads sentences."""
+
+    token_ids: Tensor  # [B, L]
+    token_mask: Tensor  # [B, L], 0 where a token only fills up
+    vector: Tensor | None  # [B, F, 16] the class embedding's input
+
+
+@dataclass(frozen=True)
+class NovelViewBatch(Batch):
+    """Of the prior that is shown an image."""
+
+    reference: Tensor  # [B, 3, H, W]
+    pose: Tensor  # [B, 4] from the reference to the image
+    keep: Tensor  # [B], 0 where the condition is dropped
 
 
 # --- Cameras ---------------------------------------------------------------------------------------------------
@@ -131,8 +136,8 @@ def render_bank(
         vector[kind]() if kind in vector else None,
         pose,
     )
-    moved = {f.name: getattr(bank, f.name) for f in fields(bank)}
-    return Bank(**{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
+    tensors = {f.name: getattr(bank, f.name) for f in fields(bank)}
+    return replace(bank, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 def _render_groups(objects: Tensor, cameras: CameraBatch, device: torch.device | str) -> Tensor:
@@ -202,7 +207,6 @@ BatchMaker = Callable[[int, torch.Generator], Batch]
 def batch_maker(kind: PriorKind, bank: Bank, n_timesteps: int = 1000) -> BatchMaker:
     """Return a function (batch size, generator on the bank's device) -> Batch."""
     device = bank.rgba.device
-    ids = mask = None
     if kind != "novel_view":
         ids, mask = (tensor.to(device) for tensor in tokenize(kind, caption_table()))
 
@@ -215,12 +219,11 @@ def batch_maker(kind: PriorKind, bank: Bank, n_timesteps: int = 1000) -> BatchMa
         timestep = torch.randint(n_timesteps, (n,), generator=generator, device=device)
         shown = images[:, 1:] if kind == "novel_view" else images
         noise = torch.randn(shown.shape, generator=generator, device=device)
-        if kind == "novel_view":
+        if bank.pose is not None:
             keep = (torch.rand(n, generator=generator, device=device) >= CAPTION_DROPOUT).float()
-            pose, reference = bank.pose[index], images[:, 0]
-            return Batch(shown, noise, timestep, reference=reference, pose=pose, keep=keep)
+            return NovelViewBatch(shown, noise, timestep, images[:, 0], bank.pose[index], keep)
         caption = draw_captions(kind, bank, index, generator)
         vector = None if bank.vector is None else bank.vector[index]
-        return Batch(shown, noise, timestep, ids[caption], mask[caption], vector)
+        return TextBatch(shown, noise, timestep, ids[caption], mask[caption], vector)
 
     return make

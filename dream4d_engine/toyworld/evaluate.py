@@ -378,7 +378,7 @@ def _evaluate_clip(renderer: Renderer, caption: Caption, cameras: CameraBatch, s
     if not (opacity > 0.5).any():
         return _Clip(None if caption.motion == "still" else 0.0, 0.0, 0.0, 0 * opacity[:, 0, 0], 0 * iou, iou)
     if caption.motion == "still":
-        shown = max(stray, key=stray.get)
+        shown = max(stray, key=stray.__getitem__)
         match, amplitude = None, stray[shown]
     else:
         shown = caption.motion
@@ -436,12 +436,12 @@ def evaluate(
         face_strength=strength,
         face_profile=tuple((profile / true_peak).tolist()),
         one_face_in_front=in_front,
-        motion_correlation=clip and clip.correlation,
-        motion_amplitude=clip and clip.amplitude,
-        stray_motion=clip and clip.stray,
+        motion_correlation=clip.correlation if clip else None,
+        motion_amplitude=clip.amplitude if clip else None,
+        stray_motion=clip.stray if clip else None,
         signal=tuple((clip.signal - clip.signal.mean()).tolist()) if clip else (),
         true_signal=tuple((clip.true_signal - clip.true_signal.mean()).tolist()) if clip else (),
-        clip_iou=clip and float(clip.iou.mean()),
+        clip_iou=float(clip.iou.mean()) if clip else None,
         clip_iou_per_time=tuple(clip.iou.tolist()) if clip else (),
     )
 
@@ -449,14 +449,19 @@ def evaluate(
 def evaluate_scene(
     scene: Scene, caption: Caption | str, size: int = 64, n_views: int = 8, n_times: int = 8, n_azimuths: int = 24
 ) -> Evaluation:
-    """`evaluate` for a scene, rendered over black on its own device."""
+    """`evaluate` for a scene."""
+    return evaluate(scene_renderer(scene), caption, size, n_views, n_times, n_azimuths)
+
+
+def scene_renderer(scene: Scene) -> Renderer:
+    """A scene as a result, rendered over black on its own device."""
     options = RenderOptions(background=torch.zeros(3, device=scene.device))
 
     def renderer(cameras: CameraBatch) -> Images:
         output = render_chunked(scene, cameras, options)
         return Images(output.rgb, output.opacity)
 
-    return evaluate(renderer, caption, size, n_views, n_times, n_azimuths)
+    return renderer
 
 
 # --- the other ways in

@@ -82,21 +82,23 @@ MOVING_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion
 TARGET_TIMESTEPS = (970, 700, 400)
 PATH_CAPTIONS = ONE_OF_EACH[::4]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
+_NO_LATENT = "the part autoencoders needs --latent: the folder that train_latent.py wrote"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `share`: of the recipes' steps that are taken. `option`: LoRA folder, number of denoising steps,
-    "plain" or "fast", "full" or "tiny". `folder`: of train_latent.py."""
+    """One run."""
 
     part: str
     name: str
     caption: str
-    option: str | int | None = None
+    lora: Path | None = None
+    n_steps: int = 1  # denoising steps of a target
+    way: str = ""  # "plain" or "fast", "full" or "tiny"
+    folder: Path | None = None  # of train_latent.py
     device: str = "cpu"
     seed: int = 0
-    share: float = 1.0
-    folder: Path | None = None
+    share: float = 1.0  # of the recipes' steps that are taken
 
 
 Result = tuple[Case, dict[str, Any], Tensor]
@@ -136,10 +138,10 @@ def measure_image(case: Case) -> Result:
 
 
 def measure_subject(case: Case) -> Result:
-    """The personal subject; `option` is its LoRA, or None."""
+    """The personal subject, with its LoRA or without."""
     recipe = _shortened(TOY_PERSONALISED, case)
     handles = _toys(recipe)
-    handles["image"] = replace(handles["image"], lora=case.option)
+    handles["image"] = replace(handles["image"], lora=case.lora)
     still, summary = _static(recipe, SUBJECT_PROMPT, case, handles=handles)
     found = scene_likeness(still)
     measures = {"right": found.right, "body": found.body, "head": found.head, "iou": found.iou}
@@ -147,7 +149,7 @@ def measure_subject(case: Case) -> Result:
 
 
 def measure_target(case: Case) -> Result:
-    """The film that a target of `option` denoising steps shows, from the true film, at rest and in motion, and noise.
+    """The film that a target of `n_steps` denoising steps shows, from the true film, at rest and in motion, and noise.
 
     Frame error as of `frame_error`; mean of three targets each.
     """
@@ -166,7 +168,7 @@ def measure_target(case: Case) -> Result:
 
 
 def measure_film(case: Case) -> Result:
-    """A film distilled from the video prior alone, by targets of `option` denoising steps: what is trained are the
+    """A film distilled from the video prior alone, by targets of `n_steps` denoising steps: what is trained are the
     pixels of a film, at rest to begin with, by Adam; all else as TOY_MOTION says."""
     told, began = _told(case), time.monotonic()
     film = told.still.clone().requires_grad_()
@@ -196,15 +198,15 @@ class _Told:
 
 
 def _told(case: Case) -> _Told:
-    recipe, device = with_hifa_steps(TOY_MOTION, int(case.option)), torch.device(case.device)
+    recipe, device = with_hifa_steps(TOY_MOTION, case.n_steps), torch.device(case.device)
     guidance = load_guidance(recipe, _toys(recipe), case.caption, runtime_for(recipe, device))["video"]
     height, width = guidance.denoiser.image_size
     cameras, caption = fixed_take(recipe.n_frames, width, height), as_caption(case.caption)
     moving, still = (
         render_caption(true, cameras, 4, (_SHEET_GREY,) * 3) for true in (caption, replace(caption, motion="still"))
     )
-    films = (image.rgb.movedim(-1, 2).to(device) for image in (moving, still))
-    return _Told(guidance, cameras.to(device), *films, (moving.mask > 0.5)[0, ..., 0].any(0))
+    films = [image.rgb.movedim(-1, 2).to(device) for image in (moving, still)]
+    return _Told(guidance, cameras.to(device), films[0], films[1], (moving.mask > 0.5)[0, ..., 0].any(0))
 
 
 def _frames(film: Tensor) -> Tensor:
@@ -217,9 +219,9 @@ def _normal(generator: torch.Generator, shape: torch.Size) -> Tensor:
 
 
 def measure_steadiness(case: Case) -> Result:
-    """A motion by targets of `option` denoising steps, with `STEADINESS_RECIPE`."""
+    """A motion by targets of `n_steps` denoising steps, with `STEADINESS_RECIPE`."""
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
-    moving, summary = _motion(still, with_hifa_steps(_shortened(STEADINESS_RECIPE, case), int(case.option)), case)
+    moving, summary = _motion(still, with_hifa_steps(_shortened(STEADINESS_RECIPE, case), case.n_steps), case)
     found = evaluate_scene(moving, case.caption)
     measures = {
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
@@ -233,8 +235,8 @@ def measure_steadiness(case: Case) -> Result:
 
 
 def measure_path(case: Case) -> Result:
-    """text-to-4d by plain PyTorch, or (`option` "fast") with kernels, half precision, compiled and captured models."""
-    fast = case.option == "fast"
+    """text-to-4d by plain PyTorch, or (`way` "fast") with kernels, half precision, compiled and captured models."""
+    fast = case.way == "fast"
     kernels = None if fast else select_kernels(case.device, "torch")
     static, motion = (
         replace(recipe, loop=replace(recipe.loop, precision="half" if fast else "full"))
@@ -256,16 +258,18 @@ def measure_path(case: Case) -> Result:
 
 
 def measure_autoencoder(case: Case) -> Result:
-    """A motion through the full or (`option` "tiny") the tiny autoencoder, and how alike their gradients are."""
+    """A motion through the full or (`way` "tiny") the tiny autoencoder, and how alike their gradients are."""
+    if case.folder is None:
+        raise ValueError(_NO_LATENT)
     device, recipe = torch.device(case.device), _shortened(TOY_MOTION, case)
     full = prior_files(case.folder / "video", "video")
     handles = {"full": full, "tiny": replace(full, tiny_vae=case.folder / "tiny")}
     through = {
         way: load_guidance(recipe, {"video": handles[way]}, case.caption, runtime_for(recipe, device))
-        for way in dict.fromkeys(("full", case.option))
+        for way in dict.fromkeys(("full", case.way))
     }
     still, _ = _static(_shortened(TOY_STATIC, case), as_caption(case.caption).object_text, case)
-    moving, summary = _motion(still, recipe, case, guidance=through[case.option])
+    moving, summary = _motion(still, recipe, case, guidance=through[case.way])
     found = evaluate_scene(moving, case.caption)
     gradients = {way: _gradient(guidance["video"], still, case.seed).flatten() for way, guidance in through.items()}
     measures = {
@@ -273,7 +277,7 @@ def measure_autoencoder(case: Case) -> Result:
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
-        "gradient_cosine": float(functional.cosine_similarity(gradients["full"], gradients[case.option], dim=0)),
+        "gradient_cosine": float(functional.cosine_similarity(gradients["full"], gradients[case.way], dim=0)),
         "steps_per_second": 1 / summary.seconds_per_step,
     }
     return case, measures, _over_time(moving)
@@ -306,13 +310,14 @@ def all_cases(
 ) -> list[Case]:
     """Every run of the parts."""
     images = [Case("images", caption, caption) for caption in IMAGE_CAPTIONS]
-    subject = [Case("subject", n, SUBJECT_PROMPT, o) for n, o in (("with LoRA", str(lora)), ("without", None))]
-    paths = [Case("paths", f"{c}, {way}", c, way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
+    subject = [Case("subject", n, SUBJECT_PROMPT, lora=o) for n, o in (("with LoRA", lora), ("without", None))]
+    paths = [Case("paths", f"{c}, {way}", c, way=way) for c in PATH_CAPTIONS for way in ("plain", "fast")]
     known = {"images": images, "subject": subject, "paths": paths}
     for part in ("targets", "films", "steadiness"):
-        known[part] = [Case(part, f"{c}, {n} steps", c, n) for c in MOVING_CAPTIONS for n in (1, 4)]
-    ways = ("full", "tiny")
-    known["autoencoders"] = [Case("autoencoders", f"{c}, {w}", c, w, folder=latent) for c in ONE_OF_EACH for w in ways]
+        known[part] = [Case(part, f"{c}, {n} steps", c, n_steps=n) for c in MOVING_CAPTIONS for n in (1, 4)]
+    known["autoencoders"] = [
+        Case("autoencoders", f"{c}, {way}", c, way=way, folder=latent) for c in ONE_OF_EACH for way in ("full", "tiny")
+    ]
     cases = [case for part in parts for case in known[part]]
     return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
 
@@ -340,8 +345,10 @@ def _static(
     device = torch.device(case.device)
     runtime = runtime_for(recipe, device, accelerate)
     guidance = load_guidance(recipe, handles or _toys(recipe), prompt, runtime, reference)
-    given = {"seed": case.seed, "device": device, "control": RunControl()}
-    return train_static(recipe, guidance, reference=reference, scene=start, **given)
+    control = RunControl()
+    return train_static(
+        recipe, guidance, seed=case.seed, device=device, control=control, scene=start, reference=reference
+    )
 
 
 def _motion(
@@ -436,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.only = options.only or [part for part in PARTS if part != "autoencoders"]
     if "autoencoders" in options.only and options.latent is None:
-        parser.error("the part autoencoders needs --latent: the folder that train_latent.py wrote")
+        parser.error(_NO_LATENT)
     cases = all_cases(options.only, options.lora, options.device, options.seeds, options.share, options.latent)
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from ..priors.handle import PriorKind
 from ..priors.networks.text import read_tokenizer
 from ..priors.networks.view_attention import attend_across_views
 from .captions import vocabulary
+
+if TYPE_CHECKING:
+    # not from diffusers itself: there a type checker finds the stand-ins for where torch is missing
+    from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection, T5EncoderModel
 
 KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
 IMAGE_SIZE, N_VIEWS, N_FRAMES, MAX_TOKENS, WIDTH = 32, 4, 8, 16, 64
@@ -54,16 +59,27 @@ class CLIPCameraProjection(nn.Module):
 
 
 class ToyPrior(nn.Module):
-    """Everything that is trained for one prior.
+    """Everything that is trained for one prior."""
 
-    Args:
-        unet: UNet2DConditionModel. text: CLIPTextModel or T5EncoderModel, None for novel views.
-        image, projection: CLIPVisionModelWithProjection and its camera projection, for novel views only.
-    """
-
-    def __init__(self, unet: nn.Module, text: nn.Module | None, image: nn.Module | None, projection: nn.Module | None):
+    def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
-        self.unet, self.text, self.image, self.projection = unet, text, image, projection
+        self.unet = unet
+
+
+class TextPrior(ToyPrior):
+    """One that reads sentences."""
+
+    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel | T5EncoderModel):
+        super().__init__(unet)
+        self.text = text
+
+
+class NovelViewPrior(ToyPrior):
+    """One that is shown an image."""
+
+    def __init__(self, unet: UNet2DConditionModel, image: CLIPVisionModelWithProjection):
+        super().__init__(unet)
+        self.image, self.projection = image, CLIPCameraProjection(WIDTH)
 
 
 def build_prior(kind: PriorKind, size: ToySize | None = None, latent: bool = False) -> ToyPrior:
@@ -77,13 +93,13 @@ def build_prior(kind: PriorKind, size: ToySize | None = None, latent: bool = Fal
     if grouped:
         attend_across_views(unet)
     if kind == "novel_view":
-        return ToyPrior(unet, None, _build_image_encoder(), CLIPCameraProjection(WIDTH))
-    return ToyPrior(unet, _build_t5() if kind == "pixel" else _build_clip_text(), None, None)
+        return NovelViewPrior(unet, _build_image_encoder())
+    return TextPrior(unet, _build_t5() if kind == "pixel" else _build_clip_text())
 
 
-def build_autoencoder() -> nn.Module:
-    """A small AutoencoderKL: images [n, 3, H, W] to 4 channels of half the size."""
-    from diffusers import AutoencoderKL
+def build_autoencoder() -> AutoencoderKL:
+    """A small one: images [n, 3, H, W] to 4 channels of half the size."""
+    from diffusers.models import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(32, 64),
@@ -95,9 +111,9 @@ def build_autoencoder() -> nn.Module:
     )
 
 
-def build_tiny_autoencoder() -> nn.Module:
-    """A smaller AutoencoderTiny for the same latents."""
-    from diffusers import AutoencoderTiny
+def build_tiny_autoencoder() -> AutoencoderTiny:
+    """A smaller one for the same latents."""
+    from diffusers.models import AutoencoderTiny
 
     return AutoencoderTiny(
         encoder_block_out_channels=(16, 16),
@@ -108,8 +124,8 @@ def build_tiny_autoencoder() -> nn.Module:
     )
 
 
-def _build_unet(kind: PriorKind, size: ToySize, latent: bool) -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def _build_unet(kind: PriorKind, size: ToySize, latent: bool) -> UNet2DConditionModel:
+    from diffusers.models import UNet2DConditionModel
 
     grouped = kind in ("multiview", "video")
     return UNet2DConditionModel(
@@ -130,7 +146,7 @@ def _build_unet(kind: PriorKind, size: ToySize, latent: bool) -> nn.Module:
     )
 
 
-def _build_clip_text() -> nn.Module:
+def _build_clip_text() -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vocabulary_of_clip, _ = clip_vocabulary()
@@ -149,7 +165,7 @@ def _build_clip_text() -> nn.Module:
     return CLIPTextModel(config)
 
 
-def _build_t5() -> nn.Module:
+def _build_t5() -> T5EncoderModel:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -171,7 +187,7 @@ def _build_t5() -> nn.Module:
     return T5EncoderModel(config)
 
 
-def _build_image_encoder() -> nn.Module:
+def _build_image_encoder() -> CLIPVisionModelWithProjection:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -279,10 +295,12 @@ def tokenize(kind: PriorKind, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 # --- Folders ---------------------------------------------------------------------------------------------------
 
-_PARTS = {
+_PARTS: dict[str, list[str]] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "scheduler": ["diffusers", "DDPMScheduler"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+_CONDITIONERS: dict[str, dict[str, list[str]]] = {
     "clip": {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]},
     "t5": {
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -312,7 +330,7 @@ def scheduler_config(kind: PriorKind) -> dict[str, Any]:
 def model_index(kind: PriorKind, latent: bool = False) -> dict[str, Any]:
     """The folder's model_index.json, with what our loader wants to know."""
     words = [*WORDS, SUBJECT_WORD] if kind == "image" else list(WORDS)
-    conditioner = _PARTS["image"] if kind == "novel_view" else _PARTS["t5" if kind == "pixel" else "clip"]
+    conditioner = _CONDITIONERS["image" if kind == "novel_view" else "t5" if kind == "pixel" else "clip"]
     ours = {
         "name": f"toy {kind.replace('_', '-')}",
         "kind": kind,
@@ -331,7 +349,7 @@ def model_index(kind: PriorKind, latent: bool = False) -> dict[str, Any]:
 
 
 def save_prior(
-    prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16, vae: nn.Module | None = None
+    prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16, vae: AutoencoderKL | None = None
 ) -> None:
     """Write an ordinary diffusers folder with weights of `dtype`; the networks themselves are left as they are."""
     import copy
@@ -345,12 +363,13 @@ def save_prior(
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
     write_json(folder / "model_index.json", model_index(kind, latent=vae is not None))
     if vae is not None:
-        copy.deepcopy(vae).cpu().to(dtype).save_pretrained(folder / "vae")
-    if half.text is not None:
+        half_vae = copy.deepcopy(vae).cpu().to(dtype)  # type: ignore[arg-type]  # diffusers' decorator hides the types of `to`
+        half_vae.save_pretrained(folder / "vae")
+    if isinstance(half, TextPrior):
         with no_progress_bars():
             half.text.save_pretrained(folder / "text_encoder")
         (save_t5_tokenizer if kind == "pixel" else save_clip_tokenizer)(folder / "tokenizer")
-    if half.image is not None:
+    if isinstance(half, NovelViewPrior):
         with no_progress_bars():
             half.image.save_pretrained(folder / "image_encoder")
         part = folder / "clip_camera_projection"

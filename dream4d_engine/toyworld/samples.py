@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, make_cameras
 from ..guidance.denoiser import Conditions, Denoiser, denoise_each, stack_conditions
 from ..priors.conditioning import image_conditions, text_conditions
-from ..priors.handle import Prior, PriorKind
-from ..priors.loading import load_prior
+from ..priors.handle import PriorKind
+from ..priors.loading import LoadedPrior, load_prior
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, parse_caption
 from .models import IMAGE_SIZE, N_FRAMES, write_json
 from .world import render_captions
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CAPTIONS = (
     "a red cube is jumping",
@@ -165,7 +168,9 @@ def _stack(parts: Sequence[tuple[Conditions, Conditions]]) -> tuple[Conditions, 
     return stack_conditions([text for text, _ in parts]), stack_conditions([negative for _, negative in parts])
 
 
-def captions_conditions(prior: Prior, captions: Sequence[str], cameras: CameraBatch) -> tuple[Conditions, Conditions]:
+def captions_conditions(
+    prior: LoadedPrior, captions: Sequence[str], cameras: CameraBatch
+) -> tuple[Conditions, Conditions]:
     """Conditions of one caption a group, for the same cameras [1, F]."""
     return _stack([text_conditions(prior, caption)(cameras) for caption in captions])
 
@@ -192,7 +197,8 @@ def measure_views(images: Tensor, captions: Sequence[str]) -> dict[str, Any]:
 
 def measure_takes(images: Tensor, captions: Sequence[str], cameras: CameraBatch) -> dict[str, Any]:
     """Score clips [N, F, 3, H, W] of one caption each from cameras [1, F]: motion and colour."""
-    rows, right = [], []
+    rows: list[tuple[str, float | None, float]] = []  # caption, correlation (of a moving one), amplitude or pixels
+    right: list[bool] = []
     for clip, caption in zip(images, captions, strict=True):
         truth = render_captions([caption], cameras, background=(GATE_GREY,) * 3).rgb[0].permute(0, 3, 1, 2)
         motion = parse_caption(caption).motion
@@ -202,12 +208,13 @@ def measure_takes(images: Tensor, captions: Sequence[str], cameras: CameraBatch)
             rows.append((caption, None, max(float(signals[name].std()) for name in ("jumping", "sliding"))))
         else:
             rows.append((caption, *compare_signals(signals[motion], true_signals[motion])))
-    moving = [row for row in rows if row[1] is not None]
+    correlations = [correlation for _, correlation, _ in rows if correlation is not None]
+    amplitudes = [amplitude for _, correlation, amplitude in rows if correlation is not None]
     return {
         "colors_right": sum(right) / len(right),
-        "correlation_mean": sum(row[1] for row in moving) / max(len(moving), 1),
-        "correlation_min": min((row[1] for row in moving), default=0.0),
-        "amplitude_mean": sum(row[2] for row in moving) / max(len(moving), 1),
+        "correlation_mean": sum(correlations) / max(len(correlations), 1),
+        "correlation_min": min(correlations, default=0.0),
+        "amplitude_mean": sum(amplitudes) / max(len(amplitudes), 1),
         "rows": [[row[0], *(None if v is None else round(v, 3) for v in row[1:])] for row in rows],
     }
 
@@ -215,7 +222,7 @@ def measure_takes(images: Tensor, captions: Sequence[str], cameras: CameraBatch)
 GATE_OBJECTS = ("a red cube", "a blue sphere", "a yellow snowman", "a green cylinder", "a white cone", "a purple torus")
 
 
-def motion_gate(prior: Prior, generator: torch.Generator) -> dict[str, Any]:
+def motion_gate(prior: LoadedPrior, generator: torch.Generator) -> dict[str, Any]:
     """Per motion: the one-step guess from a still take at timestep 700 against the truth.
 
     Returns for each motion the mean correlation and amplitude over `GATE_OBJECTS`; for "still" the largest
@@ -248,14 +255,15 @@ def _repeat(cameras: CameraBatch, n: int) -> CameraBatch:
 # --- Sheets ----------------------------------------------------------------------------------------------------
 
 
-def sheet(labels: Sequence[str], images: Tensor, zoom: int = 3):
-    """Return a PIL image with a labelled row for each of images [R, C, 3, H, W] in [0, 1]."""
+def sheet(labels: Sequence[str], images: Tensor, zoom: int = 3) -> Image.Image:
+    """Return an image with a labelled row for each of images [R, C, 3, H, W] in [0, 1]."""
     from PIL import Image, ImageDraw
 
     n_rows, n_columns, _, height, width = images.shape
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    grid = pixels.permute(0, 3, 1, 4, 2).reshape(n_rows * height, n_columns * width, 3).numpy()
-    grid = Image.fromarray(grid).resize((n_columns * width * zoom, n_rows * height * zoom), Image.NEAREST)
+    whole = pixels.permute(0, 3, 1, 4, 2).reshape(n_rows * height, n_columns * width, 3)
+    grid = Image.fromarray(whole.numpy())
+    grid = grid.resize((n_columns * width * zoom, n_rows * height * zoom), Image.Resampling.NEAREST)
     margin = 190
     canvas = Image.new("RGB", (margin + grid.width, grid.height), "white")
     canvas.paste(grid, (margin, 0))
@@ -265,7 +273,7 @@ def sheet(labels: Sequence[str], images: Tensor, zoom: int = 3):
     return canvas
 
 
-def _novel_views(prior: Prior, generator: torch.Generator, n_steps: int) -> tuple[Tensor, dict[str, Any]]:
+def _novel_views(prior: LoadedPrior, generator: torch.Generator, n_steps: int) -> tuple[Tensor, dict[str, Any]]:
     """Sample five turns of each object from one image of its front; rows are reference, then (sample, truth)."""
     reference = _cameras(torch.zeros(1, 1), 0.0)
     cameras = _cameras(torch.tensor([[0.0, 45.0, 90.0, 180.0, -90.0]]), 20.0)

@@ -41,8 +41,8 @@ class Shape:
     mark_radius: float
 
 
-def _length(*parts: Tensor) -> Tensor:
-    return sum(part * part for part in parts).sqrt()
+def _length(first: Tensor, *others: Tensor) -> Tensor:
+    return sum((part * part for part in others), first * first).sqrt()
 
 
 def _ball(points: Tensor, radius: float, height: float = 0.0) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ..cameras import CameraBatch, make_cameras, orbit
 from ..guidance.prompts import VIEWS, view_index
-from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG, TOY_SIZE
 from .captions import Caption
-from .evaluate import Renderer, align, darkness, frames_of, nearest_color
+from .evaluate import Renderer, align, darkness, frames_of, nearest_color, scene_renderer
 from .world import WorldImage, render_caption
 
 BODY_COLOR, HEAD_COLOR = "purple", "green"
@@ -97,5 +96,4 @@ def likeness(renderer: Renderer, size: int = 64, n_views: int = 8) -> Likeness:
 
 def scene_likeness(scene: Scene, size: int = 64, n_views: int = 8) -> Likeness:
     """`likeness` of a scene, rendered over black."""
-    options = RenderOptions(background=torch.zeros(3, device=scene.device))
-    return likeness(lambda cameras: render_chunked(scene, cameras, options), size, n_views)
+    return likeness(scene_renderer(scene), size, n_views)

@@ -17,16 +17,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..priors.conditioning import clip_pixels
 from ..priors.files import toy_folder
 from ..priors.formats.folders import read_schedule
 from ..priors.handle import PriorKind
-from .datasets import Batch, BatchMaker, batch_maker, render_bank
-from .models import IMAGE_SIZE, KINDS, ToyPrior, build_prior, load_weights, save_prior, scheduler_config, write_json
+from .datasets import Batch, BatchMaker, NovelViewBatch, TextBatch, batch_maker, render_bank
+from .models import (
+    IMAGE_SIZE,
+    KINDS,
+    NovelViewPrior,
+    TextPrior,
+    ToyPrior,
+    build_prior,
+    load_weights,
+    save_prior,
+    scheduler_config,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL
 
 ORDER: tuple[PriorKind, ...] = ("multiview", "video", "image", "novel_view", "pixel")
 
@@ -71,10 +86,12 @@ TRAININGS: dict[PriorKind, Training] = {
 
 def condition_tokens(prior: ToyPrior, batch: Batch) -> Tensor:
     """Return the cross-attention's tokens [B, L, D]."""
-    if prior.image is not None:
+    if isinstance(prior, NovelViewPrior) and isinstance(batch, NovelViewBatch):
         embedding = prior.image(clip_pixels(batch.reference / 2 + 0.5, IMAGE_SIZE)).image_embeds
         token = prior.projection(torch.cat((embedding, batch.pose.to(embedding)), -1))
         return (token * batch.keep[:, None].to(token))[:, None]
+    if not (isinstance(prior, TextPrior) and isinstance(batch, TextBatch)):
+        raise TypeError(f"a {type(batch).__name__} is not for a {type(prior).__name__}")
     # CLIP reads its padding, T5 does not (as the full-size models were trained)
     mask = batch.token_mask if prior.text.config.model_type.startswith("t5") else None
     return prior.text(batch.token_ids, attention_mask=mask)[0]
@@ -87,18 +104,19 @@ def training_loss(prior: ToyPrior, batch: Batch, alphas_bar: Tensor, channels_la
     noisy = alpha_bar.sqrt() * batch.clean + (1 - alpha_bar).sqrt() * batch.noise
     target = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * batch.clean
     model_input = noisy
-    if batch.reference is not None:
+    if isinstance(batch, NovelViewBatch):
         reference = batch.reference * batch.keep[:, None, None, None]
         model_input = torch.cat((noisy, reference[:, None]), 2)
     model_input = model_input.flatten(0, 1)
     if channels_last:
         model_input = model_input.contiguous(memory_format=torch.channels_last)
+    vector = batch.vector if isinstance(batch, TextBatch) else None
     output = prior.unet(
         model_input,
         batch.timestep.repeat_interleave(n_frames),
         condition_tokens(prior, batch).repeat_interleave(n_frames, 0),
-        class_labels=None if batch.vector is None else batch.vector.flatten(0, 1),
-        cross_attention_kwargs=None if batch.vector is None else {"n_views": n_frames},
+        class_labels=None if vector is None else vector.flatten(0, 1),
+        cross_attention_kwargs=None if vector is None else {"n_views": n_frames},
         return_dict=False,
     )[0]
     output = output.float().unflatten(0, (n_groups, n_frames))
@@ -154,7 +172,7 @@ def make_step(
     device = alphas_bar.device
     parameters = list(prior.parameters())
     if training.channels_last:
-        prior.unet.to(memory_format=torch.channels_last)
+        prior.unet.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers' decorator hides the types of `to`
     if training.compile:
         prior.unet.compile(dynamic=False)
 
@@ -184,7 +202,7 @@ def _record(
 ) -> Callable[[Batch], Tensor]:
     """Record a step as a CUDA graph over fixed memory; a replay costs one launch instead of two thousand."""
     tensors = {f.name: getattr(first, f.name) for f in fields(first)}
-    held = Batch(**{name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()})
+    held = replace(first, **{name: tensor.clone() for name, tensor in tensors.items() if tensor is not None})
     set_rate(optimizer, 0.0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -254,7 +272,7 @@ def train(
     device: torch.device,
     start_from: Path | None = None,
     log: Callable[[str], None] = print,
-    vae: nn.Module | None = None,
+    vae: AutoencoderKL | None = None,
 ) -> Path:
     """Train one prior and write its folder out/KIND; returns it. Goes on from out/KIND/state.pt if there is one.
 
@@ -285,7 +303,7 @@ def train(
     step = make_step(prior, optimizer, alphas_bar, training, first)
     saved = time.perf_counter()
     losses: list[Tensor] = []
-    parameters = list(prior.parameters())
+    parameters: list[Tensor] = list(prior.parameters())
     while (progress := progress_of(training, clock)) < 1:
         set_rate(optimizer, learning_rate(training, progress))
         losses.append(step(make_batch(training.batch, generator)))
@@ -313,12 +331,12 @@ def train(
     return folder
 
 
-def scaled_latents(vae: nn.Module, images: Tensor) -> Tensor:
+def scaled_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """What an autoencoder makes of images [n, 3, H, W] in [-1, 1], scaled as diffusion models take it."""
-    return vae.config.scaling_factor * vae.encode(images).latent_dist.mode()
+    return vae.config["scaling_factor"] * vae.encode(images).latent_dist.mode()
 
 
-def in_latents(make_batch: BatchMaker, vae: nn.Module) -> BatchMaker:
+def in_latents(make_batch: BatchMaker, vae: AutoencoderKL) -> BatchMaker:
     """The same batches with the latents of an autoencoder in the images' place."""
 
     @torch.no_grad()
@@ -351,7 +369,8 @@ def _device_name(device: torch.device) -> str:
 
 def _with_average(prior: ToyPrior, average: list[Tensor]) -> ToyPrior:
     """Return a copy of the networks with averaged weights, in the ordinary memory layout."""
-    averaged = copy.deepcopy(prior).to(memory_format=torch.contiguous_format)
+    averaged = copy.deepcopy(prior)
+    averaged.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's types leave this way out
     with torch.no_grad():
         for parameter, value in zip(averaged.parameters(), average, strict=True):
             parameter.copy_(value)
@@ -438,9 +457,9 @@ def bench(training: Training, device: torch.device, n_steps: int) -> dict[str, f
     begun = time.perf_counter()
     for _ in range(n_steps):
         loss = step(make_batch(training.batch, generator))
-    loss = loss.item()
+    last = loss.item()
     rate = n_steps / (time.perf_counter() - begun)
-    return {"render_4096_s": rendered, "ready_s": ready, "steps_per_s": rate, "loss_first": first, "loss_last": loss}
+    return {"render_4096_s": rendered, "ready_s": ready, "steps_per_s": rate, "loss_first": first, "loss_last": last}
 
 
 def main(arguments: list[str] | None = None) -> None:

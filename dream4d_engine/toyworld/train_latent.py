@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from .datasets import GREY, Bank, composite, render_bank
 from .models import build_autoencoder, build_tiny_autoencoder
 from .train import TRAININGS, learning_rate, scaled_latents, train
+
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderKL, AutoencoderTiny
 
 KL_WEIGHT = 1e-6
 Log = Callable[[str], None]
@@ -34,10 +38,10 @@ def draw_images(bank: Bank, n: int, generator: torch.Generator) -> Tensor:
     return 2 * composite(bank.rgba[tuple(which)][:, None], grey)[:, 0] - 1
 
 
-def train_autoencoder(bank: Bank, steps: int, batch: int, log: Log, seed: int = 0) -> nn.Module:
+def train_autoencoder(bank: Bank, steps: int, batch: int, log: Log, seed: int = 0) -> AutoencoderKL:
     """Train the full autoencoder; its scaling factor brings the latents' deviation to 1."""
     torch.manual_seed(seed)
-    vae = build_autoencoder().to(bank.rgba.device)
+    vae = build_autoencoder().to(bank.rgba.device)  # type: ignore[arg-type]  # diffusers' decorator hides the types of `to`
 
     def loss(images: Tensor) -> Tensor:
         latents = vae.encode(images).latent_dist
@@ -51,10 +55,12 @@ def train_autoencoder(bank: Bank, steps: int, batch: int, log: Log, seed: int = 
     return vae.eval().requires_grad_(False)
 
 
-def train_tiny_autoencoder(bank: Bank, vae: nn.Module, steps: int, batch: int, log: Log, seed: int = 0) -> nn.Module:
+def train_tiny_autoencoder(
+    bank: Bank, vae: AutoencoderKL, steps: int, batch: int, log: Log, seed: int = 0
+) -> AutoencoderTiny:
     """Teach the tiny autoencoder the full one's latents (scaled, as it gives them) and to show them."""
     torch.manual_seed(seed)
-    tiny = build_tiny_autoencoder().to(bank.rgba.device)
+    tiny = build_tiny_autoencoder().to(bank.rgba.device)  # type: ignore[arg-type]  # diffusers' decorator hides the types of `to`
 
     def loss(images: Tensor) -> Tensor:
         with torch.no_grad():

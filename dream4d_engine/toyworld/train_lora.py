@@ -63,7 +63,7 @@ def train_lora(training: LoraTraining, log: Callable[[str], None] = print) -> di
     """Train the additions on the four images, before random greys; return the file's tensors."""
     generator = torch.Generator().manual_seed(training.seed)
     prior = load_prior(toy_folder("image"), "image")
-    unet, sigmas = prior.denoiser.unet, prior.denoiser.noise.sigmas.to(prior.denoiser.device)
+    unet, alphas_bar = prior.denoiser.unet, prior.denoiser.noise.alphas_bar.to(prior.denoiser.device)
     added = add_lora(unet, training.rank, generator)
     parameters = [p for layer in added.values() for p in (layer.down, layer.up)]
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=1e-4)
@@ -76,8 +76,8 @@ def train_lora(training: LoraTraining, log: Callable[[str], None] = print) -> di
         grey = GREY[0] + (GREY[1] - GREY[0]) * torch.rand(training.batch, 1, 1, 1, generator=generator)
         clean = 2 * (images[index, :3] + (1 - images[index, 3:]) * grey) - 1
         noise = torch.randn(clean.shape, generator=generator)
-        timestep = torch.randint(len(sigmas), (training.batch,), generator=generator)
-        alpha_bar = 1 / (1 + sigmas[timestep] ** 2)[:, None, None, None]
+        timestep = torch.randint(len(alphas_bar), (training.batch,), generator=generator)
+        alpha_bar = alphas_bar[timestep][:, None, None, None]
         noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
         target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
         loss = (unet(noisy, timestep, tokens[index], return_dict=False)[0] - target).square().mean()

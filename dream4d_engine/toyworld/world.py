@@ -92,7 +92,8 @@ def _by_shape(shape_index: Tensor, chunk: int) -> Iterator[tuple[Shape, Tensor]]
 
 def _linear(maps: Tensor, vectors: Tensor) -> Tensor:
     """Apply [N, 3, 3] to [N, R, 3]; by sums, as a matrix product may be rounded to fewer bits on some devices."""
-    return sum(vectors[..., j, None] * maps[:, None, :, j] for j in range(3))
+    x, y, z = (vectors[..., j, None] * maps[:, None, :, j] for j in range(3))
+    return x + y + z
 
 
 def _pool(values: Tensor, factor: int) -> Tensor:
@@ -125,7 +126,8 @@ def _render_shape(
     rgb = torch.zeros_like(origins)
     rgb[rays] = paint(shape, points, color[image], head, mark_azimuths_deg)
     layers = (rgb, hit.to(t.dtype)[:, None], torch.where(hit, t, 0.0)[:, None])
-    return tuple(_pool(layer.reshape(n, height, width, -1), supersample) for layer in layers)
+    rgb, mask, depth = (_pool(layer.reshape(n, height, width, -1), supersample) for layer in layers)
+    return rgb, mask, depth
 
 
 def render_objects(  # noqa: PLR0913 (each of them is a tensor of its own shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from .reference import Reference, reference_cameras
 logger = logging.getLogger(__name__)
 
 Handles = Mapping[PriorKind, PriorHandle]
+_Recipe = TypeVar("_Recipe", StaticRecipe, MotionRecipe)
 
 
 def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
@@ -26,7 +28,7 @@ def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
     return [term for term in recipe.guidance if term.weight]
 
 
-def with_frames_of(recipe: StaticRecipe | MotionRecipe, handles: Handles) -> StaticRecipe | MotionRecipe:
+def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
     """Return the recipe with as many frames in a take as its prior must have, in order: nothing is interpolated."""
     wanted = {handle.n_frames for handle in handles.values() if handle.n_frames is not None}
     if len(wanted) > 1:
