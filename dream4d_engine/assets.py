@@ -12,9 +12,9 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,14 @@ FORMAT = "dream4d"
 FORMAT_VERSION = 1
 _MOST_HEADER = 2**25
 
-T = TypeVar("T")
+
+class _Dataclass(Protocol):
+    """Any dataclass's value."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+T = TypeVar("T", bound=_Dataclass)
 
 
 class AssetError(ValueError):
@@ -93,7 +100,7 @@ def _value(kind: Any, data: Any, where: str) -> Any:
             return None
         (inner,) = (a for a in arguments if a is not type(None))
         return _value(inner, data, where)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return config_from_dict(kind, data, where)
     if origin is Literal:
         if data not in arguments or not isinstance(data, str):
@@ -113,7 +120,7 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     return _plain(kind, data, where)
 
 
-def _plain(kind: type, data: Any, where: str) -> int | float | bool | str:
+def _plain(kind: type[int | float | bool | str], data: Any, where: str) -> int | float | bool | str:
     is_number = isinstance(data, int | float) and not isinstance(data, bool)
     if kind in (int, float) and is_number and not (math.isfinite(data) if isinstance(data, float) else True):
         raise ValueError(f"{where} must be a finite number, got {data}")
@@ -291,7 +298,7 @@ def fill(scene: Scene, tensors: Mapping[str, Tensor], where: str) -> None:
     # a damaged file can hold booleans that are neither 0 nor 1
     clean = {n: t.view(torch.uint8).ne(0) if t.dtype == torch.bool else t for n, t in tensors.items()}
     if scene.deformation is not None:
-        active, n_levels = int(clean["deformation.active_levels"]), scene.config.deformation.grid.n_levels
+        active, n_levels = int(clean["deformation.active_levels"]), scene.deformation.config.grid.n_levels
         if not 0 <= active <= n_levels:
             raise AssetError(f"{where}: active_levels must lie in [0, {n_levels}], got {active}")
     scene.load_state_dict(clean)

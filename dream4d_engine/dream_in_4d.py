@@ -17,7 +17,7 @@ from .documents import field as read_field
 from .fields.background import BackgroundConfig
 from .fields.deformation import DeformationConfig
 from .fields.encodings import HashGridConfig
-from .fields.radiance import RadianceConfig
+from .fields.radiance import RadianceConfig, blob_named
 from .kernels import Kernels
 from .priors.errors import PriorError
 from .priors.formats.checkpoints import open_tensors, shown
@@ -155,7 +155,7 @@ _NETWORKS = {
 
 def _network(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The weights of a network, in order; every second of its layers is an activation."""
-    weights = []
+    weights: list[Tensor] = []
     while (key := f"{name}.layers.{2 * len(weights)}.weight") in state:
         if state[key].ndim != 2 or 0 in state[key].shape:
             raise AssetError(f"{key} has shape {tuple(state[key].shape)}, a layer has two dimensions")
@@ -204,7 +204,7 @@ def _imported_config(state: Mapping[str, Tensor], settings: _Settings, options: 
     radiance = RadianceConfig(
         grid,
         **_hidden(density),
-        blob=bias.removeprefix("blob_"),
+        blob=blob_named(bias.removeprefix("blob_")),
         blob_scale=geometry.get("density_blob_scale", 10.0),
         blob_std=geometry.get("density_blob_std", 0.5),
     )
@@ -247,7 +247,7 @@ def _imported_deformation(
 
 def _imported_background(state: Mapping[str, Tensor], settings: _Settings) -> BackgroundConfig:
     if f"{_NETWORKS['background.mlp']}.layers.0.weight" in state:
-        return BackgroundConfig(**_hidden(_network(state, _NETWORKS["background.mlp"])))
+        return BackgroundConfig(color=None, **_hidden(_network(state, _NETWORKS["background.mlp"])))
     if "neural" in settings.get("background_type", ""):
         raise AssetError(f"the checkpoint lacks the network {_NETWORKS['background.mlp']}, which its settings ask for")
     said = settings.section("background")

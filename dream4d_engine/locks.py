@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -102,7 +103,7 @@ def holder(path: Path) -> str | None:
 
 
 def _lock(file: BinaryIO) -> None:
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         file.seek(_WINDOWS_BYTE)
@@ -114,7 +115,7 @@ def _lock(file: BinaryIO) -> None:
 
 
 def _unlock(file: BinaryIO) -> None:
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         file.seek(_WINDOWS_BYTE)

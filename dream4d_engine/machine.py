@@ -150,7 +150,7 @@ def write_error(path: Path, reason: Exception) -> WriteError:
     """What to say where `path` could not be written, from an error of the system or one with its number."""
     if isinstance(reason, WriteError):
         return reason
-    number = getattr(reason, "errno", None)
+    number = getattr(reason, "errno", 0)
     why = getattr(reason, "strerror", None) or str(reason)
     kept = "; what it held before is kept" if path.exists() else ""
     return WriteError(f"{path} can't be written: {why} ({_WAYS_OUT.get(number, 'is the place still there?')}){kept}")

@@ -38,15 +38,15 @@ class RaySamples:
 
     def split(self, size: int) -> list[RaySamples]:
         """The samples in pieces of so many."""
-        columns = (column.split(size) for column in (self.ray_indices, self.t_starts, self.t_ends))
-        return [RaySamples(*piece, self.n_rays) for piece in zip(*columns, strict=True)]
+        pieces = zip(self.ray_indices.split(size), self.t_starts.split(size), self.t_ends.split(size), strict=True)
+        return [RaySamples(rays, starts, ends, self.n_rays) for rays, starts, ends in pieces]
 
     def select(self, keep: Tensor, n_kept: int | None = None) -> RaySamples:
         """The samples where `keep` [S] (bool) holds; where it is known how many, a GPU need not be asked."""
         found = keep.nonzero() if n_kept is None else keep.nonzero_static(size=n_kept)
         kept = found[:, 0]  # found once for all three
-        columns = (column.index_select(0, kept) for column in (self.ray_indices, self.t_starts, self.t_ends))
-        return RaySamples(*columns, self.n_rays)
+        rays, starts, ends = (c.index_select(0, kept) for c in (self.ray_indices, self.t_starts, self.t_ends))
+        return RaySamples(rays, starts, ends, self.n_rays)
 
 
 def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, source: Source | None = None) -> RayBundle:
@@ -67,6 +67,8 @@ def rays_from_cameras(cameras: CameraBatch, jitter: float = 0.0, source: Source 
     rotation = cameras.c2w[:, :, None, None, :3, :3]
     directions = (rotation * local[..., None, :]).sum(-1)
     if jitter > 0:
+        if source is None:
+            raise ValueError("ray jitter needs a generator")
         noise = draw_rows(torch.randn, tuple(directions.shape), source, dtype=directions.dtype)
         directions = directions + jitter * send(noise, device)
     directions = directions / directions.norm(dim=-1, keepdim=True)

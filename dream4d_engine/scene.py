@@ -149,6 +149,7 @@ class Scene(nn.Module):
         # the occupancy starts as everywhere occupied, since it has to hold for all times
         fresh = ("deformation", "occupancy") if background is None else ("deformation", "occupancy", "background")
         scene = self._rebuilt(changed, fresh)
+        assert scene.deformation is not None  # as `changed` has it
         scene.deformation.reset(generator)
         if background is not None:
             scene.background.reset(generator)

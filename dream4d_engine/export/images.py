@@ -84,7 +84,7 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Break a text into lines no wider than `width` pixels, at spaces where there are any."""
     words = printable(shortened(text, width * _MOST_LINES)).split()  # no letter that is seen is narrower than a pixel
     lines: list[str] = []
@@ -105,7 +105,7 @@ def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> int:
     """How many letters of a text fit into `width` pixels."""
     fitting, too_many = 0, len(text) + 1
     while too_many - fitting > 1:  # halving: a text's width takes as long to find as the text is

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ from .images import to_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
 
 _MOST_TITLE = 500
 """Letters of a video's title: players show them on one line."""
-_CODECS = ("libx264", "h264", "mpeg4")
+_Codec = Literal["libx264", "h264", "mpeg4"]
+_CODECS: tuple[_Codec, ...] = ("libx264", "h264", "mpeg4")
 _BT709 = 1  # the code of BT.709 in the stream's colour tags; 1 is also "limited range"
 
 
@@ -36,7 +39,7 @@ class Video:
     codec: str
 
 
-def _pick_codec() -> str:
+def _pick_codec() -> _Codec:
     """Return the first H.264 encoder this build of PyAV has, else MPEG-4's."""
     import av
 
@@ -72,7 +75,9 @@ class VideoWriter:
         self.path, self.fps, self.count = Path(path), fps, 0
         self.title = shortened(" ".join(printable(title).split()), _MOST_TITLE)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._container = self._stream = self._shape = None
+        self._container: OutputContainer  # from the context's beginning on
+        self._stream: VideoStream | None = None  # from the first frame on, as the shape
+        self._shape: tuple[int, ...] = ()
 
     def __enter__(self) -> VideoWriter:
         import av
@@ -94,11 +99,11 @@ class VideoWriter:
             self._stream = _add_stream(self._container, _pick_codec(), _pad_to_even(image).shape, self.fps)
         if image.shape != self._shape:
             raise ValueError(f"frame {self.count} has the shape {list(image.shape)}, the first {list(self._shape)}")
-        frame = av.VideoFrame.from_ndarray(_pad_to_even(image), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-        frame.pts, frame.time_base = self.count, 1 / self._stream.codec_context.framerate
+        picture = av.VideoFrame.from_ndarray(_pad_to_even(image), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        picture.pts, picture.time_base = self.count, 1 / self._stream.codec_context.framerate
         with _named(self.path):
-            self._container.mux(self._stream.encode(frame))
+            self._container.mux(self._stream.encode(picture))
         self.count += 1
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -137,7 +142,7 @@ def write_video(path: Path | str, frames: Iterable[Tensor | np.ndarray], fps: fl
     return writer.count
 
 
-def _add_stream(container, codec: str, shape: tuple[int, ...], fps: float):
+def _add_stream(container: OutputContainer, codec: _Codec, shape: tuple[int, ...], fps: float) -> VideoStream:
     """Add a video stream for images [H, W, 3] whose quality is high enough to judge details by."""
     rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 is television's
     quality = {"crf": "16", "preset": "medium"} if codec == "libx264" else {}

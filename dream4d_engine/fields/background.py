@@ -33,6 +33,8 @@ class BackgroundConfig:
 class Background(nn.Module):
     """Directions to colours in [0, 1]."""
 
+    solid: Tensor  # [3], only where the configuration names a colour
+
     def __init__(self, config: BackgroundConfig) -> None:
         super().__init__()
         self.config = config

@@ -17,6 +17,15 @@ from .encodings import HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
 Blob = Literal["magic3d", "dreamfusion"]
+_BLOBS: tuple[Blob, ...] = ("magic3d", "dreamfusion")
+
+
+def blob_named(name: str) -> Blob:
+    """The blob of this name; refuse any other."""
+    for blob in _BLOBS:
+        if blob == name:
+            return blob
+    raise ValueError(f"blob must be 'magic3d' or 'dreamfusion', got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,7 @@ class RadianceConfig:
         require_range("hidden_layers", self.hidden_layers, 0, 16)
         require_range("blob_scale", self.blob_scale, -1e4, 1e4)
         require_range("blob_std", self.blob_std, 1e-4, 1e4)
-        if self.blob not in ("magic3d", "dreamfusion"):
-            raise ValueError(f"blob must be 'magic3d' or 'dreamfusion', got {self.blob!r}")
+        blob_named(self.blob)
 
 
 class RadianceField(nn.Module):

@@ -76,7 +76,7 @@ def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
     for name in missing:
         if any(v is not None for v in columns[name]):
             raise ValueError(f"conditions disagree: some have {name!r}, some have not")
-    return Conditions(**{name: None if name in missing else torch.cat(values) for name, values in columns.items()})
+    return Conditions(**{name: torch.cat(values) for name, values in columns.items() if name not in missing})
 
 
 def split_conditions(conditions: Conditions, groups_at_once: int) -> Sequence[Conditions]:

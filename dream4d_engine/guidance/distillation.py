@@ -178,11 +178,13 @@ def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Ten
     """Return (x, sigma [B]) -> x0 after guidance and rescaling, all conditions in one forward pass, no gradient."""
     denoiser, config = guidance.denoiser, guidance.config
     text, negative = guidance.conditions(cameras)
-    if config.perp_neg and guidance.perp_neg is None:
-        raise ValueError(
-            f"guidance {guidance.name!r} has no perp-neg conditions: turn perp_neg off or pass them as perp_neg"
-        )
-    avoidance = guidance.perp_neg(cameras) if config.perp_neg else None
+    avoidance = None
+    if config.perp_neg:
+        if guidance.perp_neg is None:
+            raise ValueError(
+                f"guidance {guidance.name!r} has no perp-neg conditions: turn perp_neg off or pass them as perp_neg"
+            )
+        avoidance = guidance.perp_neg(cameras)
     each = (text, negative) if avoidance is None else (avoidance.text, negative, *avoidance.avoid)
     n, together = len(each), stack_conditions(each)  # once, however many steps a walk has
 
@@ -216,10 +218,9 @@ def noise_bounds(config: DistillationConfig, schedule: NoiseSchedule, progress: 
     if low > high:
         raise ValueError(f"min_noise is above max_noise at progress {progress:g}: {low:g} > {high:g}")
     n = schedule.n_levels
-    if n is None:
-        return low, high
-    # the small addition keeps 0.29 * 100 from becoming 28
-    return tuple(min(int(share * n + 1e-6), n - 1) / n for share in (low, high))
+    if n is not None:  # the small addition keeps 0.29 * 100 from becoming 28
+        low, high = (min(int(share * n + 1e-6), n - 1) / n for share in (low, high))
+    return low, high
 
 
 def draw_shares(

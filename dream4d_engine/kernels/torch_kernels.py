@@ -70,15 +70,15 @@ class _HashEncode(torch.autograd.Function):
             grad_entries = torch.zeros_like(entries)
             for columns, points in chunks:
                 index, share = _corners(points, level, n_features, table.dtype)
-                if wants_table:
+                if grad_table is not None:
                     _scatter_add(grad_entries, index, _spread(row[columns], share))
-                if wants_x:
+                if grad_x is not None:
                     values = _gather(entries, index) * row[columns]
                     for d, slope in enumerate(_slopes(values, share)):
                         grad_x[d, columns].add_(slope, alpha=level.scale)  # share = u * scale + 0.5 - its integer part
-            if wants_table:
+            if grad_table is not None:
                 _unwrap_entries(grad_entries, grad_table, level, n_features)
-        if wants_x:
+        if grad_x is not None:
             grad_x = grad_x.view(x.shape[1], x.shape[0], n_features).sum(-1).t()  # [S, D]
         return grad_x, grad_table, None, None
 

@@ -284,8 +284,8 @@ class _Walk:
 
     def leave_out(self, rays: Tensor) -> None:
         """Don't write the intervals of these rays [N] (bool)."""
-        first, last, *rest = self.rays
-        self.rays = (first, torch.where(rays, -1, last), *rest)
+        first, last, start, slope = self.rays
+        self.rays = (first, torch.where(rays, -1, last), start, slope)
 
     def write(
         self, marks: Tensor, ends: Tensor, length: int, new: Callable[..., Tensor]

@@ -69,7 +69,7 @@ class PrefetchedSamples:
 
     def take(self) -> tuple[RaySamples | None, int]:
         """Return the visible samples (None: they were more than fit) and the number of intervals (-1: unknown)."""
-        n_found, n_visible = self.counts.read()
+        n_found, n_visible = map(int, self.counts.read())
         fits = 0 <= n_found <= len(self.visible)
         return self.samples.select(self.visible, n_visible) if fits else None, n_found
 
@@ -85,7 +85,8 @@ def prefetch_visible(
     capacity: int,
 ) -> PrefetchedSamples:
     """Do what `sample_rays` and `cull_invisible` do with `capacity` for the samples, and without waiting for a GPU."""
-    *columns, n_found = scene.kernels.march_into(*_where_to_march(scene, rays, n_samples, jitter, True), capacity)
-    samples = RaySamples(*columns, len(rays.origins))
+    where = _where_to_march(scene, rays, n_samples, jitter, True)
+    ray_indices, t_starts, t_ends, n_found = scene.kernels.march_into(*where, capacity)
+    samples = RaySamples(ray_indices, t_starts, t_ends, len(rays.origins))
     visible = _first_look(scene, rays, samples, alpha_threshold, samples_at_once)
     return PrefetchedSamples(samples, visible, fetch(torch.stack((n_found, visible.sum()))))

@@ -97,6 +97,7 @@ def prepare_view(scene: Scene, cameras: CameraBatch, options: RenderOptions, sou
     rays = rays_from_cameras(cameras, options.ray_jitter, source)
     jitter = None
     if options.stratified:
+        assert source is not None  # refused above
         jitter = send(draw_rows(torch.rand, (len(rays.origins),), source), scene.device)
     return View(cameras, options, rays, _given_background(rays, options), jitter, apparent_area)
 
@@ -119,12 +120,14 @@ def prefetch_samples(scene: Scene, view: View, capacity: int | None) -> Prefetch
 
 def render_view(scene: Scene, view: View) -> RenderOutput:
     """Render all rays of a view, differentiably; at once where its options don't say otherwise."""
-    if view.options.rays_at_once is None or not torch.is_grad_enabled():
+    rays_at_once = view.options.rays_at_once
+    if rays_at_once is None or not torch.is_grad_enabled():
         output = _render_rays(scene, view)
     else:
-        output = _render_checkpointed(scene, view)
+        output = _render_checkpointed(scene, view, rays_at_once)
     shape = view.rays.shape  # [N, c] -> [B, F, H, W, c]
-    return replace(output, **{name: image.view(*shape, image.shape[-1]) for name, image in _images(output).items()})
+    images = {name: image.view(*shape, image.shape[-1]) for name, image in _images(output).items()}
+    return replace(output, samples=output.samples, **images)
 
 
 def render(
@@ -168,18 +171,18 @@ def render_chunked(
     return RenderOutput(**whole)
 
 
-def _render_checkpointed(scene: Scene, view: View) -> RenderOutput:
+def _render_checkpointed(scene: Scene, view: View, rays_at_once: int) -> RenderOutput:
     """Render slices of the rays now, and once more when the backward pass comes to them."""
 
     def draw(part: View) -> dict[str, Tensor]:
         return _images(_render_rays(scene, part))
 
-    parts, size = [], view.options.rays_at_once
-    for start in range(0, len(view.rays.origins), size):
-        part = _slice(view, slice(start, start + size))
+    parts = []
+    for start in range(0, len(view.rays.origins), rays_at_once):
+        part = _slice(view, slice(start, start + rays_at_once))
         # nothing is drawn while rendering, so there is no state of random numbers to bring back
         parts.append(checkpoint(draw, part, use_reentrant=False, preserve_rng_state=False))
-    return RenderOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return RenderOutput(samples=None, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _slice(view: View, rows: slice) -> View:
@@ -238,7 +241,7 @@ def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOp
     pieces = zip(points.split(at_once), times.split(at_once), strict=True)
     parts = [scene.query(p, t, options.normals) for p, t in pieces]
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(FieldOutput)}
-    return FieldOutput(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    return FieldOutput(**{name: torch.cat(c) for name, c in columns.items() if c[0] is not None})
 
 
 def _samples_at_once(scene: Scene) -> int:

@@ -35,6 +35,13 @@ class Supervision:
     loss: Callable[[Scene, RenderOutput, View, float, Draw], Terms]  # (.., its rendering, .., progress, ..) -> opinion
 
 
+def needed(image: Tensor | None, what: str) -> Tensor:
+    """Return an image that a term looks at; refuse to go on without it."""
+    if image is None:
+        raise ValueError(f"a term of the loss needs {what}, and there is none")
+    return image
+
+
 def views_of(supervisions: Sequence[Supervision], scene: Scene, progress: float, draw: Draw) -> Views:
     """Return what a step looks at, each view once however many look at it."""
     return {view: view(scene, progress, draw) for view in dict.fromkeys(one.view for one in supervisions)}

@@ -13,7 +13,7 @@ from ..rays import RayBundle
 from ..rendering import RenderOutput, View
 from ..scene import Scene
 from . import losses
-from .record import Supervision, Terms, ViewFunction
+from .record import Supervision, Terms, ViewFunction, needed
 
 SURFACE_OFFSET = 0.01
 """Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
@@ -48,12 +48,14 @@ def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFu
         if weights.z_variance:
             parts["z_variance"] = weights.z_variance * losses.z_variance(output.z_variance, output.opacity)
         if weights.displacement_tv:
-            parts["displacement_tv"] = weights.displacement_tv * losses.displacement_tv(output.displacement)
+            displacement = needed(output.displacement, "a rendering of displacements")
+            parts["displacement_tv"] = weights.displacement_tv * losses.displacement_tv(displacement)
         if weights.normal_smoothness_2d:
-            parts["normal_2d"] = weights.normal_smoothness_2d * losses.normal_smoothness_2d(output.normals)
+            normals = needed(output.normals, "a rendering of normals")
+            parts["normal_2d"] = weights.normal_smoothness_2d * losses.normal_smoothness_2d(normals)
         if weights.orientation:
-            directions = view.rays.directions.to(output.normals)
-            facing = losses.orientation(output.opacity, output.normals.reshape(-1, 3), directions)
+            normals = needed(output.normals, "a rendering of normals").reshape(-1, 3)
+            facing = losses.orientation(output.opacity, normals, view.rays.directions.to(normals))
             parts["orientation"] = weights.orientation * facing
         if weights.normal_smoothness_3d:
             aside = draw.groups("aside", view.cameras.shape[0])

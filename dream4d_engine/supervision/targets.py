@@ -12,7 +12,7 @@ from ..randomness import Draw
 from ..rendering import RenderOptions, RenderOutput, View, prepare_view
 from ..scene import Scene
 from . import losses
-from .record import Supervision, Terms
+from .record import Supervision, Terms, needed
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,16 @@ def photometric(
         if weights.entropy:
             parts["entropy"] = weights.entropy * losses.opacity_entropy(output.opacity)
         if weights.normal:
-            parts["normal"] = weights.normal * losses.normal(output.normals, wanted.normals, solid)
+            normals = needed(output.normals, "a rendering of normals"), needed(wanted.normals, "a normal map")
+            parts["normal"] = weights.normal * losses.normal(*normals, solid)
         if weights.depth or weights.relative_depth:
             seen = solid * (output.opacity.detach() > 0.5)  # the distance to what isn't there yet says nothing
+            depth = needed(wanted.depth, "a depth map")
             distance = output.depth / output.opacity.clamp_min(0.5)  # the sum w t as a mean
         if weights.depth:
-            parts["depth"] = weights.depth * losses.depth(distance, wanted.depth, seen)
+            parts["depth"] = weights.depth * losses.depth(distance, depth, seen)
         if weights.relative_depth:
-            parts["relative_depth"] = weights.relative_depth * losses.relative_depth(distance, wanted.depth, seen)
+            parts["relative_depth"] = weights.relative_depth * losses.relative_depth(distance, depth, seen)
         return Terms({f"{name}.{part}": value for part, value in parts.items()})
 
     return Supervision(name, view, loss)

@@ -412,8 +412,9 @@ MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZERO
 
 def shipped_recipe(recipe: StaticRecipe | MotionRecipe) -> StaticRecipe | MotionRecipe | None:
     """The recipe of this stage and name as it is shipped, or None."""
-    of_stage = {"static": STATIC_RECIPES | IMAGE_RECIPES, "motion": MOTION_RECIPES}
-    return of_stage[recipe.stage].get(recipe.name)
+    if isinstance(recipe, MotionRecipe):
+        return MOTION_RECIPES.get(recipe.name)
+    return (STATIC_RECIPES | IMAGE_RECIPES).get(recipe.name)
 
 
 def find_recipe(name: str, recipes: dict):

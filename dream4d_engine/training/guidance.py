@@ -33,7 +33,10 @@ def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
     wanted = {handle.n_frames for handle in handles.values() if handle.n_frames is not None}
     if len(wanted) > 1:
         raise ValueError(f"the priors want takes of {' and '.join(map(str, sorted(wanted)))} frames: they must agree")
-    return replace(recipe, **{recipe.group_field: wanted.pop()}) if wanted else recipe
+    if not wanted:
+        return recipe
+    n = wanted.pop()
+    return replace(recipe, n_frames=n) if isinstance(recipe, MotionRecipe) else replace(recipe, n_views=n)
 
 
 def load_guidance(
@@ -51,7 +54,7 @@ def load_guidance(
     encoded, and is the one to release it; what it raises ends the loading.
     """
     view = None
-    if reference is not None:
+    if reference is not None and recipe.reference is not None:
         view = ReferenceView(reference.over().movedim(-1, 0), reference_cameras(recipe.reference))
     guidance: dict[PriorKind, Guidance] = {}
     for term in active_terms(recipe):
@@ -110,4 +113,5 @@ def explain_silence(
     what = "its weights are damaged, or it isn't a model of this kind: fetch it again, or choose another"
     if runtime.dtype == torch.float16:
         what = f"its numbers grow too large for half precision ({full_precision}), or {what}"
-    return PriorSilent(f"{error}. The model is {handles[error.prior].describe()}: {what}", error.prior)
+    model = next(handle.describe() for kind, handle in handles.items() if kind == error.prior)
+    return PriorSilent(f"{error}. The model is {model}: {what}", error.prior)

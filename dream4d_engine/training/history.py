@@ -60,7 +60,8 @@ class History:
 
     def __init__(self, stage: str, max_bad_steps: int, lag: int) -> None:
         self.stage, self.max_bad_steps, self.lag = stage, max_bad_steps, lag
-        self.loss, self.terms, self.bad_steps = float("nan"), {}, 0
+        self.loss, self.bad_steps = float("nan"), 0
+        self.terms: dict[str, float] = {}
         self._waiting: deque[tuple[int, Found]] = deque()
         self._n_steps = self._bad_run = self._silent_run = 0
         self._nonfinite: dict[str, float] = {}  # sums over the steps

@@ -59,7 +59,8 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     scaler = torch.amp.GradScaler(scene.device.type, enabled=loop.precision == "half" and on_gpu)
     prefetch = Prefetch(scene, scaler.is_enabled(), prefetches and on_gpu)
     start = _resume(control, steps, scene, optimizer, scaler)
-    history, durations = History(stage.name, loop.max_bad_steps, lag=1 if on_gpu else 0), deque(maxlen=50)
+    history = History(stage.name, loop.max_bad_steps, lag=1 if on_gpu else 0)
+    durations: deque[float] = deque(maxlen=50)
     began = saved_at = control.clock()
     if start == 0:  # else the checkpoint holds it
         _update_occupancy(scene, seed, 0)
@@ -128,14 +129,15 @@ def _update_occupancy(scene: Scene, seed: int, step: int) -> None:
 
 def make_optimizer(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build Adam or AdamW with one group per kind of parameter; empty groups are left out."""
-    listed = [{"name": n, "params": params, "lr": rate, "initial_lr": rate} for n, params, rate in groups if params]
-    if not listed:
+    filled = [group for group in groups if group[1]]
+    if not filled:
         raise ValueError("nothing to train: every parameter group is empty")
+    listed = [{"name": n, "params": params, "lr": rate, "initial_lr": rate} for n, params, rate in filled]
     # fused: one kernel for all, and one that leaves everything alone where a gradient was not finite
-    given = {"betas": config.betas, "eps": config.eps, "fused": listed[0]["params"][0].is_cuda or None}
+    fused, betas, eps = filled[0][1][0].is_cuda or None, config.betas, config.eps
     if config.name == "adam":
-        return torch.optim.Adam(listed, **given)
-    return torch.optim.AdamW(listed, weight_decay=config.weight_decay, **given)
+        return torch.optim.Adam(listed, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(listed, betas=betas, eps=eps, weight_decay=config.weight_decay, fused=fused)
 
 
 def _nan_unless(good: Tensor, loss: Tensor) -> Tensor:
@@ -160,9 +162,10 @@ def _step(
         scaler.update()
         scaler.update(torch.where(answered, scaler.scale(one), scale))  # no prior's silence is about the scale
     elif answered.device.type == "cuda":  # what the scaler tells a fused optimiser, so that the CPU needn't know
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        # the stubs lack what GradScaler sets
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # likewise
     elif finite:
         optimizer.step()
     return finite.float()

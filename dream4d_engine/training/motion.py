@@ -22,6 +22,8 @@ from .static import object_extent
 def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
     """What stage 2 trains: the deformation and the background; the canonical field stays as it is."""
     deformation = scene.deformation
+    if deformation is None:
+        raise ValueError("the scene has no deformation that could be trained")
     return [
         ("grid", list(deformation.grid.parameters()), config.lr_grid),
         ("mlp", list(deformation.mlp.parameters()), config.lr_mlp),
@@ -55,11 +57,13 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
     deformation, fresh = replace(recipe.deformation, scale=scale), recipe.fresh_background
     moving = scene.with_deformation(deformation, Draw(seed).for_("deformation"), background=fresh).to(scene.device)
+    field = moving.deformation
+    assert field is not None  # what `with_deformation` is for
     moving.canonical.requires_grad_(False)  # the optimiser has none of it: its gradient need not be computed
 
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
-        moving.deformation.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
+        field.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
 
     def finish() -> None:
         moving.canonical.requires_grad_(True)

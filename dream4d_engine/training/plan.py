@@ -68,9 +68,10 @@ LADDER = (
 def parse_bytes(text: str) -> int:
     """Read an amount of memory: "10GiB", "800 MiB", "8e9"."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    number, unit = found.groups() if found else ("", "")
     try:
-        n_bytes = int(float(found[1]) * _UNITS[found[2]])
-    except (TypeError, KeyError, ValueError, OverflowError):
+        n_bytes = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"{text!r} is no amount of memory: write it like 10GiB") from None
     if n_bytes < 2**20:
         raise ValueError(f"a memory budget must be at least 1 MiB, got {text!r}: write it like 10GiB")
@@ -169,7 +170,7 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
             with torch.autocast("cuda", dtype=torch.float16):
                 seen = rendered(supervisions, scene, views)
                 terms = gather([one.loss(scene, output, view, start, draw) for one, view, output in seen])
-                loss = sum(terms.losses.values())
+                loss = sum(terms.losses.values(), start=torch.zeros((), device=scene.device))
             if prefetch.enabled:
                 prefetch.begin(views_of(supervisions, scene, start, draw))
             loss.backward()

@@ -51,12 +51,12 @@ def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None
 
     def supervisions(guidance: GuidanceOf, rays_at_once: int | None) -> tuple[Supervision, ...]:
         priors = seen_by_priors(recipe, guidance, rays_at_once)
-        if recipe.reference is None:
+        if recipe.reference is None or reference is None:  # both or neither
             return priors
         return (*priors, seen_in_image(reference, recipe.reference, rays_at_once))
 
     looked_at = () if recipe.reference is None else recipe.reference.phases
-    starts = sorted({phase.start for phase in (*recipe.phases, *looked_at)})
+    starts = sorted({phase.start for phase in recipe.phases} | {phase.start for phase in looked_at})
     groups = static_groups(scene, recipe.optimizer)
     return Stage("static", scene, groups, recipe, supervisions, starts, finish=scene.refresh_occupancy)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 
 from .config import MotionRecipe, Phase, ReferenceConfig, ReferencePhase, StaticRecipe
@@ -38,7 +38,7 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
         raise ValueError(f"{where}.optimizer.betas must lie in [0, 1), got {recipe.optimizer.betas}")
     _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
-    if recipe.stage == "motion":
+    if isinstance(recipe, MotionRecipe):
         _check_motion(recipe, where)
     elif recipe.reference is not None:
         _check_reference(recipe.reference, f"{where}.reference")
@@ -62,7 +62,7 @@ def _at_least(low: float, config: object, where: str, *names: str) -> None:
             raise ValueError(f"{where}.{name} must be at least {low}, got {getattr(config, name)}")
 
 
-def _check_phases(phases: tuple[Phase, ...] | tuple[ReferencePhase, ...], where: str, *names: str) -> None:
+def _check_phases(phases: Sequence[Phase | ReferencePhase], where: str, *names: str) -> None:
     if not phases or phases[0].start > 0:
         raise ValueError(f"{where} must have one that starts at 0: it says what the run begins with")
     for index, phase in enumerate(phases):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from .pixels import ImageError, Pixels, spread
 
-AUTOMATIC, SUBJECT, BACKGROUND, UNKNOWN = "automatic", "subject", "background", "unknown"
+AUTOMATIC: Final = "automatic"
+SUBJECT: Final = "subject"
+BACKGROUND: Final = "background"
+UNKNOWN: Final = "unknown"
 MASK_SHOWS = (AUTOMATIC, SUBJECT, BACKGROUND)
 """What may be said of a mask's white part."""
 MaskShows = Literal["automatic", "subject", "background"]
@@ -84,11 +87,11 @@ def read_mask(pixels: Pixels) -> Solid:
         _refuse_labels(pixels, soft)
         white = torch.cat([_brightest(strip)[0] > unit / 2 for _, strip in pixels.strips()])
         return Solid(white, soft.clamp(0, 1))
-    white, most = [], max(high, 1e-30)
+    parts, most = [], max(high, 1e-30)
     others: set[float] = set()
     for _, strip in pixels.strips():
         value = _brightest(strip)[0]
-        white.append(value > 0)
+        parts.append(value > 0)
         if len(others) < 5:
             others |= set(value[(value > 0) & (value < most)].unique()[:5].tolist())
     largest = high * pixels.largest
@@ -102,7 +105,7 @@ def read_mask(pixels: Pixels) -> Solid:
             "object; if it is a faint mask, stretch it to black and white"
         )
     note = f"the {pixels.name} holds 0 and {largest:.6g} alone, and {largest:.6g} was taken for white" if high else ""
-    return Solid(torch.cat(white), soft / most if high else soft, note)
+    return Solid(torch.cat(parts), soft / most if high else soft, note)
 
 
 def _refuse_labels(pixels: Pixels, soft: Tensor) -> None:
@@ -145,9 +148,9 @@ def _one_color(pixels: Pixels) -> Solid:
                 "black and white, or one colour on black. If these are labels, make a mask of the one object"
             )
         white.append(codes == (found[0] if found else -1))
-    color = f"#{found[0]:06x}"
     soft = (_codes(pixels.sample(SAMPLED)) == found[0]).float()
-    return Solid(torch.cat(white), soft, f"the {pixels.name} holds one colour, {color}, which was taken for white")
+    note = f"the {pixels.name} holds one colour, #{found[0]:06x}, which was taken for white"
+    return Solid(torch.cat(white), soft, note)
 
 
 def _codes(strip: Tensor) -> Tensor:
@@ -192,8 +195,8 @@ def what_mask_shows(mask: Tensor, rgb: Tensor) -> MaskReading:
         solid = rgb[..., 3] > 0.5
         agreeing = float((solid == white).float().mean())
         if not solid.all() and solid.any() and not 0.05 < agreeing < 0.95:  # the alpha is the mask, or its inverse
-            which = SUBJECT if agreeing > 0.5 else BACKGROUND
-            return MaskReading(which, f"it is white where the image is {'opaque' if agreeing > 0.5 else 'hidden'}")
+            reason = f"it is white where the image is {'opaque' if agreeing > 0.5 else 'hidden'}"
+            return MaskReading(SUBJECT if agreeing > 0.5 else BACKGROUND, reason)
     colors, place = _hint_of_colors(mask, rgb[..., :3]), _hint_of_place(white)
     against = colors.weight * place.weight < 0
     # a weak hint of the colours yields to a strong one of the place; otherwise a contradiction is one

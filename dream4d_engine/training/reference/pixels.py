@@ -88,7 +88,8 @@ def tensor_pixels(pixels: Tensor, what: str, channels: tuple[int, ...]) -> Pixel
         part = pixels[top:bottom, left:right, channels].detach().to("cpu", torch.float32)
         return part if unit == 1 else part / unit
 
-    return Pixels(what, *pixels.shape, block, unit)
+    height, width, n_channels = pixels.shape
+    return Pixels(what, height, width, n_channels, block, unit)
 
 
 def map_pixels(pixels: Tensor, what: str) -> Pixels:
