@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 _BLOCKS = ("Resnet", "ResBlock", "ResidualBlock", "Downsample", "Resample", "SpaceToDepth", "AttnBlock")
 """Parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again."""
+_TINY = ("Block", "MemBlock")
+"""Those of tiny autoencoders' blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,62 +81,90 @@ class Encoder:
         """Decode [n, c, (f,) h, w] to [n, 3, (F,) H, W] in [0, 1]."""
         device, dtype = self._place
         with torch.autocast(device.type, enabled=False):
-            images = self.network.decode(self.latents.process_out(z).to(device, dtype))
-        return images.float() / 2 + 0.5
+            images = self.network.decode(self.latents.process_out(z).to(device, dtype)).float()
+        # as the VAE scales its images, without the clamping: most have them in [-1, 1], some tiny ones in [0, 1]
+        zero, half = (float(self.vae.process_output(torch.full((1,), value))) for value in (0.0, 0.5))
+        return images * ((half - zero) / 0.5) + zero
 
 
 @contextmanager
 def _checkpointing(network: nn.Module, wanted: bool) -> Iterator[None]:
     """While inside, compute an encoder's activations again in the backward pass instead of keeping them."""
-    if not wanted:
-        yield
-        return
-    changed = list(_with_cache(network)) or list(_blocks(network))
-    for module, forward in changed:
-        module.forward = forward
+    changed = list(_pieces(network)) if wanted else []
+    for module in changed:
+        module.forward = _computed_again(module)
     try:
         yield
     finally:
-        for module, _ in changed:
+        for module in changed:
             del module.forward
 
 
-def _with_cache(network: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """Encoders that are called for a few frames at a time and hand features on in a list (Wan): each call is one piece.
-
-    The list is changed in place, so what a call finds in it has to be given to the computation, and what it leaves be
-    taken from it: then the second computation finds what the first one found.
-    """
-    encoder = getattr(network, "encoder", None)
-    if encoder is None or not hasattr(encoder, "conv1") or not type(network).__name__.startswith("WanVAE"):
-        return
-    plain = encoder.forward
-
-    def forward(x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None, **given: Any):
-        def piece(x: Tensor, *found: Any) -> tuple:
-            cache = list(found) if feat_cache is not None else None
-            out = plain(x, feat_cache=cache, feat_idx=[0], **given)
-            return (out, *(cache or ()))
-
-        out, *left = checkpoint(piece, x, *(feat_cache or ()), use_reentrant=False)
-        if feat_cache is not None:
-            feat_cache[:] = left
-        return out
-
-    yield encoder, forward
-
-
-def _blocks(network: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The outermost blocks of an encoder."""
+def _pieces(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose calls are each computed again as a whole."""
     encoder = getattr(network, "encoder", network)
+    if type(network).__name__.startswith("WanVAE"):  # called for a few frames at a time: a call is small enough
+        yield encoder
+        return
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
-            if any(word in type(child).__name__ for word in _BLOCKS):
+            name = type(child).__name__
+            if name in _TINY or any(word in name for word in _BLOCKS):
                 yield child
             else:
                 yield from walk(child)
 
-    for block in walk(encoder):
-        plain = block.forward
-        yield block, lambda *given, plain=plain, **named: checkpoint(plain, *given, use_reentrant=False, **named)
+    yield from walk(encoder)
+
+
+def _computed_again(module: nn.Module) -> Callable:
+    """A module's forward, checkpointed, whose second computation finds what the first one found.
+
+    Encoders that take some frames after the other hand features on, from one call to the next: in lists among the
+    arguments, which they change in place (Wan, HunyuanVideo), or inside of modules, by thread (LTX-Video: and the
+    backward pass may run in another one).
+    """
+    plain = module.forward
+    holders = [m.temporal_cache_state for m in module.modules() if hasattr(m, "temporal_cache_state")]
+
+    def forward(*given: Any, **named: Any) -> Any:
+        held = [holder.get(get_ident()) for holder in holders]
+        found = {name: list(value) for name, value in _lists(given, named).items()}
+        left: dict[Any, list] = {}
+
+        def piece() -> Any:
+            second = bool(left)
+            before = _put(holders, held)
+            fresh = {name: list(value) for name, value in found.items()}
+            try:
+                return plain(
+                    *(fresh.get(i, value) for i, value in enumerate(given)),
+                    **{name: fresh.get(name, value) for name, value in named.items()},
+                )
+            finally:
+                if second:  # may be left early, once all that was wanted is there
+                    _put(holders, before)
+                else:
+                    left.update(fresh, done=[])
+
+        out = checkpoint(piece, use_reentrant=False)
+        for name, value in _lists(given, named).items():
+            value[:] = left[name]
+        return out
+
+    return forward
+
+
+def _lists(given: tuple, named: dict[str, Any]) -> dict[Any, list]:
+    return {name: value for name, value in (*enumerate(given), *named.items()) if isinstance(value, list)}
+
+
+def _put(holders: list[dict], states: list[Any]) -> list[Any]:
+    """Let this thread find these states in the modules' dictionaries (None: nothing); return what was there."""
+    thread = get_ident()
+    before = [holder.pop(thread, None) for holder in holders]
+    for holder, state in zip(holders, states, strict=True):
+        if state is not None:
+            holder[thread] = state
+    return before

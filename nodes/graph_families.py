@@ -28,6 +28,7 @@ class Family:
     multiple: int = 16  # of both sides
     n_frames: int | None = None  # where nobody says another number
     frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
+    vae: str = "comfy.ldm.models"  # where the classes of its autoencoder are
 
 
 # 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
@@ -36,8 +37,9 @@ FAMILIES: dict[str, Family] = {
     "SDXL": Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8),
     "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
     "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
-    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4),
-    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8),
+    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan"),
+    "WAN22": Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4, "comfy.ldm.wan"),
+    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8, "comfy.ldm.lightricks"),
     "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
 }
 _NOT_SO = {
@@ -59,6 +61,8 @@ _NOT_SO = {
 
 def family_of(model: Any, kind: PriorKind) -> Family:
     """Return the family of a MODEL that makes priors of this kind. PriorError with the reason where none does."""
+    if model is None:
+        raise PriorError("the node before gave no model: connect one that has loaded")
     base = getattr(model, "model", None)
     if base is None or not hasattr(base, "model_sampling") or not hasattr(base, "latent_format"):
         wrapper = type(base if base is not None else model).__name__
@@ -80,7 +84,20 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"{family.name} makes {family.kind}s: connect it to {family.kind.title()} Prior from Model, and a model of "
             f"{kind}s here"
         )
+    more = _more_channels(base)
+    if more:
+        raise PriorError(
+            f"the model ({name}) reads {more} channels beside the noisy latents (inpainting, editing, control or image "
+            "to video): connect one that is told words alone"
+        )
     return family
+
+
+def _more_channels(base: Any) -> int:
+    """How many channels a network reads beside the noisy latents."""
+    known = getattr(getattr(base, "model_config", None), "unet_config", {})
+    read = known.get("in_channels", known.get("in_dim"))
+    return 0 if read is None else max(0, read - base.latent_format.latent_channels)
 
 
 def noise_schedule(model: Any) -> NoiseSchedule:
@@ -129,6 +146,12 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"the VAE makes images {ratio} times smaller, {family.name} reads latents that are "
             f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
         )
+    place = type(vae.first_stage_model).__module__
+    if not place.startswith((family.vae, "comfy.taesd")):
+        raise PriorError(
+            f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
+            f"another family than {family.name}: connect the VAE that belongs to the model"
+        )
 
 
 def check_clip(model: Any, clip: Any, family: Family) -> None:
@@ -136,10 +159,14 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
     if getattr(clip, "tokenizer", None) is None:
         raise PriorError("the CLIP holds no text encoder: connect the one that belongs to the model")
     wanted = model.model.model_config.clip_target({}).tokenizer
-    if not isinstance(clip.tokenizer, wanted):
+    if type(clip.tokenizer) is not wanted:  # those of other models are derived from that of the first
         raise PriorError(
             f"the CLIP splits words for another model ({type(clip.tokenizer).__name__}), {family.name} reads those "
             f"of {wanted.__name__}: connect the CLIP that belongs to the model, loaded with its type"
+        )
+    if clip.use_clip_schedule or clip.apply_hooks_to_conds is not None:
+        raise PriorError(
+            "the CLIP changes over the steps of a sampler (hooks), which training has none of: remove them"
         )
 
 

@@ -63,6 +63,7 @@ class GraphPrior:
             self.n_frames,
             _sample(self.model.model.state_dict()),
             _sample(_tensors("", self.model.patches)),
+            _named(self.model.model_options),
             _sample(self.clip.cond_stage_model.state_dict()),
             _sample(_tensors("", self.clip.patcher.patches)),
             _sample(self.vae.first_stage_model.state_dict()),
@@ -105,6 +106,17 @@ def _sample(state: dict[str, Any]) -> list:
         numbers = state[name].detach().flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
         found.append([name, list(state[name].shape), numbers])
     return [len(names), found]
+
+
+def _named(options: Any) -> Any:
+    """What stands in a MODEL's options: by name, where it is neither a number nor a word."""
+    if isinstance(options, dict):
+        return {str(key): _named(value) for key, value in options.items()}
+    if isinstance(options, list | tuple):
+        return [_named(value) for value in options]
+    if options is None or isinstance(options, bool | int | float | str):
+        return options
+    return getattr(options, "__qualname__", type(options).__qualname__)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, Any]:
@@ -152,33 +164,27 @@ class LiveModel:
             self.patcher.pre_run()
             noise = torch.zeros(shape, device=self.device)
             self.table = samplers.process_conds(base, noise, conds, self.device, noise, None, 0)["positive"]
-        if any("c_concat" in cond["model_conds"] for cond in self.table):
-            raise PriorError(
-                f"the model ({type(base).__name__}) wants an image beside its words (inpainting, editing or image to "
-                "video): connect one that is told words alone"
-            )
 
     def predict(self, x: Tensor, level: Tensor, rows: Tensor) -> Tensor:
         """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], told the table's rows [n]."""
         wanted = rows.tolist()
         with torch.inference_mode():
-            # somebody else may have been given its place since
-            management.load_models_gpu([self.patcher, *(self._extra or [])], self._memory(x.shape))
+            # somebody else may have been given its place since, or have asked the same network with other patches
+            needed = self.patcher.model.memory_required(list(x.shape))
+            management.load_models_gpu([self.patcher, *(self._extra or [])], needed)
+            self.patcher.model.current_patcher = self.patcher
             merged = _merged([self.table[row] for row in wanted])
             if merged is not None:
-                found = samplers.calc_cond_batch(self.patcher.model, [[merged]], x, level, self.options)[0]
+                found = self._ask(merged, x, level)
             else:
                 found = torch.empty_like(x)
                 for row in dict.fromkeys(wanted):
                     mine = rows == row
-                    told = [[self.table[row]]]
-                    found[mine] = samplers.calc_cond_batch(
-                        self.patcher.model, told, x[mine], level[mine], self.options
-                    )[0]
+                    found[mine] = self._ask(self.table[row], x[mine], level[mine])
         return found.clone().float()  # outside of inference mode a clone is an ordinary tensor
 
-    def _memory(self, shape: Sequence[int]) -> float:
-        return self.patcher.model.memory_required(list(shape))
+    def _ask(self, told: dict, x: Tensor, level: Tensor) -> Tensor:
+        return samplers.calc_cond_batch(self.patcher.model, [[told]], x, level, self.options)[0]
 
     def release(self) -> None:
         """Clean up as a sampler does at its end."""
