@@ -137,7 +137,7 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
         what = {2: "images", 3: "videos"}
         raise PriorError(
             f"the VAE ({type(vae.first_stage_model).__name__}) has {vae.latent_channels} channels for "
-            f"{what.get(vae.latent_dim, 'something else')}, {family.name} reads {channels} of {what[dimensions]}: "
+            f"{what.get(vae.latent_dim, 'something else')}, {family.name} reads {channels} for {what[dimensions]}: "
             "connect the VAE that belongs to the model"
         )
     ratio = vae.downscale_ratio[1] if isinstance(vae.downscale_ratio, tuple) else vae.downscale_ratio

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dream4d_engine.priors.errors import PriorError
 from .checks import check_ranges
 from .graph_families import (
     FAMILIES,
@@ -19,7 +20,7 @@ from .graph_families import (
     noise_schedule,
 )
 from .graph_prior import GraphPrior
-from .session import say_on_node
+from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort
 
 _MOST_SIDE, _MOST_FRAMES = 2048, 257
@@ -55,10 +56,13 @@ def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
 
 def _make(kind: str, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
     """Look at what is connected, and say what is made of it."""
-    family = family_of(model, kind)
-    noise_schedule(model)
-    check_vae(model, vae, family)
-    check_clip(model, clip, family)
+    try:
+        family = family_of(model, kind)
+        noise_schedule(model)
+        check_vae(model, vae, family)
+        check_clip(model, clip, family)
+    except PriorError as error:
+        raise RunError(str(error)) from None
     size, n_frames = fitting_size(family, height, width), fitting_frames(family, frames)
     say_on_node(_statement(family, size, n_frames), node_id)
     return io.NodeOutput(GraphPrior(family, model, clip, vae, size, n_frames))

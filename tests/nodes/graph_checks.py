@@ -51,7 +51,7 @@ def pack(name: str):
 families, graph_prior, graph_nodes = pack("nodes.graph_families"), pack("nodes.graph_prior"), pack("nodes.graph_nodes")
 cameras, distillation = pack("dream4d_engine.cameras"), pack("dream4d_engine.guidance.distillation")
 execution, randomness = pack("dream4d_engine.guidance.execution"), pack("dream4d_engine.randomness")
-schedules, errors = pack("dream4d_engine.schedules"), pack("dream4d_engine.priors.errors")
+schedules = pack("dream4d_engine.schedules")
 Runtime = pack("dream4d_engine.priors.networks.execution").Runtime
 
 PROMPT, SHARES = "a red cube is jumping", (0.1, 0.5, 0.9)
@@ -568,28 +568,11 @@ def cancel_in_the_middle(name: str) -> dict:
 # ---- what stands before us in the graph ----------------------------------------------------------------------------
 
 
-def _lora(model, seed: int = 0) -> dict[str, Tensor]:
-    """A LoRA file for a model's attention, as trainers save it."""
-    import comfy.lora
-
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    found, generator = {}, torch.Generator().manual_seed(seed)
-    state = model.model.state_dict()
-    for name, place in keys.items():
-        weight = state.get(place) if isinstance(place, str) else None
-        if name.startswith("lora_unet") and weight is not None and weight.ndim == 2 and "attn" in name:
-            found[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator) * 0.3
-            found[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) * 0.3
-            found[f"{name}.alpha"] = torch.tensor(2.0)
-    assert found
-    return found
-
-
 @check
 def a_lora_before_it() -> dict:
     """A core LoRA changes the answer and the fingerprint; the model without it keeps its own."""
     three = models.FAMILIES["sd15"]()
-    state = _lora(three.model)
+    state = models.attention_lora(three.model)
     with_lora = [comfy.sd.load_lora_for_models(three.model, three.clip, state, s, 0.0) for s in (1.0, 1.0, 0.5)]
     handles = [handle_of("sd15", three)]
     handles += [handle_of("sd15", replace(three, model=m, clip=c)) for m, c in with_lora]
@@ -614,7 +597,7 @@ def a_lora_before_it() -> dict:
 def two_at_once() -> dict:
     """Two priors that share a model, one with a LoRA: asked in turn, each keeps its own answer."""
     three = models.FAMILIES["sd15"]()
-    changed, clip = comfy.sd.load_lora_for_models(three.model, three.clip, _lora(three.model), 1.0, 0.0)
+    changed, clip = comfy.sd.load_lora_for_models(three.model, three.clip, models.attention_lora(three.model), 1.0, 0.0)
     with training():
         live = []
         for handle in (handle_of("sd15", three), handle_of("sd15", replace(three, model=changed, clip=clip))):
@@ -714,7 +697,7 @@ def _refused(node: str, expected: str, three: models.Three) -> str:
     with mock.patch.object(graph_nodes, "say_on_node", lambda *_: None):
         try:
             graph_nodes._make(node, three.model, three.clip, three.vae, 0, 0, 0, None)
-        except errors.PriorError as error:
+        except pack("nodes.session").RunError as error:
             assert expected in str(error), (expected, str(error))
             return str(error)
     raise AssertionError(f"not refused: {expected}")

@@ -24,6 +24,7 @@ import comfy.ldm.modules.diffusionmodules.openaimodel as unet
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
+import comfy.lora
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -432,6 +433,19 @@ def vae(state: dict[str, Tensor], metadata: dict | None = None) -> Any:
     return comfy.sd.VAE(sd=dict(state), metadata=metadata)
 
 
+def attention_lora(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """A LoRA of a model's attention, in the layout that trainers save."""
+    keys, state = comfy.lora.model_lora_keys_unet(model.model, {}), model.model.state_dict()
+    found, generator = {}, torch.Generator().manual_seed(seed)
+    for name, place in keys.items():
+        weight = state.get(place) if isinstance(place, str) else None
+        if name.startswith("lora_unet") and weight is not None and weight.ndim == 2 and "attn" in name:
+            found[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator) * 0.3
+            found[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) * 0.3
+            found[f"{name}.alpha"] = torch.tensor(2.0)
+    return found
+
+
 FAMILIES: dict[str, Callable[[], Three]] = {
     "sd15": lambda: Three(checkpoint_model(sd15_unet()), sd15_clip(), vae(kl_vae())),
     "sdxl": lambda: Three(checkpoint_model(sdxl_unet()), sdxl_clips(), vae(kl_vae())),
@@ -443,10 +457,10 @@ FAMILIES: dict[str, Callable[[], Three]] = {
     "hunyuan": lambda: Three(diffusion_model(hunyuan_transformer()), hunyuan_clips(), hunyuan_vae()),
 }
 SIZES = {  # (height, width), frames: as small as each takes
-    "sd15": ((64, 64), None),
-    "sdxl": ((64, 64), None),
-    "sd3": ((64, 64), None),
-    "flux": ((64, 64), None),
+    "sd15": ((32, 64), None),
+    "sdxl": ((32, 64), None),
+    "sd3": ((32, 64), None),
+    "flux": ((32, 64), None),
     "wan": ((32, 48), 5),
     "wan22": ((64, 96), 5),
     "ltx": ((64, 96), 9),
