@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 _BLOCKS = ("Resnet", "ResBlock", "ResidualBlock", "Downsample", "Resample", "SpaceToDepth", "AttnBlock")
 """Parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again."""
+_ORDERS = ("comfy_cast_weights", "weight_function", "bias_function", "model_loaded_weight_memory")
 _TINY = ("Block", "MemBlock")
 """Those of tiny autoencoders' blocks."""
 
@@ -35,7 +36,7 @@ class Encoder:
     def copied(vae: Any, latents: Any) -> Encoder:
         """Copy a VAE's network so that gradients can pass it; its dtype stays."""
         with torch.inference_mode(False):
-            network = copy.deepcopy(vae.first_stage_model)
+            network = _without_traces(vae.first_stage_model)
             for module in network.modules():
                 for name, value in module._parameters.items():
                     if value is not None:
@@ -81,10 +82,35 @@ class Encoder:
         """Decode [n, c, (f,) h, w] to [n, 3, (F,) H, W] in [0, 1]."""
         device, dtype = self._place
         with torch.autocast(device.type, enabled=False):
-            images = self.network.decode(self.latents.process_out(z).to(device, dtype)).float()
+            images = self.network.decode(self.latents.process_out(z).to(device, dtype)).float().to(z.device)
         # as the VAE scales its images, without the clamping: most have them in [-1, 1], some tiny ones in [0, 1]
         zero, half = (float(self.vae.process_output(torch.full((1,), value))) for value in (0.0, 0.5))
         return images * ((half - zero) / 0.5) + zero
+
+
+def _without_traces(network: nn.Module) -> nn.Module:
+    """Copy deeply, but none of what ComfyUI's memory management hangs on modules.
+
+    Those are handles of its own allocator, which can't be copied, and orders to fetch weights from elsewhere.
+    """
+
+    def traces(module: nn.Module) -> list[str]:
+        return [n for n in vars(module) if n.startswith(("dynamic_", "_v", "_pin", "prev_comfy")) or n in _ORDERS]
+
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for name in traces(module):
+            value = vars(module)[name]
+            if value is not None and not isinstance(value, bool | int | float | str):
+                memo[id(value)] = ()  # stands for it in the copy
+    copied = copy.deepcopy(network, memo)
+    for module in copied.modules():
+        for name in traces(module):
+            delattr(module, name)
+        for name in ("weight_function", "bias_function"):
+            if hasattr(module, name):
+                setattr(module, name, [])
+    return copied
 
 
 @contextmanager

@@ -61,10 +61,10 @@ class GraphPrior:
             levels.tolist(),
             self.size,
             self.n_frames,
-            _sample(self.model.model.state_dict()),
+            _sample(_unpatched(self.model)),
             _sample(_tensors("", self.model.patches)),
             _named(self.model.model_options),
-            _sample(self.clip.cond_stage_model.state_dict()),
+            _sample(_unpatched(self.clip.patcher)),
             _sample(_tensors("", self.clip.patcher.patches)),
             _sample(self.vae.first_stage_model.state_dict()),
         ]
@@ -96,6 +96,11 @@ class GraphPrior:
             return _guidance(self, denoiser, prompt, negative, config)
 
         return Prior(self.name, self.kind, guide, None, (encoder.network,), live.release)
+
+
+def _unpatched(patcher: Any) -> dict[str, Any]:
+    """A model's weights as they were before patches were added to them, which a loaded model keeps aside."""
+    return patcher.model.state_dict() | {name: kept.weight for name, kept in patcher.backup.items()}
 
 
 def _sample(state: dict[str, Any]) -> list:

@@ -438,6 +438,31 @@ VAES = {
 FORMATS = {"sd15": "SD15", "flux": "Flux", "wan": "Wan21", "wan22": "Wan22", "ltx": "LTXV", "hunyuan": "HunyuanVideo"}
 
 
+class Handle:
+    """Of an allocator: to be copied would be its end."""
+
+    def __deepcopy__(self, memo: dict) -> Handle:
+        """Refuse."""
+        raise TypeError("ctypes objects containing pointers can't be copied")
+
+
+def _hang_on(network: nn.Module):
+    """Hang on modules what ComfyUI's memory management does on a GPU; return what takes it off."""
+    network.dynamic_pins, network.dynamic_vbars = {"cuda": (Handle(), [], {})}, {"cuda": Handle()}
+    hung = [module for module in network.modules() if hasattr(module, "comfy_cast_weights")]
+    for module in hung:
+        module._v, module._v_signature, module._pin_state = (Handle(), 0, 0), None, {"weights": Handle()}
+        module.comfy_cast_weights = True
+
+    def take_off() -> None:
+        for module in hung:
+            for name in ("_v", "_v_signature", "_pin_state", "comfy_cast_weights"):
+                delattr(module, name)
+        del network.dynamic_pins, network.dynamic_vbars
+
+    return take_off
+
+
 @for_each(*VAES)
 def encoder(name: str) -> dict:
     """The same latents as ComfyUI's own encoding; the gradient is there, and the same where less is kept."""
@@ -447,6 +472,7 @@ def encoder(name: str) -> dict:
     vae, latents = make(), getattr(comfy.latent_formats, FORMATS[family])()
     size, frames = models.SIZES[family]
     pack_encoder = pack("nodes.graph_encoder").Encoder
+    traces = _hang_on(vae.first_stage_model)
     with training():
         private = pack_encoder.copied(vae, latents)
         shape = (2, 3, *size) if frames is None else (1, 3, 2 * frames - 1, *size)
@@ -459,6 +485,8 @@ def encoder(name: str) -> dict:
             encoded.append(z.detach())
         expected = private.latent_shape(size, shape[2] if frames else None)
         assert tuple(z.shape[1:]) == tuple(expected[1:]), (z.shape, expected)
+    traces()
+    assert not any(isinstance(value, Handle) for m in private.network.modules() for value in vars(m).values())
     own = vae.encode(pixels.detach().movedim(1, -1)[0 if frames else slice(None)].clone())
     found["other than ComfyUI's"] = difference(encoded[0], latents.process_in(own).clone())
     found["checkpointed latents"] = difference(encoded[1], encoded[0])
@@ -587,6 +615,7 @@ def a_lora_before_it() -> dict:
             x = noisy_takes(guidance, handle, 1) * sigma
             answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
             prior.release()
+            assert [h.fingerprint() for h in handles] == prints  # weights stay patched until somebody else wants others
     found = {f"change {i}": difference(answers[i], answers[0]) for i in (1, 2)}
     assert answers[3].equal(answers[0]) and min(found.values()) > 1e-4, found
     assert difference(answers[1], answers[2]) > 1e-4
