@@ -37,19 +37,25 @@ FAMILIES: dict[str, Family] = {
     "SDXL": Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8),
     "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
     "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
+    "Stable_Zero123": Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8),
     "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan"),
     "WAN22": Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4, "comfy.ldm.wan"),
     "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8, "comfy.ldm.lightricks"),
     "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
 }
+_NODES = {
+    "image": "Image Prior from Model",
+    "novel_view": "Novel-View Prior from Model",
+    "video": "Video Prior from Model",
+}
+_MADE = {"image": "images", "novel_view": "novel views", "video": "videos"}
 _NOT_SO = {
     "SDXLRefiner": "a refiner, which only finishes images of another model",
     "SD15_instructpix2pix": "made for editing images",
     "SDXL_instructpix2pix": "made for editing images",
     "Lotus": "a model of depth",
-    "Stable_Zero123": "a model of novel views: connect it to Novel-View Prior from Model",
-    "SV3D_u": "a model of novel views: connect it to Novel-View Prior from Model",
-    "SV3D_p": "a model of novel views: connect it to Novel-View Prior from Model",
+    "SV3D_u": "a model of orbits around an object, which has not been tried",
+    "SV3D_p": "a model of orbits around an object, which has not been tried",
     "SVD_img2vid": "made to continue an image, and is told no words",
     "HunyuanVideoI2V": "made to continue an image",
     "HunyuanVideoSkyreelsI2V": "made to continue an image",
@@ -81,11 +87,11 @@ def family_of(model: Any, kind: PriorKind) -> Family:
         )
     if family.kind != kind:
         raise PriorError(
-            f"{family.name} makes {family.kind}s: connect it to {family.kind.title()} Prior from Model, and a model of "
-            f"{kind}s here"
+            f"{family.name} makes {_MADE[family.kind]}: connect it to {_NODES[family.kind]}, and a model of "
+            f"{_MADE[kind]} here"
         )
     more = _more_channels(base)
-    if more:
+    if more and kind != "novel_view":
         raise PriorError(
             f"the model ({name}) reads {more} channels beside the noisy latents (inpainting, editing, control or image "
             "to video): connect one that is told words alone"
@@ -156,6 +162,15 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
 
 def check_clip(model: Any, clip: Any, family: Family) -> None:
     """Refuse a text encoder of another family."""
+    if family.kind == "novel_view":
+        width = getattr(clip, "config", {}).get("projection_dim")
+        if width != 768:
+            found = f"one of {width} numbers" if width else type(clip).__name__
+            raise PriorError(
+                f"{family.name} is told an image by CLIP ViT-L, 768 numbers, not by {found}: connect the CLIP vision "
+                "of its own checkpoint (Image Only Checkpoint Loader)"
+            )
+        return
     if getattr(clip, "tokenizer", None) is None:
         raise PriorError("the CLIP holds no text encoder: connect the one that belongs to the model")
     wanted = model.model.model_config.clip_target({}).tokenizer

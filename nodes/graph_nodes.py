@@ -33,7 +33,9 @@ def _known(kind: str) -> str:
 def _sockets(kind: str) -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip=f"Of {_known(kind)}; with whatever LoRA or model sampling stands before it."),
-        io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It encodes the prompts once."),
+        io.ClipVision.Input("clip_vision", tooltip="The image encoder of the model's checkpoint.")
+        if kind == "novel_view"
+        else io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It encodes the prompts once."),
         io.Vae.Input("vae", tooltip="The autoencoder that belongs to the model, or a tiny one of its latents."),
     ]
 
@@ -143,3 +145,32 @@ class VideoPriorFromModel(io.ComfyNode):
     def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int) -> io.NodeOutput:
         """Wrap the three."""
         return _make("video", model, clip, vae, width, height, frames, cls.hidden.unique_id)
+
+
+class NovelViewPriorFromModel(io.ComfyNode):
+    """A novel-view prior of the graph's models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DNovelViewPriorFromModel",
+            display_name="Novel-View Prior from Model",
+            category=f"{CATEGORY}/priors",
+            description=f"Makes a novel-view prior of a model that ComfyUI has loaded ({_known('novel_view')}), for "
+            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior.",
+            search_aliases=["dream4d model", "stable zero123 prior", "native model"],
+            inputs=[*_sockets("novel_view"), *_sides()],
+            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuse sizes out of the range."""
+        return check_ranges(cls, width=width, height=height)
+
+    @classmethod
+    def execute(cls, model: Any, clip_vision: Any, vae: Any, width: int, height: int) -> io.NodeOutput:
+        """Wrap the three."""
+        return _make("novel_view", model, clip_vision, vae, width, height, 0, cls.hidden.unique_id)

@@ -89,7 +89,7 @@ def training():
 def handle_of(name: str, three: models.Three | None = None, **changes):
     """The prior that the node would make, of the smallest size."""
     three = three or models.FAMILIES[name]()
-    kind = "video" if name in VIDEOS else "image"
+    kind = "video" if name in VIDEOS else "novel_view" if name == "zero123" else "image"
     size, frames = models.SIZES[name]
     family = families.family_of(three.model, kind)
     families.check_vae(three.model, three.vae, family)
@@ -157,18 +157,18 @@ def _diffusers_sd(state: dict, config: dict) -> nn.Module:
     return _load(network, found)
 
 
+_SD15 = {
+    "block_out_channels": (320, 320),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
 def _sd15(three: models.Three, prior):
-    network = _diffusers_sd(
-        models.sd15_unet(),
-        {
-            "block_out_channels": (320, 320),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "layers_per_block": 1,
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-        },
-    )
+    network = _diffusers_sd(models.sd15_unet(), _SD15)
     context, _ = _embeddings(three)
 
     def x0(x: Tensor, sigma: Tensor, share: float) -> Tensor:
@@ -349,6 +349,61 @@ def equal_to_diffusers(name: str) -> dict:
             found[f"moved at {share}"] = float((mine - x).abs().max())
         prior.release()
     assert all(value < 1e-3 for key, value in found.items() if key.startswith("x0")), found
+    return found
+
+
+@check
+def novel_views() -> dict:
+    """x0 is that of diffusers' network, told what core's own conditioning node says of the same view."""
+    import math
+
+    from comfy_extras.nodes_stable3d import StableZero123_Conditioning
+
+    three = models.FAMILIES["zero123"]()
+    handle = handle_of("zero123", three)
+    image = torch.rand(1, *handle.size, 3, generator=torch.Generator().manual_seed(8))
+    azimuth, elevation = (40.0, -110.0), (25.0, -5.0)
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        front = cameras.make_cameras(torch.zeros(1, 1), 0.0, 3.0, 0.7, torch.zeros(1, 1), *handle.size)
+        seen = cameras.make_cameras(
+            torch.tensor([[math.radians(a)] for a in azimuth]),
+            torch.tensor([[math.radians(e)] for e in elevation]),
+            3.0,
+            0.7,
+            torch.zeros(2, 1),
+            *handle.size,
+        )
+        shown = pack("dream4d_engine.priors.handle").ReferenceView(image[0].movedim(-1, 0), front)
+        guidance = prior.guide("", None, config(), shown)
+        network = _diffusers_sd(models.sd15_unet(in_channels=8), _SD15 | {"in_channels": 8})
+        text, negative = guidance.conditions(seen)
+        found = {}
+        for share in SHARES:
+            sigma = guidance.denoiser.noise.sigma_of(torch.full((2,), share))
+            x = noisy_takes(guidance, handle, 2) * (1 + sigma**2).sqrt()[:, None, None, None, None]
+            for word, conditions in (("text", text), ("negative", negative)):
+                mine = guidance.denoiser.denoise(x, sigma, conditions)
+                for i in range(2):
+                    with torch.inference_mode():
+                        given = (three.clip, image.clone(), three.vae, handle.size[1], handle.size[0], 1)
+                        told_by_core = StableZero123_Conditioning.execute(*given, elevation[i], azimuth[i]).result
+                        tokens, others = told_by_core[0 if word == "text" else 1][0]
+                        if word == "text":
+                            tokens = three.model.model.cc_projection(tokens)
+                    tokens, beside = tokens.clone(), others["concat_latent_image"].clone()
+                    scaled = x[i] / (1 + sigma[i] ** 2).sqrt()
+                    with torch.no_grad():
+                        both = torch.cat((scaled, beside), 1)
+                        eps = network(both, torch.tensor(round(share * 1000)), tokens).sample
+                    key = f"{word} at {share}"
+                    found[key] = max(found.get(key, 0.0), difference(mine[i], x[i] - sigma[i] * eps))
+        images = torch.rand(2, 1, 3, *handle.size, generator=torch.Generator().manual_seed(9)).requires_grad_()
+        out = distillation.distill(guidance, images, seen, 0.5, randomness.Draw(0))
+        norms = torch.autograd.grad(out.loss, images)[0].flatten(2).norm(dim=-1)
+        prior.release()
+    assert all(value < 1e-3 for value in found.values()) and norms.min() > 0, (found, norms)
+    assert len({handle.fingerprint(), handle_of("zero123", three, size=(64, 64)).fingerprint()}) == 2
     return found
 
 
@@ -781,7 +836,16 @@ def bad_input() -> dict:
     said = {
         f"{i} {node}: {expected}": _refused(node, expected, three) for i, (node, expected, three) in enumerate(cases)
     }
-    for name, words in (("SDXLRefiner", "a refiner"), ("Stable_Zero123", "Novel-View"), ("SVD_img2vid", "no words")):
+    zero123 = models.FAMILIES["zero123"]()
+    cases = [
+        ("image", "Stable Zero123 makes novel views: connect it to Novel-View Prior from Model", zero123),
+        ("novel_view", "makes images: connect it to Image Prior from Model", sd15),
+        ("novel_view", "is told an image by CLIP ViT-L", replace(zero123, clip=sd15.clip)),
+        ("novel_view", "not by NoneType", replace(zero123, clip=None)),
+        ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
+    ]
+    said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}
+    for name, words in (("SDXLRefiner", "a refiner"), ("SV3D_p", "orbits"), ("SVD_img2vid", "no words")):
         odd = sd15.model.clone()
         odd.model = type(name, (), {"model_sampling": 1, "latent_format": 1})()
         said[name] = _refused("image", words, replace(sd15, model=odd))

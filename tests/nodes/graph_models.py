@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.clip_vision
 import comfy.ldm.flux.model
 import comfy.ldm.hunyuan_video.model
 import comfy.ldm.lightricks.model
@@ -397,6 +398,22 @@ def hunyuan_clips() -> Any:
     return _clip(models.HunyuanVideoTokenizer, models.hunyuan_video_clip())
 
 
+def clip_vision() -> Any:
+    """CLIP ViT-L for images, two layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes |= {"projection_dim": 768, "image_size": 224, "patch_size": 14, "num_channels": 3, "layer_norm_eps": 1e-5}
+    model = comfy.clip_vision.ClipVisionModel(sizes | {"hidden_act": "quick_gelu", "model_type": "clip_vision_model"})
+    model.load_sd(random_weights(model.model, 4))
+    return model
+
+
+def zero123() -> Three:
+    """Stable Zero123, as its checkpoint's loader gives it."""
+    layer = random_weights(nn.Linear(772, 768), 5)
+    model = checkpoint_model(sd15_unet(in_channels=8), **prefixed(layer, "cc_projection."))
+    return Three(model, clip_vision(), vae(kl_vae()))
+
+
 def wan_clip() -> Any:
     """UMT5, with a vocabulary of its own: the real one comes with the weights."""
     import sentencepiece
@@ -449,6 +466,7 @@ def attention_lora(model: Any, seed: int = 0) -> dict[str, Tensor]:
 FAMILIES: dict[str, Callable[[], Three]] = {
     "sd15": lambda: Three(checkpoint_model(sd15_unet()), sd15_clip(), vae(kl_vae())),
     "sdxl": lambda: Three(checkpoint_model(sdxl_unet()), sdxl_clips(), vae(kl_vae())),
+    "zero123": zero123,
     "sd3": lambda: Three(checkpoint_model(sd3_transformer()), sd3_clips(), vae(kl_vae(16, False))),
     "flux": lambda: Three(diffusion_model(flux_transformer()), flux_clips(), vae(kl_vae(16, False))),
     "wan": lambda: Three(diffusion_model(wan_transformer()), wan_clip(), vae(wan_vae())),
@@ -459,6 +477,7 @@ FAMILIES: dict[str, Callable[[], Three]] = {
 SIZES = {  # (height, width), frames: as small as each takes
     "sd15": ((32, 64), None),
     "sdxl": ((32, 64), None),
+    "zero123": ((32, 32), None),
     "sd3": ((32, 64), None),
     "flux": ((32, 64), None),
     "wan": ((32, 48), 5),

@@ -24,6 +24,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "a_step": (*IMAGES, *VIDEOS),
     "cancel_in_the_middle": ("sd15", "ltx"),
     "the_model_stays_usable": ("sd15", "wan"),
+    "novel_views": (),
     "a_lora_before_it": (),
     "two_at_once": (),
     "fingerprints": (),

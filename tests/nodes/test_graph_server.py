@@ -9,7 +9,8 @@ import pytest
 from comfy_harness import REPOSITORY, find_comfyui, find_python, motion_nodes, node, static_nodes
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_server import assert_same_scene, ended, output_files, steps_in
+from test_server import assert_same_scene, ended, image_file, output_files, steps_in
+from test_server import image_nodes as image_scene
 
 SCRIPT = REPOSITORY / "tests" / "nodes" / "graph_files.py"
 
@@ -133,6 +134,21 @@ def test_a_video_model_moves_a_scene(models):
     assert any(line.startswith("Wan sees 48x32, 5 frames (it was trained on") for line in told)
     (scene,) = output_files(models, models.wait(prompt)["outputs"]["7"], "scenes")
     assert any(value.abs().max() > 0 for name, value in load_file(scene).items() if name.startswith("deformation"))
+
+
+def test_a_model_of_novel_views_makes_a_scene_of_an_image(models):
+    graph = image_scene(image_file(models, "cut_out.png"), recipe="toy-image", recipe__steps=4)
+    graph |= {
+        "50": node("CheckpointLoaderSimple", ckpt_name="small_zero123.safetensors"),
+        "51": node("GuardSmallClipVision"),
+        "52": node("VAELoader", vae_name="small_sd.safetensors"),
+    }
+    given = {"model": ["50", 0], "clip_vision": ["51", 0], "vae": ["52", 0], "width": 32, "height": 32}
+    (prior,) = [name for name, one in graph.items() if one["inputs"].get("kind") == "novel_view"]
+    graph[prior] = node("Dream4DNovelViewPriorFromModel", **given)
+    assert "still scene" in models.run(graph)["8"]["text"][0]
+    del graph[prior]["inputs"]["clip_vision"]
+    assert "clip_vision" in models.refused(graph)
 
 
 def test_cancel_in_the_middle_of_a_step_is_resumed_exactly(models):

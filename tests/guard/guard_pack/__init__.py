@@ -55,8 +55,28 @@ class SmallClip:
         return ({"wan": graph_models.wan_clip, "ltx": graph_models.ltx_clip}[family](),)
 
 
+class SmallClipVision:
+    """An image encoder that ComfyUI's loaders know at its full size only, cut small."""
+
+    RETURN_TYPES = ("CLIP_VISION",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """Nothing."""
+        return {"required": {}}
+
+    def make(self):
+        """Make it."""
+        import graph_models
+
+        return (graph_models.clip_vision(),)
+
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "nodes"))
 NODE_CLASS_MAPPINGS = {"GuardValue": Value, "GuardSmallClip": SmallClip}
+NODE_CLASS_MAPPINGS["GuardSmallClipVision"] = SmallClipVision
 routes = PromptServer.instance.routes
 _steps_to_go: list[int] = []
 _step = torch.optim.AdamW.step
@@ -165,6 +185,7 @@ def _values(kind, options, name, made):
         "DREAM4D_PRIOR": (made.prior, [None, 5, "prior"]),
         "LOAD3D_CAMERA": ({}, [5, "camera", [1]]),
         "MODEL": (SimpleNamespace(), [None, 5, "model"]),
+        "CLIP_VISION": (SimpleNamespace(), [None, 5, "clip"]),
         "CLIP": (SimpleNamespace(), [None, 5, "clip"]),
         "VAE": (SimpleNamespace(), [None, 5, "vae"]),
     }
