@@ -178,10 +178,10 @@ class LiveModel:
     def predict(self, x: Tensor, level: Tensor, told: Sequence[dict]) -> Tensor:
         """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], each told its own."""
         with torch.inference_mode():
-            # somebody else may have been given its place since, or have asked the same network with other patches
-            needed = self.patcher.model.memory_required(list(x.shape))
-            management.load_models_gpu([self.patcher, *(self._extra or [])], needed)
-            self.patcher.model.current_patcher = self.patcher
+            if not self._there():
+                needed = self.patcher.model.memory_required(list(x.shape))
+                management.load_models_gpu([self.patcher, *(self._extra or [])], needed)
+                self.patcher.model.current_patcher = self.patcher
             merged = _merged(told)
             if merged is not None:
                 found = self._ask(merged, x, level)
@@ -191,6 +191,15 @@ class LiveModel:
                     mine = torch.tensor([each is one for each in told])
                     found[mine] = self._ask(one, x[mine], level[mine])
         return found.clone().float()  # outside of inference mode a clone is an ordinary tensor
+
+    def _there(self) -> bool:
+        """Whether nobody else was given its place, or has asked the same network with other patches, since."""
+        model = self.patcher.model
+        return (
+            model.current_patcher is self.patcher
+            and getattr(model, "current_weight_patches_uuid", None) == self.patcher.patches_uuid
+            and any(loaded.model is self.patcher for loaded in management.current_loaded_models)
+        )
 
     def _ask(self, told: dict, x: Tensor, level: Tensor) -> Tensor:
         return samplers.calc_cond_batch(self.patcher.model, [[told]], x, level, self.options)[0]

@@ -700,6 +700,31 @@ def two_at_once() -> dict:
 
 
 @check
+def room_is_made_in_the_middle_of_a_step() -> dict:
+    """A MODEL that makes room for itself in the run's own thread doesn't take the run's autoencoders away."""
+    memory, management = pack("nodes.memory"), comfy.model_management
+
+    def registered() -> list:
+        return [one.model for one in management.current_loaded_models if type(one.model).__name__ == "_WholePatcher"]
+
+    handle = handle_of("wan")
+    with training():
+        held = memory.HeldPriors(torch.device("cpu"), 0)
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        held.hold(prior)
+        (patcher,) = registered()
+        management.unload_all_models()
+        assert patcher.loaded_size() == patcher.model_size() and not registered()
+        leaf = torch.rand(1, 5, 3, 32, 48, requires_grad=True)
+        distillation.distill(guidance, leaf, views(5, handle.size), 0.5, randomness.Draw(0)).loss.backward()
+        assert leaf.grad.norm() > 0
+        assert not held.bring_back() and registered() == [patcher]
+        held.release()
+    return {}
+
+
+@check
 def fingerprints() -> dict:
     """Equal for the same, other for another size, number of frames, text encoder or sampling."""
     from comfy_extras import nodes_model_advanced as advanced

@@ -27,6 +27,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "novel_views": (),
     "a_lora_before_it": (),
     "two_at_once": (),
+    "room_is_made_in_the_middle_of_a_step": (),
     "fingerprints": (),
     "bad_input": (),
 }
