@@ -67,8 +67,6 @@ _NOT_SO = {
 
 def family_of(model: Any, kind: PriorKind) -> Family:
     """Return the family of a MODEL that makes priors of this kind. PriorError with the reason where none does."""
-    if model is None:
-        raise PriorError("the node before gave no model: connect one that has loaded")
     base = getattr(model, "model", None)
     if base is None or not hasattr(base, "model_sampling") or not hasattr(base, "latent_format"):
         wrapper = type(base if base is not None else model).__name__
@@ -165,14 +163,11 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
     if family.kind == "novel_view":
         width = getattr(clip, "config", {}).get("projection_dim")
         if width != 768:
-            found = f"one of {width} numbers" if width else type(clip).__name__
             raise PriorError(
-                f"{family.name} is told an image by CLIP ViT-L, 768 numbers, not by {found}: connect the CLIP vision "
-                "of its own checkpoint (Image Only Checkpoint Loader)"
+                f"{family.name} is told an image by CLIP ViT-L, 768 numbers, not by one of {width}: connect the CLIP "
+                "vision of its own checkpoint (Image Only Checkpoint Loader)"
             )
         return
-    if getattr(clip, "tokenizer", None) is None:
-        raise PriorError("the CLIP holds no text encoder: connect the one that belongs to the model")
     wanted = model.model.model_config.clip_target({}).tokenizer
     if type(clip.tokenizer) is not wanted:  # those of other models are derived from that of the first
         raise PriorError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dream4d_engine.documents import describe
 from ..dream4d_engine.priors.errors import PriorError
 from .checks import check_ranges
 from .graph_families import (
@@ -24,6 +25,8 @@ from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort
 
 _MOST_SIDE, _MOST_FRAMES = 2048, 257
+_HAVE = {"model": "model", "clip": "tokenizer", "clip_vision": "encode_image", "vae": "first_stage_model"}
+"""What each input is known by; its class may be another pack's."""
 
 
 def _known(kind: str) -> str:
@@ -58,6 +61,10 @@ def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
 
 def _make(kind: str, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
     """Look at what is connected, and say what is made of it."""
+    given = {"model": model, "clip_vision" if kind == "novel_view" else "clip": clip, "vae": vae}
+    for name, value in given.items():
+        if not hasattr(value, _HAVE[name]):
+            raise RunError(f"{name} is {describe(value)}: it must be what one of ComfyUI's loaders has given")
     try:
         family = family_of(model, kind)
         noise_schedule(model)

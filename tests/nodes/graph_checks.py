@@ -840,13 +840,13 @@ def bad_input() -> dict:
         ("video", "has 4 channels for images", replace(wan, vae=sd15.vae)),
         ("video", "belongs to another family than Wan", replace(wan, vae=hunyuan_vae)),
         ("video", "48 channels", replace(wan, vae=models.wan22_vae())),
-        ("image", "holds no autoencoder", replace(sd15, vae=None)),
+        ("image", "vae is None: it must be what", replace(sd15, vae=None)),
         ("image", "holds no autoencoder", replace(sd15, vae=empty)),
-        ("image", "holds no text encoder", replace(sd15, clip=None)),
+        ("image", "clip is None: it must be what", replace(sd15, clip=None)),
         ("image", "reads those of SD1Tokenizer", replace(sd15, clip=wan.clip)),
         ("video", "reads those of WanT5Tokenizer", replace(wan, clip=models.ltx_clip())),
         ("image", "changes over the steps", replace(sd15, clip=hooked)),
-        ("image", "the node before gave no model", replace(sd15, model=None)),
+        ("image", "model is None: it must be what", replace(sd15, model=None)),
         (
             "image",
             "a wrapper (type) that doesn't say its noise levels (model_sampling)",
@@ -863,10 +863,11 @@ def bad_input() -> dict:
     }
     zero123 = models.FAMILIES["zero123"]()
     cases = [
-        ("image", "Stable Zero123 makes novel views: connect it to Novel-View Prior from Model", zero123),
+        ("image", "Stable Zero123 makes novel views: connect it to Novel-View", replace(zero123, clip=sd15.clip)),
         ("novel_view", "makes images: connect it to Image Prior from Model", sd15),
-        ("novel_view", "is told an image by CLIP ViT-L", replace(zero123, clip=sd15.clip)),
-        ("novel_view", "not by NoneType", replace(zero123, clip=None)),
+        ("novel_view", "clip_vision is", replace(zero123, clip=sd15.clip)),
+        ("novel_view", "clip_vision is None", replace(zero123, clip=None)),
+        ("novel_view", "768 numbers, not by one of 1024", replace(zero123, clip=models.clip_vision(1024))),
         ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
     ]
     said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}

@@ -398,10 +398,16 @@ def hunyuan_clips() -> Any:
     return _clip(models.HunyuanVideoTokenizer, models.hunyuan_video_clip())
 
 
-def clip_vision() -> Any:
+def clip_vision(n_numbers: int = 768) -> Any:
     """CLIP ViT-L for images, two layers."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    sizes |= {"projection_dim": 768, "image_size": 224, "patch_size": 14, "num_channels": 3, "layer_norm_eps": 1e-5}
+    sizes |= {
+        "projection_dim": n_numbers,
+        "image_size": 224,
+        "patch_size": 14,
+        "num_channels": 3,
+        "layer_norm_eps": 1e-5,
+    }
     model = comfy.clip_vision.ClipVisionModel(sizes | {"hidden_act": "quick_gelu", "model_type": "clip_vision_model"})
     model.load_sd(random_weights(model.model, 4))
     return model

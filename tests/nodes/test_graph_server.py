@@ -181,7 +181,7 @@ def test_cancel_in_the_middle_of_a_step_is_resumed_exactly(models):
     [
         ({"3": {"vae": ["40", 0]}}, "the VAE (AutoencoderKL) has 4 channels for images, Wan reads 16 for videos"),
         ({"21": {"family": "ltx"}}, "the CLIP splits words for another model (LTXVT5Tokenizer)"),
-        ({"21": {"family": "none"}}, "the CLIP holds no text encoder"),
+        ({"21": {"family": "none"}}, "clip is None: it must be what one of ComfyUI's loaders has given"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_at_the_node(models, changes, message):

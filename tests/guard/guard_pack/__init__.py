@@ -108,8 +108,9 @@ async def small_recipes(request):
 
     pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
     config, train = sys.modules[f"{pack}.dream4d_engine.training.config"], sys.modules[f"{pack}.nodes.train"]
-    image = replace(config.TOY_STATIC, name="model-image", guidance=config.MODEL_IMAGE.guidance)
-    video = replace(config.TOY_MOTION, name="model-video", guidance=config.MODEL_VIDEO.guidance)
+    image, video = config.MODEL_IMAGE, config.MODEL_VIDEO
+    image = replace(config.TOY_STATIC, name=image.name, steps=image.steps, guidance=image.guidance)
+    video = replace(config.TOY_MOTION, name=video.name, steps=video.steps, guidance=video.guidance)
     train.STILL_RECIPES[image.name] = config.STATIC_RECIPES[image.name] = image
     config.MOTION_RECIPES[video.name] = video
     return web.json_response({})
@@ -184,10 +185,10 @@ def _values(kind, options, name, made):
         "DREAM4D_SCENE": (made.scene, [None, 5, "scene"]),
         "DREAM4D_PRIOR": (made.prior, [None, 5, "prior"]),
         "LOAD3D_CAMERA": ({}, [5, "camera", [1]]),
-        "MODEL": (SimpleNamespace(), [None, 5, "model"]),
-        "CLIP_VISION": (SimpleNamespace(), [None, 5, "clip"]),
-        "CLIP": (SimpleNamespace(), [None, 5, "clip"]),
-        "VAE": (SimpleNamespace(), [None, 5, "vae"]),
+        "MODEL": (SimpleNamespace(model=None), [None, 5, "model"]),
+        "CLIP_VISION": (SimpleNamespace(encode_image=None), [None, 5, "clip"]),
+        "CLIP": (SimpleNamespace(tokenizer=None), [None, 5, "clip"]),
+        "VAE": (SimpleNamespace(first_stage_model=None), [None, 5, "vae"]),
     }
     good, bad = known[kind]
     edges = [options[e] + d for e, d in (("min", -1), ("max", 1)) if e in options]
