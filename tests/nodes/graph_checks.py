@@ -864,7 +864,7 @@ def bad_input() -> dict:
     zero123 = models.FAMILIES["zero123"]()
     cases = [
         ("image", "Stable Zero123 makes novel views: connect it to Novel-View", replace(zero123, clip=sd15.clip)),
-        ("novel_view", "makes images: connect it to Image Prior from Model", sd15),
+        ("novel_view", "makes images: connect it to Image Prior", replace(sd15, clip=zero123.clip)),
         ("novel_view", "clip_vision is", replace(zero123, clip=sd15.clip)),
         ("novel_view", "clip_vision is None", replace(zero123, clip=None)),
         ("novel_view", "768 numbers, not by one of 1024", replace(zero123, clip=models.clip_vision(1024))),
