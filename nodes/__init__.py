@@ -10,7 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .checks import at_the_door
 from .full_priors import LOADERS, ApplyLora
-from .graph_nodes import ImagePriorFromModel, VideoPriorFromModel
+from .graph_nodes import ImagePriorFromModel, NovelViewPriorFromModel, VideoPriorFromModel
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
@@ -23,6 +23,7 @@ _ALL: list[type[io.ComfyNode]] = [
     *LOADERS,
     ApplyLora,
     ImagePriorFromModel,
+    NovelViewPriorFromModel,
     VideoPriorFromModel,
     OptimizeStaticScene,
     AnimateScene,

@@ -7,17 +7,15 @@ gradient, where memory runs out. So the networks are copied and called themselve
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-_BLOCKS = ("Resnet", "ResBlock", "ResidualBlock", "Downsample", "Resample", "SpaceToDepth", "AttnBlock")
-"""Parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again."""
+from ..dream4d_engine.priors.networks.checkpointing import checkpointing
+
+_ORDERS = ("comfy_cast_weights", "weight_function", "bias_function", "model_loaded_weight_memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class Encoder:
     def copied(vae: Any, latents: Any) -> Encoder:
         """Copy a VAE's network so that gradients can pass it; its dtype stays."""
         with torch.inference_mode(False):
-            network = copy.deepcopy(vae.first_stage_model)
+            network = _without_traces(vae.first_stage_model)
             for module in network.modules():
                 for name, value in module._parameters.items():
                     if value is not None:
@@ -70,7 +68,7 @@ class Encoder:
         """Encode [n, 3, (F,) H, W] in [0, 1]; differentiable. `checkpointed`: in less memory, with more work."""
         device, dtype = self._place
         scaled = self.vae.process_input(pixels).to(device, dtype)
-        with torch.autocast(device.type, enabled=False), _checkpointing(self.network, checkpointed):
+        with torch.autocast(device.type, enabled=False), checkpointing(self.network, checkpointed):
             z = self.network.encode(scaled)
         return self.latents.process_in(z.float())
 
@@ -78,62 +76,32 @@ class Encoder:
         """Decode [n, c, (f,) h, w] to [n, 3, (F,) H, W] in [0, 1]."""
         device, dtype = self._place
         with torch.autocast(device.type, enabled=False):
-            images = self.network.decode(self.latents.process_out(z).to(device, dtype))
-        return images.float() / 2 + 0.5
+            images = self.network.decode(self.latents.process_out(z).to(device, dtype)).float().to(z.device)
+        # as the VAE scales its images, without the clamping: most have them in [-1, 1], some tiny ones in [0, 1]
+        zero, half = (float(self.vae.process_output(torch.full((1,), value))) for value in (0.0, 0.5))
+        return images * ((half - zero) / 0.5) + zero
 
 
-@contextmanager
-def _checkpointing(network: nn.Module, wanted: bool) -> Iterator[None]:
-    """While inside, compute an encoder's activations again in the backward pass instead of keeping them."""
-    if not wanted:
-        yield
-        return
-    changed = list(_with_cache(network)) or list(_blocks(network))
-    for module, forward in changed:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, _ in changed:
-            del module.forward
+def _without_traces(network: nn.Module) -> nn.Module:
+    """Copy deeply, but none of what ComfyUI's memory management hangs on modules.
 
-
-def _with_cache(network: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """Encoders that are called for a few frames at a time and hand features on in a list (Wan): each call is one piece.
-
-    The list is changed in place, so what a call finds in it has to be given to the computation, and what it leaves be
-    taken from it: then the second computation finds what the first one found.
+    Those are handles of its own allocator, which can't be copied, and orders to fetch weights from elsewhere.
     """
-    encoder = getattr(network, "encoder", None)
-    if encoder is None or not hasattr(encoder, "conv1") or not type(network).__name__.startswith("WanVAE"):
-        return
-    plain = encoder.forward
 
-    def forward(x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None, **given: Any):
-        def piece(x: Tensor, *found: Any) -> tuple:
-            cache = list(found) if feat_cache is not None else None
-            out = plain(x, feat_cache=cache, feat_idx=[0], **given)
-            return (out, *(cache or ()))
+    def traces(module: nn.Module) -> list[str]:
+        return [n for n in vars(module) if n.startswith(("dynamic_", "_v", "_pin", "prev_comfy")) or n in _ORDERS]
 
-        out, *left = checkpoint(piece, x, *(feat_cache or ()), use_reentrant=False)
-        if feat_cache is not None:
-            feat_cache[:] = left
-        return out
-
-    yield encoder, forward
-
-
-def _blocks(network: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The outermost blocks of an encoder."""
-    encoder = getattr(network, "encoder", network)
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if any(word in type(child).__name__ for word in _BLOCKS):
-                yield child
-            else:
-                yield from walk(child)
-
-    for block in walk(encoder):
-        plain = block.forward
-        yield block, lambda *given, plain=plain, **named: checkpoint(plain, *given, use_reentrant=False, **named)
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for name in traces(module):
+            value = vars(module)[name]
+            if value is not None and not isinstance(value, bool | int | float | str):
+                memo[id(value)] = ()  # stands for it in the copy
+    copied = copy.deepcopy(network, memo)
+    for module in copied.modules():
+        for name in traces(module):
+            delattr(module, name)
+        for name in ("weight_function", "bias_function"):
+            if hasattr(module, name):
+                setattr(module, name, [])
+    return copied

@@ -28,6 +28,7 @@ class Family:
     multiple: int = 16  # of both sides
     n_frames: int | None = None  # where nobody says another number
     frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
+    vae: str = "comfy.ldm.models"  # where the classes of its autoencoder are
 
 
 # 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
@@ -36,18 +37,25 @@ FAMILIES: dict[str, Family] = {
     "SDXL": Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8),
     "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
     "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
-    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4),
-    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8),
+    "Stable_Zero123": Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8),
+    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan"),
+    "WAN22": Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4, "comfy.ldm.wan"),
+    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8, "comfy.ldm.lightricks"),
     "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
 }
+_NODES = {
+    "image": "Image Prior from Model",
+    "novel_view": "Novel-View Prior from Model",
+    "video": "Video Prior from Model",
+}
+_MADE = {"image": "images", "novel_view": "novel views", "video": "videos"}
 _NOT_SO = {
     "SDXLRefiner": "a refiner, which only finishes images of another model",
     "SD15_instructpix2pix": "made for editing images",
     "SDXL_instructpix2pix": "made for editing images",
     "Lotus": "a model of depth",
-    "Stable_Zero123": "a model of novel views: connect it to Novel-View Prior from Model",
-    "SV3D_u": "a model of novel views: connect it to Novel-View Prior from Model",
-    "SV3D_p": "a model of novel views: connect it to Novel-View Prior from Model",
+    "SV3D_u": "a model of orbits around an object, which has not been tried",
+    "SV3D_p": "a model of orbits around an object, which has not been tried",
     "SVD_img2vid": "made to continue an image, and is told no words",
     "HunyuanVideoI2V": "made to continue an image",
     "HunyuanVideoSkyreelsI2V": "made to continue an image",
@@ -77,10 +85,23 @@ def family_of(model: Any, kind: PriorKind) -> Family:
         )
     if family.kind != kind:
         raise PriorError(
-            f"{family.name} makes {family.kind}s: connect it to {family.kind.title()} Prior from Model, and a model of "
-            f"{kind}s here"
+            f"{family.name} makes {_MADE[family.kind]}: connect it to {_NODES[family.kind]}, and a model of "
+            f"{_MADE[kind]} here"
+        )
+    more = _more_channels(base)
+    if more and kind != "novel_view":
+        raise PriorError(
+            f"the model ({name}) reads {more} channels beside the noisy latents (inpainting, editing, control or image "
+            "to video): connect one that is told words alone"
         )
     return family
+
+
+def _more_channels(base: Any) -> int:
+    """How many channels a network reads beside the noisy latents."""
+    known = getattr(getattr(base, "model_config", None), "unet_config", {})
+    read = known.get("in_channels", known.get("in_dim"))
+    return 0 if read is None else max(0, read - base.latent_format.latent_channels)
 
 
 def noise_schedule(model: Any) -> NoiseSchedule:
@@ -121,7 +142,7 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
         what = {2: "images", 3: "videos"}
         raise PriorError(
             f"the VAE ({type(vae.first_stage_model).__name__}) has {vae.latent_channels} channels for "
-            f"{what.get(vae.latent_dim, 'something else')}, {family.name} reads {channels} of {what[dimensions]}: "
+            f"{what.get(vae.latent_dim, 'something else')}, {family.name} reads {channels} for {what[dimensions]}: "
             "connect the VAE that belongs to the model"
         )
     ratio = vae.downscale_ratio[1] if isinstance(vae.downscale_ratio, tuple) else vae.downscale_ratio
@@ -130,17 +151,33 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"the VAE makes images {ratio} times smaller, {family.name} reads latents that are "
             f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
         )
+    place = type(vae.first_stage_model).__module__
+    if not place.startswith((family.vae, "comfy.taesd")):
+        raise PriorError(
+            f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
+            f"another family than {family.name}: connect the VAE that belongs to the model"
+        )
 
 
 def check_clip(model: Any, clip: Any, family: Family) -> None:
     """Refuse a text encoder of another family."""
-    if getattr(clip, "tokenizer", None) is None:
-        raise PriorError("the CLIP holds no text encoder: connect the one that belongs to the model")
+    if family.kind == "novel_view":
+        width = getattr(clip, "config", {}).get("projection_dim")
+        if width != 768:
+            raise PriorError(
+                f"{family.name} is told an image by CLIP ViT-L, 768 numbers, not by one of {width}: connect the CLIP "
+                "vision of its own checkpoint (Image Only Checkpoint Loader)"
+            )
+        return
     wanted = model.model.model_config.clip_target({}).tokenizer
-    if not isinstance(clip.tokenizer, wanted):
+    if type(clip.tokenizer) is not wanted:  # those of other models are derived from that of the first
         raise PriorError(
             f"the CLIP splits words for another model ({type(clip.tokenizer).__name__}), {family.name} reads those "
             f"of {wanted.__name__}: connect the CLIP that belongs to the model, loaded with its type"
+        )
+    if clip.use_clip_schedule or clip.apply_hooks_to_conds is not None:
+        raise PriorError(
+            "the CLIP changes over the steps of a sampler (hooks), which training has none of: remove them"
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dream4d_engine.documents import describe
+from ..dream4d_engine.priors.errors import PriorError
 from .checks import check_ranges
 from .graph_families import (
     FAMILIES,
@@ -19,10 +21,12 @@ from .graph_families import (
     noise_schedule,
 )
 from .graph_prior import GraphPrior
-from .session import say_on_node
+from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort
 
 _MOST_SIDE, _MOST_FRAMES = 2048, 257
+_HAVE = {"model": "model", "clip": "tokenizer", "clip_vision": "encode_image", "vae": "first_stage_model"}
+"""What each input is known by; its class may be another pack's."""
 
 
 def _known(kind: str) -> str:
@@ -32,7 +36,9 @@ def _known(kind: str) -> str:
 def _sockets(kind: str) -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip=f"Of {_known(kind)}; with whatever LoRA or model sampling stands before it."),
-        io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It encodes the prompts once."),
+        io.ClipVision.Input("clip_vision", tooltip="The image encoder of the model's checkpoint.")
+        if kind == "novel_view"
+        else io.Clip.Input("clip", tooltip="The text encoder that belongs to the model. It encodes the prompts once."),
         io.Vae.Input("vae", tooltip="The autoencoder that belongs to the model, or a tiny one of its latents."),
     ]
 
@@ -55,10 +61,17 @@ def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
 
 def _make(kind: str, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
     """Look at what is connected, and say what is made of it."""
-    family = family_of(model, kind)
-    noise_schedule(model)
-    check_vae(model, vae, family)
-    check_clip(model, clip, family)
+    given = {"model": model, "clip_vision" if kind == "novel_view" else "clip": clip, "vae": vae}
+    for name, value in given.items():
+        if not hasattr(value, _HAVE[name]):
+            raise RunError(f"{name} is {describe(value)}: it must be what one of ComfyUI's loaders has given")
+    try:
+        family = family_of(model, kind)
+        noise_schedule(model)
+        check_vae(model, vae, family)
+        check_clip(model, clip, family)
+    except PriorError as error:
+        raise RunError(str(error)) from None
     size, n_frames = fitting_size(family, height, width), fitting_frames(family, frames)
     say_on_node(_statement(family, size, n_frames), node_id)
     return io.NodeOutput(GraphPrior(family, model, clip, vae, size, n_frames))
@@ -139,3 +152,32 @@ class VideoPriorFromModel(io.ComfyNode):
     def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int) -> io.NodeOutput:
         """Wrap the three."""
         return _make("video", model, clip, vae, width, height, frames, cls.hidden.unique_id)
+
+
+class NovelViewPriorFromModel(io.ComfyNode):
+    """A novel-view prior of the graph's models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Say what the node takes and gives."""
+        return io.Schema(
+            node_id="Dream4DNovelViewPriorFromModel",
+            display_name="Novel-View Prior from Model",
+            category=f"{CATEGORY}/priors",
+            description=f"Makes a novel-view prior of a model that ComfyUI has loaded ({_known('novel_view')}), for "
+            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior.",
+            search_aliases=["dream4d model", "stable zero123 prior", "native model"],
+            inputs=[*_sockets("novel_view"), *_sides()],
+            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuse sizes out of the range."""
+        return check_ranges(cls, width=width, height=height)
+
+    @classmethod
+    def execute(cls, model: Any, clip_vision: Any, vae: Any, width: int, height: int) -> io.NodeOutput:
+        """Wrap the three."""
+        return _make("novel_view", model, clip_vision, vae, width, height, 0, cls.hidden.unique_id)

@@ -6,6 +6,7 @@ go through it, and ComfyUI's weights are made for inference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ import comfy.model_management as management
 import comfy.sampler_helpers as helpers
 import comfy.samplers as samplers
 import torch
+import torch.nn.functional as functional
 from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from ..dream4d_engine.guidance.distillation import DistillationConfig, Guidance
 from ..dream4d_engine.guidance.execution import Execution
 from ..dream4d_engine.guidance.noise import NoiseSchedule
 from ..dream4d_engine.guidance.prompts import NEGATIVE_PROMPT, view_index, view_prompts, without_word
-from ..dream4d_engine.priors.conditioning import check_prompt
+from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
@@ -41,7 +43,7 @@ class GraphPrior:
 
     family: Family
     model: Any  # MODEL
-    clip: Any  # CLIP
+    clip: Any  # CLIP, or CLIP_VISION of a model of novel views
     vae: Any  # VAE
     size: tuple[int, int]  # (height, width), pixels
     n_frames: int | None
@@ -61,9 +63,10 @@ class GraphPrior:
             levels.tolist(),
             self.size,
             self.n_frames,
-            _sample(self.model.model.state_dict()),
+            _sample(_unpatched(self.model)),
             _sample(_tensors("", self.model.patches)),
-            _sample(self.clip.cond_stage_model.state_dict()),
+            _named(self.model.model_options),
+            _sample(_unpatched(self.clip.patcher)),
             _sample(_tensors("", self.clip.patcher.patches)),
             _sample(self.vae.first_stage_model.state_dict()),
         ]
@@ -78,8 +81,9 @@ class GraphPrior:
         return f"{self.name} ({type(self.model.model).__name__}) from ComfyUI's nodes"
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse an empty prompt."""
-        check_prompt(self.name, None, prompt)
+        """Refuse an empty prompt, where the model is told any."""
+        if self.kind != "novel_view":
+            check_prompt(self.name, None, prompt)
 
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
@@ -92,9 +96,16 @@ class GraphPrior:
         def guide(
             prompt: str, negative: str | None, config: DistillationConfig, reference: ReferenceView | None = None
         ) -> Guidance:
+            if self.kind == "novel_view":
+                return _view_guidance(self, denoiser, reference, config)
             return _guidance(self, denoiser, prompt, negative, config)
 
         return Prior(self.name, self.kind, guide, None, (encoder.network,), live.release)
+
+
+def _unpatched(patcher: Any) -> dict[str, Any]:
+    """A model's weights as they were before patches were added to them, which a loaded model keeps aside."""
+    return patcher.model.state_dict() | {name: kept.weight for name, kept in patcher.backup.items()}
 
 
 def _sample(state: dict[str, Any]) -> list:
@@ -105,6 +116,17 @@ def _sample(state: dict[str, Any]) -> list:
         numbers = state[name].detach().flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
         found.append([name, list(state[name].shape), numbers])
     return [len(names), found]
+
+
+def _named(options: Any) -> Any:
+    """What stands in a MODEL's options: by name, where it is neither a number nor a word."""
+    if isinstance(options, dict):
+        return {str(key): _named(value) for key, value in options.items()}
+    if isinstance(options, list | tuple):
+        return [_named(value) for value in options]
+    if options is None or isinstance(options, bool | int | float | str):
+        return options
+    return getattr(options, "__qualname__", type(options).__qualname__)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, Any]:
@@ -152,33 +174,35 @@ class LiveModel:
             self.patcher.pre_run()
             noise = torch.zeros(shape, device=self.device)
             self.table = samplers.process_conds(base, noise, conds, self.device, noise, None, 0)["positive"]
-        if any("c_concat" in cond["model_conds"] for cond in self.table):
-            raise PriorError(
-                f"the model ({type(base).__name__}) wants an image beside its words (inpainting, editing or image to "
-                "video): connect one that is told words alone"
-            )
 
-    def predict(self, x: Tensor, level: Tensor, rows: Tensor) -> Tensor:
-        """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], told the table's rows [n]."""
-        wanted = rows.tolist()
+    def predict(self, x: Tensor, level: Tensor, told: Sequence[dict]) -> Tensor:
+        """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], each told its own."""
         with torch.inference_mode():
-            # somebody else may have been given its place since
-            management.load_models_gpu([self.patcher, *(self._extra or [])], self._memory(x.shape))
-            merged = _merged([self.table[row] for row in wanted])
+            if not self._there():
+                needed = self.patcher.model.memory_required(list(x.shape))
+                management.load_models_gpu([self.patcher, *(self._extra or [])], needed)
+                self.patcher.model.current_patcher = self.patcher
+            merged = _merged(told)
             if merged is not None:
-                found = samplers.calc_cond_batch(self.patcher.model, [[merged]], x, level, self.options)[0]
+                found = self._ask(merged, x, level)
             else:
                 found = torch.empty_like(x)
-                for row in dict.fromkeys(wanted):
-                    mine = rows == row
-                    told = [[self.table[row]]]
-                    found[mine] = samplers.calc_cond_batch(
-                        self.patcher.model, told, x[mine], level[mine], self.options
-                    )[0]
+                for one in {id(each): each for each in told}.values():
+                    mine = torch.tensor([each is one for each in told])
+                    found[mine] = self._ask(one, x[mine], level[mine])
         return found.clone().float()  # outside of inference mode a clone is an ordinary tensor
 
-    def _memory(self, shape: Sequence[int]) -> float:
-        return self.patcher.model.memory_required(list(shape))
+    def _there(self) -> bool:
+        """Whether nobody else was given its place, or has asked the same network with other patches, since."""
+        model = self.patcher.model
+        return (
+            model.current_patcher is self.patcher
+            and getattr(model, "current_weight_patches_uuid", None) == self.patcher.patches_uuid
+            and any(loaded.model is self.patcher for loaded in management.current_loaded_models)
+        )
+
+    def _ask(self, told: dict, x: Tensor, level: Tensor) -> Tensor:
+        return samplers.calc_cond_batch(self.patcher.model, [[told]], x, level, self.options)[0]
 
     def release(self) -> None:
         """Clean up as a sampler does at its end."""
@@ -191,7 +215,7 @@ class LiveModel:
         self.table, self._extra = [], None
 
 
-def _merged(conds: list[dict]) -> dict | None:
+def _merged(conds: Sequence[dict]) -> dict | None:
     """One condition for a batch, whose samples are told different things; None where these can't be stacked."""
     first = conds[0]
     if all(cond is first for cond in conds):
@@ -222,7 +246,8 @@ class GraphDenoiser:
     """A MODEL and a private copy of its autoencoder as a Denoiser (see guidance/denoiser.py).
 
     What it is told, `Conditions.tokens` [B, F, 1, 1], are rows of the live model's table: a prompt's embeddings, pooled
-    outputs, masks and the like travel there in whatever form the family needs them.
+    outputs, masks and the like travel there in whatever form the family needs them. A model of novel views has tokens
+    and latents of its own beside the table's only row.
     """
 
     live: LiveModel
@@ -252,15 +277,31 @@ class GraphDenoiser:
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Predict z from x = z + sigma * eps, [B, f, c, h, w]; sigma [B]."""
         sigma = sigma.to(x.device).float()
-        rows = conditions.tokens[:, 0, 0, 0].long().cpu()  # of a take: what its first frame is told
+        told = self._told(conditions)
         noisy, level = x.float(), sigma
         if self.flow:  # (1 - t) z + t eps with t = sigma / (1 + sigma)
             noisy, level = noisy / (1 + sigma)[:, None, None, None, None], sigma / (1 + sigma)
         noisy = noisy.movedim(1, 2) if self.encoder.of_videos else noisy[:, 0]
         at_once = self.execution.groups_at_once or len(x)
-        pieces = zip(noisy.split(at_once), level.split(at_once), rows.split(at_once), strict=True)
+        parts = [told[i : i + at_once] for i in range(0, len(told), at_once)]
+        pieces = zip(noisy.split(at_once), level.split(at_once), parts, strict=True)
         x0 = torch.cat([self.live.predict(*piece) for piece in pieces])
         return x0.movedim(2, 1) if self.encoder.of_videos else x0[:, None]
+
+    def _told(self, conditions: Conditions) -> list[dict]:
+        """What each take is told: what its first frame is."""
+        if conditions.concat is None:
+            return [self.live.table[row] for row in conditions.tokens[:, 0, 0, 0].long().tolist()]
+        (only,) = self.live.table
+        forms = only["model_conds"]
+
+        def one(tokens: Tensor, beside: Tensor) -> dict:
+            given = {"c_crossattn": tokens, "c_concat": beside}
+            return only | {"model_conds": forms | {n: type(forms[n])(value) for n, value in given.items()}}
+
+        return [
+            one(*pair) for pair in zip(conditions.tokens[:, 0].split(1), conditions.concat[:, 0].split(1), strict=True)
+        ]
 
     def run_as(self, execution: Execution) -> GraphDenoiser:
         """Return the same, run in this way; where the model's weights lie is ComfyUI's affair."""
@@ -290,5 +331,37 @@ def _guidance(
         view = view_index(cameras.azimuth, cameras.elevation)
         rows = view[..., None, None].float()
         return Conditions(rows), Conditions(torch.full_like(rows, avoided))
+
+    return Guidance(prior.name, denoiser, conditions, config)
+
+
+def _view_guidance(
+    prior: GraphPrior, denoiser: GraphDenoiser, reference: ReferenceView | None, config: DistillationConfig
+) -> Guidance:
+    """Tell a model of novel views the reference, as core's StableZero123_Conditioning does."""
+    if reference is None:
+        raise PriorError(f"{prior.name} is told an image, not a prompt: use a recipe that starts from an image")
+    encoder, live = denoiser.encoder, denoiser.live
+    seen = reference.image[None].to(live.device)
+    image = functional.interpolate(seen, prior.size, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        beside = encoder.latents.process_out(encoder.encode(image))[:, None]  # not scaled
+    with torch.inference_mode():
+        embedding = prior.clip.encode_image(image.movedim(1, -1))["image_embeds"]
+        nothing = [[torch.zeros(1, 1, embedding.shape[-1]), {"concat_latent_image": torch.zeros_like(beside[:, 0])}]]
+        live.tell([nothing], encoder.latent_shape(prior.size, None))
+    embedding = embedding.clone().to(live.device)
+
+    def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
+        pose = pose_vector(cameras.to(live.device), reference.camera.to(live.device))
+        # in the place of the distance Stable Zero123 is told the reference's polar angle, as if seen from the side
+        pose = torch.cat((pose[..., :3], torch.full_like(pose[..., 3:], math.pi / 2)), -1)
+        rows = torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1)
+        with torch.inference_mode():
+            projected = prior.model.model.cc_projection(rows.flatten(0, 1))
+        tokens = projected.clone().float().unflatten(0, pose.shape[:2])[:, :, None]
+        there = beside.expand(*pose.shape[:2], -1, -1, -1)
+        nowhere = Conditions(torch.zeros_like(tokens), None, torch.zeros_like(there))
+        return Conditions(tokens, None, there), nowhere
 
     return Guidance(prior.name, denoiser, conditions, config)

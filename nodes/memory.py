@@ -45,6 +45,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._lock, self._counting, self._waiting = threading.RLock(), threading.Lock(), 0
+        self.runner: int | None = None  # the thread that a run is in
 
     def __enter__(self) -> None:
         with self._counting:
@@ -68,9 +69,16 @@ class _WholePatcher(ModelPatcher):
     """A model whose layers can't be told to stay elsewhere one by one, and none while a step is under way."""
 
     turns: _Turns
+    missed = False  # ComfyUI counts it no longer, though it stayed
 
     def detach(self, unpatch_all=True):
-        """Take the model off its device."""
+        """Take the model off its device.
+
+        Not for a model of the same run (a graph's own MODEL makes room before it is asked): a step may be under way.
+        """
+        if unpatch_all and threading.get_ident() == self.turns.runner:
+            self.missed = True
+            return
         with self.turns:
             super().detach(unpatch_all)
 
@@ -111,6 +119,7 @@ class HeldPriors:
         """Register a prior that was just loaded onto the device. Nobody takes it away until the next `bring_back`."""
         if not self._priors:
             self._turns.__enter__()
+            self._turns.runner = threading.get_ident()
         self._priors.append(prior)
         if not prior.networks:  # it sees to its memory itself
             return
@@ -127,7 +136,7 @@ class HeldPriors:
         """
         self._turns.let_others()
         gone = any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers)
-        if gone:
+        if gone or any(patcher.missed for patcher in self._patchers):
             self._load()
         return gone
 
@@ -135,6 +144,7 @@ class HeldPriors:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
         if self._limited:
             limit_memory(self._device, None)
+        self._turns.runner = None
         if self._priors:
             self._turns.__exit__()
         for prior in self._priors:
@@ -145,4 +155,6 @@ class HeldPriors:
         management.soft_empty_cache()
 
     def _load(self) -> None:
+        for patcher in self._patchers:
+            patcher.missed = False
         management.load_models_gpu(self._patchers, memory_required=self._room, force_full_load=True)

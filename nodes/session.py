@@ -115,6 +115,21 @@ def interrupt_if_asked() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
+@contextmanager
+def steps_end_first() -> Iterator[None]:
+    """Let Cancel wait for the end of a step, where the run looks for it.
+
+    ComfyUI's layers look each time they are called, and raise: inside of a graph's own model that would be in the
+    middle of a step, when nothing can be saved that a run could go on from.
+    """
+    look = management.throw_exception_if_processing_interrupted
+    management.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        management.throw_exception_if_processing_interrupted = look
+
+
 def say_on_node(text: str, node_id: str | None) -> None:
     """Put a line of text on a node."""
     from server import PromptServer
@@ -410,7 +425,8 @@ def _train(
         on_plan=reporter.plan,
     )
     try:
-        scene, _ = train(guidance, device=device, control=control)
+        with steps_end_first():
+            scene, _ = train(guidance, device=device, control=control)
     except (CheckpointError, ResumeMismatch) as error:
         if isinstance(error, CheckpointError) and error.path is None:  # nothing is wrong with the file
             raise RunError(f"{error}; or choose {START_OVER!r}") from error
@@ -420,7 +436,8 @@ def _train(
         other = f"{files.checkpoint} belongs to other settings"
         why = other if isinstance(error, ResumeMismatch) else str(error)
         reporter.note(f"{why}: it is kept as {kept.name}, and the run starts over")
-        scene, _ = train(guidance, device=device, control=control)
+        with steps_end_first():
+            scene, _ = train(guidance, device=device, control=control)
     save_scene(files.result, scene, run.provenance())
     files.checkpoint.unlink(missing_ok=True)
     _keep_latest(files.result.parent)

@@ -502,7 +502,8 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 def test_every_node_is_there(schemas):
     expected = {f"Load{kind}Prior" for kind in ("Toy", "Multiview", "Image", "NovelView", "Pixel", "Video", "")}
     expected |= {"ApplyLora", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
-    expected |= {"SaveScene", "LoadScene", "SceneInfo"}
+    expected |= {"SaveScene", "LoadScene", "SceneInfo", "ImagePriorFromModel"}
+    expected |= {"NovelViewPriorFromModel", "VideoPriorFromModel"}
     assert set(schemas) == {f"Dream4D{name}" for name in expected}
 
 

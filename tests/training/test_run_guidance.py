@@ -12,8 +12,8 @@ from dream4d_engine.guidance.prompts import NEGATIVE_PROMPT
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.priors.networks.execution import Runtime
-from dream4d_engine.training.config import TEXT_TO_3D, TOY_STATIC
-from dream4d_engine.training.guidance import active_terms, choose_negative, load_guidance
+from dream4d_engine.training.config import MODEL_VIDEO, TEXT_TO_3D, TOY_STATIC
+from dream4d_engine.training.guidance import active_terms, choose_negative, load_guidance, with_frames_of
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU)
@@ -22,6 +22,14 @@ RUNTIME = Runtime(CPU)
 def test_a_term_without_weight_needs_no_model():
     first, second = TEXT_TO_3D.guidance
     assert active_terms(replace(TEXT_TO_3D, guidance=(first, replace(second, weight=0.0)))) == [first]
+
+
+def test_a_take_has_as_many_frames_as_its_prior_must_have():
+    wan, any_number = SimpleNamespace(n_frames=21), SimpleNamespace(n_frames=None)
+    assert with_frames_of(MODEL_VIDEO, {"video": wan}) == replace(MODEL_VIDEO, n_frames=21)
+    assert with_frames_of(MODEL_VIDEO, {"video": any_number}) is MODEL_VIDEO
+    with pytest.raises(ValueError, match="takes of 21 and 25 frames: they must agree"):
+        with_frames_of(MODEL_VIDEO, {"video": wan, "image": SimpleNamespace(n_frames=25)})
 
 
 @pytest.mark.parametrize(

@@ -5,59 +5,96 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+# parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again
 _BLOCKS = ("Resnet", "ResBlock", "ResidualBlock", "Downsample", "Resample", "SpaceToDepth", "AttnBlock")
-"""Parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again."""
+_TINY = ("Block", "MemBlock")  # the whole names of tiny autoencoders' blocks
 
 
 @contextmanager
 def checkpointing(network: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """While inside, an autoencoder's encoder keeps no activations within its pieces: blocks, or calls with a cache."""
-    encoder = getattr(network, "encoder", network)
-    changed: list[tuple[nn.Module, Callable]] = []
-    if wanted:
-        has_cache = "feat_cache" in inspect.signature(encoder.forward).parameters
-        changed = [(encoder, _with_cache(encoder.forward))] if has_cache else list(_blocks(encoder))
-    for module, forward in changed:
-        module.forward = forward
+    """While inside, compute an encoder's activations again in the backward pass instead of keeping them."""
+    changed = list(_pieces(network)) if wanted else []
+    for module in changed:
+        module.forward = _computed_again(module)
     try:
         yield
     finally:
-        for module, _ in changed:
-            del module.forward  # the class's own shows again
+        for module in changed:
+            del module.forward
 
 
-def _with_cache(plain: Callable) -> Callable:
-    """For encoders that are called for a few frames at a time and hand features on in a list (Wan): a call is a piece.
+def _pieces(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose calls are each computed again as a whole."""
+    encoder = getattr(network, "encoder", network)
+    if "feat_cache" in inspect.signature(encoder.forward).parameters:
+        # Wan's is called for a few frames at a time: a call is small enough
+        yield encoder
+        return
 
-    The list is changed in place. So what a call finds in it is given to the computation, and what it leaves is taken
-    from there: the second computation then finds what the first one found.
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            name = type(child).__name__
+            if name in _TINY or any(word in name for word in _BLOCKS):
+                yield child
+            else:
+                yield from walk(child)
+
+    yield from walk(encoder)
+
+
+def _computed_again(module: nn.Module) -> Callable:
+    """A module's forward, checkpointed, whose second computation finds what the first one found.
+
+    Encoders that take some frames after the other hand features on, from one call to the next: in lists among the
+    arguments, which they change in place (Wan, HunyuanVideo), or inside of modules, by thread (LTX-Video: and the
+    backward pass may run in another one).
     """
+    plain = module.forward
+    holders = [m.temporal_cache_state for m in module.modules() if hasattr(m, "temporal_cache_state")]
 
-    def forward(x: Tensor, feat_cache: list | None = None, feat_idx: list | None = None, **given: Any):
-        def piece(x: Tensor, *found: Any) -> tuple:
-            cache = None if feat_cache is None else list(found)
-            return (plain(x, feat_cache=cache, feat_idx=[0], **given), *(cache or ()))
+    def forward(*given: Any, **named: Any) -> Any:
+        held = [holder.get(get_ident()) for holder in holders]
+        found = {name: list(value) for name, value in _lists(given, named).items()}
+        left: dict[Any, list] = {}
 
-        out, *left = checkpoint(piece, x, *(feat_cache or ()), use_reentrant=False)
-        if feat_cache is not None:
-            feat_cache[:] = left
+        def piece() -> Any:
+            second = bool(left)
+            before = _put(holders, held)
+            fresh = {name: list(value) for name, value in found.items()}
+            try:
+                return plain(
+                    *(fresh.get(i, value) for i, value in enumerate(given)),
+                    **{name: fresh.get(name, value) for name, value in named.items()},
+                )
+            finally:
+                if second:  # may be left early, once all that was wanted is there
+                    _put(holders, before)
+                else:
+                    left.update(fresh, done=[])
+
+        out = checkpoint(piece, use_reentrant=False)
+        for name, value in _lists(given, named).items():
+            value[:] = left[name]
         return out
 
     return forward
 
 
-def _blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The outermost blocks, each with what is to be called in the place of its forward pass."""
-    for child in encoder.children():
-        if any(word in type(child).__name__ for word in _BLOCKS):
-            yield (
-                child,
-                lambda *given, plain=child.forward, **named: checkpoint(plain, *given, use_reentrant=False, **named),
-            )
-        else:
-            yield from _blocks(child)
+def _lists(given: tuple, named: dict[str, Any]) -> dict[Any, list]:
+    return {name: value for name, value in (*enumerate(given), *named.items()) if isinstance(value, list)}
+
+
+def _put(holders: list[dict], states: list[Any]) -> list[Any]:
+    """Let this thread find these states in the modules' dictionaries (None: nothing); return what was there."""
+    thread = get_ident()
+    before = [holder.pop(thread, None) for holder in holders]
+    for holder, state in zip(holders, states, strict=True):
+        if state is not None:
+            holder[thread] = state
+    return before

@@ -4,6 +4,8 @@ import gc
 import json
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management as management
@@ -32,7 +34,49 @@ class Value:
         return (made[value] if value in made else json.loads(value),)
 
 
-NODE_CLASS_MAPPINGS = {"GuardValue": Value}
+class SmallClip:
+    """A text encoder of a family that ComfyUI's loaders know at its full size only, cut small; and what isn't one."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """Whose."""
+        return {"required": {"family": (["wan", "ltx", "none"],)}}
+
+    def make(self, family):
+        """Make it."""
+        if family == "none":
+            return (None,)
+        import graph_models  # of tests/nodes
+
+        return ({"wan": graph_models.wan_clip, "ltx": graph_models.ltx_clip}[family](),)
+
+
+class SmallClipVision:
+    """An image encoder that ComfyUI's loaders know at its full size only, cut small."""
+
+    RETURN_TYPES = ("CLIP_VISION",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """Nothing."""
+        return {"required": {}}
+
+    def make(self):
+        """Make it."""
+        import graph_models
+
+        return (graph_models.clip_vision(),)
+
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "nodes"))
+NODE_CLASS_MAPPINGS = {"GuardValue": Value, "GuardSmallClip": SmallClip}
+NODE_CLASS_MAPPINGS["GuardSmallClipVision"] = SmallClipVision
 routes = PromptServer.instance.routes
 _steps_to_go: list[int] = []
 _step = torch.optim.AdamW.step
@@ -54,6 +98,21 @@ torch.optim.AdamW.step = _failing_step
 async def out_of_memory(request):
     """Raise torch's error in an optimiser's step after so many good ones."""
     _steps_to_go[:] = [(await request.json())["after"]]
+    return web.json_response({})
+
+
+@routes.post("/dream4d_test/small_recipes")
+async def small_recipes(request):
+    """Give the recipes for any model the toy recipes' sizes, which a CPU can bear; the guidance stays theirs."""
+    import nodes
+
+    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
+    config, train = sys.modules[f"{pack}.dream4d_engine.training.config"], sys.modules[f"{pack}.nodes.train"]
+    image, video = config.MODEL_IMAGE, config.MODEL_VIDEO
+    image = replace(config.TOY_STATIC, name=image.name, steps=image.steps, guidance=image.guidance)
+    video = replace(config.TOY_MOTION, name=video.name, steps=video.steps, guidance=video.guidance)
+    train.STILL_RECIPES[image.name] = config.STATIC_RECIPES[image.name] = image
+    config.MOTION_RECIPES[video.name] = video
     return web.json_response({})
 
 
@@ -126,6 +185,10 @@ def _values(kind, options, name, made):
         "DREAM4D_SCENE": (made.scene, [None, 5, "scene"]),
         "DREAM4D_PRIOR": (made.prior, [None, 5, "prior"]),
         "LOAD3D_CAMERA": ({}, [5, "camera", [1]]),
+        "MODEL": (SimpleNamespace(model=None), [None, 5, "model"]),
+        "CLIP_VISION": (SimpleNamespace(encode_image=None), [None, 5, "clip"]),
+        "CLIP": (SimpleNamespace(tokenizer=None), [None, 5, "clip"]),
+        "VAE": (SimpleNamespace(first_stage_model=None), [None, 5, "vae"]),
     }
     good, bad = known[kind]
     edges = [options[e] + d for e, d in (("min", -1), ("max", 1)) if e in options]

@@ -1,0 +1,897 @@
+"""Checks of priors of the graph's models, run inside ComfyUI's Python; test_graph_priors.py starts it and reads it.
+
+`graph_checks.py CHECKOUT NAME ...` runs the checks of these names and prints one line of JSON for each: {"name",
+"error" (a traceback, or null), "found" (numbers), "seconds"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+COMFYUI, NAMES = sys.argv[1], sys.argv[2:]
+sys.path[:0] = [COMFYUI]
+sys.argv = ["checks", "--cpu"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import comfy.model_sampling  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import graph_models as models  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+torch.set_num_threads(1)
+_ROOT = Path(__file__).resolve().parents[2]
+_SPEC = importlib.util.spec_from_file_location(
+    "dream4d_pack", _ROOT / "__init__.py", submodule_search_locations=[str(_ROOT)]
+)
+_PACK = importlib.util.module_from_spec(_SPEC)
+sys.modules["dream4d_pack"] = _PACK
+_SPEC.loader.exec_module(_PACK)
+
+
+def pack(name: str):
+    """A module of the pack."""
+    return importlib.import_module(f"dream4d_pack.{name}")
+
+
+families, graph_prior, graph_nodes = pack("nodes.graph_families"), pack("nodes.graph_prior"), pack("nodes.graph_nodes")
+cameras, distillation = pack("dream4d_engine.cameras"), pack("dream4d_engine.guidance.distillation")
+execution, randomness = pack("dream4d_engine.guidance.execution"), pack("dream4d_engine.randomness")
+schedules = pack("dream4d_engine.schedules")
+Runtime = pack("dream4d_engine.priors.networks.execution").Runtime
+
+PROMPT, SHARES = "a red cube is jumping", (0.1, 0.5, 0.9)
+VIDEOS = ("wan", "wan22", "ltx", "hunyuan")
+NAMED = ("sd15", "sdxl", "sd3", "flux", *VIDEOS)
+ENCODING_TOLERANCE = 1e-3
+
+CHECKS = {}
+
+
+def check(function):
+    """Make a check known by its name; of one with `families` there is one for each."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def for_each(*names: str):
+    """Make a check known for each family."""
+
+    def add(function):
+        for name in names:
+            CHECKS[f"{function.__name__}[{name}]"] = lambda name=name: function(name)
+        return function
+
+    return add
+
+
+@contextlib.contextmanager
+def training():
+    """What a node of ours does inside ComfyUI's inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def handle_of(name: str, three: models.Three | None = None, **changes):
+    """The prior that the node would make, of the smallest size."""
+    three = three or models.FAMILIES[name]()
+    kind = "video" if name in VIDEOS else "novel_view" if name == "zero123" else "image"
+    size, frames = models.SIZES[name]
+    family = families.family_of(three.model, kind)
+    families.check_vae(three.model, three.vae, family)
+    families.check_clip(three.model, three.clip, family)
+    given = {"family": family, "model": three.model, "clip": three.clip, "vae": three.vae}
+    return graph_prior.GraphPrior(**given | {"size": size, "n_frames": frames} | changes)
+
+
+def config(scale: float = 25.0, **changes):
+    """Guidance at middle noise."""
+    return distillation.DistillationConfig(scale, schedules.constant(0.5), schedules.constant(0.9), **changes)
+
+
+def views(n: int, size: tuple[int, int], spread: bool = False):
+    """Cameras [1, n]: a take seen from the front, or (`spread`) single images from all around [n, 1]."""
+    time_of = torch.linspace(0, 1, n)[None]
+    if not spread:
+        return cameras.make_cameras(torch.zeros(1, n), 0.2, 3.0, 0.7, time_of, *size)
+    return cameras.make_cameras(torch.linspace(0, 4.5, n)[:, None], 0.2, 3.0, 0.7, torch.zeros(n, 1), *size)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, in parts of the largest value."""
+    assert one.shape == other.shape, (one.shape, other.shape)
+    assert one.isfinite().all() and other.isfinite().all()
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def noisy_takes(guidance, prior, n: int, seed: int = 0) -> Tensor:
+    """n latents [n, f, c, h, w], of the size that is encoded."""
+    shape = guidance.denoiser.encoder.latent_shape(prior.size, prior.n_frames)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn((n, *shape[1:]), generator=generator)
+    return z.movedim(2, 1) if len(shape) == 5 else z[:, None]
+
+
+def told(guidance, row: int, like: Tensor):
+    """The conditions of a row of the table, for takes like these."""
+    return graph_prior.Conditions(torch.full((len(like), 1, 1, 1), float(row)))
+
+
+# ---- equal to diffusers ------------------------------------------------------------------------------------------
+
+
+def _embeddings(three: models.Three) -> tuple[Tensor, dict]:
+    """What CLIP makes of the first of the prompts, as ordinary tensors."""
+    prompt = graph_prior.view_prompts(PROMPT)[0]
+    with torch.inference_mode():
+        (conditioning,) = three.clip.encode_from_tokens_scheduled(three.clip.tokenize(prompt))
+    return conditioning[0].clone().float(), conditioning[1]
+
+
+def _load(network: nn.Module, state: dict) -> nn.Module:
+    missing, unexpected = network.load_state_dict({k: v.clone().float() for k, v in state.items()}, strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    return network.eval().requires_grad_(False)
+
+
+def _diffusers_sd(state: dict, config: dict) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    network = UNet2DConditionModel(**config)
+    found = convert_ldm_unet_checkpoint(models.prefixed(state, models.UNET_PREFIX), dict(network.config))
+    return _load(network, found)
+
+
+_SD15 = {
+    "block_out_channels": (320, 320),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def _sd15(three: models.Three, prior):
+    network = _diffusers_sd(models.sd15_unet(), _SD15)
+    context, _ = _embeddings(three)
+
+    def x0(x: Tensor, sigma: Tensor, share: float) -> Tensor:
+        scaled = x[:, 0] / (1 + sigma**2).sqrt()[:, None, None, None]
+        eps = network(scaled, torch.tensor(round(share * 1000)), context.expand(len(x), -1, -1)).sample
+        return (x[:, 0] - sigma[:, None, None, None] * eps)[:, None]
+
+    return x0
+
+
+def _sdxl(three: models.Three, prior):
+    network = _diffusers_sd(
+        models.sdxl_unet(),
+        {
+            "block_out_channels": (320, 320, 320),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 2,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 5, 5),
+            "use_linear_projection": True,
+            "transformer_layers_per_block": [1, 2, 10],
+            "reverse_transformer_layers_per_block": [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    )
+    context, others = _embeddings(three)
+    pooled = others["pooled_output"].clone().float()
+    sizes = torch.tensor([[*prior.size, 0, 0, *prior.size]], dtype=torch.float32)
+
+    def x0(x: Tensor, sigma: Tensor, share: float) -> Tensor:
+        scaled = x[:, 0] / (1 + sigma**2).sqrt()[:, None, None, None]
+        added = {"text_embeds": pooled.expand(len(x), -1), "time_ids": sizes.expand(len(x), -1)}
+        step = torch.tensor(round(share * 1000))
+        eps = network(scaled, step, context.expand(len(x), -1, -1), added_cond_kwargs=added).sample
+        return (x[:, 0] - sigma[:, None, None, None] * eps)[:, None]
+
+    return x0
+
+
+def _flow_x0(x: Tensor, sigma: Tensor, velocity) -> Tensor:
+    """x0 of a flow's velocity at z_t [n, c, ...] and times [n]; x [n, f, c, h, w]."""
+    t = sigma / (1 + sigma)
+    z_t = x / (1 + sigma)[:, None, None, None, None]
+    v = velocity(z_t.movedim(2, 1), t).movedim(1, 2)
+    return z_t - t[:, None, None, None, None] * v
+
+
+def _wan(three: models.Three, prior):
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    network = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, ffn_dim=256, num_layers=2)
+    _load(network, convert_wan_transformer_to_diffusers(models.wan_transformer()))
+    context, _ = _embeddings(three)
+
+    def velocity(z_t: Tensor, t: Tensor) -> Tensor:
+        return network(z_t, t * 1000, context.expand(len(z_t), -1, -1)).sample
+
+    return lambda x, sigma, share: _flow_x0(x, sigma, velocity)
+
+
+def _ltx(three: models.Three, prior):
+    from diffusers import LTXVideoTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
+
+    network = LTXVideoTransformer3DModel(attention_head_dim=4, cross_attention_dim=128, num_layers=2)
+    _load(
+        network,
+        convert_ltx_transformer_checkpoint_to_diffusers(models.prefixed(models.ltx_transformer(), models.UNET_PREFIX)),
+    )
+    context, others = _embeddings(three)
+    mask = others["attention_mask"].clone()
+
+    def velocity(z_t: Tensor, t: Tensor) -> Tensor:
+        n, _, frames, height, width = z_t.shape
+        out = network(
+            z_t.flatten(2).movedim(1, 2),
+            context.expand(n, -1, -1),
+            t[:, None] * 1000,
+            mask.expand(n, -1),
+            frames,
+            height,
+            width,
+            rope_interpolation_scale=(8 / 25, 32, 32),  # frames of a latent by frames of a second; pixels of a latent
+        ).sample
+        return out.movedim(2, 1).unflatten(2, (frames, height, width))
+
+    return lambda x, sigma, share: _flow_x0(x, sigma, velocity)
+
+
+class _Splitting:
+    """torch, that splits by another width than it is told."""
+
+    def __init__(self, told: int, width: int) -> None:
+        self.told, self.width = told, width
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def split(self, tensor: Tensor, sizes: tuple, dim: int):
+        """Split at multiples of the width; the last piece is the rest."""
+        known = [self.width if size == self.told else size for size in sizes[:-1]]
+        return torch.split(tensor, [*known, tensor.shape[dim] - sum(known)], dim)
+
+
+def _hunyuan(three: models.Three, prior):
+    from diffusers import HunyuanVideoTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+
+    network = HunyuanVideoTransformer3DModel(num_attention_heads=1, num_layers=1, num_single_layers=1)
+    width = 128  # the converter knows one width
+    with mock.patch.dict(
+        convert_hunyuan_video_transformer_to_diffusers.__globals__, {"torch": _Splitting(3072, width)}
+    ):
+        found = convert_hunyuan_video_transformer_to_diffusers(models.hunyuan_transformer())
+    _load(network, found)
+    context, others = _embeddings(three)
+    pooled = others["pooled_output"].clone().float()
+
+    def velocity(z_t: Tensor, t: Tensor) -> Tensor:
+        n = len(z_t)
+        mask = torch.ones(n, context.shape[1], dtype=torch.bool)
+        guidance = torch.full((n,), 6000.0)
+        return network(
+            z_t, t * 1000, context.expand(n, -1, -1), mask, pooled.expand(n, -1), guidance, return_dict=False
+        )[0]
+
+    return lambda x, sigma, share: _flow_x0(x, sigma, velocity)
+
+
+def _sd3(three: models.Three, prior):
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    network = SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        caption_projection_dim=128,
+        pos_embed_max_size=192,
+    )
+    found = convert_sd3_transformer_checkpoint_to_diffusers(
+        models.prefixed(models.sd3_transformer(), models.UNET_PREFIX)
+    )
+    _load(network, found)
+    context, others = _embeddings(three)
+    pooled = others["pooled_output"].clone().float()
+
+    def velocity(z_t: Tensor, t: Tensor) -> Tensor:
+        n = len(z_t)
+        given = (context.expand(n, -1, -1), pooled.expand(n, -1), t * 1000)
+        return network(z_t[:, :, 0], *given).sample[:, :, None]
+
+    return lambda x, sigma, share: _flow_x0(x, sigma, velocity)
+
+
+@for_each("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan")
+def equal_to_diffusers(name: str) -> dict:
+    """x0 of three noise levels is that of diffusers' network of the same weights, told the same."""
+    three = models.FAMILIES[name]()
+    handle, found = handle_of(name, three), {}
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        reference = globals()[f"_{name}"](three, handle)
+        for share in SHARES:
+            sigma = guidance.denoiser.noise.sigma_of(torch.full((2,), share))
+            x = noisy_takes(guidance, handle, 2) * (1 + sigma**2).sqrt()[:, None, None, None, None]
+            mine = guidance.denoiser.denoise(x, sigma, told(guidance, 0, x))
+            with torch.no_grad():
+                theirs = reference(x, sigma, share)
+            scale = float(theirs.abs().max())
+            found[f"x0 at {share}"] = float((mine - theirs).abs().max()) / max(1.0, scale)
+            found[f"moved at {share}"] = float((mine - x).abs().max())
+        prior.release()
+    assert all(value < 1e-3 for key, value in found.items() if key.startswith("x0")), found
+    return found
+
+
+@check
+def novel_views() -> dict:
+    """x0 is that of diffusers' network, told what core's own conditioning node says of the same view."""
+    import math
+
+    from comfy_extras.nodes_stable3d import StableZero123_Conditioning
+
+    three = models.FAMILIES["zero123"]()
+    handle = handle_of("zero123", three)
+    image = torch.rand(1, *handle.size, 3, generator=torch.Generator().manual_seed(8))
+    azimuth, elevation = (40.0, -110.0), (25.0, -5.0)
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        front = cameras.make_cameras(torch.zeros(1, 1), 0.0, 3.0, 0.7, torch.zeros(1, 1), *handle.size)
+        seen = cameras.make_cameras(
+            torch.tensor([[math.radians(a)] for a in azimuth]),
+            torch.tensor([[math.radians(e)] for e in elevation]),
+            3.0,
+            0.7,
+            torch.zeros(2, 1),
+            *handle.size,
+        )
+        shown = pack("dream4d_engine.priors.handle").ReferenceView(image[0].movedim(-1, 0), front)
+        guidance = prior.guide("", None, config(), shown)
+        network = _diffusers_sd(models.sd15_unet(in_channels=8), _SD15 | {"in_channels": 8})
+        text, negative = guidance.conditions(seen)
+        found = {}
+        for share in SHARES:
+            sigma = guidance.denoiser.noise.sigma_of(torch.full((2,), share))
+            x = noisy_takes(guidance, handle, 2) * (1 + sigma**2).sqrt()[:, None, None, None, None]
+            for word, conditions in (("text", text), ("negative", negative)):
+                mine = guidance.denoiser.denoise(x, sigma, conditions)
+                for i in range(2):
+                    with torch.inference_mode():
+                        given = (three.clip, image.clone(), three.vae, handle.size[1], handle.size[0], 1)
+                        told_by_core = StableZero123_Conditioning.execute(*given, elevation[i], azimuth[i]).result
+                        tokens, others = told_by_core[0 if word == "text" else 1][0]
+                        if word == "text":
+                            tokens = three.model.model.cc_projection(tokens)
+                    tokens, beside = tokens.clone(), others["concat_latent_image"].clone()
+                    scaled = x[i] / (1 + sigma[i] ** 2).sqrt()
+                    with torch.no_grad():
+                        both = torch.cat((scaled, beside), 1)
+                        eps = network(both, torch.tensor(round(share * 1000)), tokens).sample
+                    key = f"{word} at {share}"
+                    found[key] = max(found.get(key, 0.0), difference(mine[i], x[i] - sigma[i] * eps))
+        images = torch.rand(2, 1, 3, *handle.size, generator=torch.Generator().manual_seed(9)).requires_grad_()
+        out = distillation.distill(guidance, images, seen, 0.5, randomness.Draw(0))
+        norms = torch.autograd.grad(out.loss, images)[0].flatten(2).norm(dim=-1)
+        prior.release()
+    assert all(value < 1e-3 for value in found.values()) and norms.min() > 0, (found, norms)
+    assert len({handle.fingerprint(), handle_of("zero123", three, size=(64, 64)).fingerprint()}) == 2
+    return found
+
+
+# ---- a Gaussian ----------------------------------------------------------------------------------------------------
+
+MEAN, SPREAD = 0.3, 0.7
+
+
+class Exact(nn.Module):
+    """A network that answers exactly for data of N(MEAN, SPREAD^2), in what its model's sampling predicts."""
+
+    dtype = torch.float32
+
+    def __init__(self, predicts: str, sigma_of_timestep) -> None:
+        super().__init__()
+        self.predicts, self.sigma_of_timestep = predicts, sigma_of_timestep
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, timestep: Tensor, **_) -> Tensor:
+        """Return eps, v or the velocity; x as the model sees it."""
+        sigma = self.sigma_of_timestep(timestep).view(-1, *[1] * (x.ndim - 1))
+        if self.predicts == "flow":  # x = (1 - t) z + t eps
+            scale = 1 - sigma
+            sigma = sigma / scale
+        else:  # x = (z + sigma eps) / sqrt(1 + sigma^2)
+            scale = 1 / (1 + sigma**2).sqrt()
+        noisy = x / scale
+        x0 = (SPREAD**2 * noisy + sigma**2 * MEAN) / (SPREAD**2 + sigma**2)
+        eps = (noisy - x0) / sigma
+        return {"eps": eps, "v": scale * eps - scale * sigma * x0, "flow": eps - x0}[self.predicts]
+
+
+@for_each("eps", "v", "flow")
+def gaussian(predicts: str) -> dict:
+    """x0 and the gradient of score distillation are those of the closed form."""
+    from comfy_extras import nodes_model_advanced as advanced
+
+    three = models.FAMILIES["sd15"]()
+    model = three.model.clone()
+    if predicts == "v":
+        (model,) = advanced.ModelSamplingDiscrete().patch(model, "v_prediction", False)
+    if predicts == "flow":
+        (model,) = advanced.ModelSamplingSD3().patch(model, 3.0)
+    levels = model.get_model_object("model_sampling")
+
+    def sigma_of_timestep(timestep: Tensor) -> Tensor:
+        return timestep / levels.multiplier if predicts == "flow" else levels.sigmas[timestep.long()]
+
+    model.model.diffusion_model = Exact(predicts, sigma_of_timestep)
+    handle = handle_of("sd15", replace(three, model=model))
+    found = {"gradient": 0.0, "x0": 0.0}
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config(100.0))
+        seen = views(2, handle.size, spread=True)
+        images = torch.rand(2, 1, 3, *handle.size, generator=torch.Generator().manual_seed(3))
+        z = guidance.denoiser.encode(images)
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(4))
+        for share in SHARES:
+            sigma = guidance.denoiser.noise.sigma_of(torch.full((2,), share))[:, None, None, None, None]
+            x0 = (SPREAD**2 * (z + sigma * eps) + sigma**2 * MEAN) / (SPREAD**2 + sigma**2)
+            out = distillation.distill_at(
+                guidance, images, seen, torch.full((2,), share, dtype=torch.double), lambda shape: eps
+            )
+            weight = 1 + sigma if predicts == "flow" else sigma**2 / (1 + sigma**2)
+            gradient = weight * ((z + sigma * eps - x0) / sigma - eps)
+            expected = gradient.square().sum().sqrt() / 2
+            found["x0"] = max(found["x0"], difference(out.x0, x0))
+            found["gradient"] = max(found["gradient"], float((out.terms["gradient_norm"] / expected - 1).abs()))
+        prior.release()
+    assert found["x0"] < 1e-4 and found["gradient"] < 1e-3, found
+    return found
+
+
+# ---- encoders ------------------------------------------------------------------------------------------------------
+
+VAES = {
+    "kl": (lambda: models.vae(models.kl_vae()), "sd15"),
+    "kl of 16 channels": (lambda: models.vae(models.kl_vae(16, False)), "flux"),
+    "taesd": (lambda: models.vae(models.tiny_image_vae()), "sd15"),
+    "wan": (lambda: models.vae(models.wan_vae()), "wan"),
+    "wan 2.2": (models.wan22_vae, "wan22"),
+    "taew": (lambda: models.vae(models.tiny_video_vae()), "wan"),
+    "ltx": (lambda: models.vae(*models.ltx_vae_state()), "ltx"),
+    "hunyuan": (models.hunyuan_vae, "hunyuan"),
+}
+FORMATS = {"sd15": "SD15", "flux": "Flux", "wan": "Wan21", "wan22": "Wan22", "ltx": "LTXV", "hunyuan": "HunyuanVideo"}
+
+
+class Handle:
+    """Of an allocator: to be copied would be its end."""
+
+    def __deepcopy__(self, memo: dict) -> Handle:
+        """Refuse."""
+        raise TypeError("ctypes objects containing pointers can't be copied")
+
+
+def _hang_on(network: nn.Module):
+    """Hang on modules what ComfyUI's memory management does on a GPU; return what takes it off."""
+    network.dynamic_pins, network.dynamic_vbars = {"cuda": (Handle(), [], {})}, {"cuda": Handle()}
+    hung = [module for module in network.modules() if hasattr(module, "comfy_cast_weights")]
+    for module in hung:
+        module._v, module._v_signature, module._pin_state = (Handle(), 0, 0), None, {"weights": Handle()}
+        module.comfy_cast_weights = True
+
+    def take_off() -> None:
+        for module in hung:
+            for name in ("_v", "_v_signature", "_pin_state", "comfy_cast_weights"):
+                delattr(module, name)
+        del network.dynamic_pins, network.dynamic_vbars
+
+    return take_off
+
+
+@for_each(*VAES)
+def encoder(name: str) -> dict:
+    """The same latents as ComfyUI's own encoding; the gradient is there, and the same where less is kept."""
+    import comfy.latent_formats
+
+    make, family = VAES[name]
+    vae, latents = make(), getattr(comfy.latent_formats, FORMATS[family])()
+    size, frames = models.SIZES[family]
+    pack_encoder = pack("nodes.graph_encoder").Encoder
+    traces = _hang_on(vae.first_stage_model)
+    with training():
+        private = pack_encoder.copied(vae, latents)
+        shape = (2, 3, *size) if frames is None else (1, 3, 2 * frames - 1, *size)
+        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        found, gradients, encoded = {}, [], []
+        for checkpointed in (False, True):
+            z = private.encode(pixels, checkpointed)
+            weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(6))
+            gradients.append(torch.autograd.grad((z * weights).sum(), pixels)[0])
+            encoded.append(z.detach())
+        expected = private.latent_shape(size, shape[2] if frames else None)
+        assert tuple(z.shape[1:]) == tuple(expected[1:]), (z.shape, expected)
+    traces()
+    assert not any(isinstance(value, Handle) for m in private.network.modules() for value in vars(m).values())
+    own = vae.encode(pixels.detach().movedim(1, -1)[0 if frames else slice(None)].clone())
+    found["other than ComfyUI's"] = difference(encoded[0], latents.process_in(own).clone())
+    found["checkpointed latents"] = difference(encoded[1], encoded[0])
+    found["checkpointed gradient"] = difference(gradients[1], gradients[0])
+    found["gradient"] = float(gradients[0].norm())
+    found["frames without"] = int((gradients[0].flatten(3).norm(dim=-1).sum(1) == 0).sum()) if frames else 0
+    with training(), torch.no_grad():
+        decoded = private.decode(encoded[0])
+    assert decoded.shape == pixels.shape, (decoded.shape, pixels.shape)
+    theirs = vae.decode(own)
+    theirs = theirs.reshape(-1, *theirs.shape[-3:]).movedim(-1, 1).clamp(0, 1).clone()
+    mine = (decoded[0].movedim(0, 1) if frames else decoded).clamp(0, 1)
+    found["decoded other"] = float((mine - theirs).abs().max())
+    assert found["gradient"] > 0 and not found["frames without"], found
+    for key in ("other than ComfyUI's", "checkpointed latents", "checkpointed gradient", "decoded other"):
+        assert found[key] < ENCODING_TOLERANCE, found
+    return found
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
+@for_each(*NAMED)
+def different_prompts_in_one_batch(name: str) -> dict:
+    """What takes are told in one batch changes nothing of what each is answered alone."""
+    handle = handle_of(name)
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        denoiser = guidance.denoiser
+        rows = torch.tensor([0, 4, 2, 4, 0])  # texts have other lengths, too
+        assert len(denoiser.live.table) == 5
+        x = noisy_takes(guidance, handle, len(rows)) * 3
+        sigma = denoiser.noise.sigma_of(torch.linspace(0.2, 0.9, len(rows)))
+        together = denoiser.denoise(x, sigma, graph_prior.Conditions(rows[:, None, None, None].float()))
+        alone = [
+            denoiser.denoise(x[i : i + 1], sigma[i : i + 1], told(guidance, int(rows[i]), x[:1])) for i in range(5)
+        ]
+        other = denoiser.denoise(x, sigma, told(guidance, 1, x))
+        pieces = denoiser.run_as(execution.Execution(groups_at_once=2))
+        halves = pieces.denoise(x, sigma, graph_prior.Conditions(rows[:, None, None, None].float()))
+        merged = graph_prior._merged([denoiser.live.table[row] for row in rows.tolist()]) is not None
+        prior.release()
+    found = {"alone": difference(torch.cat(alone), together), "halves": difference(halves, together)}
+    found |= {"other words": difference(other, together), "in one pass": float(merged)}
+    assert found["alone"] < 1e-4 and found["halves"] < 1e-4 and found["other words"] > 1e-4, found
+    return found
+
+
+@for_each(*NAMED)
+def a_step(name: str) -> dict:
+    """The loss of a step has a gradient for every image, with everything kept and with nothing kept."""
+    handle, gradients = handle_of(name), []
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        n = handle.n_frames or 2
+        seen = views(n, handle.size, spread=handle.n_frames is None)
+        images = torch.rand(*seen.shape, 3, *handle.size, generator=torch.Generator().manual_seed(7)).requires_grad_()
+        for way in (execution.Execution(), execution.Execution(images_kept=0, images_at_once=1, groups_at_once=1)):
+            run = replace(guidance, denoiser=guidance.denoiser.run_as(way))
+            out = distillation.distill(run, images, seen, 0.5, randomness.Draw(0))
+            gradients.append(torch.autograd.grad(out.loss, images)[0])
+        prior.release()
+    norms = gradients[0].flatten(2).norm(dim=-1)
+    found = {"least": float(norms.min()), "most": float(norms.max()), "same": difference(*gradients)}
+    assert found["least"] > 0 and found["same"] < 1e-3, found
+    return found
+
+
+@for_each("sd15", "ltx")
+def cancel_in_the_middle(name: str) -> dict:
+    """Cancel is pressed while ComfyUI's layers work: the step ends as ever, and the wish is there after it."""
+    import comfy.ops
+
+    handle, gradients, count = handle_of(name), [], []
+    session, management = pack("nodes.session"), comfy.model_management
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        run = replace(guidance, denoiser=guidance.denoiser.run_as(execution.Execution(images_kept=0)))
+        n = handle.n_frames or 2
+        seen = views(n, handle.size, spread=handle.n_frames is None)
+        images = torch.rand(*seen.shape, 3, *handle.size, generator=torch.Generator().manual_seed(7)).requires_grad_()
+        look = comfy.ops.run_every_op
+        for moment in (None, 0.03, 0.4, 0.75, 0.95):  # of the layers' calls in a step
+            calls = 0
+
+            def looked(moment=moment) -> None:
+                nonlocal calls
+                calls += 1
+                if moment is not None and calls == int(count[0] * moment) + 1:
+                    management.interrupt_current_processing()
+                look()
+
+            with mock.patch.object(comfy.ops, "run_every_op", looked), session.steps_end_first():
+                out = distillation.distill(run, images, seen, 0.5, randomness.Draw(0))
+                gradients.append(torch.autograd.grad(out.loss, images)[0])
+            count.append(calls)
+            assert management.processing_interrupted() == (moment is not None), moment
+            management.interrupt_current_processing(False)
+        prior.release()
+    assert len(set(count)) == 1 and all(gradient.equal(gradients[0]) for gradient in gradients)
+    return {"calls": count[0]}
+
+
+# ---- what stands before us in the graph ----------------------------------------------------------------------------
+
+
+@check
+def a_lora_before_it() -> dict:
+    """A core LoRA changes the answer and the fingerprint; the model without it keeps its own."""
+    three = models.FAMILIES["sd15"]()
+    state = models.attention_lora(three.model)
+    with_lora = [comfy.sd.load_lora_for_models(three.model, three.clip, state, s, 0.0) for s in (1.0, 1.0, 0.5)]
+    handles = [handle_of("sd15", three)]
+    handles += [handle_of("sd15", replace(three, model=m, clip=c)) for m, c in with_lora]
+    prints = [handle.fingerprint() for handle in handles]
+    assert prints[1] == prints[2] and len(set(prints)) == 3, prints
+    answers = []
+    with training():
+        for handle in (handles[0], handles[1], handles[3], handles[0]):
+            prior = handle.load(Runtime(torch.device("cpu")))
+            guidance = prior.guide(PROMPT, None, config())
+            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
+            x = noisy_takes(guidance, handle, 1) * sigma
+            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
+            prior.release()
+            assert [h.fingerprint() for h in handles] == prints  # weights stay patched until somebody else wants others
+    found = {f"change {i}": difference(answers[i], answers[0]) for i in (1, 2)}
+    assert answers[3].equal(answers[0]) and min(found.values()) > 1e-4, found
+    assert difference(answers[1], answers[2]) > 1e-4
+    return found
+
+
+@check
+def two_at_once() -> dict:
+    """Two priors that share a model, one with a LoRA: asked in turn, each keeps its own answer."""
+    three = models.FAMILIES["sd15"]()
+    changed, clip = comfy.sd.load_lora_for_models(three.model, three.clip, models.attention_lora(three.model), 1.0, 0.0)
+    with training():
+        live = []
+        for handle in (handle_of("sd15", three), handle_of("sd15", replace(three, model=changed, clip=clip))):
+            prior = handle.load(Runtime(torch.device("cpu")))
+            live.append((prior, prior.guide(PROMPT, None, config())))
+        sigma = live[0][1].denoiser.noise.sigma_of(torch.tensor([0.7]))
+        x = noisy_takes(live[0][1], handle, 1) * sigma
+        answers = [g.denoiser.denoise(x, sigma, told(g, 0, x)) for _ in range(2) for _, g in live]
+        for prior, _ in live:
+            prior.release()
+    assert answers[0].equal(answers[2]) and answers[1].equal(answers[3])
+    change = difference(answers[1], answers[0])
+    assert change > 1e-4
+    assert three.model.model is changed.model
+    return {"change": change}
+
+
+@check
+def room_is_made_in_the_middle_of_a_step() -> dict:
+    """A MODEL that makes room for itself in the run's own thread doesn't take the run's autoencoders away."""
+    memory, management = pack("nodes.memory"), comfy.model_management
+
+    def registered() -> list:
+        return [one.model for one in management.current_loaded_models if type(one.model).__name__ == "_WholePatcher"]
+
+    handle = handle_of("wan")
+    with training():
+        held = memory.HeldPriors(torch.device("cpu"), 0)
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        held.hold(prior)
+        (patcher,) = registered()
+        management.unload_all_models()
+        assert patcher.loaded_size() == patcher.model_size() and not registered()
+        leaf = torch.rand(1, 5, 3, 32, 48, requires_grad=True)
+        distillation.distill(guidance, leaf, views(5, handle.size), 0.5, randomness.Draw(0)).loss.backward()
+        assert leaf.grad.norm() > 0
+        assert not held.bring_back() and registered() == [patcher]
+        held.release()
+    return {}
+
+
+@check
+def fingerprints() -> dict:
+    """Equal for the same, other for another size, number of frames, text encoder or sampling."""
+    from comfy_extras import nodes_model_advanced as advanced
+
+    one, again = models.FAMILIES["wan"](), models.FAMILIES["wan"]()
+    (shifted,) = advanced.ModelSamplingSD3().patch(one.model, 3.0)
+    seconds = time.monotonic()
+    first = handle_of("wan", one).fingerprint()
+    seconds = time.monotonic() - seconds
+    assert handle_of("wan", again).fingerprint() == first
+    others = {
+        "size": handle_of("wan", one, size=(48, 32)),
+        "frames": handle_of("wan", one, n_frames=9),
+        "shift": handle_of("wan", replace(one, model=shifted)),
+        "tiny": handle_of("wan", replace(one, vae=models.vae(models.tiny_video_vae()))),
+        "weights": handle_of("wan", replace(one, model=models.diffusion_model(models.wan_transformer(seed=9)))),
+    }
+    prints = {name: handle.fingerprint() for name, handle in others.items()}
+    assert len({first, *prints.values()}) == 1 + len(others), prints
+    levels = [handle.load(Runtime(torch.device("cpu"))) for handle in (handle_of("wan", one), others["shift"])]
+    time_of = []
+    for prior in levels:
+        with training():
+            noise = prior.guide(PROMPT, None, config()).denoiser.noise
+        sigma = noise.sigma_of(torch.tensor(0.5))
+        time_of.append(float(sigma / (1 + sigma)))
+        prior.release()
+    assert abs(time_of[0] - 8 / 9) < 1e-5 and abs(time_of[1] - 3 / 4) < 1e-5, time_of  # s / (1 + s) at a half
+    return {"seconds": seconds}
+
+
+def _sampled(three: models.Three, name: str) -> Tensor:
+    """A few steps of a core sampler."""
+    size, frames = models.SIZES[name]
+    shape = graph_prior.Encoder.copied(three.vae, three.model.model.latent_format).latent_shape(size, frames)
+    conds = [three.clip.encode_from_tokens_scheduled(three.clip.tokenize(text)) for text in (PROMPT, "bad")]
+    latent = torch.zeros(shape)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    return comfy.sample.sample(three.model, noise, 3, 4.0, "euler", "normal", *conds, latent, seed=5)
+
+
+@for_each("sd15", "wan")
+def the_model_stays_usable(name: str) -> dict:
+    """A sampler gives the same before, between and after two runs, also when one is released in the middle."""
+    three = models.FAMILIES[name]()
+    before = _sampled(three, name)
+    handle, answers = handle_of(name, three), []
+    for _ in range(2):
+        with training():
+            prior = handle.load(Runtime(torch.device("cpu")))
+            guidance = prior.guide(PROMPT, None, config())
+            n = handle.n_frames or 2
+            seen = views(n, handle.size, spread=handle.n_frames is None)
+            images = torch.rand(*seen.shape, 3, *handle.size, generator=torch.Generator().manual_seed(7))
+            for step in range(2):
+                leaf = images.clone().requires_grad_()
+                out = distillation.distill(guidance, leaf, seen, 0.5, randomness.Draw(0, step))
+                out.loss.backward()
+            answers.append(leaf.grad)
+        with torch.inference_mode():
+            assert _sampled(three, name).equal(before)  # beside a run
+        with training():
+            leaf = images.clone().requires_grad_()
+            distillation.distill(guidance, leaf, seen, 0.5, randomness.Draw(0, 1)).loss.backward()
+            assert leaf.grad.equal(answers[-1])
+            prior.release()
+            prior.release()
+        assert _sampled(three, name).equal(before)
+    assert answers[0].equal(answers[1])
+    assert not any(p.requires_grad for p in three.model.model.parameters())
+    return {}
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def _refused(node: str, expected: str, three: models.Three) -> str:
+    """What a node says of three things; it has to have these words."""
+    with mock.patch.object(graph_nodes, "say_on_node", lambda *_: None):
+        try:
+            graph_nodes._make(node, three.model, three.clip, three.vae, 0, 0, 0, None)
+        except pack("nodes.session").RunError as error:
+            assert expected in str(error), (expected, str(error))
+            return str(error)
+    raise AssertionError(f"not refused: {expected}")
+
+
+class _Wrapper:
+    """A model of another pack, which says nothing of itself."""
+
+    class model:
+        """Its network."""
+
+
+@check
+def bad_input() -> dict:
+    """What can't be a prior is refused with the reason, before anything is loaded."""
+    sd15, wan = models.FAMILIES["sd15"](), models.FAMILIES["wan"]()
+    hunyuan_vae, flux_vae = models.hunyuan_vae(), models.vae(models.kl_vae(16, False))
+    inpainting = models.checkpoint_model(models.sd15_unet(in_channels=9))
+    editing = models.checkpoint_model(models.sd15_unet(in_channels=8))
+    i2v = models.diffusion_model(models.wan_transformer(in_dim=36))
+    fill = models.diffusion_model(models.flux_transformer(in_channels=96))
+    vace_like = models.diffusion_model(models.hunyuan_transformer(in_channels=33))
+    empty = comfy.sd.VAE(sd={})
+    hooked = sd15.clip.clone()
+    hooked.use_clip_schedule = True
+    cases = [
+        ("image", "Wan makes videos: connect it to Video Prior from Model", wan),
+        ("video", "Stable Diffusion 1 or 2 makes images: connect it to Image Prior from Model", sd15),
+        ("image", "has 16 channels for images, Stable Diffusion 1 or 2 reads 4", replace(sd15, vae=flux_vae)),
+        ("image", "has 16 channels for videos", replace(sd15, vae=wan.vae)),
+        ("video", "has 4 channels for images", replace(wan, vae=sd15.vae)),
+        ("video", "belongs to another family than Wan", replace(wan, vae=hunyuan_vae)),
+        ("video", "48 channels", replace(wan, vae=models.wan22_vae())),
+        ("image", "vae is None: it must be what", replace(sd15, vae=None)),
+        ("image", "holds no autoencoder", replace(sd15, vae=empty)),
+        ("image", "clip is None: it must be what", replace(sd15, clip=None)),
+        ("image", "reads those of SD1Tokenizer", replace(sd15, clip=wan.clip)),
+        ("video", "reads those of WanT5Tokenizer", replace(wan, clip=models.ltx_clip())),
+        ("image", "changes over the steps", replace(sd15, clip=hooked)),
+        ("image", "model is None: it must be what", replace(sd15, model=None)),
+        (
+            "image",
+            "a wrapper (type) that doesn't say its noise levels (model_sampling)",
+            replace(sd15, model=_Wrapper()),
+        ),
+        ("image", "reads 5 channels beside", replace(sd15, model=inpainting)),
+        ("image", "editing", replace(sd15, model=editing)),
+        ("video", "reads 20 channels beside", replace(wan, model=i2v)),
+        ("image", "reads 80 channels beside", replace(sd15, model=fill)),
+        ("video", "made to continue an image", replace(wan, model=vace_like)),
+    ]
+    said = {
+        f"{i} {node}: {expected}": _refused(node, expected, three) for i, (node, expected, three) in enumerate(cases)
+    }
+    zero123 = models.FAMILIES["zero123"]()
+    cases = [
+        ("image", "Stable Zero123 makes novel views: connect it to Novel-View", replace(zero123, clip=sd15.clip)),
+        ("novel_view", "makes images: connect it to Image Prior", replace(sd15, clip=zero123.clip)),
+        ("novel_view", "clip_vision is", replace(zero123, clip=sd15.clip)),
+        ("novel_view", "clip_vision is None", replace(zero123, clip=None)),
+        ("novel_view", "768 numbers, not by one of 1024", replace(zero123, clip=models.clip_vision(1024))),
+        ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
+    ]
+    said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}
+    for name, words in (("SDXLRefiner", "a refiner"), ("SV3D_p", "orbits"), ("SVD_img2vid", "no words")):
+        odd = sd15.model.clone()
+        odd.model = type(name, (), {"model_sampling": 1, "latent_format": 1})()
+        said[name] = _refused("image", words, replace(sd15, model=odd))
+    return said
+
+
+# ---- run ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    for name in NAMES or CHECKS:
+        began, error, found = time.monotonic(), None, None
+        try:
+            with torch.inference_mode():  # as ComfyUI runs nodes
+                found = CHECKS[name]()
+        except BaseException:
+            error = traceback.format_exc()
+        seconds = round(time.monotonic() - began, 2)
+        print("CHECK " + json.dumps({"name": name, "error": error, "found": found, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Priors of the graph's own models against ComfyUI's real classes, in its own Python without a server.
+
+The checks themselves are in graph_checks.py, the small models in graph_models.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfy_harness import find_comfyui, find_python, why_no_server
+
+SCRIPT = Path(__file__).with_name("graph_checks.py")
+IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
+GROUPS = {  # checks that share a process, each with the arguments it is made for
+    "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
+    "gaussian": ("eps", "v", "flow"),
+    "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
+    "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
+    "a_step": (*IMAGES, *VIDEOS),
+    "cancel_in_the_middle": ("sd15", "ltx"),
+    "the_model_stays_usable": ("sd15", "wan"),
+    "novel_views": (),
+    "a_lora_before_it": (),
+    "two_at_once": (),
+    "room_is_made_in_the_middle_of_a_step": (),
+    "fingerprints": (),
+    "bad_input": (),
+}
+NAMES = {group: [f"{group}[{one}]" for one in ones] or [group] for group, ones in GROUPS.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Run a group of checks once; return what came of each."""
+    reason = why_no_server()
+    if reason:
+        pytest.skip(reason)
+    comfyui, found = find_comfyui(), {}
+
+    def of(name: str) -> dict:
+        group = re.match(r"\w+", name)[0]
+        if group not in found:
+            words = [find_python(comfyui), str(SCRIPT), str(comfyui), *NAMES[group]]
+            environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ | {"HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1200)
+            lines = [line.removeprefix("CHECK ") for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+            assert lines, done.stderr[-3000:]
+            found[group] = {outcome["name"]: outcome for outcome in map(json.loads, lines)}
+        return found[group][name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+def test_check(name, outcomes):
+    outcome = outcomes(name)
+    assert outcome["error"] is None, outcome["error"]
