@@ -39,7 +39,8 @@ class Mesh:
 
     def __post_init__(self) -> None:
         n = len(self.vertices)
-        shapes = {"vertices": (n, 3), "faces": (len(self.faces), 3), "normals": (n, 3), "colors": (n, 3), "uv": (n, 2)}
+        shapes: dict[str, tuple[int, ...]] = {"vertices": (n, 3), "faces": (len(self.faces), 3), "normals": (n, 3)}
+        shapes |= {"colors": (n, 3), "uv": (n, 2)}
         if self.tracks is not None:
             shapes |= {"tracks": (len(self.tracks), n, 3), "times": (len(self.tracks),)}
         for name, shape in shapes.items():

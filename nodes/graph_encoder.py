@@ -22,7 +22,7 @@ _ORDERS = ("comfy_cast_weights", "weight_function", "bias_function", "model_load
 class Encoder:
     """An autoencoder whose latents are those that the model reads."""
 
-    network: nn.Module
+    network: Any  # an nn.Module of one of ComfyUI's classes, with encode and decode
     vae: Any  # of the graph: its sizes and how pixels are scaled
     latents: Any  # the model's latent format: how latents are scaled
 
@@ -35,9 +35,9 @@ class Encoder:
                 for name, value in module._parameters.items():
                     if value is not None:
                         module._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
-                for name, value in module._buffers.items():
-                    if value is not None:
-                        module._buffers[name] = value.detach().clone()
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.detach().clone()
             scaling = copy.copy(latents)
             for name, value in vars(latents).items():
                 if isinstance(value, Tensor):
@@ -82,7 +82,7 @@ class Encoder:
         return images * ((half - zero) / 0.5) + zero
 
 
-def _without_traces(network: nn.Module) -> nn.Module:
+def _without_traces(network: Any) -> Any:
     """Copy deeply, but none of what ComfyUI's memory management hangs on modules.
 
     Those are handles of its own allocator, which can't be copied, and orders to fetch weights from elsewhere.

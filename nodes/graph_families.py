@@ -184,7 +184,8 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
 def fitting_size(family: Family, height: int, width: int) -> tuple[int, int]:
     """Return the nearest size that the family's models take; 0 stands for the family's own."""
     given = (height or family.size[0], width or family.size[1])
-    return tuple(max(family.multiple, round(side / family.multiple) * family.multiple) for side in given)
+    tall, wide = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in given)
+    return tall, wide
 
 
 def fitting_frames(family: Family, n_frames: int) -> int | None:

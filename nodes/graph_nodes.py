@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..dream4d_engine.documents import describe
 from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.handle import PriorKind
 from .checks import check_ranges
 from .graph_families import (
     FAMILIES,
@@ -29,11 +30,11 @@ _HAVE = {"model": "model", "clip": "tokenizer", "clip_vision": "encode_image", "
 """What each input is known by; its class may be another pack's."""
 
 
-def _known(kind: str) -> str:
+def _known(kind: PriorKind) -> str:
     return ", ".join(family.name for family in FAMILIES.values() if family.kind == kind)
 
 
-def _sockets(kind: str) -> list[io.Input]:
+def _sockets(kind: PriorKind) -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip=f"Of {_known(kind)}; with whatever LoRA or model sampling stands before it."),
         io.ClipVision.Input("clip_vision", tooltip="The image encoder of the model's checkpoint.")
@@ -59,7 +60,7 @@ def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
     ]
 
 
-def _make(kind: str, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
+def _make(kind: PriorKind, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
     """Look at what is connected, and say what is made of it."""
     given = {"model": model, "clip_vision" if kind == "novel_view" else "clip": clip, "vae": vae}
     for name, value in given.items():

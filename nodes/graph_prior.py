@@ -7,7 +7,7 @@ go through it, and ComfyUI's weights are made for inference.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,10 +135,11 @@ def _tensors(name: str, tree: Any) -> dict[str, Any]:
         return {name: tree}
     if isinstance(tree, int | float) and not isinstance(tree, bool):
         return {name: torch.tensor([float(tree)])}
+    children: Iterable[tuple[Any, Any]]
     if isinstance(tree, dict):
-        children = ((str(key), value) for key, value in tree.items())
+        children = tree.items()
     elif isinstance(tree, list | tuple):
-        children = ((str(index), value) for index, value in enumerate(tree))
+        children = enumerate(tree)
     elif hasattr(tree, "weights"):  # an adapter of ComfyUI
         children = (("weights", tree.weights),)
     else:
@@ -223,8 +224,9 @@ def _merged(conds: Sequence[dict]) -> dict | None:
     together: dict[str, Any] = {}
     for key, value in first["model_conds"].items():
         each = [cond["model_conds"].get(key) for cond in conds]
-        tensors = [getattr(one, "cond", None) for one in each]
-        if not all(isinstance(t, Tensor) and t.ndim and len(t) == 1 for t in tensors):
+        whole = (getattr(one, "cond", None) for one in each)
+        tensors = [t for t in whole if isinstance(t, Tensor) and t.ndim and len(t) == 1]
+        if len(tensors) < len(each):
             if all(_same(one, value) for one in each):
                 together[key] = value
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..assets import load_scene
-from ..export import ExportOptions, GltfOptions, export_scene
+from ..export import MESH_FORMATS, ExportOptions, GltfOptions, export_scene
 from ..machine import check_folder, pick_device
 from ..priors.formats.weights import human_size
 from ..surface import SurfaceOptions
@@ -66,8 +66,9 @@ class Export:
 
 def run(options: Export) -> int:
     """Write a scene as a mesh's file."""
-    form = options.format or (options.out.suffix.lower().removeprefix(".") if options.out else "glb")
-    if form not in ("glb", "obj", "ply", "stl"):
+    asked = options.format or (options.out.suffix.lower().removeprefix(".") if options.out else "glb")
+    form = next((known for known in MESH_FORMATS if known == asked), None)
+    if form is None:
         raise UsageError(
             f"{options.out} names no format for meshes: end it in .glb, .obj, .ply or .stl, or add --format"
         )

@@ -11,7 +11,7 @@ import io
 import itertools
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -176,9 +176,9 @@ def glb_bytes(mesh: Mesh, options: GltfOptions | None = None) -> tuple[bytes, in
 
 def _material(mesh: Mesh, options: GltfOptions, parts: _Parts, attributes: dict[str, int]) -> dict:
     """Add the mesh's colours; return the document's entries that say how they are shown."""
-    look = {"metallicFactor": 0.0, "roughnessFactor": 0.9}
-    entries = {}
-    if mesh.texture is not None:
+    look: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 0.9}
+    entries: dict[str, list[Any]] = {}
+    if mesh.texture is not None and mesh.uv is not None:
         from PIL import Image
 
         attributes["TEXCOORD_0"] = parts.accessor(mesh.uv.cpu().numpy().astype("<f4"), _FLOAT)
@@ -205,13 +205,16 @@ def _animate(
     tracks: Tensor, normals: Tensor, mesh: Mesh, options: GltfOptions, parts: _Parts, shape: dict
 ) -> dict | None:
     """Add a target for each key frame to the mesh's entry `shape`; return the clip, None where nothing moves."""
+    if mesh.times is None:
+        return None
     bound = options.error * max(mesh.size, 1e-9)
     times = mesh.times.detach().float().cpu()
     keys = key_frames(tracks, times, bound)
     off = (tracks - tracks[0]).norm(dim=-1).sort(-1).values[:, int(_ON_TIME * (tracks.shape[1] - 1))]
     if len(keys) == 2 and float(off.max()) <= bound:
         return None
-    targets, names, columns = [], [], {}
+    targets: list[dict] = []
+    names, columns = [], {}
     for key in keys[1:]:
         if float(off[key]) <= bound and key == keys[-1]:
             continue  # the motion ends where it began: no target, so the loop closes exactly

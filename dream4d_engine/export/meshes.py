@@ -20,7 +20,7 @@ from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
 MeshFormat = Literal["glb", "obj", "ply", "stl"]
-MESH_FORMATS = get_args(MeshFormat)
+MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def export_scene(
     Raises MeshError where there is no mesh to be had, and WriteError where the file can't be written.
     """
     path, options = Path(path), options or ExportOptions()
-    form = form or path.suffix.lower().removeprefix(".")
-    if form not in MESH_FORMATS:
+    asked = form or path.suffix.lower().removeprefix(".")
+    form = next((known for known in MESH_FORMATS if known == asked), None)
+    if form is None:
         raise MeshError(f"{path.name} names no format for meshes: {', '.join(MESH_FORMATS)}")
     made = scene_mesh(scene, options, form == "glb", on_progress)
     if form == "glb":

@@ -49,6 +49,8 @@ def bake_texture(
     origin, faces, uv = xatlas.parametrize(mesh.vertices.cpu().numpy(), mesh.faces.cpu().numpy().astype("uint32"))
     origin = torch.from_numpy(origin.astype("int64")).to(mesh.faces)
     faces, uv = torch.from_numpy(faces.astype("int64")).to(mesh.faces), torch.from_numpy(uv).to(mesh.vertices)
+    if mesh.normals is None:
+        raise MeshError("a texture is baked along normals: the mesh has none")
     vertices, normals = mesh.vertices[origin], mesh.normals[origin]
     raster = rasterize(functional.pad(uv * size, (0, 1)), faces, size, size)
     covered = raster.face >= 0

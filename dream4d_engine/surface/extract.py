@@ -69,7 +69,8 @@ def extract_surface(
 
     Raises MeshError where there is no surface.
     """
-    options, notes = options or SurfaceOptions(), []
+    options = options or SurfaceOptions()
+    notes: list[str] = []
     report = on_progress or (lambda share: None)
     density, iou, threshold = density_at(scene, time), None, options.threshold
     report(0.0)

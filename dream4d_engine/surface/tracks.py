@@ -91,7 +91,7 @@ def track_vertices(
     x = rest.clamp(0, 1)
     rows, moment = [], None
     for number, goal in enumerate(times.tolist(), 1):
-        between = [] if moment is None else _stops(moment, goal)
+        between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
             x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, both)
         moment = goal

@@ -56,7 +56,8 @@ def _computed_again(module: nn.Module) -> Callable:
     backward pass may run in another one).
     """
     plain = module.forward
-    holders = [m.temporal_cache_state for m in module.modules() if hasattr(m, "temporal_cache_state")]
+    states = (getattr(one, "temporal_cache_state", None) for one in module.modules())
+    holders = [state for state in states if isinstance(state, dict)]
 
     def forward(*given: Any, **named: Any) -> Any:
         held = [holder.get(get_ident()) for holder in holders]

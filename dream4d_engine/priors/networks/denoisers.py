@@ -7,6 +7,7 @@ whatever the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -156,7 +157,7 @@ class UNetDenoiser:
             return output.transpose(1, 2)
         vector = None if vector is None else vector.flatten(0, 1)
         added = None
-        if vector is not None and self.unet.config.get("addition_embed_type") == "text_time":  # Stable Diffusion XL
+        if vector is not None and _config(self.unet).get("addition_embed_type") == "text_time":  # Stable Diffusion XL
             # (height, width) of the original, its cut-out's corner, and the target's size: 2307.01952, section 2.2.
             # Filled in, not copied: a CUDA graph can't copy from the CPU.
             sizes = [noisy.new_full((len(vector), 1), float(n)) for n in (*self.image_size, 0, 0, *self.image_size)]
@@ -171,6 +172,12 @@ class UNetDenoiser:
             return_dict=False,
         )[0]
         return output.unflatten(0, (n_groups, n_frames))
+
+
+def _config(network: nn.Module) -> Mapping[str, Any]:
+    """What a network of diffusers was built with; nothing for another one."""
+    config = getattr(network, "config", {})
+    return config if isinstance(config, Mapping) else {}
 
 
 def is_3d(unet: nn.Module) -> bool:
