@@ -30,10 +30,10 @@ def floors(text: str) -> dict[str, str]:
     return {found[1].lower().replace("_", "-"): found[2] for found in _ONE.finditer(text)}
 
 
-def of_the_project() -> dict[str, str]:
-    """Those of pyproject.toml's dependencies."""
+def of_the_project(of: str = "dependencies") -> dict[str, str]:
+    """Those of pyproject.toml's dependencies, or of one of its extras."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return floors(text.partition("\ndependencies = [")[2].partition("\n]")[0])
+    return floors(text.partition(f"\n{of} = [")[2].partition("\n]")[0])
 
 
 def find_python() -> str | None:

@@ -9,7 +9,8 @@ import pytest
 from comfy_harness import REPOSITORY
 from floors import floors, of_the_project
 
-IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml", "tokenizers": "transformers"}  # the last comes with its own version
+IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
+IMPORTED_AS |= {"tokenizers": "transformers", "scipy": "scikit-image"}  # they come with the other's own version
 OPTIONAL = {"triton", "tinycudann", "nerfacc", "cuda", "tomllib"}  # tried, and done without
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "node_helpers"}
 COMFYUI |= {"aiohttp"}  # ComfyUI's own server
@@ -31,7 +32,7 @@ def test_torch_reads_weights_only_safely():
 
 @pytest.mark.parametrize("room", ["dream4d_engine", "nodes"])
 def test_whatever_is_imported_is_declared(room):
-    declared = of_the_project()
+    declared = of_the_project() | of_the_project("mesh")
     for path in sorted((REPOSITORY / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

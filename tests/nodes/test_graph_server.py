@@ -9,8 +9,8 @@ import pytest
 from comfy_harness import REPOSITORY, find_comfyui, find_python, motion_nodes, node, static_nodes
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_server import assert_same_scene, ended, image_file, output_files, steps_in
-from test_server import image_nodes as image_scene
+from server_runs import assert_same_scene, ended, image_file, output_files, steps_in
+from server_runs import image_nodes as image_scene
 
 SCRIPT = REPOSITORY / "tests" / "nodes" / "graph_files.py"
 

@@ -20,38 +20,13 @@ from comfy_harness import GUARD, REPOSITORY, Server, motion_nodes, node, render_
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from server_runs import PROMPT, assert_same_scene, ended, image_file, image_nodes, output_files, steps_in
 
 from dream4d_engine import locks
 from dream4d_engine.export.video import read_video
 
-PROMPT = "a red cube is jumping"
 AS_IT_IS = {"kind": "as the folder says"}
 """What Load Prior is told beside the model."""
-
-
-def output_files(server: Server, outputs: dict, key: str = "images") -> list[Path]:
-    """The files that an output node says it saved."""
-    return [server.base / saved["type"] / saved["subfolder"] / saved["filename"] for saved in outputs[key]]
-
-
-def assert_same_scene(server: Server, one: Path, other: Path) -> None:
-    """Equal to the last bit; on a GPU, whose sums come in any order, in the names and shapes alone."""
-    first, second = load_file(one), load_file(other)
-    assert {n: v.shape for n, v in first.items()} == {n: v.shape for n, v in second.items()}
-    if server.on_gpu:
-        return
-    for name, value in first.items():
-        assert value.equal(second[name]), name
-
-
-def steps_in(events: list, stage: str) -> list[int]:
-    """The steps that the lines of text on the nodes tell."""
-    lines = [content for kind, content in events if kind == "text"]
-    return [int(found[1]) for line in lines if (found := re.match(rf"{stage} (\d+)/", line))]
-
-
-def ended(kind: str, content) -> bool:
-    return kind in ("execution_success", "execution_error", "execution_interrupted")
 
 
 def test_the_pack_is_imported_without_complaint(server):
@@ -542,30 +517,6 @@ def test_animations_refused_before_anything_runs(server, changes, message):
 
 
 # ---- from an image ----------------------------------------------------------------------------------------------
-
-
-def image_file(server: Server, name: str, alpha: bool = True, size: int = 48) -> str:
-    """An image in the input folder: a red square in the middle, the rest transparent unless `alpha` is False."""
-    from PIL import Image
-
-    image = Image.new("RGBA" if alpha else "RGB", (size, size), (255, 255, 255, 0)[: 4 if alpha else 3])
-    image.paste((220, 30, 30, 255)[: 4 if alpha else 3], (size // 4, size // 4, size * 3 // 4, size * 3 // 4))
-    image.save(server.base / "input" / name)
-    return name
-
-
-def image_nodes(file: str, **changes) -> dict:
-    """Nodes 1, 2, 3 and 9: the priors for images, a still scene, and the image it is made from."""
-    graph = static_nodes(2, PROMPT, seed=71, recipe="toy-image")
-    given = graph["2"]["inputs"]
-    del given["multiview_prior"]
-    given |= {"novel_view_prior": ["1", 0], "pixel_prior": ["3", 0]}
-    given |= {"reference_image": ["9", 0], "reference_mask": ["9", 1]} | changes
-    graph["2"]["inputs"] = {name: value for name, value in given.items() if value is not None}
-    graph["1"] = node("Dream4DLoadToyPrior", kind="novel_view")
-    graph["3"] = node("Dream4DLoadToyPrior", kind="pixel")
-    graph["9"] = node("LoadImage", image=file)
-    return graph | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
 
 
 def test_a_scene_from_an_image(server):
