@@ -60,6 +60,23 @@ def _sides(names: Sequence[str] = ("width", "height")) -> list[io.Input]:
     ]
 
 
+def _schema(
+    kind: PriorKind, node_id: str, display_name: str, use: str, aliases: list[str], more: Sequence[io.Input] = ()
+) -> io.Schema:
+    """What the three have in common. `use`: which node and recipe take such a prior."""
+    made = f"{'an' if kind == 'image' else 'a'} {kind.replace('novel_view', 'novel-view')}"
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category=f"{CATEGORY}/priors",
+        description=f"Makes {made} prior of a model that ComfyUI has loaded ({_known(kind)}), for {use}.",
+        search_aliases=["dream4d model", *aliases, "native model"],
+        inputs=[*_sockets(kind), *_sides(), *more],
+        outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
+        hidden=[io.Hidden.unique_id],
+    )
+
+
 def _make(kind: PriorKind, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
     """Look at what is connected, and say what is made of it."""
     given = {"model": model, "clip_vision" if kind == "novel_view" else "clip": clip, "vae": vae}
@@ -89,16 +106,12 @@ class ImagePriorFromModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return io.Schema(
-            node_id="Dream4DImagePriorFromModel",
-            display_name="Image Prior from Model",
-            category=f"{CATEGORY}/priors",
-            description=f"Makes an image prior of a model that ComfyUI has loaded ({_known('image')}), for Optimize "
-            "Static Scene: recipe model-image, or beside a multi-view prior in text-to-3d.",
-            search_aliases=["dream4d model", "sdxl prior", "flux prior", "native model"],
-            inputs=[*_sockets("image"), *_sides()],
-            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
-            hidden=[io.Hidden.unique_id],
+        return _schema(
+            "image",
+            "Dream4DImagePriorFromModel",
+            "Image Prior from Model",
+            "Optimize Static Scene: recipe model-image, or beside a multi-view prior in text-to-3d",
+            ["sdxl prior", "flux prior"],
         )
 
     @classmethod
@@ -118,16 +131,13 @@ class VideoPriorFromModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return io.Schema(
-            node_id="Dream4DVideoPriorFromModel",
-            display_name="Video Prior from Model",
-            category=f"{CATEGORY}/priors",
-            description=f"Makes a video prior of a model that ComfyUI has loaded ({_known('video')}), for Animate "
-            "Scene: recipe model-video.",
-            search_aliases=["dream4d model", "wan prior", "ltx prior", "native model"],
-            inputs=[
-                *_sockets("video"),
-                *_sides(),
+        return _schema(
+            "video",
+            "Dream4DVideoPriorFromModel",
+            "Video Prior from Model",
+            "Animate Scene: recipe model-video",
+            ["wan prior", "ltx prior"],
+            [
                 io.Int.Input(
                     "frames",
                     default=0,
@@ -136,10 +146,8 @@ class VideoPriorFromModel(io.ComfyNode):
                     advanced=True,
                     tooltip="Frames of a take; 0 chooses a number that today's cards can bear. The nearest that the "
                     "autoencoder takes (4n+1, or 8n+1) is used, and said.",
-                ),
+                )
             ],
-            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -161,16 +169,12 @@ class NovelViewPriorFromModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        return io.Schema(
-            node_id="Dream4DNovelViewPriorFromModel",
-            display_name="Novel-View Prior from Model",
-            category=f"{CATEGORY}/priors",
-            description=f"Makes a novel-view prior of a model that ComfyUI has loaded ({_known('novel_view')}), for "
-            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior.",
-            search_aliases=["dream4d model", "stable zero123 prior", "native model"],
-            inputs=[*_sockets("novel_view"), *_sides()],
-            outputs=[PriorPort.Output("prior", display_name="prior", tooltip="The model as a prior.")],
-            hidden=[io.Hidden.unique_id],
+        return _schema(
+            "novel_view",
+            "Dream4DNovelViewPriorFromModel",
+            "Novel-View Prior from Model",
+            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior",
+            ["stable zero123 prior"],
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as management
@@ -25,7 +25,7 @@ from ..dream4d_engine.guidance.distillation import DistillationConfig, Guidance
 from ..dream4d_engine.guidance.execution import Execution
 from ..dream4d_engine.guidance.noise import NoiseSchedule
 from ..dream4d_engine.guidance.prompts import NEGATIVE_PROMPT, view_index, view_prompts, without_word
-from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector
+from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector, view_conditions
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
@@ -47,12 +47,16 @@ class GraphPrior:
     vae: Any  # VAE
     size: tuple[int, int]  # (height, width), pixels
     n_frames: int | None
-    name: str = field(init=False)
-    kind: PriorKind = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.family.name)
-        object.__setattr__(self, "kind", self.family.kind)
+    @property
+    def name(self) -> str:
+        """Its family's."""
+        return self.family.name
+
+    @property
+    def kind(self) -> PriorKind:
+        """Its family's."""
+        return self.family.kind
 
     def fingerprint(self) -> str:
         """Change when weights, patches, noise levels or sizes do; a sample of the numbers is looked at."""
@@ -354,16 +358,14 @@ def _view_guidance(
         live.tell([nothing], encoder.latent_shape(prior.size, None))
     embedding = embedding.clone().to(live.device)
 
-    def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
-        pose = pose_vector(cameras.to(live.device), reference.camera.to(live.device))
+    def pose_of(cameras: CameraBatch) -> Tensor:
+        pose = pose_vector(cameras, reference.camera.to(live.device))
         # in the place of the distance Stable Zero123 is told the reference's polar angle, as if seen from the side
-        pose = torch.cat((pose[..., :3], torch.full_like(pose[..., 3:], math.pi / 2)), -1)
-        rows = torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1)
+        return torch.cat((pose[..., :3], torch.full_like(pose[..., 3:], math.pi / 2)), -1)
+
+    def project(rows: Tensor) -> Tensor:
         with torch.inference_mode():
             projected = prior.model.model.cc_projection(rows.flatten(0, 1))
-        tokens = projected.clone().float().unflatten(0, pose.shape[:2])[:, :, None]
-        there = beside.expand(*pose.shape[:2], -1, -1, -1)
-        nowhere = Conditions(torch.zeros_like(tokens), None, torch.zeros_like(there))
-        return Conditions(tokens, None, there), nowhere
+        return projected.clone().float().unflatten(0, rows.shape[:2])
 
-    return Guidance(prior.name, denoiser, conditions, config)
+    return Guidance(prior.name, denoiser, view_conditions(embedding, beside, pose_of, project), config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from ..assets import load_scene
-from ..export import MESH_FORMATS, ExportOptions, GltfOptions, export_scene
+from ..export import ExportOptions, GltfOptions, MeshFormat, export_scene, mesh_format
 from ..machine import check_folder, pick_device
 from ..priors.formats.weights import human_size
 from ..surface import SurfaceOptions
@@ -30,7 +30,7 @@ class Export:
     """The scene file."""
     out: Annotated[Path | None, FILE] = None
     """The file to write (default: the scene's name with the format's suffix, beside it)."""
-    format: Literal["glb", "obj", "ply", "stl"] | None = None
+    format: MeshFormat | None = None
     """What to write (default: as the suffix of --out says, else glb)."""
     times: int = 24
     """Moments that the surface is followed through; 1 for a still GLB."""
@@ -66,8 +66,7 @@ class Export:
 
 def run(options: Export) -> int:
     """Write a scene as a mesh's file."""
-    asked = options.format or (options.out.suffix.lower().removeprefix(".") if options.out else "glb")
-    form = next((known for known in MESH_FORMATS if known == asked), None)
+    form = options.format or (mesh_format(options.out) if options.out else "glb")
     if form is None:
         raise UsageError(
             f"{options.out} names no format for meshes: end it in .glb, .obj, .ply or .stl, or add --format"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..priors.errors import PriorError
-from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
+from ..priors.files import PriorFiles, toy_prior, toy_subject
 from ..priors.formats.folders import FolderLoader
 from ..priors.formats.identify import identify, open_loader
 from ..priors.formats.lora_files import read_lora
@@ -60,9 +60,10 @@ def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
     loader = open_loader(path)
     if isinstance(loader, FolderLoader):
         loader.check()
-    for note in loader.metadata(kind).notes:
+    metadata = loader.metadata(kind)
+    for note in metadata.notes:
         say(f"note: {note}", error=True)
-    return prior_files(path, kind)
+    return PriorFiles(metadata.name, metadata.kind, path)
 
 
 def _added(options: WithPriors) -> dict[PriorKind, dict[str, Any]]:

@@ -13,8 +13,7 @@ from ..documents import document_bytes
 from ..export import save_image
 from ..machine import versions, write_atomically
 from ..priors.handle import Prior
-from ..randomness import Draw
-from ..scene import Scene, build_scene
+from ..scene import Scene
 from ..toyworld.evaluate import reference_match
 from ..training.checkpoint import set_aside
 from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe
@@ -23,7 +22,7 @@ from ..training.loop import PriorSilent, ResumeMismatch, train
 from ..training.motion import motion_stage
 from ..training.reference import Reference, check_reference, load_reference
 from ..training.stages import Stage
-from ..training.static import static_stage
+from ..training.static import first_scene, static_stage
 from ..training.validate import check_recipe
 from . import results
 from .errors import UsageError
@@ -76,8 +75,7 @@ def keep_reference(session: Session, reference: Reference) -> None:
 
 def new_still(session: Session, recipe: StaticRecipe, reference: Reference | None = None) -> Stage:
     """Stage 1 at its beginning."""
-    scene = build_scene(recipe.scene, Draw(session.options.seed).for_("scene"))
-    return static_stage(recipe, scene.to(session.device), reference)
+    return static_stage(recipe, first_scene(recipe, session.options.seed).to(session.device), reference)
 
 
 def new_motion(session: Session, recipe: MotionRecipe, still: Scene) -> Stage:
@@ -104,10 +102,10 @@ def train_stage(
     if processes.any(made is None):
         runtime = runtime_for(recipe, session.device, compiled=options.gpu.compile)
         loaded: list[Prior] = []
-        with run.timed("load models"):
-            guidance = load_guidance(recipe, handles, prompt, runtime, reference, on_prior=loaded.append)
-        session.pause(name)  # loading takes minutes; it would be done again, but nothing else is lost
         try:
+            with run.timed("load models"):
+                guidance = load_guidance(recipe, handles, prompt, runtime, reference, on_prior=loaded.append)
+            session.pause(name)  # loading takes minutes; it would be done again, but nothing else is lost
             with run.timed(name):
                 stage = begin()
                 summary = train(stage, guidance, options.seed, session.control(name))

@@ -2,7 +2,17 @@
 
 from .gltf import GltfOptions, glb_bytes
 from .images import contact_sheet, save_image, to_bytes
-from .meshes import MESH_FORMATS, ExportOptions, ExportReport, SceneMesh, export_scene, save_mesh, scene_mesh
+from .meshes import (
+    MESH_FORMATS,
+    ExportOptions,
+    ExportReport,
+    MeshFormat,
+    SceneMesh,
+    export_scene,
+    mesh_format,
+    save_mesh,
+    scene_mesh,
+)
 from .video import Video, VideoWriter, read_video, write_video
 
 __all__ = [
@@ -10,12 +20,14 @@ __all__ = [
     "ExportOptions",
     "ExportReport",
     "GltfOptions",
+    "MeshFormat",
     "SceneMesh",
     "Video",
     "VideoWriter",
     "contact_sheet",
     "export_scene",
     "glb_bytes",
+    "mesh_format",
     "read_video",
     "save_image",
     "save_mesh",

@@ -23,6 +23,11 @@ MeshFormat = Literal["glb", "obj", "ply", "stl"]
 MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
 
 
+def mesh_format(path: Path) -> MeshFormat | None:
+    """The format that a path's suffix names, or None."""
+    return next((known for known in MESH_FORMATS if path.suffix.lower() == f".{known}"), None)
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What of a scene goes into a mesh's file, and how."""
@@ -117,9 +122,8 @@ def export_scene(
     Raises MeshError where there is no mesh to be had, and WriteError where the file can't be written.
     """
     path, options = Path(path), options or ExportOptions()
-    asked = form or path.suffix.lower().removeprefix(".")
-    form = next((known for known in MESH_FORMATS if known == asked), None)
-    if form is None:
+    form = form or mesh_format(path)
+    if form is None or form not in MESH_FORMATS:
         raise MeshError(f"{path.name} names no format for meshes: {', '.join(MESH_FORMATS)}")
     made = scene_mesh(scene, options, form == "glb", on_progress)
     if form == "glb":

@@ -180,11 +180,30 @@ def embedded_conditions(
         projection: weight [D', D + 4] and bias of the layer that turns [embedding, pose] into a token.
         reference: [1, 1], the camera that sees the image.
     """
+    return view_conditions(
+        embedding,
+        concat,
+        lambda cameras: pose_vector(cameras, reference),
+        lambda rows: functional.linear(rows, *projection),
+    )
+
+
+def view_conditions(
+    embedding: Tensor,
+    concat: Tensor,
+    pose_of: Callable[[CameraBatch], Tensor],
+    project: Callable[[Tensor], Tensor],
+) -> ConditionsOf:
+    """Return what gives a model of novel views its conditions; the negative branch gets zeros.
+
+    Args:
+        embedding: [1, D] of the reference image. concat: [1, 1, c, h, w], its latent, not scaled.
+        pose_of: cameras [B, F] on the embedding's device -> [B, F, K]. project: [B, F, D + K] -> tokens [B, F, D'].
+    """
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
-        pose = pose_vector(cameras.to(embedding.device), reference)
-        rows = torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1)
-        tokens = functional.linear(rows, *projection)[:, :, None]
+        pose = pose_of(cameras.to(embedding.device))
+        tokens = project(torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1))[:, :, None]
         beside = concat.expand(*pose.shape[:2], -1, -1, -1)
         text = Conditions(tokens, None, beside)
         return text, Conditions(torch.zeros_like(tokens), None, torch.zeros_like(beside))

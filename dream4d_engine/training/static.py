@@ -61,6 +61,11 @@ def static_stage(recipe: StaticRecipe, scene: Scene, reference: Reference | None
     return Stage("static", scene, groups, recipe, supervisions, starts, finish=scene.refresh_occupancy)
 
 
+def first_scene(recipe: StaticRecipe, seed: int) -> Scene:
+    """What stage 1 begins with where it is given nothing."""
+    return build_scene(recipe.scene, Draw(seed).for_("scene"))
+
+
 def train_static(
     recipe: StaticRecipe,
     guidance: Mapping[PriorKind, Guidance],
@@ -75,7 +80,7 @@ def train_static(
 
     A recipe with a reference needs one. The caller puts its fingerprint into the control's identity.
     """
-    start = build_scene(recipe.scene, Draw(seed).for_("scene")) if scene is None else scene.clone()
+    start = first_scene(recipe, seed) if scene is None else scene.clone()
     stage = static_stage(recipe, start.to(device), reference)
     return stage.scene, train(stage, guidance, seed, control)
 
