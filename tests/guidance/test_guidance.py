@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dream4d_engine.cameras import CameraBatch, make_cameras
 from dream4d_engine.guidance.combine import cfg, perp_neg, perpendicular, published_scale, rescale
-from dream4d_engine.guidance.denoiser import Conditions
+from dream4d_engine.guidance.denoiser import Conditions, Denoiser
 from dream4d_engine.guidance.distillation import (
     Guidance,
     ancestral_step,
@@ -42,9 +42,11 @@ from dream4d_engine.guidance.prompts import (
     view_prompts,
     without_word,
 )
-from dream4d_engine.priors.networks.denoisers import predicted_clean
+from dream4d_engine.priors.networks.denoisers import UNetDenoiser, predicted_clean
+from dream4d_engine.priors.networks.transformers import TransformerDenoiser
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
+from dream4d_engine.toyworld.ideal import IdealDenoiser
 
 TOLERANCE = 1e-4
 
@@ -94,6 +96,17 @@ class RecordedDenoiser:
         for ours, recorded in zip(asked, self.tokens, strict=True):
             assert torch.equal(ours, recorded.expand_as(ours))
         return x - sigma[:, None, None, None, None] * self.eps.flatten(0, 1)
+
+
+# --- the protocol -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [UNetDenoiser, TransformerDenoiser, IdealDenoiser])
+def test_a_denoiser_keeps_all_that_is_promised(kind: type) -> None:
+    promised = {name for name in vars(Denoiser) if not name.startswith("_")}
+    assert {"denoise", "encode", "decode", "run_as", "forget", "noise"} <= promised
+    set_when_made = {"image_size", "n_frames", "noise"}
+    assert not {name for name in promised if not hasattr(kind, name)} - set_when_made
 
 
 # --- published figures -------------------------------------------------------------------------------------------
