@@ -167,7 +167,8 @@ def glb_bytes(mesh: Mesh, options: GltfOptions | None = None) -> tuple[bytes, in
     n_keys = 0
     if len(tracks) > 1 and (animation := _animate(tracks, normals, mesh, options, parts, shape)):
         document["animations"], n_keys = [animation], animation.pop("n_keys")
-        if options.quantize:
+        targets = [parts.accessors[place] for target in primitive["targets"] for place in target.values()]
+        if any(accessor["componentType"] != _FLOAT for accessor in targets):
             for key in ("extensionsUsed", "extensionsRequired"):
                 document[key] = [*document.get(key, []), "KHR_mesh_quantization"]
     document |= {"accessors": parts.accessors, "bufferViews": parts.views, "buffers": [{"byteLength": len(parts.data)}]}
@@ -248,15 +249,19 @@ def _target(moved: Tensor, turned: Tensor, quantize: bool, parts: _Parts) -> tup
     """Add a target of differences [V, 3] of places and normals; return its entry and the weight that it has at its
     moment.
 
-    Quantised differences are shares of the largest one, and the weight is that: an extension-free way to a scale.
+    Quantised differences are shares of the largest one, and the weight is that: an extension-free way to a scale. It
+    is never above 1, where Blender cuts it off; what is larger is written as it is, in 32 bits.
     """
-    if not quantize:
-        entry = {"POSITION": parts.target(moved.numpy().astype("<f4"), _FLOAT, True)}
-        return entry | {"NORMAL": parts.target(turned.numpy().astype("<f4"), _FLOAT, False)}, 1.0
-    weight = max(float(moved.abs().max()), float(turned.abs().max()), 1e-6)
-    places = (moved / weight * 32767).round().numpy().astype("<i2")
-    directions = (turned / weight * 127).round().numpy().astype("i1")
-    entry = {"POSITION": parts.target(places, _SHORT, True), "NORMAL": parts.target(directions, _BYTE, False)}
+    places, directions = moved.numpy().astype("<f4"), turned.numpy().astype("<f4")
+    weight, kinds = 1.0, (_FLOAT, _FLOAT)
+    if quantize:
+        largest = (float(moved.abs().max()), float(turned.abs().max()))
+        weight = min(max(*largest, 1e-6), 1.0)
+        if largest[0] <= 1:
+            places, kinds = (moved / weight * 32767).round().numpy().astype("<i2"), (_SHORT, kinds[1])
+        if largest[1] <= 1:
+            directions, kinds = (turned / weight * 127).round().numpy().astype("i1"), (kinds[0], _BYTE)
+    entry = {"POSITION": parts.target(places, kinds[0], True), "NORMAL": parts.target(directions, kinds[1], False)}
     return entry, weight
 
 

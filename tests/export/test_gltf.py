@@ -118,6 +118,30 @@ def test_the_places_and_normals_of_each_moment_are_read_again(quantize: bool) ->
     assert file.tree["meshes"][0]["extras"]["targetNames"][0] == "t=0.125"
 
 
+def turned_ball(degrees: float, away: float, n_times: int = 5) -> Mesh:
+    """A ball that turns about the vertical and goes away."""
+    mesh, times = ball(16), torch.linspace(0, 1, n_times)
+    a = torch.deg2rad(times * degrees)
+    turns = torch.stack((a.cos(), -a.sin(), 0 * a, a.sin(), a.cos(), 0 * a, 0 * a, 0 * a, 0 * a + 1), -1)
+    tracks = mesh.vertices @ turns.view(-1, 3, 3).mT + times[:, None, None] * torch.tensor([0.0, away, 0.0])
+    return replace(mesh, vertices=tracks[0], tracks=tracks, times=times)
+
+
+@pytest.mark.parametrize("degrees", [20, 180])
+@pytest.mark.parametrize("away", [0.2, 7.0])
+def test_weights_stay_where_no_reader_cuts_them_off(degrees: float, away: float) -> None:
+    mesh = turned_ball(degrees, away)
+    file = Glb(glb_bytes(mesh, GltfOptions(error=1e-6))[0])
+    _, weights = file.weights()
+    assert 0 < weights.max() <= 1 and weights.min() == 0
+    for index, time in enumerate(mesh.times.tolist()):
+        assert np.abs(file.at(2 * time) - y_up(mesh.tracks[index]).numpy()).max() < 1e-4
+        normals = y_up(vertex_normals(mesh.tracks[index], mesh.faces)).numpy()
+        assert np.abs(file.at(2 * time, "NORMAL") - normals).max() < 0.02
+    kinds = {file.tree["accessors"][k]["componentType"] for t in file.primitive["targets"] for k in t.values()}
+    assert ("KHR_mesh_quantization" in file.tree["extensionsUsed"]) == (kinds != {5126})
+
+
 def test_up_is_y_and_the_front_is_z() -> None:
     front, left, up = torch.eye(3)
     assert y_up(front).tolist() == [0, 0, 1] and y_up(left).tolist() == [1, 0, 0] and y_up(up).tolist() == [0, 1, 0]
@@ -321,6 +345,7 @@ def test_the_validator_has_nothing_to_say(tmp_path) -> None:
     half = replace(moving, tracks=torch.where(moving.vertices[:, 2:] < 0.4, moving.tracks[0], moving.tracks))
     uv = torch.rand(576, 2, generator=torch.Generator().manual_seed(0))
     meshes = {"still": ball(), "moving": moving, "sparse": half, "indices of 32 bits": big}
+    meshes |= {"turned": turned_ball(180, 0.2), "far": turned_ball(20, 7.0), "far and turned": turned_ball(180, 7.0)}
     meshes["texture"] = replace(
         moving, colors=None, uv=uv, texture=torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(1))
     )
