@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..mesh import Mesh, MeshError
+from .container import Gltf
 
 ModelFormat = Literal["glb", "gltf", "obj", "ply", "stl", "tensors"]
 Up = Literal["y", "z"]
@@ -79,6 +80,8 @@ class Model:
     """Where the vertices come from in a glTF file; () for all other formats."""
     notes: tuple[str, ...] = ()
     """Sentences for people: what was left out, or taken for something else."""
+    file: Gltf | None = None
+    """The glTF file itself, which motion is written back into; None for all other formats."""
 
     def __post_init__(self) -> None:
         if not len(self.mesh.faces):
