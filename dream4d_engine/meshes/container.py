@@ -237,7 +237,8 @@ def _chunks(data: bytes, name: str) -> tuple[memoryview, memoryview]:
         raise MeshError(f"{name}: the header says version {version}, this program reads glTF 2: save the model as that")
     if length > len(data):
         raise MeshError(f"{name}: the header says {length:,} bytes, there are {len(data):,}: is the download complete?")
-    found, at = [], 12
+    found: list[tuple[bytes, memoryview]] = []
+    at = 12
     while at + 8 <= length and len(found) < 2:
         size, kind = struct.unpack_from("<I4s", data, at)
         if at + 8 + size > length:
