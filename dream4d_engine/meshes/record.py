@@ -106,7 +106,11 @@ class Placement:
 
     def from_world(self, points: Tensor) -> Tensor:
         """Points [..., 3] of the world in the file's frame."""
-        return (points / self.scale) @ points.new_tensor(self.rotation) + points.new_tensor(self.center)
+        return self.directions_from_world(points) + points.new_tensor(self.center)
+
+    def directions_from_world(self, ways: Tensor) -> Tensor:
+        """Differences [..., 3] of places of the world in the file's frame."""
+        return (ways / self.scale) @ ways.new_tensor(self.rotation)
 
 
 @dataclass(frozen=True)
