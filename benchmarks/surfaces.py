@@ -1,6 +1,7 @@
 """How near the meshes of trained toy scenes are to the true surfaces: python benchmarks/surfaces.py RUN... [--out FILE]
 
-A RUN is a folder that `dream4d text-to-4d CAPTION --out RUN` wrote. Lengths are shares of the true object's longest
+A RUN is a folder that `dream4d text-to-4d CAPTION --out RUN` wrote (its name is the caption where the scene has none:
+a_red_cube). Lengths are shares of the true object's longest
 side. `chamfer` is the mean of both ways between the surface extracted at time 0 and the true one, `moving` the mean
 distance of the followed surface from the true moving one over the key times, `aligned` the same after the scale and
 shift that fit best; silhouettes are compared with the renderer's opacity > 0.5.
@@ -96,7 +97,8 @@ def measure(run: Path) -> dict[str, float | str]:
     from scipy.spatial import cKDTree
 
     scene, provenance = load_scene(run / "scene.safetensors")
-    caption: Caption = as_caption(provenance.prompt)
+    prompt = provenance.prompt or run.name.replace("_", " ")
+    caption: Caption = as_caption(prompt)
     shape, generator = SHAPE_MODELS[caption.shape], torch.Generator().manual_seed(0)
     began = time.perf_counter()
     made = scene_mesh(scene, ExportOptions())
@@ -110,7 +112,7 @@ def measure(run: Path) -> dict[str, float | str]:
     rest = world_from_canonical(*kinds, torch.zeros(1))[0]
     back = torch.from_numpy(cKDTree(points.numpy()).query((truth @ rest[:3, :3].T + rest[:3, 3]).numpy())[0])
     found: dict[str, float | str] = {
-        "caption": str(provenance.prompt),
+        "caption": prompt,
         "chamfer": (float(to_truth(points, shape, rest).mean()) + float(back.mean())) / 2 / side,
         "aligned": aligned_distance(points, shape, rest) / side,
         "silhouettes at rest": silhouettes(scene, own.vertices, own.faces, 0.0, 256, 8),
