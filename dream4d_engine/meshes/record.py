@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..mesh import Mesh, MeshError
+from .container import Gltf
 
 ModelFormat = Literal["glb", "gltf", "obj", "ply", "stl", "tensors"]
 Up = Literal["y", "z"]
@@ -79,6 +80,8 @@ class Model:
     """Where the vertices come from in a glTF file; () for all other formats."""
     notes: tuple[str, ...] = ()
     """Sentences for people: what was left out, or taken for something else."""
+    file: Gltf | None = None
+    """The glTF file itself, which motion is written back into; None for all other formats."""
 
     def __post_init__(self) -> None:
         if not len(self.mesh.faces):
@@ -103,7 +106,11 @@ class Placement:
 
     def from_world(self, points: Tensor) -> Tensor:
         """Points [..., 3] of the world in the file's frame."""
-        return (points / self.scale) @ points.new_tensor(self.rotation) + points.new_tensor(self.center)
+        return self.directions_from_world(points) + points.new_tensor(self.center)
+
+    def directions_from_world(self, ways: Tensor) -> Tensor:
+        """Differences [..., 3] of places of the world in the file's frame."""
+        return (ways / self.scale) @ ways.new_tensor(self.rotation)
 
 
 @dataclass(frozen=True)
