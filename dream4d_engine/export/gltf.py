@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import __version__
 from ..documents import document_bytes
 from ..fields.encodings import require_range
-from ..mesh import Mesh, MeshError, vertex_normals
+from ..mesh import Mesh, MeshError, linear, vertex_normals
 from .images import to_bytes
 
 if TYPE_CHECKING:
@@ -189,11 +189,8 @@ def _material(mesh: Mesh, options: GltfOptions, parts: _Parts, attributes: dict[
         entries["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]  # clamped
         entries["textures"] = [{"source": 0, "sampler": 0}]
     elif mesh.colors is not None:
-        srgb = mesh.colors.detach().float().cpu().clamp(0, 1)
-        linear = torch.where(
-            srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4
-        )  # COLOR_0 is linear [3.9.2]
-        attributes["COLOR_0"] = parts.accessor((linear * 65535).round().numpy().astype("<u2"), _USHORT)
+        light = linear(mesh.colors.detach().float().cpu().clamp(0, 1))  # COLOR_0 is linear [3.9.2]
+        attributes["COLOR_0"] = parts.accessor((light * 65535).round().numpy().astype("<u2"), _USHORT)
     material = {"pbrMetallicRoughness": look, "doubleSided": True}  # where the motion folds the inside may show
     if not options.lit:
         material["extensions"] = {"KHR_materials_unlit": {}}
