@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,15 +112,15 @@ def field(tree: Mapping[str, Any], name: str, kind: type[T], where: object, erro
     value = tree.get(name)
     if value is None:
         return default
-    wrong = error(f"{where}: {name} must be {_NAMES[kind]}, got {describe(value)}")
+    fits = isinstance(value, kind)
     if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong
-        if not math.isfinite(value) or (kind is int and value != int(value)):
-            raise wrong
-        return kind(value)  # type: ignore[call-arg]
-    if not isinstance(value, kind):
-        raise wrong
+        # compared, not converted: a whole number of JSON may be too long for a float
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if fits and (kind is float or value == int(value)):
+            return kind(value)  # type: ignore[call-arg]
+        fits = False
+    if not fits:
+        raise error(f"{where}: {name} must be {_NAMES[kind]}, got {describe(value)}")
     return value
 
 

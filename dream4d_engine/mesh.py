@@ -74,11 +74,6 @@ def _shape(value: Tensor | None) -> object:
     return None if value is None else list(value.shape)
 
 
-def linear(srgb: Tensor) -> Tensor:
-    """Return amounts of light of colours in [0, 1] as a screen shows them (IEC 61966-2-1)."""
-    return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
 def face_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     """Return [..., M, 3] outward normals of length twice the face's area, from vertices [..., V, 3]."""
     a, b, c = (vertices[..., faces[:, k], :] for k in range(3))

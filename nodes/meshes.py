@@ -12,7 +12,8 @@ from comfy_api.latest import Types, io
 from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, export_scene, scene_mesh
 from ..dream4d_engine.export.gltf import y_up
 from ..dream4d_engine.machine import check_memory
-from ..dream4d_engine.mesh import Mesh, linear
+from ..dream4d_engine.mesh import Mesh
+from ..dream4d_engine.meshes.color import srgb_to_linear
 from ..dream4d_engine.priors.formats.weights import human_size
 from ..dream4d_engine.surface import SurfaceOptions
 from .checks import check_ranges, first_complaint, require
@@ -299,7 +300,7 @@ def core_mesh(mesh: Mesh) -> Types.MESH:
         batch(y_up(mesh.vertices)),
         batch(mesh.faces),
         uvs=batch(mesh.uv),
-        vertex_colors=None if mesh.colors is None else batch(linear(mesh.colors)),
+        vertex_colors=None if mesh.colors is None else batch(srgb_to_linear(mesh.colors)),
         texture=batch(mesh.texture),
         normals=None if mesh.normals is None else batch(y_up(mesh.normals)),
         unlit=True,

@@ -26,6 +26,7 @@ LEVELS = {
     "profiling": 0,
     "randomness": 0,
     "transfers": 0,
+    "meshes": 1,
     "rays": 1,
     "fields": 1,
     "occupancy": 1,
@@ -46,10 +47,11 @@ LEVELS = {
 SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
 SAME_LEVEL |= {("dream_in_4d", "assets"), ("surface", "rendering"), ("export", "surface")}
 SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "training"), ("machine", "documents")}
+SAME_LEVEL |= {("meshes", "fields")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
-HEAVY |= {"skimage", "fast_simplification", "xatlas"}
+HEAVY |= {"skimage", "fast_simplification", "xatlas", "trimesh"}
 LIBRARY_CODE = {
     "kernels/triton_source.py": "triton",
     "kernels/triton_mlp_source.py": "triton",

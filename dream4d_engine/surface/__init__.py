@@ -2,14 +2,17 @@
 
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
+from .own import OwnTracks, track_own_vertices
 from .tracks import Tracks, track_vertices
 
 __all__ = [
+    "OwnTracks",
     "Surface",
     "SurfaceOptions",
     "Tracks",
     "bake_texture",
     "extract_surface",
     "surface_colors",
+    "track_own_vertices",
     "track_vertices",
 ]

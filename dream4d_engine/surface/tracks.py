@@ -25,6 +25,7 @@ _FIXED_POINT, _DAMPING = 8, 0.7  # contracts where |d displacement / dx| < 1; th
 _NEWTON, _LONGEST = 12, 0.05  # rounds, and the longest step that one may take
 _STRAY = 0.05  # off the place that its neighbours give it, a vertex has gone to another branch of a fold
 _REACH = 0.1  # off that place, an inverse that is looked for belongs to another part of the object
+_SLOPES_AT_ONCE = 2**15  # places, so that a large mesh takes no more memory than a small one
 _LATTICE, _CANDIDATES = 40, 6  # points a side, and how many of them a lost vertex starts from anew
 
 
@@ -61,11 +62,15 @@ class _Warp:
 
     def with_slopes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return w [S, 3] and its Jacobian [S, 3, 3], dw_i / dx_j."""
-        with torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            w = self(x)
-            rows = [torch.autograd.grad(w[:, i].sum(), x, retain_graph=i < 2)[0] for i in range(3)]
-        return w.detach(), torch.stack(rows, 1)
+        places, slopes = [], []
+        for piece in x.split(_SLOPES_AT_ONCE):
+            with torch.enable_grad():
+                u = piece.detach().clone().requires_grad_()
+                w = self(u)
+                rows = [torch.autograd.grad(w[:, i].sum(), u, retain_graph=i < 2)[0] for i in range(3)]
+            places.append(w.detach())
+            slopes.append(torch.stack(rows, 1))
+        return torch.cat(places), torch.cat(slopes)
 
 
 @torch.inference_mode(False)  # a caller's, in which there are no slopes

@@ -13,8 +13,9 @@ from exact_scene import exact_scene, jump, sway
 from glb import Glb, issues_of
 
 from dream4d_engine.export import ExportOptions, GltfOptions, export_scene, glb_bytes, save_mesh
-from dream4d_engine.export.gltf import key_frames, y_up
+from dream4d_engine.export.gltf import y_up
 from dream4d_engine.mesh import Mesh, MeshError, vertex_normals
+from dream4d_engine.meshes.glb import key_frames
 from dream4d_engine.surface import SurfaceOptions
 
 

@@ -17,7 +17,7 @@ from dream4d_engine.export import ExportOptions, scene_mesh
 from dream4d_engine.export.gltf import y_up
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
-from dream4d_engine.mesh import linear
+from dream4d_engine.meshes.color import srgb_to_linear
 from dream4d_engine.scene import SceneConfig, build_scene
 from dream4d_engine.surface import SurfaceOptions
 
@@ -92,7 +92,7 @@ def test_a_mesh_goes_through_cores_nodes_as_the_engine_made_it(made):
     assert seen.keys() == {"POSITION", "NORMAL", "COLOR_0"}
     assert np.abs(seen["POSITION"] - y_up(mesh.vertices).numpy()).max() < 1e-5
     assert np.abs(seen["NORMAL"] - y_up(mesh.normals).numpy()).max() < 1e-4
-    assert np.abs(seen["COLOR_0"] - linear(mesh.colors).numpy()).max() < 1e-4, "amounts of light"
+    assert np.abs(seen["COLOR_0"] - srgb_to_linear(mesh.colors).numpy()).max() < 1e-4, "amounts of light"
     assert (file.read(file.primitive["indices"]).reshape(-1, 3) == mesh.faces.numpy()).all()
     assert "KHR_materials_unlit" in file.tree["materials"][0]["extensions"]
     assert f"Vertices:   {len(mesh.vertices):,}\nFaces:      2,000" in made["info"]
