@@ -22,7 +22,7 @@ from ..priors.handle import PriorKind
 from ..randomness import Source
 from ..scene import SceneConfig
 from ..schedules import Schedule, constant
-from ..supervision import RandomBackground, RegularizerWeights
+from ..supervision import RandomBackground, RegularizerWeights, SightWeights
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,22 @@ class MotionRecipe:
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
         return replace(scene, deformation=self.deformation)
+
+
+@dataclass(frozen=True)
+class MeshRecipe:
+    """A static scene from a mesh, told by rays that many cameras see it along, and by points around it."""
+
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
+    scene: SceneConfig
+    n_views: int  # cameras all around
+    view_size: int  # height and width of what each sees, pixels
+    phases: tuple[SightWeights, ...]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    stage: ClassVar[Literal["mesh"]] = "mesh"
 
 
 # --- Stage 1, as published -------------------------------------------------------------------------------------
@@ -401,12 +417,55 @@ TOY_PERSONALISED = replace(
 """The multi-view prior, which isn't told the subject's word, leads the shape, the image prior the colours; more
 guidance of the latter would overdraw what it learnt from four images."""
 
+# --- From a mesh ------------------------------------------------------------------------------------------------
+
+MESH = MeshRecipe(
+    name="mesh",
+    steps=2000,
+    scene=SceneConfig(
+        radiance=RadianceConfig(
+            grid=HashGridConfig(n_levels=10, log2_entries=18, base_resolution=8, growth=1.5), hidden_width=64
+        ),
+        background=_TOY_BACKDROP,
+        n_samples=256,
+    ),
+    n_views=64,
+    view_size=512,
+    phases=(
+        SightWeights(0.0, n_rays=256, n_points=2**16),
+        SightWeights(0.2, n_rays=2**14, n_points=2**15, rgb=20.0, mask=5.0),
+    ),
+    optimizer=OptimizerConfig(lr_mlp=0.005, milestones=(0.6, 0.8, 0.9)),
+    loop=_TOY_LOOP,
+)
+"""For a GPU."""
+MESH_QUICK = replace(
+    MESH,
+    name="mesh-quick",
+    steps=1000,
+    scene=replace(
+        MESH.scene,
+        radiance=RadianceConfig(
+            grid=HashGridConfig(n_levels=8, log2_entries=17, base_resolution=8, growth=1.6), hidden_width=32
+        ),
+        n_samples=192,
+    ),
+    view_size=384,
+    phases=(
+        SightWeights(0.0, n_rays=256, n_points=2**13),
+        SightWeights(0.3, n_rays=2**11, n_points=2**12, rgb=20.0, mask=5.0),
+    ),
+)
+"""For a CPU: coarser, in minutes on two cores."""
+
 STATIC_RECIPES = {
     recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, MODEL_IMAGE, TOY_PERSONALISED)
 }
 """Stage 1 from a sentence."""
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
 """Stage 1 from an image."""
+MESH_RECIPES = {recipe.name: recipe for recipe in (MESH, MESH_QUICK)}
+"""A still scene from a mesh."""
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE, MODEL_VIDEO)}
 
 
