@@ -117,7 +117,9 @@ def seen_along_rays(
     return Supervision("rays", view, loss)
 
 
-def known_in_space(sightings: Sightings, weights_at: Callable[[float], SightWeights], view: ViewFunction) -> Supervision:
+def known_in_space(
+    sightings: Sightings, weights_at: Callable[[float], SightWeights], view: ViewFunction
+) -> Supervision:
     """Return the supervision by points: solid or free as the cameras see them, and of the surface's own colour.
 
     `view`: that of another supervision; nothing is rendered for this one. What is solid should be opaque over the step
@@ -136,7 +138,7 @@ def known_in_space(sightings: Sightings, weights_at: Callable[[float], SightWeig
         skin = surface + step * send(torch.rand(n, 1, generator=source), device) * directions
         spread = torch.tensor(OFFSETS).repeat(n // len(OFFSETS) + 1)[:n, None]
         aside = torch.randn(n, 3, generator=source) * spread
-        far = torch.rand(n // 2, 3, generator=source) * 2 - 1
+        far = torch.rand(n, 3, generator=source) * 2 - 1
         radius = scene.config.radius
         others = torch.cat((surface + radius * send(aside, device), radius * send(far, device))).clamp(-radius, radius)
         points = torch.cat((skin, others))
