@@ -22,6 +22,7 @@ from torch import Tensor
 from .documents import describe, disguise, first_line, parse_document, shortened
 from .kernels import Kernels
 from .machine import WriteError, write_atomically
+from .meshes.record import MeshOrigin
 from .priors.formats.checkpoints import shown
 from .scene import Scene, SceneConfig
 
@@ -55,6 +56,12 @@ class Provenance:
     steps: int | None = None
     versions: dict[str, str] = field(default_factory=dict)  # of what it was made with, by package
     parent: Provenance | None = None  # of the static scene that a moving one was made from
+    mesh: MeshOrigin | None = None  # that a static scene was made from
+
+    @property
+    def first_mesh(self) -> MeshOrigin | None:
+        """The mesh that this scene, or one that it was made from, began as."""
+        return self.mesh if self.mesh is not None or self.parent is None else self.parent.first_mesh
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ outside. One topology holds for all moments: what moves are the vertices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,10 +138,13 @@ class Raster:
     """[H, W, 3], of the pixel's middle in its face, in the image's plane."""
 
 
-def rasterize(corners: Tensor, faces: Tensor, height: int, width: int) -> Raster:
+def rasterize(
+    corners: Tensor, faces: Tensor, height: int, width: int, shows: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Raster:
     """Draw faces over vertices at `corners` [V, 3]: x to the right and y down in pixels, and depth (the nearest wins).
 
-    A pixel shows a face where its middle lies in it. Faces of either orientation are drawn.
+    A pixel shows a face where its middle lies in it. Faces of either orientation are drawn. `shows`: asked with faces
+    [S] and places in them [S, 3] which of these are there [S]; where a face has holes, what lies behind is seen.
     """
     device, n_pixels = corners.device, height * width
     nearest = torch.full((n_pixels,), torch.inf, device=device)
@@ -168,6 +172,9 @@ def rasterize(corners: Tensor, faces: Tensor, height: int, width: int) -> Raster
         found = torch.stack((1 - wb - wc, wb, wc), -1)  # nan where the face has no area, and then outside
         inside = (found >= -1e-6).all(-1)
         found, pixel, piece = found[inside], (y * width + x)[inside], piece[inside]
+        if shows is not None:
+            there = shows(piece, found)
+            found, pixel, piece = found[there], pixel[there], piece[there]
         depth = (found * triangles[piece, :, 2]).sum(-1)
         nearest.scatter_reduce_(0, pixel, depth, "amin")
         wins = depth <= nearest[pixel]

@@ -52,6 +52,13 @@ def first_complaint(*verdicts: Verdict) -> Verdict:
     return next((verdict for verdict in verdicts if verdict is not True), True)
 
 
+def require(*verdicts: Verdict) -> None:
+    """RunError with the first thing that is wrong."""
+    complaint = first_complaint(*verdicts)
+    if complaint is not True:
+        raise RunError(str(complaint))
+
+
 def described_inputs(node: type[io.ComfyNode]) -> dict[str, tuple[str | list, dict]]:
     """All inputs of a node, those of dynamic choices too, as name -> (type, options)."""
     return dict(_walk(node.INPUT_TYPES(), ""))

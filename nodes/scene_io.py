@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -60,20 +62,9 @@ class SaveScene(io.ComfyNode):
     @classmethod
     def execute(cls, scene: SceneValue, filename_prefix: str) -> io.NodeOutput:
         """Write the file."""
-        prefix = fill_in(filename_prefix, cls.hidden.prompt, datetime.now())
-        checked = check_prefix(prefix)
-        if checked is not True:
-            raise AssetError(checked)
-        root = folder_paths.get_output_directory()
-        try:
-            folder, name, counter, below, _ = folder_paths.get_save_image_path(prefix.replace("\\", "/"), root)
-        except OSError as error:
-            raise AssetError(f"can't write into the folder of {prefix!r}: {error.strerror or error}") from error
-        file = f"{name}_{counter:05}_{_SCENE}"
-        save_scene(Path(folder) / file, scene.scene, scene.provenance, cls._notes())
-        saved = {"filename": file, "subfolder": below, "type": "output"}
-        listed = f"{below}/{file}" if below else file
-        return io.NodeOutput(f"{listed} [output]", ui={"scenes": [saved], "text": (listed,)})
+        place = new_file(filename_prefix, cls.hidden.prompt, _SCENE)
+        save_scene(place.path, scene.scene, scene.provenance, cls._notes())
+        return io.NodeOutput(f"{place.listed} [output]", ui={"scenes": [place.saved], "text": (place.listed,)})
 
     @classmethod
     def _notes(cls) -> dict[str, str]:
@@ -241,6 +232,38 @@ def scene_path(file: str) -> Path:
     if path.suffix not in (_SCENE, *_CHECKPOINTS):
         raise AssetError(f"{name!r} is no scene file: its name must end in {_SCENE} or {', '.join(_CHECKPOINTS)}")
     return path
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file below the output folder that isn't there yet."""
+
+    path: Path
+    saved: dict[str, str]
+    """As ComfyUI's front end wants to hear of it."""
+
+    @property
+    def listed(self) -> str:
+        """Its name below the output folder."""
+        return "/".join(filter(None, (self.saved["subfolder"], self.saved["filename"])))
+
+
+def new_file(prefix: str, graph: Mapping | None, suffix: str) -> NewFile:
+    """The next file of this prefix, whose placeholders are filled in from the queued graph; its folder is made.
+
+    Raises AssetError for prefixes that lead elsewhere or that no file can have.
+    """
+    prefix = fill_in(prefix, graph, datetime.now())
+    checked = check_prefix(prefix)
+    if checked is not True:
+        raise AssetError(checked)
+    root = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, below, _ = folder_paths.get_save_image_path(prefix.replace("\\", "/"), root)
+    except OSError as error:
+        raise AssetError(f"can't write into the folder of {prefix!r}: {error.strerror or error}") from error
+    file = f"{name}_{counter:05}_{suffix}"
+    return NewFile(Path(folder) / file, {"filename": file, "subfolder": below, "type": "output"})
 
 
 def check_prefix(prefix: str) -> bool | str:

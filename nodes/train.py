@@ -17,6 +17,7 @@ from ..dream4d_engine.training.config import (
     StaticRecipe,
     find_recipe,
     with_hifa_steps,
+    with_rigidity,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
@@ -34,6 +35,7 @@ from .checks import (
     check_types,
     first_complaint,
     recipe_name,
+    require,
 )
 from .images import reference_of
 from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_priors, show_taken
@@ -207,7 +209,7 @@ class OptimizeStaticScene(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train, on a copy of `scene` if there is one."""
-        _require(check_prompt(prompt), check_budget(cls, memory_budget))
+        require(check_prompt(prompt), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
         given: dict[PriorKind, PriorHandle | None] = {"multiview": multiview_prior, "image": image_prior}
@@ -314,9 +316,10 @@ class AnimateScene(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
-        _require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
+        require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
+        settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_frames_of(settings, priors)
         scale = deformation_scale or None
@@ -378,7 +381,7 @@ def _reference(
 
     Raises RunError or ImageError for what doesn't fit it.
     """
-    _require(check_image(recipe, image is not None, mask is not None, IMAGE_RECIPES))
+    require(check_image(recipe, image is not None, mask is not None, IMAGE_RECIPES))
     if image is None or recipe.reference is None:  # both, as none was refused
         return None
     with gradients():
@@ -390,10 +393,3 @@ def _reference(
         check_reference(recipe, reference)
         show_taken(reference.statement, reference.over(), node_id)
     return reference
-
-
-def _require(*verdicts: bool | str) -> None:
-    """RunError with the first thing that is wrong."""
-    complaint = first_complaint(*verdicts)
-    if complaint is not True:
-        raise RunError(complaint)

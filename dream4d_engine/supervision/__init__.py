@@ -3,6 +3,7 @@
 from .distil import distillation
 from .record import Supervision, Terms, ViewFunction, Views, gather, rendered, views_of
 from .regularise import RegularizerWeights, regularisers
+from .sight import Sightings, SightWeights, known_in_space, seen_along_rays
 from .targets import PhotometricWeights, Targets, photometric
 from .views import RandomBackground, draw_background, training_view
 
@@ -10,6 +11,8 @@ __all__ = [
     "PhotometricWeights",
     "RandomBackground",
     "RegularizerWeights",
+    "SightWeights",
+    "Sightings",
     "Supervision",
     "Targets",
     "Terms",
@@ -18,9 +21,11 @@ __all__ = [
     "distillation",
     "draw_background",
     "gather",
+    "known_in_space",
     "photometric",
     "regularisers",
     "rendered",
+    "seen_along_rays",
     "training_view",
     "views_of",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "reference_mask",
     "reference_rgb",
     "relative_depth",
+    "rigidity",
     "z_variance",
 ]
 
@@ -86,6 +87,15 @@ def displacement_tv(displacement: Tensor) -> Tensor:
     """
     terms = [displacement.diff(dim=dim).square().sum() for dim in (1, 2, 3)]  # F, H, W
     return torch.stack(terms).sum() / displacement.shape[0]
+
+
+def rigidity(apart: Tensor, before: Tensor) -> Tensor:
+    """Prefer distances that stay: mean of the squared strain |apart| / |before| - 1 of pairs of points.
+
+    apart: [S, 3] from one to the other now; before: [S, 3] likewise, of length above 0. No pairs give 0.
+    """
+    length = apart.square().sum(-1).clamp_min(1e-16).sqrt()  # where both fall together the gradient is 0, not NaN
+    return (length / before.norm(dim=-1) - 1).square().sum() / max(len(before), 1)
 
 
 def reference_rgb(render: RenderOutput, rgb: Tensor, mask: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from .record import Supervision, Terms, ViewFunction, needed
 SURFACE_OFFSET = 0.01
 """Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
 
+RIGIDITY_OFFSET = 0.08
+"""Likewise, how far the neighbours are to which a point of the surface keeps its distance."""
+
 
 @dataclass(frozen=True)
 class RegularizerWeights:
@@ -30,6 +33,7 @@ class RegularizerWeights:
     normal_smoothness_2d: float = 0.0  # normals that change little from pixel to pixel
     normal_smoothness_3d: float = 0.0  # normals that change little from point to point
     displacement_tv: float = 0.0  # motion that changes little from pixel to pixel and frame to frame
+    rigidity: float = 0.0  # motion that keeps the distances between near points of the surface
 
 
 def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFunction) -> Supervision:
@@ -60,20 +64,45 @@ def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFu
         if weights.normal_smoothness_3d:
             aside = draw.groups("aside", view.cameras.shape[0])
             parts["normal_3d"] = weights.normal_smoothness_3d * _normal_smoothness(scene, output, view.rays, aside)
+        if weights.rigidity:
+            near = draw.groups("rigidity", view.cameras.shape[0])
+            parts["rigidity"] = weights.rigidity * _rigidity(scene, output, view.rays, near)
         return Terms(parts)
 
     return Supervision("regularisers", view, loss)
+
+
+def _where_rays_end(
+    output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the points [S, 3] where opaque rays end, their times [S], and a normal offset each [S, 3]."""
+    opacity = output.opacity.detach().reshape(-1)
+    seen = opacity > 0.5  # [N]; the others end nowhere
+    distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
+    points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
+    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]  # for all rays, see randomness
+    return points, rays.times[seen], aside
+
+
+def _rigidity(scene: Scene, output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]) -> Tensor:
+    """Compare how far pairs of points where opaque rays end lie from each other in the frame and in the field."""
+    if scene.deformation is None:
+        raise ValueError("rigidity is about motion, and the scene has none: leave its weight at 0")
+    points, times, aside = _where_rays_end(output, rays, source)
+    u = (points / scene.config.radius + 1) / 2  # the warp's own units: shares of the box
+    nearby = u + RIGIDITY_OFFSET / 2 * aside
+    both = torch.cat((u, nearby)).clamp(0, 1)
+    shift = scene.deformation.displacement(both, times.repeat(2), scene.kernels)
+    first, second = (both + shift).chunk(2)  # times the scale, by which all distances are smaller in the field
+    one, other = both.chunk(2)
+    apart = (other - one).norm(dim=-1) > 1e-4  # a pair on the box's border may have become one
+    return losses.rigidity((second - first)[apart], (other - one)[apart])
 
 
 def _normal_smoothness(
     scene: Scene, output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]
 ) -> Tensor:
     """Compare the normals where opaque rays end with those of points a little aside."""
-    opacity = output.opacity.detach().reshape(-1)
-    seen = opacity > 0.5  # [N]; the others end nowhere
-    distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
-    points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
-    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]  # for all rays, see randomness
-    times = rays.times[seen]
+    points, times, aside = _where_rays_end(output, rays, source)
     nearby = points + SURFACE_OFFSET * scene.config.radius * aside
     return losses.normal_smoothness_3d(scene.normals(points, times), scene.normals(nearby, times))

@@ -22,7 +22,7 @@ from ..priors.handle import PriorKind
 from ..randomness import Source
 from ..scene import SceneConfig
 from ..schedules import Schedule, constant
-from ..supervision import RandomBackground, RegularizerWeights
+from ..supervision import RandomBackground, RegularizerWeights, SightWeights
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,22 @@ class MotionRecipe:
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
         return replace(scene, deformation=self.deformation)
+
+
+@dataclass(frozen=True)
+class MeshRecipe:
+    """A static scene from a mesh, told by rays that many cameras see it along, and by points around it."""
+
+    name: str  # of the shipped recipe that these numbers began as
+    steps: int  # of the whole run
+    scene: SceneConfig
+    n_views: int  # cameras all around
+    view_size: int  # height and width of what each sees, pixels
+    phases: tuple[SightWeights, ...]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    stage: ClassVar[Literal["mesh"]] = "mesh"
 
 
 # --- Stage 1, as published -------------------------------------------------------------------------------------
@@ -401,12 +417,58 @@ TOY_PERSONALISED = replace(
 """The multi-view prior, which isn't told the subject's word, leads the shape, the image prior the colours; more
 guidance of the latter would overdraw what it learnt from four images."""
 
+# --- From a mesh ------------------------------------------------------------------------------------------------
+
+MESH = MeshRecipe(
+    name="mesh",
+    steps=1400,
+    scene=SceneConfig(
+        radiance=RadianceConfig(
+            grid=HashGridConfig(n_levels=10, log2_entries=18, base_resolution=8, growth=1.5), hidden_width=64
+        ),
+        background=_TOY_BACKDROP,
+        occupancy_resolution=64,
+        n_samples=256,
+    ),
+    n_views=64,
+    view_size=512,
+    phases=(
+        SightWeights(0.0, n_rays=256, n_points=2**16),
+        SightWeights(0.2, n_rays=2**14, n_points=2**15, rgb=50.0, mask=50.0, solid=0.3),
+    ),
+    optimizer=OptimizerConfig(lr_mlp=0.005, milestones=(0.6, 0.8, 0.9)),
+    loop=replace(_TOY_LOOP, occupancy_every=32),
+)
+"""For a GPU."""
+MESH_QUICK = replace(
+    MESH,
+    name="mesh-quick",
+    steps=600,
+    scene=replace(
+        MESH.scene,
+        radiance=RadianceConfig(
+            grid=HashGridConfig(n_levels=8, log2_entries=17, base_resolution=8, growth=1.6), hidden_width=32
+        ),
+        occupancy_resolution=48,
+        n_samples=192,
+    ),
+    view_size=384,
+    phases=(
+        SightWeights(0.0, n_rays=256, n_points=2**12),
+        SightWeights(0.4, n_rays=2**11, n_points=2**12, rgb=50.0, mask=50.0, solid=0.3),
+    ),
+    optimizer=replace(MESH.optimizer, lr_grid=0.02, lr_mlp=0.01),
+)
+"""For a CPU: coarser, in minutes on two cores."""
+
 STATIC_RECIPES = {
     recipe.name: recipe for recipe in (TOY_STATIC, TEXT_TO_3D, PERSONALISED_3D, MODEL_IMAGE, TOY_PERSONALISED)
 }
 """Stage 1 from a sentence."""
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
 """Stage 1 from an image."""
+MESH_RECIPES = {recipe.name: recipe for recipe in (MESH, MESH_QUICK)}
+"""A still scene from a mesh."""
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE, MODEL_VIDEO)}
 
 
@@ -427,6 +489,20 @@ def find_recipe(name: str, recipes: dict):
 def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
     """Whether the models that come with the package are what the recipe was made for."""
     return recipe.name == "toy" or recipe.name.startswith("toy-")
+
+
+MESH_RIGIDITY = 1000.0
+"""Weight of that term in the motion of scenes that were made from meshes."""
+
+
+def with_rigidity(recipe: MotionRecipe, from_mesh: bool, weight: float | None = None) -> MotionRecipe:
+    """Return the recipe with motion that keeps the distances between near points of the surface, at this weight.
+
+    `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh.
+    """
+    if weight is None:
+        weight = recipe.regularizers.rigidity or (MESH_RIGIDITY if from_mesh else 0.0)
+    return replace(recipe, regularizers=replace(recipe.regularizers, rigidity=weight))
 
 
 def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecipe:

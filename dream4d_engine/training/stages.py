@@ -14,10 +14,10 @@ from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..rendering import RenderOptions
 from ..scene import Scene
-from ..supervision import RegularizerWeights, Supervision, distillation, regularisers, training_view
-from .config import MotionRecipe, Phase, ReferencePhase, StaticRecipe
+from ..supervision import RegularizerWeights, SightWeights, Supervision, distillation, regularisers, training_view
+from .config import MeshRecipe, MotionRecipe, Phase, ReferencePhase, StaticRecipe
 
-AnyPhase = TypeVar("AnyPhase", Phase, ReferencePhase)
+AnyPhase = TypeVar("AnyPhase", Phase, ReferencePhase, SightWeights)
 GuidanceOf = Mapping[PriorKind, Guidance]
 ParameterGroup = tuple[str, list[nn.Parameter], float]
 """(name, parameters, learning rate)."""
@@ -30,7 +30,7 @@ class Stage:
     name: str  # in reports and messages
     scene: Scene  # trained in place
     groups: Sequence[ParameterGroup]  # the parameters that are trained
-    recipe: StaticRecipe | MotionRecipe  # steps, optimiser and loop are taken from it
+    recipe: StaticRecipe | MotionRecipe | MeshRecipe  # steps, optimiser and loop are taken from it
     # (guidance, rays at once or None for all, see RenderOptions) -> what every step minimises
     supervisions: Callable[[GuidanceOf, int | None], tuple[Supervision, ...]]
     starts: Sequence[float] = (0.0,)  # shares of the run at which a step's size changes

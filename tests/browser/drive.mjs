@@ -10,9 +10,11 @@ const NAMES = { static: "Dream4DOptimizeStaticScene", motion: "Dream4DAnimateSce
 const VIEWER = "Dream4DPreview4D";
 const seen = { outside: [], errors: [], asked: 0 };
 
+// ComfyUI's own 3D viewer draws with WebGL, in software here
+const drawing = part === "meshes" ? ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] : ["--disable-gpu"];
 const browser = await chromium.launch({
   executablePath,
-  args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"].concat([
+  args: ["--no-sandbox", "--no-first-run", "--disable-background-networking", ...drawing].concat([
     "--disable-component-update",
     "--disable-sync",
   ]),
@@ -550,7 +552,34 @@ async function tryLife() {
   return found;
 }
 
-const PARTS = { story, several, templates, damaged };
+/** The template that exports an animated GLB is run, and ComfyUI's own 3D viewer plays the file. */
+async function meshes() {
+  await newPage();
+  await page.setViewportSize({ width: 1000, height: 900 }); // drawn in software, a pixel counts
+  await open();
+  await loadTemplate("scene_to_animated_glb");
+  await setWidgets("Dream4DExportAnimatedGLB", { times: 6, resolution: 32, faces: 2000, threshold: 7.9 });
+  await lookAt("Preview3D");
+  await pressRun();
+  const play = page.getByLabel("Play/Pause").first();
+  await play.waitFor({ timeout: 240000 });
+  const box = await page.locator(".dom-widget canvas").first().boundingBox();
+  const clip = { x: box.x, y: box.y + 70, width: box.width, height: box.height - 110 }; // without the controls
+  const take = async (name) => page.screenshot({ path: path.join(folder, `${name}.png`), clip });
+  await page.waitForTimeout(1500); // a first frame
+  await take("still0");
+  await page.waitForTimeout(700);
+  await take("still1");
+  await play.click();
+  seen.playing = 8;
+  for (let n = 0; n < seen.playing; n++) {
+    await page.waitForTimeout(150);
+    await take(`playing${n}`);
+  }
+  await shot("glb");
+}
+
+const PARTS = { story, several, templates, damaged, meshes };
 
 try {
   await PARTS[part]();

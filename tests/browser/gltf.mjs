@@ -1,12 +1,14 @@
-// Show a GLB file in three.js and save what is seen: node gltf.mjs CHROMIUM FILE FOLDER SIZE CAMERAS
-// CAMERAS: JSON of [{position: [x, y, z], fov (degrees), seconds}]; tests/export/test_three.py judges the images.
+// Show a GLB file in three.js and save what is seen: node gltf.mjs CHROMIUM FILE FOLDER SIZE CAMERAS [LOOK]
+// CAMERAS: JSON of [{position: [x, y, z], fov (degrees), seconds}], looking at the origin, or with {matrix, near, far}
+// instead of the position; tests/export/test_three.py judges the images.
+// LOOK: JSON of {clip: the number of the only one that plays, bare: base colours without light, before nothing}.
 
 import { createServer } from "node:http";
 import { readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { chromium } from "playwright-core";
 
-const [executablePath, file, folder, size, cameras] = process.argv.slice(2);
+const [executablePath, file, folder, size, cameras, look = "{}"] = process.argv.slice(2);
 const here = import.meta.dirname;
 const modules = { three: "/node_modules/three/build/three.module.js", "three/addons/": "/node_modules/three/examples/jsm/" };
 const html = `<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
@@ -16,16 +18,31 @@ import * as THREE from "three";
 import { GLTFLoader } from "three/addons/loaders/GLTFLoader.js";
 try {
   const model = await new GLTFLoader().loadAsync("/model.glb");
-  const renderer = new THREE.WebGLRenderer({ preserveDrawingBuffer: true });
+  const { clip: only, bare } = ${look};
+  const renderer = new THREE.WebGLRenderer({ preserveDrawingBuffer: true, alpha: Boolean(bare) });
   renderer.setSize(${size}, ${size});
   const scene = new THREE.Scene().add(model.scene);
   const mixer = new THREE.AnimationMixer(model.scene);
-  for (const clip of model.animations) mixer.clipAction(clip).play();
-  window.shot = ({ position, fov, seconds }) => {
+  for (const [number, clip] of model.animations.entries()) {
+    if (only === undefined || only === number) mixer.clipAction(clip).play();
+  }
+  if (bare) {
+    model.scene.traverse((part) => {
+      part.frustumCulled = false;
+      if (!part.material) return;
+      const { color, map, vertexColors, alphaTest, side } = part.material;
+      part.material = new THREE.MeshBasicMaterial({ color, map, vertexColors, alphaTest, side });
+    });
+  }
+  window.shot = ({ position, matrix, fov, seconds, near = 0.01, far = 100 }) => {
     mixer.setTime(seconds);
-    const camera = new THREE.PerspectiveCamera(fov, 1, 0.01, 100);
-    camera.position.set(...position);
-    camera.lookAt(0, 0, 0);
+    const camera = new THREE.PerspectiveCamera(fov, 1, near, far);
+    if (matrix) {
+      camera.matrix.fromArray(matrix).decompose(camera.position, camera.quaternion, camera.scale);
+    } else {
+      camera.position.set(...position);
+      camera.lookAt(0, 0, 0);
+    }
     renderer.render(scene, camera);
     return renderer.domElement.toDataURL("image/png");
   };
