@@ -6,19 +6,16 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
 
-import torch
 from comfy_api.latest import Types, io
 
 from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, export_scene, scene_mesh
-from ..dream4d_engine.export.gltf import y_up
 from ..dream4d_engine.machine import check_memory
-from ..dream4d_engine.mesh import Mesh
-from ..dream4d_engine.meshes.color import srgb_to_linear
 from ..dream4d_engine.priors.formats.weights import human_size
 from ..dream4d_engine.surface import SurfaceOptions
 from .checks import check_ranges, first_complaint, require
+from .models import core_mesh
+from .places import check_prefix, new_file
 from .render import scene_on_device
-from .scene_io import check_prefix, new_file
 from .session import interrupt_if_asked, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -284,24 +281,3 @@ def told_of_motion(n_keys: int, moving: bool) -> str:
     if n_keys:
         return f"{n_keys} key frames"
     return "nothing moves in the scene: no animation" if moving else "the scene is still: no animation"
-
-
-def core_mesh(mesh: Mesh) -> Types.MESH:
-    """A mesh as ComfyUI's nodes have it: a batch of one on the CPU, y up, colours as amounts of light.
-
-    It says of itself that it is unlit, as the field's colours hold light of their own; core's writer passes that on
-    unless there is a texture.
-    """
-
-    def batch(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value.detach().cpu()[None].contiguous()
-
-    return Types.MESH(
-        batch(y_up(mesh.vertices)),
-        batch(mesh.faces),
-        uvs=batch(mesh.uv),
-        vertex_colors=None if mesh.colors is None else batch(srgb_to_linear(mesh.colors)),
-        texture=batch(mesh.texture),
-        normals=None if mesh.normals is None else batch(y_up(mesh.normals)),
-        unlit=True,
-    )
