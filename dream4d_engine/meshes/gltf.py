@@ -156,7 +156,7 @@ def _gather(
         looks.mirrored[shared] = posed.mirrored
     first = gathered.firsts[shared]
     count = file.get(file.entry("accessors", attributes["POSITION"], where), "count", int, where, 0)
-    faces = _triangles(file, primitive, mode, count, where)
+    faces = triangles(file, primitive, mode, count, where)
     gathered.n_faces += len(faces)
     if gathered.n_faces > MOST_FACES:
         raise MeshError(f"{file.name} has more than {MOST_FACES:,} faces: reduce it first")
@@ -174,7 +174,7 @@ def _check_compressed(file: Gltf, primitive: Tree, attributes: Tree, where: str)
         raise file.fault(where, "is compressed (KHR_draco_mesh_compression): save the model again without compression")
 
 
-def _triangles(file: Gltf, primitive: Tree, mode: int, count: int, where: str) -> np.ndarray:
+def triangles(file: Gltf, primitive: Tree, mode: int, count: int, where: str) -> np.ndarray:
     """A primitive's faces [M, 3], counter-clockwise [3.7.2.1]."""
     import numpy as np
 
