@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 
+import torch
 from comfy_api.latest import Types, io
 
-from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, export_scene, scene_mesh
-from ..dream4d_engine.machine import check_memory
+from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, glb_bytes, scene_mesh
+from ..dream4d_engine.machine import check_memory, write_atomically
+from ..dream4d_engine.mesh import MeshError
+from ..dream4d_engine.meshes import moving_glb
 from ..dream4d_engine.priors.formats.weights import human_size
-from ..dream4d_engine.surface import SurfaceOptions
+from ..dream4d_engine.surface import SurfaceOptions, track_own_vertices
 from .checks import check_ranges, first_complaint, require
-from .models import core_mesh
+from .models import Given, core_mesh, model_input, model_of
 from .places import check_prefix, new_file
 from .render import scene_on_device
-from .session import interrupt_if_asked, say_on_node
+from .session import RunError, interrupt_if_asked, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _LARGEST, _SMALLEST_TEXTURE, _LARGEST_TEXTURE = 512, 16, 8192
@@ -145,6 +149,12 @@ class ExportAnimatedGLB(io.ComfyNode):
             search_aliases=["save glb", "export 4d", "animated mesh", "gltf", "morph targets", "blender", "dream4d"],
             inputs=[
                 ScenePort.Input("scene", tooltip="A moving scene. A still one makes a file without animation."),
+                model_input(
+                    "own_mesh",
+                    "The mesh that Mesh to Scene made the scene of: the motion is written into it, with its own "
+                    "vertices, materials and textures. Without it the scene's own surface is used.",
+                    optional=True,
+                ),
                 io.Int.Input(
                     "times",
                     default=24,
@@ -214,23 +224,65 @@ class ExportAnimatedGLB(io.ComfyNode):
         texture: int,
         threshold: float,
         smoothing: int,
+        own_mesh: Given | None = None,
     ) -> io.NodeOutput:
-        """Follow the surface through the times and write the file."""
-        require(check_surface(cls, resolution, faces, texture))
+        """Follow the surface, or the mesh's own vertices, through the times and write the file."""
+        gltf, node_id = GltfOptions(duration, bounce, lit=lit), cls.hidden.unique_id
+        if own_mesh is None:
+            require(check_surface(cls, resolution, faces, texture))
+            surface = SurfaceOptions(resolution, threshold or None, faces, smoothing)
+            made = _surface_file(scene, ExportOptions(times, 0.0, texture, surface, gltf), node_id)
+        else:
+            made = _own_file(scene, own_mesh, times, gltf, node_id)
         file = new_file(filename_prefix, cls.hidden.prompt, ".glb")
-        options = ExportOptions(
-            times,
-            texture=texture,
-            surface=SurfaceOptions(resolution, threshold or None, faces, smoothing),
-            gltf=GltfOptions(duration, bounce, lit=lit),
-        )
-        node_id = cls.hidden.unique_id
-        with scene_on_device(scene) as there:
-            report = export_scene(there, file.path, options, "glb", progress_of(node_id))
-        motion = told_of_motion(report.n_keys, scene.scene.deformation is not None)
-        say_on_node(f"{file.listed}, {human_size(report.n_bytes)}\n{told(report.made)}\n{motion}", node_id)
-        data = BytesIO(file.path.read_bytes())  # and not the path: what was saved may be moved or removed
+        write_atomically(file.path, made.data)
+        motion = told_of_motion(made.n_keys, scene.scene.deformation is not None)
+        lines = (f"{file.listed}, {human_size(len(made.data))}", *made.lines, motion)
+        say_on_node("\n".join(lines), node_id)
+        data = BytesIO(made.data)  # and not the path: what was saved may be moved or removed
         return io.NodeOutput(Types.File3D(data, "glb"), ui={"3d": [file.saved]})
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A file that isn't written yet, and what is to be said of it."""
+
+    data: bytes
+    n_keys: int
+    lines: tuple[str, ...]
+
+
+def _surface_file(scene: SceneValue, options: ExportOptions, node_id: str | None) -> _Made:
+    """The scene's own surface, moving."""
+    with scene_on_device(scene) as there:
+        made = scene_mesh(there, options, on_progress=progress_of(node_id))
+        data, n_keys = glb_bytes(made.mesh, options.gltf)
+    return _Made(data, n_keys, (told(made),))
+
+
+def _own_file(scene: SceneValue, given: Given, times: int, options: GltfOptions, node_id: str | None) -> _Made:
+    """The mesh that the scene was made of, moving as the scene does; RunError for another one."""
+    origin = scene.provenance.first_mesh
+    if origin is None:
+        raise RunError(
+            "the scene was not made from a mesh, so its motion has no way into one: make it with Mesh to Scene, or "
+            "disconnect own_mesh"
+        )
+    try:
+        model = model_of(given, origin.source.clip, origin.source.time)
+    except MeshError as error:
+        raise RunError(f"own_mesh: {error}") from error
+    if model.source.sha256 != origin.source.sha256:
+        raise RunError(
+            f"own_mesh is another mesh ({model.source.name}) than the scene was made of ({origin.source.name}): "
+            "connect the one that Mesh to Scene got"
+        )
+    moments = torch.linspace(0, 1, times)
+    with scene_on_device(scene) as there:
+        tracks = track_own_vertices(there, model, origin.placement, moments, progress_of(node_id))
+    made = moving_glb(model, tracks.positions, tracks.times, options, origin.placement)
+    size = f"{model.source.name}: {len(model.mesh.vertices):,} vertices, {len(model.mesh.faces):,} faces"
+    return _Made(made.data, made.n_keys, (size, *model.notes, *tracks.notes, *made.notes))
 
 
 def check_surface(

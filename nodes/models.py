@@ -69,9 +69,8 @@ def _place_of(file: Types.File3D) -> Path:
     """Where a 3D file lies; one that lies in memory is written into the temporary folder, under its fingerprint."""
     form = str(file.format or "").lower()
     if form not in READ_FORMATS:
-        raise MeshError(
-            f"a 3D file of the format {describe(form)} came, and {', '.join(SUFFIXES)} are read; export it as GLB"
-        )
+        known = ", ".join(READ_FORMATS)
+        raise MeshError(f"a 3D file of the format {describe(form)} came: take one of {known}, or export it as GLB")
     if file.is_disk_backed:
         path = Path(file.get_source())
         if not path.is_file():

@@ -166,7 +166,9 @@ def _history(provenance: Provenance) -> list[str]:
     parts = [f"recipe {provenance.recipe}"] if provenance.recipe else []
     parts += [f"{provenance.steps} steps"] if provenance.steps is not None else []
     parts += [f"seed {provenance.seed}"] if provenance.seed is not None else []
-    lines = [f"prompt: {provenance.prompt or '(unknown)'}", ", ".join(parts) or "(no recipe known)"]
+    mesh = None if provenance.mesh is None else f"a mesh: {provenance.mesh.source.name}"
+    told = mesh or f"prompt: {provenance.prompt or '(unknown)'}"
+    lines = [told, ", ".join(parts) or "(no recipe known)"]
     if provenance.parent is not None:
         lines += ["made from:", *(f"  {line}" for line in _history(provenance.parent))]
     return lines
