@@ -618,7 +618,7 @@ def test_every_input_of_every_node_is_checked_before_anything_is_done(server):
             assert not name.startswith("Dream4D") or (name, socket) in walked, f"{name}.{socket} of {kind}"
     assert ("Dream4DAnimateScene", "recipe.hifa_steps") in walked, "below the choices too"
     for row in rows:
-        own = row["value"] == "'no choice at all'" and row["raised"] in ("AssetError", "PriorError", "ValueError")
+        own = row["value"] == "'no choice at all'" and row["raised"] in ("PlaceError", "PriorError", "ValueError")
         assert row["raised"] == "RunError" or own, row
         assert row["input"] in row["text"] or own, row
         assert len(row["text"]) < 700 and "\n" not in row["text"], row
