@@ -1,14 +1,25 @@
-"""Write a scene as a mesh: a GLB that moves, or one of its moments as OBJ, PLY or STL."""
+"""Write a scene as a mesh: a GLB that moves (or your own, given its motion), or a moment as OBJ, PLY or STL."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from ..assets import load_scene
-from ..export import ExportOptions, GltfOptions, MeshFormat, export_scene, mesh_format
-from ..machine import check_folder, pick_device
+from ..export import (
+    ExportOptions,
+    GltfOptions,
+    MeshFormat,
+    export_scene,
+    mesh_format,
+    own_mesh_glb,
+    require_own,
+)
+from ..machine import check_folder, pick_device, write_atomically
+from ..meshes import read_model
 from ..priors.formats.weights import human_size
 from ..surface import SurfaceOptions
 from ..training.loop import Interrupted
@@ -32,6 +43,9 @@ class Export:
     """The file to write (default: the scene's name with the format's suffix, beside it)."""
     format: MeshFormat | None = None
     """What to write (default: as the suffix of --out says, else glb)."""
+    mesh: Annotated[Path | None, FILE] = None
+    """The file that the scene was made from by `dream4d import`: its own vertices get the motion, as a GLB that keeps
+    its materials and images."""
     times: int = 24
     """Moments that the surface is followed through; 1 for a still GLB."""
     time: float = 0.0
@@ -66,6 +80,8 @@ class Export:
 
 def run(options: Export) -> int:
     """Write a scene as a mesh's file."""
+    if options.mesh is not None:
+        return _run_own(options, options.mesh)
     form = options.format or (mesh_format(options.out) if options.out else "glb")
     if form is None:
         raise UsageError(
@@ -78,10 +94,59 @@ def run(options: Export) -> int:
         time=options.time,
         texture=options.texture,
         surface=SurfaceOptions(options.resolution, options.threshold, options.faces, options.smoothing),
-        gltf=GltfOptions(options.duration, options.bounce, options.error, options.quantize, options.lit),
+        gltf=_gltf(options),
     )
     scene, _ = load_scene(options.scene, pick_device(options.machine.device))
     check_folder(out.parent, _MOST_BYTES)
+    with _progress() as on_progress:
+        report = export_scene(scene, out, export_options, form, on_progress)
+    for note in report.made.notes:
+        say(f"note: {note}")
+    mesh = report.made.mesh
+    keys = f", {report.n_keys} key frames" if report.n_keys else ""
+    say(f"{out}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces{keys}, {human_size(report.n_bytes)}")
+    return 0
+
+
+_OF_SURFACES = ("time", "resolution", "faces", "threshold", "smoothing", "texture", "lit")
+"""Flags that say how a surface is made, or what it looks like."""
+
+
+def _run_own(options: Export, mesh: Path) -> int:
+    """Write the motion into the mesh that the scene was made from."""
+    defaults = Export(options.scene)
+    vain = next((name for name in _OF_SURFACES if getattr(options, name) != getattr(defaults, name)), None)
+    if vain is not None:
+        raise UsageError(f"--{vain} means nothing with --mesh, which keeps its own shape and looks: leave it out")
+    out = options.out or options.scene.with_name(f"{mesh.stem}_moving.glb")
+    if out.suffix.lower() != ".glb" or options.format not in (None, "glb"):
+        raise UsageError(f"{out} can't be: a mesh that moves is written as GLB, so end --out in .glb")
+    if out.exists() and mesh.exists() and out.samefile(mesh):
+        raise UsageError(f"{out} is the mesh itself: choose another --out")
+    results.require_new([out], options.overwrite)
+    scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
+    origin = provenance.first_mesh
+    moment = ("", 0.0) if origin is None else (origin.source.clip, origin.source.time)
+    model = read_model(mesh, moment[0] or None, moment[1])
+    require_own(model, origin)
+    check_folder(out.parent, mesh.stat().st_size + _MOST_BYTES)
+    with _progress() as on_progress:
+        made = own_mesh_glb(scene, origin, model, options.times, _gltf(options), on_progress)
+    write_atomically(out, made.data)
+    for note in made.notes:
+        say(f"note: {note}")
+    keys = f", {made.n_keys} key frames" if made.n_keys else ", which does not move"
+    say(f"{out}: {len(model.mesh.vertices):,} vertices of {mesh.name}{keys}, {human_size(len(made.data))}")
+    return 0
+
+
+def _gltf(options: Export) -> GltfOptions:
+    return GltfOptions(options.duration, options.bounce, options.error, options.quantize, options.lit)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float], None]]:
+    """Show how far the work is: call it with the share done; it raises Interrupted where a signal asked to stop."""
     with stop_on_interrupt() as should_stop, make_progress() as progress:
         progress.begin("mesh", _STEPS)
 
@@ -90,13 +155,7 @@ def run(options: Export) -> int:
                 raise Interrupted("the export", int(share * _STEPS), None)
             progress.update("mesh", int(share * _STEPS))
 
-        report = export_scene(scene, out, export_options, form, on_progress)
-    for note in report.made.notes:
-        say(f"note: {note}")
-    mesh = report.made.mesh
-    keys = f", {report.n_keys} key frames" if report.n_keys else ""
-    say(f"{out}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces{keys}, {human_size(report.n_bytes)}")
-    return 0
+        yield on_progress
 
 
 COMMAND = Command(Export, run)

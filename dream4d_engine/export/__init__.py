@@ -13,6 +13,7 @@ from .meshes import (
     save_mesh,
     scene_mesh,
 )
+from .own import OwnMesh, own_mesh_glb, require_own
 from .video import Video, VideoWriter, read_video, write_video
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ExportReport",
     "GltfOptions",
     "MeshFormat",
+    "OwnMesh",
     "SceneMesh",
     "Video",
     "VideoWriter",
@@ -28,7 +30,9 @@ __all__ = [
     "export_scene",
     "glb_bytes",
     "mesh_format",
+    "own_mesh_glb",
     "read_video",
+    "require_own",
     "save_image",
     "save_mesh",
     "scene_mesh",

@@ -1,0 +1,455 @@
+"""OBJ, PLY and STL files as models: the vertices in the files' own order, and what they look like.
+
+Read here rather than by a library, since those at hand reorder vertices, resolve counting from the end of a list
+wrongly in the middle of a file, and take memory for what a header claims before they look whether it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..documents import describe, disguise
+from ..mesh import Mesh, MeshError
+from .container import path_beside, read_bytes
+from .gltf import MOST_FACES, MOST_VERTICES
+from .images import MOST_PIXELS, BadImage, decode_image
+from .record import Material, Model, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
+    """Read an OBJ, PLY or STL file. Raises MeshError where there is no model to be had."""
+    data = read_bytes(path)
+    strange = disguise(data[:512])
+    if strange is not None:
+        raise MeshError(f"{path} {strange}")
+    readers: dict[str, Callable[[bytes, Path], _Read]] = {"obj": _read_obj, "ply": _read_ply, "stl": _read_stl}
+    try:
+        read = readers[form](data, path)
+    except (ValueError, IndexError, OverflowError) as error:
+        if isinstance(error, MeshError):
+            raise
+        raise MeshError(f"{path.name} is damaged, or no {form.upper()} file: {error}") from error
+    if not len(read.faces):
+        raise MeshError(f"{path.name} has no faces: export it with its surface, not as points or lines")
+    for name in ("vertices", "uv", "colors", "normals"):
+        values = getattr(read, name)
+        if values is not None and not bool(values.isfinite().all()):
+            raise MeshError(f"{path.name}: its {name} hold numbers that are not finite: export the model anew")
+    low, high = int(read.faces.min()), int(read.faces.max())
+    if low < 0 or high >= len(read.vertices):
+        wrong = low if low < 0 else high
+        raise MeshError(f"{path.name}: a face names vertex {wrong:,} of {len(read.vertices):,}: the file is damaged")
+    colors = None if read.colors is None else read.colors.clamp(0, 1)
+    mesh = Mesh(read.vertices, read.faces, read.normals, colors, read.uv)
+    of_face = torch.zeros(len(read.faces), dtype=torch.int64) if read.of_face is None else read.of_face
+    source = Source(path.name, form, hashlib.sha256(data).hexdigest())
+    return Model(mesh, tuple(read.materials), of_face, source, (), tuple(dict.fromkeys(read.notes)))
+
+
+@dataclass
+class _Read:
+    """What a file held."""
+
+    vertices: Tensor
+    faces: Tensor
+    uv: Tensor | None = None
+    colors: Tensor | None = None
+    normals: Tensor | None = None
+    of_face: Tensor | None = None
+    materials: list[Material] = field(default_factory=lambda: [Material("default", double_sided=True)])
+    notes: list[str] = field(default_factory=list)
+
+
+def _image_beside(path: Path, name: str, where: str, notes: list[str]) -> Tensor | None:
+    """The texture that a file names, None (and a note) where it can't be had."""
+    beside = path_beside(path.name, path.absolute().parent, name, where)
+    if not beside.is_file():
+        notes.append(f"the texture {describe(name)} is not there: its material is shown without")
+        return None
+    try:
+        return decode_image(read_bytes(beside, 16 * MOST_PIXELS), f"{path.name}: {name}")
+    except BadImage as error:
+        notes.append(f"the texture {describe(name)} {error}: its material is shown without")
+        return None
+
+
+# ---- OBJ ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Obj:
+    """Lists of an OBJ as they grow."""
+
+    places: array = field(default_factory=lambda: array("d"))  # 3 each
+    colors: array = field(default_factory=lambda: array("d"))  # 3 each, or none
+    uv: array = field(default_factory=lambda: array("d"))  # 2 each
+    normals: array = field(default_factory=lambda: array("d"))  # 3 each
+    corners: array = field(default_factory=lambda: array("q"))  # 9 a face: place, uv, normal of each corner; -1: none
+    of_face: array = field(default_factory=lambda: array("q"))
+    names: dict[str, int] = field(default_factory=lambda: {"": 0})
+    """Of the materials that faces name, with their numbers."""
+    material: int = 0
+    libraries: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _read_obj(data: bytes, path: Path) -> _Read:
+    import numpy as np
+
+    obj = _Obj()
+    for number, line in enumerate(data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").splitlines(), 1):
+        try:
+            _add_line(obj, line.split())
+        except (ValueError, IndexError) as error:
+            said = describe(line.decode("utf-8", "replace"))
+            raise MeshError(f"{path.name}: line {number} can't be understood: {said}") from error
+        if len(obj.places) > 3 * MOST_VERTICES or len(obj.of_face) > MOST_FACES:
+            raise MeshError(f"{path.name} has more than {MOST_VERTICES:,} vertices or faces: reduce it first")
+    places = np.array(obj.places, "f8").reshape(-1, 3)
+    corners = np.array(obj.corners, "i8").reshape(-1, 3)
+    counts = (("v", len(places)), ("vt", len(obj.uv) // 2), ("vn", len(obj.normals) // 3))
+    for column, (what, count) in enumerate(counts):
+        if len(corners) and int(corners[:, column].max()) >= count:
+            raise MeshError(f"{path.name}: a face names {what} {int(corners[:, column].max()) + 1:,} of {count:,}")
+    read = _joined(places, corners, obj)
+    read.of_face = torch.from_numpy(np.array(obj.of_face, "i8"))
+    read.notes += obj.notes
+    known = {name: m for library in obj.libraries for name, m in _read_mtl(path, library, read.notes).items()}
+    missing = [name for name in obj.names if name and name not in known]
+    if missing:
+        read.notes.append(f"the material {missing[0]} is not described in any .mtl: it is shown white")
+    read.materials = [known.get(name, Material(name or "default", double_sided=True)) for name in obj.names]
+    return read
+
+
+def _add_line(obj: _Obj, words: list[bytes]) -> None:
+    """Take over what a line of an OBJ says."""
+    key = words[0] if words else b""
+    if key in (b"v", b"vn"):
+        if len(words) < 4:
+            raise ValueError("three numbers are missing")
+        (obj.places if key == b"v" else obj.normals).extend(map(float, words[1:4]))
+        if key == b"v" and len(words) >= 7:
+            obj.colors.extend(map(float, words[4:7]))
+    elif key == b"vt":
+        obj.uv.extend((float(words[1]), float(words[2]) if len(words) > 2 else 0.0))
+    elif key == b"f":
+        _add_face(obj, words[1:])
+    elif key == b"usemtl":
+        obj.material = obj.names.setdefault(b" ".join(words[1:]).decode("utf-8", "replace"), len(obj.names))
+    elif key == b"mtllib":
+        obj.libraries.append(b" ".join(words[1:]).decode("utf-8", "replace"))
+    elif key in (b"l", b"p"):
+        obj.notes.append("points and lines were left out")
+
+
+def _add_face(obj: _Obj, words: list[bytes]) -> None:
+    """Add a polygon as a fan; places are counted from 1, or from the end of what there is so far."""
+    if len(words) < 3:
+        raise ValueError("a face needs three corners")
+    counts = (len(obj.places) // 3, len(obj.uv) // 2, len(obj.normals) // 3)
+    corners = []
+    for word in words:
+        parts = word.split(b"/")
+        corner = [-1, -1, -1]
+        for column, part in enumerate(parts[:3]):
+            if part:
+                index = int(part)
+                corner[column] = index - 1 if index > 0 else counts[column] + index
+                if index == 0 or corner[column] < 0:
+                    raise ValueError(f"there is no {index}")
+        if corner[0] < 0:
+            raise ValueError("a corner without a place")
+        corners.append(corner)
+    for k in range(1, len(corners) - 1):
+        obj.corners.extend((*corners[0], *corners[k], *corners[k + 1]))
+        obj.of_face.append(obj.material)
+
+
+def _joined(places: np.ndarray, corners: np.ndarray, obj: _Obj) -> _Read:
+    """One list of vertices, in the places' order, where those of a face have own coordinates or normals several."""
+    import numpy as np
+
+    if len(corners) and int(corners[:, 2].min()) < 0:  # normals of some corners alone are none
+        corners = corners.copy()
+        corners[:, 2] = -1
+    unused = np.setdiff1d(np.arange(len(places)), corners[:, 0])
+    alone = np.stack((unused, np.full_like(unused, -1), np.full_like(unused, -1)), 1)
+    rows, inverse = np.unique(np.concatenate((corners, alone)), axis=0, return_inverse=True)
+    faces = inverse.reshape(-1)[: len(corners)].reshape(-1, 3)
+    read = _Read(_tensor(places[rows[:, 0]]), torch.from_numpy(np.ascontiguousarray(faces)))
+    if len(obj.colors) == 3 * len(places) and len(places):
+        read.colors = _tensor(np.frombuffer(obj.colors, "f8").reshape(-1, 3)[rows[:, 0]])
+    if len(obj.uv) and bool((rows[:, 1] >= 0).any()):
+        uv = np.concatenate((np.frombuffer(obj.uv, "f8").reshape(-1, 2), [[0.0, 1.0]]))[rows[:, 1]]
+        read.uv = _tensor(np.stack((uv[:, 0], 1 - uv[:, 1]), 1))  # OBJ counts from the lower edge
+    if len(obj.normals) and len(corners) and int(corners[:, 2].min()) >= 0:
+        normals = np.concatenate((np.frombuffer(obj.normals, "f8").reshape(-1, 3), [[0.0, 0.0, 1.0]]))[rows[:, 2]]
+        read.normals = torch.nn.functional.normalize(_tensor(normals), dim=-1)
+    return read
+
+
+def _read_mtl(path: Path, library: str, notes: list[str]) -> dict[str, Material]:
+    """The materials of a .mtl file beside the model."""
+    beside = path_beside(path.name, path.absolute().parent, library, "mtllib")
+    if not beside.is_file():
+        notes.append(f"the material file {describe(library)} is not there: the model is shown white")
+        return {}
+    found: dict[str, Material] = {}
+    name = ""
+    for line in read_bytes(beside, 2**26).decode("utf-8", "replace").splitlines():
+        key, _, rest = line.strip().partition(" ")
+        rest, material = rest.strip(), found.get(name)
+        if key == "newmtl":
+            name = rest
+            found[name] = Material(name, double_sided=True)
+        elif material is None or not rest:
+            continue
+        elif key == "Kd":
+            r, g, b = (float(word) for word in (rest.split() * 3)[:3])
+            if material.image is None:
+                found[name] = replace(material, color=(r, g, b, 1.0))
+        elif key == "map_Kd":
+            file = rest.split()[-1] if rest.startswith("-") else rest  # options stand before the name
+            image = _image_beside(path, file, f"map_Kd of {name}", notes)
+            if image is not None:  # it stands in place of the colour: many programs write one that darkens it
+                found[name] = replace(material, image=image, color=(1.0, 1.0, 1.0, 1.0))
+        elif (key == "d" and float(rest.split()[-1]) < 1) or (key == "Tr" and float(rest.split()[-1]) > 0):
+            notes.append(f"the material {name} lets light through: it was taken as opaque")
+    return found
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.ascontiguousarray(values, "f4"))
+
+
+# ---- PLY ---------------------------------------------------------------------------------------------------------
+
+_PLY = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4"}
+_PLY |= {"double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"}
+_PLY |= {"float32": "f4", "float64": "f8"}
+
+
+@dataclass
+class _Element:
+    """A list of a PLY file: its properties are (name, type, None), lists (name, type, type of their length)."""
+
+    name: str
+    count: int
+    properties: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+
+def _read_ply(data: bytes, path: Path) -> _Read:
+    import numpy as np
+
+    form, elements, texture, body = _ply_header(data, path)
+    columns: dict[str, np.ndarray] = {}
+    faces: np.ndarray = np.zeros((0, 3), "i8")
+    read_rows = _AsciiRows(body, path) if form == "ascii" else _BinaryRows(body, path, ">" if "big" in form else "<")
+    for element in elements:
+        if element.name == "vertex":
+            columns = read_rows.table(element)
+        elif element.name == "face":
+            faces = read_rows.faces(element)
+            break
+        else:
+            read_rows.table(element)
+    if not all(axis in columns for axis in "xyz"):
+        raise MeshError(f"{path.name}: its vertices have no x, y and z: it is damaged")
+    read = _Read(_tensor(np.stack([columns[axis] for axis in "xyz"], 1)), torch.from_numpy(faces))
+    if all(name in columns for name in ("red", "green", "blue")):
+        colors = np.stack([columns[name] for name in ("red", "green", "blue")], 1)
+        most = np.iinfo(colors.dtype).max if colors.dtype.kind in "ui" else 1.0
+        read.colors = _tensor(colors / most)
+    if all(name in columns for name in ("nx", "ny", "nz")):
+        normals = _tensor(np.stack([columns[name] for name in ("nx", "ny", "nz")], 1))
+        read.normals = torch.nn.functional.normalize(normals, dim=-1)
+    for u, v in (("s", "t"), ("u", "v"), ("texture_u", "texture_v")):
+        if u in columns and v in columns:
+            read.uv = _tensor(np.stack((columns[u], 1 - columns[v]), 1))  # counted from the lower edge
+    if texture and read.uv is not None:
+        image = _image_beside(path, texture, "TextureFile", read.notes)
+        read.materials = [Material("default", image=image, double_sided=True)]
+    elif texture:
+        read.notes.append("its texture was left out: the vertices have no coordinates in it (s and t)")
+    return read
+
+
+def _ply_header(data: bytes, path: Path) -> tuple[str, list[_Element], str, memoryview]:
+    end = re.search(rb"end_header[ \t]*\r?\n", data[: 2**20])
+    if not data.startswith(b"ply") or end is None:
+        raise MeshError(f"{path.name} is no PLY file: it has no header that ends in end_header")
+    form, texture, elements = "", "", []
+    for line in data[: end.start()].decode("ascii", "replace").splitlines():
+        words = line.split()
+        if words[:1] == ["format"]:
+            form = words[1]
+        elif words[:2] == ["comment", "TextureFile"]:
+            texture = line.split(None, 2)[2].strip() if len(words) > 2 else ""
+        elif words[:1] == ["element"]:
+            most = MOST_VERTICES if words[1] == "vertex" else 2 * MOST_FACES
+            if not 0 <= int(words[2]) <= most:
+                raise MeshError(f"{path.name}: its header says {words[2]} of {words[1]}, at most {most:,} are read")
+            elements.append(_Element(words[1], int(words[2])))
+        elif words[:1] == ["property"]:
+            length = words[2] if words[1] == "list" else None
+            kind = words[3] if length else words[1]
+            if kind not in _PLY or (length is not None and _PLY.get(length, "f")[0] == "f"):
+                raise MeshError(f"{path.name}: its header has a property of an unknown type: {describe(line)}")
+            elements[-1].properties.append((words[-1], kind, length))
+    if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
+        raise MeshError(f"{path.name}: its format is {describe(form)}, which is none of PLY's")
+    return form, elements, texture, memoryview(data)[end.end() :]
+
+
+class _BinaryRows:
+    """The elements of a binary PLY, one after the other."""
+
+    def __init__(self, body: memoryview, path: Path, order: str) -> None:
+        self.body, self.path, self.order, self.at = body, path, order, 0
+
+    def _take(self, n_bytes: int, what: str) -> memoryview:
+        left = len(self.body) - self.at
+        if n_bytes > left:
+            raise MeshError(f"{self.path.name}: its {what} need {n_bytes:,} bytes, {left:,} are left: is it complete?")
+        self.at += n_bytes
+        return self.body[self.at - n_bytes : self.at]
+
+    def table(self, element: _Element, lengths: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+        """All rows by property; `lengths`: of the lists in it, the same in all rows."""
+        import numpy as np
+
+        kinds: list[Any] = []
+        waiting = list(lengths)
+        for number, (name, kind, length) in enumerate(element.properties):
+            if length is None:
+                kinds.append((name, self.order + _PLY[kind]))
+            elif waiting:
+                kinds += [(f"n{number}", self.order + _PLY[length]), (name, self.order + _PLY[kind], (waiting.pop(0),))]
+            else:
+                raise MeshError(f"{self.path.name}: {element.name} has lists, which only faces may have")
+        dtype = np.dtype(kinds)
+        rows = np.frombuffer(self._take(element.count * dtype.itemsize, element.name), dtype)
+        return {name: rows[name] for name in dtype.names or ()}
+
+    def faces(self, element: _Element) -> np.ndarray:
+        """Triangles [M, 3]: polygons as fans."""
+        import numpy as np
+
+        lists = [number for number, (_, _, length) in enumerate(element.properties) if length is not None]
+        place = next((n for n in lists if element.properties[n][0] in ("vertex_indices", "vertex_index")), None)
+        if place is None:
+            raise MeshError(f"{self.path.name}: its faces have no vertex_indices: export it as triangles")
+        start = self.at
+        if lists == [place]:
+            try:
+                rows = self.table(element, (3,))
+                if (rows[f"n{place}"] == 3).all():
+                    return rows[element.properties[place][0]].astype("i8")
+            except MeshError:  # shorter than if all were triangles: not even that many corners
+                pass
+        self.at, found = start, array("q")
+        sizes = [(_PLY[kind], None if length is None else _PLY[length]) for _, kind, length in element.properties]
+        for _ in range(element.count):
+            for number, (kind, length) in enumerate(sizes):
+                n = 1 if length is None else int(self._numbers(length, 1)[0])
+                corners = self._numbers(kind, n)
+                if number == place:
+                    for k in range(1, n - 1):
+                        found.extend((int(corners[0]), int(corners[k]), int(corners[k + 1])))
+            if len(found) > 3 * MOST_FACES:
+                raise MeshError(f"{self.path.name} has more than {MOST_FACES:,} faces: reduce it first")
+        return np.array(found, "i8").reshape(-1, 3)
+
+    def _numbers(self, kind: str, count: int) -> np.ndarray:
+        import numpy as np
+
+        dtype = np.dtype(self.order + kind)
+        if count < 0:
+            raise MeshError(f"{self.path.name}: a list of {count} numbers: the file is damaged")
+        return np.frombuffer(self._take(dtype.itemsize * count, "faces"), dtype)
+
+
+class _AsciiRows:
+    """The elements of a PLY in letters, likewise."""
+
+    def __init__(self, body: memoryview, path: Path) -> None:
+        self.lines, self.path, self.at = bytes(body).split(b"\n"), path, 0
+
+    def _take(self, count: int, what: str) -> list[list[bytes]]:
+        rows: list[list[bytes]] = []
+        while len(rows) < count:
+            if self.at >= len(self.lines):
+                raise MeshError(f"{self.path.name}: it has {len(rows):,} rows of {what}, its header says {count:,}")
+            words = self.lines[self.at].split()
+            self.at += 1
+            if words:
+                rows.append(words)
+        return rows
+
+    def table(self, element: _Element) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        rows = self._take(element.count, element.name)
+        if any(length is not None for _, _, length in element.properties):
+            return {}
+        width = len(element.properties)
+        values = np.array([row[:width] for row in rows], "f8").reshape(-1, width)
+        return {name: values[:, k].astype(_PLY[kind]) for k, (name, kind, _) in enumerate(element.properties)}
+
+    def faces(self, element: _Element) -> np.ndarray:
+        import numpy as np
+
+        found = array("q")
+        for row in self._take(element.count, "face"):
+            at = 0
+            for name, _, length in element.properties:
+                n = 1 if length is None else int(row[at])
+                first = at if length is None else at + 1
+                if length is not None and name in ("vertex_indices", "vertex_index"):
+                    corners = [int(word) for word in row[first : first + n]]
+                    if len(corners) != n:
+                        raise MeshError(
+                            f"{self.path.name}: a face says {n} corners and has {len(corners)}: it is damaged"
+                        )
+                    for k in range(1, n - 1):
+                        found.extend((corners[0], corners[k], corners[k + 1]))
+                at = first + n
+        return np.array(found, "i8").reshape(-1, 3)
+
+
+# ---- STL ---------------------------------------------------------------------------------------------------------
+
+
+def _read_stl(data: bytes, path: Path) -> _Read:
+    import numpy as np
+
+    count = int.from_bytes(data[80:84], "little")
+    if data.lstrip()[:5].lower() == b"solid" and 84 + 50 * count != len(data):
+        words = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", data)
+        places = np.array(words, "f8").reshape(-1, 3)
+        if len(places) % 3:
+            raise MeshError(f"{path.name} has {len(places):,} corners, which are no triangles: is it complete?")
+    else:
+        if len(data) < 84 + 50 * count:
+            said = f"its header says {count:,} faces ({84 + 50 * count:,} bytes), there are {len(data):,} bytes"
+            raise MeshError(f"{path.name}: {said}: is the download complete?")
+        rows = np.frombuffer(data, np.dtype([("n", "<f4", 3), ("at", "<f4", (3, 3)), ("end", "<u2")]), count, 84)
+        places = rows["at"].reshape(-1, 3)
+    if len(places) > min(MOST_VERTICES, 3 * MOST_FACES):
+        raise MeshError(f"{path.name} has more than {MOST_VERTICES // 3:,} faces: reduce it first")
+    return _Read(_tensor(places), torch.arange(len(places)).view(-1, 3))
