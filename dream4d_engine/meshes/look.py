@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cameras import CameraBatch
 from ..mesh import rasterize
+from .color import linear_to_srgb, srgb_to_linear
 from .record import Material, Model, Placement, Wrap
 
 NEAR = 1e-3
@@ -48,7 +49,7 @@ def surface_of(model: Model, placement: Placement, device: torch.device | str = 
     return Surface(
         world[faces].to(device),
         None if mesh.uv is None else mesh.uv[faces].float().to(device),
-        None if mesh.colors is None else linear(mesh.colors[faces].float()).to(device),
+        None if mesh.colors is None else srgb_to_linear(mesh.colors[faces].float()).to(device),
         model.face_material.to(device),
         model.materials,
         tuple(_pyramid(material.image, device) for material in model.materials),
@@ -72,23 +73,12 @@ def look_at(surface: Surface, cameras: CameraBatch, supersample: int = 4) -> Mes
     return MeshImages(images[..., :3] / share, mask, images[..., 4:] / share)
 
 
-def linear(srgb: Tensor) -> Tensor:
-    """What a screen shows as `srgb` in [0, 1], as an amount of light (IEC 61966-2-1)."""
-    return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055).clamp_min(0) ** 2.4)
-
-
-def srgb(light: Tensor) -> Tensor:
-    """The inverse of `linear`."""
-    light = light.clamp(0, 1)
-    return torch.where(light <= 0.0031308, light * 12.92, 1.055 * light.clamp_min(1e-9) ** (1 / 2.4) - 0.055)
-
-
 def _pyramid(image: Tensor | None, device: torch.device | str) -> tuple[Tensor, ...]:
     """A texture in linear light and its halves, quarters and so on, down to one texel a side."""
     if image is None:
         return ()
     texels = image.to(device).float() / 255
-    levels = [torch.cat((linear(texels[..., :3]), texels[..., 3:]), -1)]
+    levels = [torch.cat((srgb_to_linear(texels[..., :3]), texels[..., 3:]), -1)]
     while max(levels[-1].shape[:2]) > 1:
         last = levels[-1].movedim(-1, 0)[None]
         kernel = tuple(2 if side > 1 else 1 for side in last.shape[2:])
@@ -210,7 +200,7 @@ def _paint(surface: Surface, face: Tensor, where: Tensor, level: Tensor) -> tupl
     if surface.colors is not None:
         light[:, :3] *= (where[..., None] * surface.colors[face]).sum(1)
     cutoffs = [-1.0 if one.alpha_cutoff is None else one.alpha_cutoff for one in surface.materials]
-    return srgb(light[:, :3]), light[:, 3] >= light.new_tensor(cutoffs)[material]
+    return linear_to_srgb(light[:, :3].clamp(0, 1)), light[:, 3] >= light.new_tensor(cutoffs)[material]
 
 
 def _texture(levels: tuple[Tensor, ...], uv: Tensor, level: Tensor, wrap: tuple[Wrap, Wrap]) -> Tensor:

@@ -136,7 +136,7 @@ def known_in_space(sightings: Sightings, weights_at: Callable[[float], SightWeig
         skin = surface + step * send(torch.rand(n, 1, generator=source), device) * directions
         spread = torch.tensor(OFFSETS).repeat(n // len(OFFSETS) + 1)[:n, None]
         aside = torch.randn(n, 3, generator=source) * spread
-        far = torch.rand(n // 2, 3, generator=source) * 2 - 1
+        far = torch.rand(n, 3, generator=source) * 2 - 1
         radius = scene.config.radius
         others = torch.cat((surface + radius * send(aside, device), radius * send(far, device))).clamp(-radius, radius)
         points = torch.cat((skin, others))

@@ -421,39 +421,41 @@ guidance of the latter would overdraw what it learnt from four images."""
 
 MESH = MeshRecipe(
     name="mesh",
-    steps=2000,
+    steps=1400,
     scene=SceneConfig(
         radiance=RadianceConfig(
             grid=HashGridConfig(n_levels=10, log2_entries=18, base_resolution=8, growth=1.5), hidden_width=64
         ),
         background=_TOY_BACKDROP,
+        occupancy_resolution=64,
         n_samples=256,
     ),
     n_views=64,
     view_size=512,
     phases=(
         SightWeights(0.0, n_rays=256, n_points=2**16),
-        SightWeights(0.2, n_rays=2**14, n_points=2**15, rgb=20.0, mask=5.0),
+        SightWeights(0.2, n_rays=2**14, n_points=2**15, rgb=50.0, mask=50.0, solid=0.3),
     ),
     optimizer=OptimizerConfig(lr_mlp=0.005, milestones=(0.6, 0.8, 0.9)),
-    loop=_TOY_LOOP,
+    loop=replace(_TOY_LOOP, occupancy_every=32),
 )
 """For a GPU."""
 MESH_QUICK = replace(
     MESH,
     name="mesh-quick",
-    steps=1000,
+    steps=600,
     scene=replace(
         MESH.scene,
         radiance=RadianceConfig(
             grid=HashGridConfig(n_levels=8, log2_entries=17, base_resolution=8, growth=1.6), hidden_width=32
         ),
+        occupancy_resolution=48,
         n_samples=192,
     ),
     view_size=384,
     phases=(
         SightWeights(0.0, n_rays=256, n_points=2**13),
-        SightWeights(0.3, n_rays=2**11, n_points=2**12, rgb=20.0, mask=5.0),
+        SightWeights(0.3, n_rays=2**11, n_points=2**12, rgb=50.0, mask=50.0, solid=0.3),
     ),
 )
 """For a CPU: coarser, in minutes on two cores."""

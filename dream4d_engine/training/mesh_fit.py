@@ -12,6 +12,7 @@ from ..cameras import CameraBatch, make_cameras
 from ..meshes import Model, Placement
 from ..meshes.look import MeshImages, Surface, look_at, surface_of
 from ..mesh import MeshError
+from ..occupancy import MAX_THRESHOLD
 from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
@@ -71,7 +72,23 @@ def mesh_stage(recipe: MeshRecipe, scene: Scene, sightings: Sightings) -> Stage:
 
     starts = [phase.start for phase in recipe.phases]
     groups = static_groups(scene, recipe.optimizer)
-    return Stage(recipe.stage, scene, groups, recipe, supervisions, starts, finish=scene.refresh_occupancy)
+
+    def finish() -> None:
+        scene.refresh_occupancy()
+        _keep_surface(scene, sightings)
+
+    return Stage(recipe.stage, scene, groups, recipe, supervisions, starts, finish=finish)
+
+
+def _keep_surface(scene: Scene, sightings: Sightings) -> None:
+    """Call the cells that hold the surface occupied: what is thinner than a cell is easily missed by a look into it."""
+    grid, radius = scene.occupancy, scene.config.radius
+    for hits in sightings.hits.split(2**20):
+        origins, directions = sightings.rays(hits)
+        points = origins + (sightings.depth[hits, None] + scene.config.step_size() / 2) * directions
+        x, y, z = ((points / radius + 1) / 2 * grid.resolution).long().clamp(0, grid.resolution - 1).unbind(-1)
+        grid.occupied[x, y, z] = True
+        grid.values[x, y, z] = grid.values[x, y, z].clamp_min(2 * MAX_THRESHOLD)
 
 
 def cameras_around(surface: Surface, n_views: int, size: int, radius: float) -> CameraBatch:

@@ -1,0 +1,97 @@
+"""The toy world's objects as meshes: vertices on the true surfaces, painted as the world is, and where they are later."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dream4d_engine.mesh import Mesh
+from dream4d_engine.meshes import Material, Model, Source
+from dream4d_engine.toyworld.captions import COLORS, MOTIONS, SHAPES, Caption, as_caption
+from dream4d_engine.toyworld.motions import world_from_canonical
+from dream4d_engine.toyworld.shapes import SHAPE_MODELS, paint
+
+ROUND, ALONG = 96, 24
+
+
+def toy_model(caption: Caption | str) -> Model:
+    """The caption's object as a mesh, z up and the front towards +x."""
+    caption = as_caption(caption)
+    vertices, faces = _cube() if caption.shape == "cube" else _turned(caption.shape)
+    color = torch.tensor(COLORS[caption.color]).expand(len(vertices), 3)
+    painted = paint(SHAPE_MODELS[caption.shape], vertices, color).clamp(0, 1)
+    return model_of(vertices, faces, painted, caption.object_text)
+
+
+def model_of(vertices: Tensor, faces: Tensor, colors: Tensor, name: str) -> Model:
+    """A mesh with colours [V, 3] at its vertices as a model."""
+    material = torch.zeros(len(faces), dtype=torch.int64)
+    return Model(Mesh(vertices, faces, colors=colors), (Material(),), material, Source(name, "tensors", ""))
+
+
+def true_tracks(caption: Caption | str, vertices: Tensor, times: Tensor) -> Tensor:
+    """Where vertices [V, 3] of the caption's object are at times [T], [T, V, 3]."""
+    caption = as_caption(caption)
+    motion, shape = (torch.full((len(times),), i) for i in (MOTIONS.index(caption.motion), SHAPES.index(caption.shape)))
+    affine = world_from_canonical(motion, shape, times)
+    return vertices @ affine[:, :3, :3].mT + affine[:, None, :3, 3]
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    """Faces over rows x columns vertices, which run counter-clockwise where columns turn left and rows go down."""
+    at = torch.arange(rows * columns).view(rows, columns)
+    a, b, c, d = at[:-1, :-1], at[1:, :-1], at[1:, 1:], at[:-1, 1:]
+    return torch.cat((torch.stack((a, b, c), -1).reshape(-1, 3), torch.stack((a, c, d), -1).reshape(-1, 3)))
+
+
+def _cube(half: float = 0.45, n: int = 25) -> tuple[Tensor, Tensor]:
+    ticks = torch.linspace(-half, half, n)
+    sides, faces = [], []
+    for axis in range(3):
+        for sign in (1.0, -1.0):
+            u, v = torch.meshgrid(ticks, ticks, indexing="ij")
+            corners = [torch.full_like(u, sign * half), u, v] if sign > 0 else [torch.full_like(u, sign * half), v, u]
+            side = torch.stack(corners, -1).reshape(-1, 3).roll(axis, -1)
+            faces.append(_grid(n, n) + len(sides) * n * n)
+            sides.append(side)
+    return torch.cat(sides), torch.cat(faces)
+
+
+def _turned(shape: str) -> tuple[Tensor, Tensor]:
+    """A profile (radius, height) from above turned about z; the ring's about x."""
+    down = torch.linspace(0, math.pi, 2 * ALONG)
+    straight = torch.linspace(0, 1, ALONG)
+    if shape == "sphere":
+        profile = 0.56 * torch.stack((down.sin(), down.cos()), -1)
+    elif shape == "cylinder":
+        profile = _along(straight, (0, 0.55), (0.41, 0.55), (0.41, -0.55), (0, -0.55))
+    elif shape == "cone":
+        profile = _along(straight, (0, 0.62), (0.54, -0.50), (0, -0.50))
+    elif shape == "snowman":
+        neck = 0.181
+        above, below = math.acos((neck - 0.34) / 0.28), math.acos((neck + 0.17) / 0.42)
+        head, body = torch.linspace(0, above, 2 * ALONG), torch.linspace(below, math.pi, 2 * ALONG)
+        profile = torch.cat(
+            (
+                torch.stack((0.28 * head.sin(), 0.34 + 0.28 * head.cos()), -1),
+                torch.stack((0.42 * body.sin(), -0.17 + 0.42 * body.cos()), -1),
+            )
+        )
+    elif shape == "torus":
+        turn = torch.linspace(0, 2 * math.pi, 2 * ALONG)
+        profile = torch.stack((0.40 + 0.17 * turn.sin(), 0.17 * turn.cos()), -1)
+    else:
+        raise ValueError(f"no mesh of {shape!r} is known")
+    angle = torch.linspace(0, 2 * math.pi, ROUND)
+    radius, height = profile.unbind(-1)
+    points = torch.stack(
+        (radius[:, None] * angle.cos(), radius[:, None] * angle.sin(), height[:, None].expand(-1, ROUND)), -1
+    ).reshape(-1, 3)
+    return points.roll(1, -1) if shape == "torus" else points, _grid(len(profile), ROUND)
+
+
+def _along(straight: Tensor, *corners: tuple[float, float]) -> Tensor:
+    places = torch.tensor(corners, dtype=torch.float32)
+    return torch.cat([torch.lerp(a, b, straight[:, None]) for a, b in zip(places[:-1], places[1:], strict=True)])
