@@ -32,7 +32,7 @@ from .train import budget_bytes, how_it_runs, steps_input
 
 _NOTHING = "(no meshes found)"
 _AUTOMATIC = "automatic"
-_UP, _FRONT = list(get_args(Up)), [_AUTOMATIC, *get_args(Front)]
+_UP, _FRONT = [_AUTOMATIC, *get_args(Up)], [_AUTOMATIC, *get_args(Front)]
 _MOST_SECONDS = 1e6
 
 
@@ -109,7 +109,10 @@ class MeshToScene(io.ComfyNode):
                     tooltip="How finely. automatic: mesh on a GPU, and mesh-quick, which is coarser, on a CPU.",
                 ),
                 io.Combo.Input(
-                    "up", options=_UP, default=_UP[0], tooltip="The axis that points up in the file: y in glTF."
+                    "up",
+                    options=_UP,
+                    default=_AUTOMATIC,
+                    tooltip="The axis that points up in the file. automatic: z in PLY and STL, else y.",
                 ),
                 io.Combo.Input(
                     "front",
@@ -163,7 +166,7 @@ class MeshToScene(io.ComfyNode):
         cls,
         model_3d: Given,
         recipe: Mapping,
-        up: Up,
+        up: str,
         front: str,
         clip: str,
         time: float,
@@ -180,7 +183,7 @@ class MeshToScene(io.ComfyNode):
         say_on_node("reading the mesh", node_id)
         try:
             model = model_of(model_3d, clip.strip() or None, time)
-            placement = place(model, up, None if front == _AUTOMATIC else front)  # type: ignore[arg-type]
+            placement = placed(model, up, front)
         except MeshError as error:
             raise RunError(str(error)) from error
         device = management.get_torch_device()
@@ -198,12 +201,19 @@ class MeshToScene(io.ComfyNode):
         return io.NodeOutput(made)
 
 
+def placed(model: Model, up: str, front: str) -> Placement:
+    """Put a model into the box, by the widgets' words; MeshError where the front points up."""
+    own: Up = "z" if model.source.format in ("ply", "stl") else "y"
+    given = next((axis for axis in get_args(Up) if axis == up), own)
+    return place(model, given, next((axis for axis in get_args(Front) if axis == front), None))
+
+
 def check_axes(up: str | None, front: str | None) -> bool | str:
     """Refuse a front that points up or down; None isn't known yet."""
     for name, value, known in (("up", up, _UP), ("front", front, _FRONT)):
         if value is not None and value not in known:
             return f"{name} is {describe(value)}: choose one of {', '.join(known)}"
-    if up is not None and front is not None and front.endswith(up):
+    if up not in (None, _AUTOMATIC) and front is not None and front.endswith(str(up)):
         return f"front is {front} and up is {up}, the same axis: choose another front"
     return True
 

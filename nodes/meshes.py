@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 
-import torch
 from comfy_api.latest import Types, io
 
-from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, glb_bytes, scene_mesh
+from ..dream4d_engine.export import (
+    ExportOptions,
+    GltfOptions,
+    SceneMesh,
+    glb_bytes,
+    own_mesh_glb,
+    require_own,
+    scene_mesh,
+)
 from ..dream4d_engine.machine import check_memory, write_atomically
 from ..dream4d_engine.mesh import MeshError
-from ..dream4d_engine.meshes import moving_glb
 from ..dream4d_engine.priors.formats.weights import human_size
-from ..dream4d_engine.surface import SurfaceOptions, track_own_vertices
+from ..dream4d_engine.surface import SurfaceOptions
 from .checks import check_ranges, first_complaint, require
 from .models import Given, core_mesh, model_input, model_of
 from .places import check_prefix, new_file
@@ -263,26 +269,17 @@ def _surface_file(scene: SceneValue, options: ExportOptions, node_id: str | None
 def _own_file(scene: SceneValue, given: Given, times: int, options: GltfOptions, node_id: str | None) -> _Made:
     """The mesh that the scene was made of, moving as the scene does; RunError for another one."""
     origin = scene.provenance.first_mesh
-    if origin is None:
-        raise RunError(
-            "the scene was not made from a mesh, so its motion has no way into one: make it with Mesh to Scene, or "
-            "disconnect own_mesh"
-        )
+    # of another clip or moment it would be another model: the scene says which
+    clip, time = (None, 0.0) if origin is None else (origin.source.clip, origin.source.time)
     try:
-        model = model_of(given, origin.source.clip, origin.source.time)
+        model = model_of(given, clip, time)
+        require_own(model, origin)
     except MeshError as error:
         raise RunError(f"own_mesh: {error}") from error
-    if model.source.sha256 != origin.source.sha256:
-        raise RunError(
-            f"own_mesh is another mesh ({model.source.name}) than the scene was made of ({origin.source.name}): "
-            "connect the one that Mesh to Scene got"
-        )
-    moments = torch.linspace(0, 1, times)
     with scene_on_device(scene) as there:
-        tracks = track_own_vertices(there, model, origin.placement, moments, progress_of(node_id))
-    made = moving_glb(model, tracks.positions, tracks.times, options, origin.placement)
+        made = own_mesh_glb(there, origin, model, times, options, progress_of(node_id))
     size = f"{model.source.name}: {len(model.mesh.vertices):,} vertices, {len(model.mesh.faces):,} faces"
-    return _Made(made.data, made.n_keys, (size, *model.notes, *tracks.notes, *made.notes))
+    return _Made(made.data, made.n_keys, (size, *made.notes))
 
 
 def check_surface(

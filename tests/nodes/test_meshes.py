@@ -328,7 +328,7 @@ def test_the_motion_is_written_into_the_users_own_file(small, moving_cube):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"2": load(STILL) | {}, "3": extract(["2", 0])}, "own_mesh is another mesh (mesh) than the scene was made of"),
+        ({"2": load(STILL) | {}, "3": extract(["2", 0])}, "is not the mesh that the scene was made from, which is red_cube.glb"),
         ({"1": load(MOVING)}, "the scene was not made from a mesh, so its motion has no way into one"),
         ({"3": value("mesh batch")}, "own_mesh: the mesh is a batch of 2: one mesh is needed"),
         ({"3": value("5")}, "the socket own_mesh takes MESH"),
@@ -373,7 +373,7 @@ def test_meshes_that_cannot_be_used_are_said_to_be_so(small, name, message):
     [
         ({"front": "-y"}, "front is -y and up is y, the same axis: choose another front"),
         ({"front": "+w"}, "front is '+w': choose one of automatic, +x"),
-        ({"up": "x"}, "up is 'x': choose one of y, z"),
+        ({"up": "x"}, "up is 'x': choose one of automatic, y, z"),
         ({"time": -1.0}, "time is -1.0: it must lie between"),
         ({"recipe": "grand"}, "unknown recipe: choose one of automatic, mesh, mesh-quick"),
     ],
