@@ -113,7 +113,10 @@ def main() -> None:
         seconds = pool.starmap(still_of, [(c, options.out, options.device) for c in one_each])
         print("fits:", ", ".join(f"{c}: {s:.0f} s" for c, s in zip(one_each, seconds, strict=True)), flush=True)
         cases = [
-            Case(c, r, options.out, seed, options.device) for seed in options.seeds for c in options.captions for r in options.rigidity
+            Case(c, r, options.out, seed, options.device)
+            for seed in options.seeds
+            for c in options.captions
+            for r in options.rigidity
         ]
         for case, found in pool.imap_unordered(measure, cases, chunksize=1):
             shown = {k: round(v, 4) for k, v in found.items()}

@@ -1,8 +1,9 @@
 """How well and how fast a scene is made of a mesh, judged by three.js: `python benchmarks/meshes.py FILE.glb ...`.
 
-For each file: how alike our own images of the mesh and three.js's are, then the fit's seconds, and how alike its renders
-and three.js's are, over eight views of 256x256 that it was not trained on. PSNR over whole images before white, IoU of
-what is more than half covered. `--out` keeps the images beside each other: three.js above, the scene below.
+For each file: how alike our own images of the mesh and three.js's are, then the fit's seconds, and how alike its
+renders and three.js's are, over eight views of 256x256 that it was not trained on. PSNR over whole images before white,
+IoU of what is more than half covered. The word "soup" instead of a file: a figure of open layered shells, judged by our
+own images. `--out` keeps the images beside each other: the mesh above, the scene below.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import torch
 from browsers import HERE, find_browser
 from PIL import Image
 from torch import Tensor
+from toy_meshes import soup
 
 from dream4d_engine.cameras import CameraBatch, make_cameras
 from dream4d_engine.export import save_image
-from dream4d_engine.meshes import Model, Placement, place
+from dream4d_engine.meshes import Placement, place, read_model
+from dream4d_engine.meshes.container import read_gltf
 from dream4d_engine.meshes.look import MeshImages, look_at, surface_of
+from dream4d_engine.meshes.poses import clip_names
 from dream4d_engine.rendering import RenderOptions, render_chunked
 from dream4d_engine.training.config import MESH_RECIPES
 from dream4d_engine.training.loop import RunControl
@@ -41,17 +45,15 @@ def judges() -> CameraBatch:
     return make_cameras(azimuth[:, None], elevation[:, None], 3.0, math.radians(40), 0.0, SIZE, SIZE)
 
 
-def in_three(path: Path, placement: Placement, cameras: CameraBatch, clip: int = 0, seconds: float = 0.0) -> MeshImages:
-    """What three.js shows of a file to cameras of the scene's world [B, 1]."""
+def in_three(path: Path, placement: Placement, cameras: CameraBatch, clip: int = 0) -> MeshImages:
+    """What three.js shows of a file at the beginning of a clip, to cameras of the scene's world [B, 1]."""
     rotation = torch.tensor(placement.rotation)
     wanted = []
     for c2w, fov in zip(cameras.c2w[:, 0], cameras.fov_y[:, 0], strict=True):
         matrix = torch.eye(4)
         matrix[:3, :3], matrix[:3, 3] = rotation.mT @ c2w[:3, :3], placement.from_world(c2w[:3, 3])
-        matrix_list, far = matrix.mT.flatten().tolist(), 10 / placement.scale
-        wanted.append(
-            {"matrix": matrix_list, "fov": math.degrees(fov), "seconds": seconds, "near": far / 1000, "far": far}
-        )
+        columns, far = matrix.mT.flatten().tolist(), 10 / placement.scale
+        wanted.append({"matrix": columns, "fov": math.degrees(fov), "seconds": 0.0, "near": far / 1000, "far": far})
     size = cameras.height * SUPERSAMPLE
     with tempfile.TemporaryDirectory() as folder:
         command = ["node", HERE / "gltf.mjs", find_browser(), path, folder, str(size), json.dumps(wanted)]
@@ -73,3 +75,57 @@ def alike(one: MeshImages, other: MeshImages) -> tuple[float, float]:
     solid, covered = one.mask > 0.5, other.mask > 0.5
     error = float((a - b).square().mean())
     return -10 * math.log10(max(error, 1e-12)), float((solid & covered).sum() / (solid | covered).sum())
+
+
+def measure(name: str, recipe: str | None, out: Path | None, clip: str | None) -> None:
+    """Print what becomes of one file, at the beginning of a clip of its own (the first one unless told)."""
+    cameras = judges()
+    if name == "soup":
+        model = soup()
+        placement = place(model, up="z")
+        judge = look_at(surface_of(model, placement), cameras)
+    else:
+        path = Path(name)
+        clips = clip_names(read_gltf(path))
+        clip = clip or next(iter(clips), None)
+        model = read_model(path, clip, 0.0)
+        placement = place(model)
+        judge = in_three(path, placement, cameras, clips.index(clip) if clip is not None else 0)
+        psnr, iou = alike(judge, look_at(surface_of(model, placement), cameras))
+        print(f"{path.name}, {clip}: our images and three.js's {psnr:.1f} dB, IoU {iou:.4f}", flush=True)
+    began = time.perf_counter()
+    chosen = MESH_RECIPES[recipe] if recipe else mesh_recipe(common.DEVICE)
+    scene, summary = fit_mesh(model, placement, chosen, seed=0, device=common.DEVICE, control=RunControl())
+    common.wait()
+    took = time.perf_counter() - began
+    psnr, iou = mesh_match(scene, judge, cameras)
+    print(
+        f"{name}, {chosen.name}: {psnr:.1f} dB, IoU {iou:.4f}; {took:.0f} s in all, {summary.steps} steps of "
+        f"{1e3 * summary.seconds_per_step:.0f} ms",
+        flush=True,
+    )
+    if out is not None:
+        found = render_chunked(scene, cameras, RenderOptions(background=torch.ones(3)))
+        above = (judge.rgb * judge.mask + 1 - judge.mask)[:, 0]
+        save_image(out / f"{Path(name).stem}.png", torch.cat((_row(above), _row(found.rgb[:, 0]))))
+
+
+def _row(images: Tensor) -> Tensor:
+    return torch.cat(list(images), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="GLB files, or soup")
+    parser.add_argument("--recipe", choices=list(MESH_RECIPES), help="the one that suits the device unless told")
+    parser.add_argument("--clip", help="the first one of each file unless told")
+    parser.add_argument("--out", type=Path, help="folder for the images")
+    options = parser.parse_args()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.files:
+        measure(name, options.recipe, options.out, options.clip)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from ..dream4d_engine.training.config import (
     StaticRecipe,
     find_recipe,
     with_hifa_steps,
+    with_rigidity,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
@@ -322,6 +323,7 @@ class AnimateScene(io.ComfyNode):
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
+        settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_frames_of(settings, priors)
         scale = deformation_scale or None

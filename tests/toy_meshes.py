@@ -1,8 +1,9 @@
-"""The toy world's objects as meshes: vertices on the true surfaces, painted as the world is, and where they are later."""
+"""The toy world's objects as meshes on the true surfaces, painted as the world is; where they are later; and a soup."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,4 +95,41 @@ def _turned(shape: str) -> tuple[Tensor, Tensor]:
 
 def _along(straight: Tensor, *corners: tuple[float, float]) -> Tensor:
     places = torch.tensor(corners, dtype=torch.float32)
-    return torch.cat([torch.lerp(a, b, straight[:, None]) for a, b in zip(places[:-1], places[1:], strict=True)])
+    return torch.cat([torch.lerp(a, b, straight[:, None]) for a, b in pairwise(places)])
+
+
+def soup() -> Model:
+    """An armoured figure of open, layered, overlapping shells: sleeves without ends, plates of no thickness over them,
+    layers within that nobody sees, a cape that is one sheet, a thin blade."""
+    generator = torch.Generator().manual_seed(0)
+    parts: list[tuple[Tensor, tuple[float, float, float]]] = []
+
+    def patch(
+        radius: float, low: float, high: float, first: float, last: float, at: tuple[float, float, float]
+    ) -> Tensor:
+        """A piece of an upright sleeve between two heights and two angles, [n, n, 3]."""
+        z, angle = torch.meshgrid(torch.linspace(high, low, 13), torch.linspace(first, last, 13), indexing="ij")
+        return torch.stack((radius * angle.cos(), radius * angle.sin(), z), -1) + torch.tensor(at)
+
+    turn, steel, cloth = 2 * math.pi, (0.62, 0.64, 0.7), (0.7, 0.12, 0.14)
+    for radius, color in ((0.2, steel), (0.17, (0.3, 0.2, 0.1)), (0.12, cloth)):  # the trunk, and layers within
+        parts.append((patch(radius, -0.1, 0.4, 0, turn, (0, 0, 0)), color))
+    for side in (-1.0, 1.0):
+        parts.append((patch(0.07, -0.6, -0.08, 0, turn, (0, 0.1 * side, 0)), (0.25, 0.27, 0.4)))  # legs
+        parts.append((patch(0.055, -0.15, 0.36, 0, turn, (0, 0.28 * side, 0)), steel))  # arms
+        for height in (0.22, 0.28, 0.34):  # plates on the shoulders
+            parts.append((patch(0.09, height, height + 0.09, 0, turn, (0, 0.27 * side, 0)), (0.75, 0.6, 0.2)))
+    parts.append((patch(0.12, 0.42, 0.66, 0, turn, (0, 0, 0)), steel))  # the helmet, open above and below
+    parts.append((patch(0.09, 0.44, 0.64, 0, turn, (0, 0, 0)), (0.85, 0.65, 0.5)))
+    for _ in range(12):  # plates all over the trunk
+        low, first = (torch.rand(2, generator=generator) * torch.tensor([0.35, turn])).tolist()
+        parts.append((patch(0.215, low - 0.08, low + 0.08, first, first + 0.9, (0, 0, 0)), (0.5, 0.52, 0.6)))
+    parts.append((patch(0.3, -0.5, 0.38, 0.75 * math.pi, 1.25 * math.pi, (0.04, 0, 0)), cloth))  # the cape
+    blade = patch(1.0, -0.3, 0.6, 0, 0.02, (-0.9, 0.38, 0))
+    parts.append((blade, (0.9, 0.9, 0.95)))
+    vertices = torch.cat([part.reshape(-1, 3) for part, _ in parts])
+    faces = torch.cat([_grid(13, 13) + 169 * i for i in range(len(parts))])
+    faces[::2] = faces[::2].flip(-1)  # half of them turned inside out
+    colors = torch.cat([torch.tensor(color).expand(169, 3) for _, color in parts])
+    shade = 0.75 + 0.25 * torch.rand(len(vertices), 1, generator=generator)
+    return model_of(vertices, faces, colors * shade, "soup")

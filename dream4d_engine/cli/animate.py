@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..assets import load_scene
-from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe
+from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, with_rigidity
 from ..training.loop import ResumeMismatch
 from . import options as shared
 from .command import Command
@@ -33,6 +33,9 @@ class Animate:
     hifa_steps: Annotated[int | None, shared.INT] = None
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     deformation_scale: shared.DeformationScale = None
+    rigidity: Annotated[float | None, shared.FLOAT] = None
+    """Keep the distances between near points of the surface at this weight, so that it neither tears nor slips; 0 does
+    not (default: 500 where the scene was made from a mesh, else the recipe's)."""
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()
     images: shared.Images = shared.ImageOptions()
@@ -50,6 +53,7 @@ def run(options: Animate, motion: MotionRecipe) -> int:
         raise UsageError("say which scene to animate: dream4d animate SCENE PROMPT --out FOLDER")
     prompt = said(options.prompt, "the prompt")
     still, parent = load_scene(options.scene)
+    motion = with_rigidity(motion, parent.first_mesh is not None, options.rigidity)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
     handles = prior_handles(motion, options, prompt)
     with open_run("animate", options, (motion,), still.config) as session:

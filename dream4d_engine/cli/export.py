@@ -118,6 +118,8 @@ def _run_own(options: Export, mesh: Path) -> int:
     vain = next((name for name in _OF_SURFACES if getattr(options, name) != getattr(defaults, name)), None)
     if vain is not None:
         raise UsageError(f"--{vain} means nothing with --mesh, which keeps its own shape and looks: leave it out")
+    if options.times < 2:
+        raise UsageError("--times must be 2 or more with --mesh, which is given motion")
     out = options.out or options.scene.with_name(f"{mesh.stem}_moving.glb")
     if out.suffix.lower() != ".glb" or options.format not in (None, "glb"):
         raise UsageError(f"{out} can't be: a mesh that moves is written as GLB, so end --out in .glb")

@@ -77,6 +77,8 @@ def _import_mesh(options: Import) -> int:
     require_new([options.out], options.overwrite)
     device = pick_device(options.machine.device)
     recipe = mesh_recipe(device) if options.recipe is None else find_recipe(options.recipe, MESH_RECIPES)
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"--seed must lie in [0, {2**63 - 1}], got {options.seed}")
     if not 0 < options.fill <= 1:
         raise UsageError(f"--fill must lie in (0, 1], got {options.fill:g}")
     model = read_model(options.file, options.clip, options.time)

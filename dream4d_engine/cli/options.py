@@ -96,6 +96,7 @@ _RANGES = {
     "warmup": (0, 10**9),
     "sd_view": (0.1, 180),
     "hifa_steps": (1, 1000),
+    "rigidity": (0, 10**9),
     "image_lora_strength": (-10, 10),
     "size": (1, MOST_SIDE),
     "frames": (1, MOST_FRAMES),

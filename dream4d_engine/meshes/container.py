@@ -109,12 +109,12 @@ class Gltf:
         """The numbers [N, C] of an accessor: integers as they are, or as shares where it says `normalized`."""
         import numpy as np
 
-        if isinstance(index, int) and index in self.cache:
-            return self.cache[index]
         entry, where = self.entry("accessors", index, said_by), f"accessors[{index}]"
         kind, component = entry.get("type"), entry.get("componentType")
         if not isinstance(kind, str) or kind not in kinds:
             raise self.fault(f"{where}.type", f"must be {' or '.join(kinds)} for {said_by}, got {describe(kind)}")
+        if isinstance(index, int) and index in self.cache:
+            return self.cache[index]
         if not isinstance(component, int) or component not in COMPONENTS:
             raise self.fault(f"{where}.componentType", f"must be one of {', '.join(map(str, COMPONENTS))}")
         count, width = self.get(entry, "count", int, where, 0), WIDTHS[kind]

@@ -234,7 +234,8 @@ def _read_mtl(path: Path, library: str, notes: list[str]) -> dict[str, Material]
 def _tensor(values: np.ndarray) -> Tensor:
     import numpy as np
 
-    return torch.from_numpy(np.ascontiguousarray(values, "f4"))
+    with np.errstate(over="ignore"):  # what is too large is found as infinite
+        return torch.from_numpy(np.ascontiguousarray(values, "f4"))
 
 
 # ---- PLY ---------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def _model(gathered: _Gathered, looks: _Looks, source: Source, file: Gltf) -> Mo
         ]
         return torch.from_numpy(np.concatenate(filled))
 
-    vertices = torch.from_numpy(np.concatenate(gathered.vertices).astype("f4"))
+    with np.errstate(over="ignore"):
+        vertices = torch.from_numpy(np.concatenate(gathered.vertices).astype("f4"))
     if not bool(vertices.isfinite().all()):
         raise MeshError(f"{file.name} has vertices so far out that they are no numbers: scale it down")
     faces = torch.from_numpy(np.concatenate(gathered.faces))

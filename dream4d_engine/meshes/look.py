@@ -16,7 +16,7 @@ from ..mesh import rasterize
 from .color import linear_to_srgb, srgb_to_linear
 from .record import Material, Model, Placement, Wrap
 
-NEAR = 1e-3
+NEAR = 1e-2
 """What is nearer to a camera is cut off, world units."""
 
 
@@ -39,6 +39,7 @@ class Surface:
     material: Tensor  # [M] int64
     materials: tuple[Material, ...]
     pyramids: tuple[tuple[Tensor, ...], ...]  # of each material, linear [h, w, 4], each half as large; () without
+    texels: Tensor  # [M], how many of them lie on an area of 1
 
 
 def surface_of(model: Model, placement: Placement, device: torch.device | str = "cpu") -> Surface:
@@ -46,14 +47,15 @@ def surface_of(model: Model, placement: Placement, device: torch.device | str = 
     mesh, faces = model.mesh, model.mesh.faces
     # far from the origin or of tiny units, single precision would lose the shape
     world = placement.to_world(mesh.vertices.double()).float()
-    return Surface(
-        world[faces].to(device),
-        None if mesh.uv is None else mesh.uv[faces].float().to(device),
-        None if mesh.colors is None else srgb_to_linear(mesh.colors[faces].float()).to(device),
-        model.face_material.to(device),
-        model.materials,
-        tuple(_pyramid(material.image, device) for material in model.materials),
-    )
+    triangles, material = world[faces].to(device), model.face_material.to(device)
+    uv = None if mesh.uv is None else mesh.uv[faces].float().to(device)
+    pyramids = tuple(_pyramid(one.image, device) for one in model.materials)
+    sizes = [levels[0].shape[0] * levels[0].shape[1] if levels else 0 for levels in pyramids]
+    texels = torch.zeros(len(triangles), device=device)
+    if uv is not None:
+        texels = _texels(triangles, uv, torch.tensor(sizes, dtype=torch.float32, device=device)[material])
+    colors = None if mesh.colors is None else srgb_to_linear(mesh.colors[faces].float()).to(device)
+    return Surface(triangles, uv, colors, material, model.materials, pyramids, texels)
 
 
 @torch.no_grad()
@@ -86,105 +88,84 @@ def _pyramid(image: Tensor | None, device: torch.device | str) -> tuple[Tensor, 
     return tuple(levels)
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """What of the faces lies before a camera: triangles, some of them cut."""
-
-    corners: Tensor  # [P, 3, 3] in the camera's frame: right, up and ahead
-    shares: Tensor  # [P, 3, 3] barycentric places of the corners in their face
-    face: Tensor  # [P] int64
-
-
-def _before(local: Tensor) -> _Pieces:
-    """Cut triangles [M, 3, 3] (right, up, ahead) at the near plane."""
-    n, device = len(local), local.device
-    whole = torch.eye(3, device=device).expand(n, 3, 3)
+def _before(local: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut triangles [M, 3, 3] (right, up, ahead) at the near plane; return the pieces [P, 3, 3] and whose they are."""
     ahead = local[..., 2] > NEAR
     n_ahead = ahead.sum(-1)
     keep = (n_ahead == 3).nonzero()[:, 0]
-    parts = [(local[keep], whole[keep], keep)]
+    pieces, faces = [local[keep]], [keep]
     for count in (1, 2):
         cut = (n_ahead == count).nonzero()[:, 0]
-        if not len(cut):
-            continue
         # turned so that the corner which is alone on its side of the plane is the first
-        alone = (ahead[cut] == (count == 1)).int().argmax(-1)
-        order = (alone[:, None] + torch.arange(3, device=device)) % 3
-        rows = torch.arange(len(cut), device=device)[:, None]
-        a, b, c = local[cut][rows, order].unbind(1)
-        sa, sb, sc = whole[cut][rows, order].unbind(1)
+        alone = (ahead[cut] == (count == 1)).int().argmax(-1) if len(cut) else cut
+        order = (alone[:, None] + torch.arange(3, device=local.device)) % 3
+        a, b, c = local[cut[:, None], order].unbind(1)
+        ab, ac = (torch.lerp(a, q, ((NEAR - a[:, 2]) / (q[:, 2] - a[:, 2]))[:, None]) for q in (b, c))
+        corners = [(a, ab, ac)] if count == 1 else [(ab, b, c), (ab, c, ac)]
+        pieces += [torch.stack(three, 1) for three in corners]
+        faces += [cut] * len(corners)
+    return torch.cat(pieces), torch.cat(faces)
 
-        def met(p: Tensor, q: Tensor, sp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
-            share = ((NEAR - p[:, 2]) / (q[:, 2] - p[:, 2]))[:, None]
-            return torch.lerp(p, q, share), torch.lerp(sp, sq, share)
 
-        (ab, sab), (ac, sac) = met(a, b, sa, sb), met(a, c, sa, sc)
-        if count == 1:
-            parts.append((torch.stack((a, ab, ac), 1), torch.stack((sa, sab, sac), 1), cut))
-        else:
-            parts.append((torch.stack((ab, b, c), 1), torch.stack((sab, sb, sc), 1), cut))
-            parts.append((torch.stack((ab, c, ac), 1), torch.stack((sab, sc, sac), 1), cut))
-    corners, shares, face = (torch.cat(column) for column in zip(*parts, strict=True))
-    return _Pieces(corners, shares, face)
+def _meet(triangles: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where lines [S, 3] from the origin meet the planes of triangles [S, 3, 3]: barycentric places [S, 3], and how
+    many times the direction that is [S] (Moeller and Trumbore 1997)."""
+    a = triangles[:, 0]
+    one, two = triangles[:, 1] - a, triangles[:, 2] - a
+    across = torch.linalg.cross(directions, two)
+    whole = (one * across).sum(-1)
+    second = -(a * across).sum(-1) / whole
+    side = torch.linalg.cross(-a, one)
+    third, far = (directions * side).sum(-1) / whole, (two * side).sum(-1) / whole
+    return torch.stack((1 - second - third, second, third), -1).clamp(0, 1), far
 
 
 def _draw(surface: Surface, c2w: Tensor, fov_y: Tensor, height: int, width: int) -> Tensor:
     """[H, W, 5] of one camera, a place in the middle of each pixel: sRGB, 1 where something is, distance."""
     device = surface.triangles.device
-    local = (surface.triangles - c2w[:3, 3]) @ c2w[:3, :3]
-    pieces = _before(local * local.new_tensor([1.0, 1.0, -1.0]))
+    local = ((surface.triangles - c2w[:3, 3]) @ c2w[:3, :3]) * torch.tensor([1.0, 1.0, -1.0], device=device)
+    pieces, of = _before(local)
     focal = 0.5 * height / torch.tan(fov_y / 2)
-    x, y, ahead = pieces.corners.unbind(-1)
+    x, y, ahead = pieces.unbind(-1)
     # -1 / ahead is linear in the image, and smallest where it is nearest
     flat = torch.stack((width / 2 + focal * x / ahead, height / 2 - focal * y / ahead, -1 / ahead), -1)
-    level = _levels(surface, pieces, flat)
 
-    def place(piece: Tensor, barycentric: Tensor) -> tuple[Tensor, Tensor]:
-        """Barycentric places in the whole face, and how far ahead [S]."""
-        ahead = pieces.corners[piece, :, 2]
-        shares = barycentric / ahead
-        total = shares.sum(-1)
-        shares = shares / total[:, None]
-        return (shares[..., None] * pieces.shares[piece]).sum(1), 1 / total
+    def look(face: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the places x, y [S] of the image show of faces: sRGB, whether there is anything, and the distance."""
+        directions = torch.stack(((x - width / 2) / focal, (height / 2 - y) / focal, torch.ones_like(x)), -1)
+        where, far = _meet(local[face], directions)
+        normal = torch.linalg.cross(local[face, 1] - local[face, 0], local[face, 2] - local[face, 0])
+        slant = (torch.nn.functional.normalize(normal, dim=-1) * directions).sum(-1).abs().clamp_min(1e-3)
+        # the area of the surface that a pixel covers is (far / focal)^2 |d|^3 / |n . d|, near enough with |d| = 1
+        color, there = _paint(surface, face, where, (far / focal).square() / slant)
+        return color, there, far * directions.norm(dim=-1)
 
     def shows(piece: Tensor, barycentric: Tensor) -> Tensor:
-        return _paint(surface, pieces.face[piece], place(piece, barycentric)[0], level[piece])[1]
+        x, y = (barycentric[..., None] * flat[piece, :, :2]).sum(1).unbind(-1)
+        return look(of[piece], x, y)[1]
 
     cut_out = any(material.alpha_cutoff is not None for material in surface.materials)
-    faces = torch.arange(flat.shape[0] * 3, device=device).view(-1, 3)
-    found = rasterize(flat.reshape(-1, 3), faces, height, width, shows if cut_out else None)
+    corners = torch.arange(len(flat) * 3, device=device).view(-1, 3)
+    found = rasterize(flat.reshape(-1, 3), corners, height, width, shows if cut_out else None).face
     image = torch.zeros(height, width, 5, device=device)
-    hit = found.face >= 0
-    piece = found.face[hit]
-    where, far = place(piece, found.barycentric[hit])
-    color, _ = _paint(surface, pieces.face[piece], where, level[piece])
+    hit = found >= 0
     rows, columns = hit.nonzero().unbind(-1)
-    ray = torch.stack(((columns + 0.5 - width / 2) / focal, (rows + 0.5 - height / 2) / focal), -1)
-    distance = far * (1 + ray.square().sum(-1)).sqrt()  # `far` runs along the camera's axis
+    color, _, distance = look(of[found[hit]], columns + 0.5, rows + 0.5)
     image[hit] = torch.cat((color, torch.ones_like(distance)[:, None], distance[:, None]), -1)
     return image
 
 
-def _levels(surface: Surface, pieces: _Pieces, flat: Tensor) -> Tensor:
-    """[P] int64, the texture's halvings at which a texel is about as large as a pixel, one for each triangle."""
-    if surface.uv is None:
-        return torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
-    sizes = [levels[0].shape[0] * levels[0].shape[1] if levels else 1 for levels in surface.pyramids]
-    texels = torch.tensor(sizes, device=flat.device, dtype=torch.float32)[surface.material[pieces.face]]
-    texture = _doubled_area((pieces.shares[..., None] * surface.uv[pieces.face][:, None]).sum(2)) * texels
-    shown = _doubled_area(flat[..., :2])
-    ratio = texture / shown.clamp_min(1e-12)
-    return (0.5 * ratio.clamp_min(1e-12).log2()).round().long().clamp_min(0)
+def _texels(triangles: Tensor, uv: Tensor, sizes: Tensor) -> Tensor:
+    """[M], how many of the texture's texels lie on an area of 1 of each face; `sizes`: of the texture of each face."""
+    one, two = uv[:, 1] - uv[:, 0], uv[:, 2] - uv[:, 0]
+    share = (one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0]).abs()
+    area = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]).norm(dim=-1)
+    return share * sizes / area.clamp_min(1e-12)
 
 
-def _doubled_area(corners: Tensor) -> Tensor:
-    """Of triangles [P, 3, 2]."""
-    a, b = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    return (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).abs()
-
-
-def _paint(surface: Surface, face: Tensor, where: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sRGB [S, 3] and whether there is anything [S], at barycentric places [S, 3] of faces [S]."""
+def _paint(surface: Surface, face: Tensor, where: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sRGB [S, 3] and whether there is anything [S], at barycentric places [S, 3] of faces [S], averaged over
+    about such an area [S] of the surface."""
     light = torch.ones(len(face), 4, device=face.device)
     material = surface.material[face]
     for number, one in enumerate(surface.materials):
@@ -195,7 +176,9 @@ def _paint(surface: Surface, face: Tensor, where: Tensor, level: Tensor) -> tupl
         levels = surface.pyramids[number]
         if levels and surface.uv is not None:
             uv = (where[mine, :, None] * surface.uv[face[mine]]).sum(1)
-            color = color * _texture(levels, uv, level[mine], one.wrap)
+            # the halving at which a texel is about as large
+            level = (0.5 * (area[mine] * surface.texels[face[mine]]).clamp_min(1e-12).log2()).round().long()
+            color = color * _texture(levels, uv, level.clamp(0, len(levels) - 1), one.wrap)
         light[mine] = color
     if surface.colors is not None:
         light[:, :3] *= (where[..., None] * surface.colors[face]).sum(1)
@@ -205,7 +188,6 @@ def _paint(surface: Surface, face: Tensor, where: Tensor, level: Tensor) -> tupl
 
 def _texture(levels: tuple[Tensor, ...], uv: Tensor, level: Tensor, wrap: tuple[Wrap, Wrap]) -> Tensor:
     """Light and alpha [S, 4] at uv [S, 2], each from its halving of the texture, between texels bilinearly."""
-    level = level.clamp_max(len(levels) - 1)
     found = torch.empty(len(uv), 4, device=uv.device)
     for number in level.unique().tolist():
         mine = level == number
@@ -216,9 +198,7 @@ def _texture(levels: tuple[Tensor, ...], uv: Tensor, level: Tensor, wrap: tuple[
         right, down = (at - low).unbind(-1)
         columns = [_wrapped(low[:, 0] + k, texels.shape[1], wrap[0]) for k in (0, 1)]
         rows = [_wrapped(low[:, 1] + k, texels.shape[0], wrap[1]) for k in (0, 1)]
-        above, below = (
-            torch.lerp(texels[row, columns[0]], texels[row, columns[1]], right[:, None]) for row in rows
-        )
+        above, below = (torch.lerp(texels[row, columns[0]], texels[row, columns[1]], right[:, None]) for row in rows)
         found[mine] = torch.lerp(above, below, down[:, None])
     return found
 

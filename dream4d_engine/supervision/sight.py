@@ -117,7 +117,9 @@ def seen_along_rays(
     return Supervision("rays", view, loss)
 
 
-def known_in_space(sightings: Sightings, weights_at: Callable[[float], SightWeights], view: ViewFunction) -> Supervision:
+def known_in_space(
+    sightings: Sightings, weights_at: Callable[[float], SightWeights], view: ViewFunction
+) -> Supervision:
     """Return the supervision by points: solid or free as the cameras see them, and of the surface's own colour.
 
     `view`: that of another supervision; nothing is rendered for this one. What is solid should be opaque over the step

@@ -20,7 +20,7 @@ from .look import Progress
 from .tracks import track_vertices
 
 SAME = 1e-5  # of the model's size: places nearer than that are one
-_LONGEST = 0.03  # of the box's half side: edges that a motion bends within are halved until they are shorter
+_LONGEST = 0.04  # of the box's half side: edges that a motion bends within are halved until they are shorter
 _MOST = 20_000  # points that are followed one by one
 _FINEST = 0.01  # of the box's half side: cells whose vertices are taken along by one of them, where there are more
 _REACH = 2.5  # cells, how far a followed point has a say

@@ -490,6 +490,20 @@ def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
     return recipe.name == "toy" or recipe.name.startswith("toy-")
 
 
+MESH_RIGIDITY = 500.0
+"""Weight of that term in the motion of scenes that were made from meshes."""
+
+
+def with_rigidity(recipe: MotionRecipe, from_mesh: bool, weight: float | None = None) -> MotionRecipe:
+    """Return the recipe with motion that keeps the distances between near points of the surface, at this weight.
+
+    `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh.
+    """
+    if weight is None:
+        weight = recipe.regularizers.rigidity or (MESH_RIGIDITY if from_mesh else 0.0)
+    return replace(recipe, regularizers=replace(recipe.regularizers, rigidity=weight))
+
+
 def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecipe:
     """Return the recipe with an image prior that is asked only for views less than this far from the front.
 

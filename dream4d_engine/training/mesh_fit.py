@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..cameras import CameraBatch, make_cameras
+from ..mesh import MeshError
 from ..meshes import Model, Placement
 from ..meshes.look import MeshImages, Surface, look_at, surface_of
-from ..mesh import MeshError
 from ..occupancy import MAX_THRESHOLD
 from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked

@@ -32,6 +32,11 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
     for name in ("probability", "low", "high"):
         if not 0 <= getattr(recipe.background, name) <= 1:
             raise ValueError(f"{where}.background.{name} must lie in [0, 1], got {getattr(recipe.background, name)}")
+    _at_least(0, recipe.regularizers, f"{where}.regularizers", "rigidity")
+    if recipe.regularizers.rigidity and not isinstance(recipe, MotionRecipe):
+        raise ValueError(
+            f"{where}.regularizers.rigidity is about motion, which a still scene has none of: leave it at 0"
+        )
     rates = ("lr_grid", "lr_mlp", "lr_background")
     _at_least(0, recipe.optimizer, f"{where}.optimizer", "eps", "weight_decay", *rates, "factor")
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):

@@ -136,3 +136,19 @@ def test_normal() -> None:
     assert losses.normal(normals, -normals, mask).item() == pytest.approx(2.0, abs=1e-6)
     changed = torch.where(mask > 0, normals, -normals)
     assert losses.normal(normals, changed, mask).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_rigidity_is_the_squared_strain_and_its_gradient() -> None:
+    before = image(3, 7, 3) - 0.5
+    assert losses.rigidity(before.flip(-1), before).item() == pytest.approx(0, abs=1e-12)  # turned over: as long
+    apart = (1.3 * before).requires_grad_()
+    loss = losses.rigidity(apart, before)
+    assert loss.item() == pytest.approx(0.09)
+    loss.backward()
+    length = before.norm(dim=-1, keepdim=True)
+    # d/da (|a|/|b| - 1)^2 = 2 (|a|/|b| - 1) a / (|a| |b|), mean over the pairs
+    assert torch.allclose(apart.grad, 2 * 0.3 * before / length / length / 7)
+    together = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    losses.rigidity(together, before[:2]).backward()
+    assert together.grad.isfinite().all()
+    assert losses.rigidity(apart[:0], before[:0]) == 0

@@ -1,0 +1,105 @@
+"""Scenes from meshes: silhouettes and colours come back, from views that nothing was trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_meshes import model_of, toy_model
+
+from dream4d_engine.cameras import make_cameras
+from dream4d_engine.mesh import MeshError
+from dream4d_engine.meshes import place
+from dream4d_engine.meshes.look import look_at, surface_of
+from dream4d_engine.scene import build_scene
+from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION, TOY_STATIC, with_rigidity
+from dream4d_engine.training.loop import Interrupted, RunControl
+from dream4d_engine.training.mesh_fit import fit_mesh, mesh_match, mesh_stage, sightings_of
+from dream4d_engine.training.validate import check_recipe
+
+CPU = torch.device("cpu")
+SCENE = replace(TOY_STATIC.scene, n_samples=96)
+SMALL = replace(
+    MESH_QUICK,
+    steps=150,
+    scene=SCENE,
+    n_views=24,
+    view_size=64,
+    phases=(
+        replace(MESH_QUICK.phases[0], n_rays=32, n_points=1024),
+        replace(MESH_QUICK.phases[1], start=0.5, n_rays=512, n_points=512),
+    ),
+    optimizer=replace(MESH_QUICK.optimizer, lr_grid=0.02, lr_mlp=0.02),
+)
+
+
+def test_a_cube_comes_back() -> None:
+    model = toy_model("a red cube")
+    placement = place(model, up="z")
+    scene, summary = fit_mesh(model, placement, SMALL, seed=0, device=CPU, control=RunControl())
+    cameras = make_cameras(
+        torch.tensor([[0.4], [2.0], [-1.9]]), torch.tensor([[0.2], [0.7], [-0.4]]), 3.0, math.radians(40), 0.0, 64, 64
+    )
+    psnr, iou = mesh_match(scene, look_at(surface_of(model, placement), cameras), cameras)
+    assert psnr > 24 and iou > 0.95, (psnr, iou)
+    assert summary.steps == SMALL.steps and scene.deformation is None
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.75], [0.8, 0.8, 0.8]])
+    inside, above, corner = (scene.density(points, torch.zeros(3)) * SCENE.step_size()).tolist()
+    assert inside > 1 and above < 0.05 and corner < 0.05  # solid within, though only its skin was ever seen
+
+
+def test_free_is_what_some_camera_sees_past() -> None:
+    model = toy_model("a green torus")
+    placement = place(model, up="z")
+    sightings = sightings_of(surface_of(model, placement), SMALL, lambda share: None)
+    points = placement.to_world(
+        torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.4, 0.0], [0.13, 0.4, 0.0], [0.21, 0.4, 0.0], [0.0, 0.0, 0.62]])
+    )
+    assert sightings.are_free(points).tolist() == [True, False, False, True, True]
+
+
+def test_a_fit_tells_and_stops() -> None:
+    model, told = toy_model("a red cube"), []
+
+    def fit(control: RunControl) -> None:
+        recipe = replace(SMALL, steps=4, n_views=4)
+        fit_mesh(model, place(model, up="z"), recipe, seed=0, device=CPU, control=control, on_look=told.append)
+
+    steps = []
+    with pytest.raises(Interrupted):
+        fit(RunControl(on_step=lambda report, scene: steps.append(report.step), should_stop=lambda: len(steps) == 2))
+    assert steps == [1, 2] and told[0] == 0 and told[-1] == 1 and told == sorted(told)
+    with pytest.raises(Interrupted):
+        fit(RunControl(should_stop=lambda: True))
+
+
+def test_a_mesh_that_nobody_can_see_is_refused() -> None:
+    line = torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 0, 2]])
+    model = model_of(line, torch.tensor([[0, 1, 2]]), torch.ones(3, 3), "a line")
+    with pytest.raises(MeshError, match="nothing of the mesh is to be seen"):
+        fit_mesh(model, place(model, up="z"), SMALL, seed=0, device=CPU, control=RunControl())
+
+
+def test_thin_parts_stay_occupied() -> None:
+    sheet = torch.tensor([[0.0, -1, -1], [0, 1, -1], [0, 1, 1], [0, -1, 1]])
+    model = model_of(sheet, torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.ones(4, 3), "a sheet")
+    sightings = sightings_of(surface_of(model, place(model, up="z")), SMALL, lambda share: None)
+    scene = build_scene(SCENE, torch.Generator().manual_seed(0))
+    mesh_stage(SMALL, scene, sightings).finish()
+    n = scene.occupancy.resolution
+    assert scene.occupancy.occupied[n // 2 - 1 : n // 2 + 1, n // 3 : -n // 3, n // 3 : -n // 3].any(0).all()
+
+
+def test_scenes_from_meshes_move_more_rigidly() -> None:
+    assert with_rigidity(TOY_MOTION, True).regularizers.rigidity == MESH_RIGIDITY
+    assert with_rigidity(TOY_MOTION, False).regularizers.rigidity == 0
+    assert with_rigidity(TOY_MOTION, True, 0.0).regularizers.rigidity == 0
+    own = replace(TOY_MOTION, regularizers=replace(TOY_MOTION.regularizers, rigidity=7.0))
+    assert with_rigidity(own, True) == own and with_rigidity(own, False, 3.0).regularizers.rigidity == 3
+    with pytest.raises(ValueError, match=r"regularizers\.rigidity must be at least 0"):
+        check_recipe(with_rigidity(own, False, -1.0))
+    still = replace(TOY_STATIC, regularizers=replace(TOY_STATIC.regularizers, rigidity=1.0))
+    with pytest.raises(ValueError, match="about motion"):
+        check_recipe(still)
