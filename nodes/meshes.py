@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -22,7 +22,7 @@ from ..dream4d_engine.machine import check_memory, write_atomically
 from ..dream4d_engine.mesh import MeshError
 from ..dream4d_engine.priors.formats.weights import human_size
 from ..dream4d_engine.surface import SurfaceOptions
-from .checks import check_ranges, first_complaint, require
+from .checks import check_ranges, check_types, first_complaint, require
 from .models import Given, core_mesh, model_input, model_of
 from .places import check_prefix, new_file
 from .render import scene_on_device
@@ -207,14 +207,19 @@ class ExportAnimatedGLB(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
+        input_types: Mapping[str, str],
         resolution: int | None = None,
         faces: int | None = None,
         texture: int | None = None,
         filename_prefix: str | None = None,
     ) -> bool | str:
         """Refuse what there is no memory or no library for, and names that no file can have."""
-        prefix = True if filename_prefix is None else check_prefix(filename_prefix)
-        return first_complaint(check_surface(cls, resolution, faces, texture), prefix)
+        own = "own_mesh" in input_types  # then no surface is looked for
+        return first_complaint(
+            check_types(cls, input_types),
+            True if own else check_surface(cls, resolution, faces, texture),
+            True if filename_prefix is None else check_prefix(filename_prefix),
+        )
 
     @classmethod
     def execute(

@@ -325,7 +325,7 @@ class AnimateScene(io.ComfyNode):
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         priors = pick_priors(settings, {"video": video_prior})
-        settings = with_frames_of(settings, priors)
+        settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None
         run = Run(
             "motion",
