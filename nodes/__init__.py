@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from .checks import at_the_door
 from .full_priors import LOADERS, ApplyLora
 from .graph_nodes import ImagePriorFromModel, NovelViewPriorFromModel, VideoPriorFromModel
+from .mesh_scenes import LoadMesh, MeshToScene
 from .meshes import ExportAnimatedGLB, ExtractMesh
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
@@ -30,6 +31,8 @@ _ALL: list[type[io.ComfyNode]] = [
     AnimateScene,
     Render,
     Preview4D,
+    LoadMesh,
+    MeshToScene,
     ExtractMesh,
     ExportAnimatedGLB,
     SaveScene,

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 
 import comfy.model_management as management
-from comfy_api.latest import io
+from comfy_api.latest import Types, io
 
 from ..dream4d_engine.documents import describe, text_fault
 from ..dream4d_engine.priors.handle import PriorHandle
@@ -25,6 +25,7 @@ Verdict = bool | str
 """True, or what is wrong."""
 _LEAST_BUDGET = 0.001
 _CLASSES = {ScenePort.io_type: SceneValue, PriorPort.io_type: PriorHandle, io.Load3DCamera.io_type: Mapping}
+_CLASSES |= {io.Mesh.io_type: Types.MESH, io.File3DAny.io_type: Types.File3D}
 
 
 def at_the_door(node: type[io.ComfyNode]) -> type[io.ComfyNode]:

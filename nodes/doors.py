@@ -94,7 +94,8 @@ def _check(place: str, value: object, kind: str, options: Mapping, classes: Mapp
         if fault is not None:
             raise DoorError(f"{place} {fault}")
         return value
-    if kind in classes and not isinstance(value, classes[kind]):
+    known = tuple(classes[one] for one in kind.split(",") if one in classes)  # a socket may take several types
+    if known and not isinstance(value, known):
         raise DoorError(f"the socket {place} takes {kind}, but {describe(value)} came through its link")
     return value
 

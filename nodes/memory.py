@@ -134,6 +134,8 @@ class HeldPriors:
 
         Their weights are elsewhere then: what was captured with them (CUDA graphs) has to be forgotten.
         """
+        if not self._priors:  # nothing of this run is registered
+            return False
         self._turns.let_others()
         gone = any(patcher.loaded_size() < patcher.model_size() for patcher in self._patchers)
         if gone or any(patcher.missed for patcher in self._patchers):

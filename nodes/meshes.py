@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 
-import torch
 from comfy_api.latest import Types, io
 
-from ..dream4d_engine.export import ExportOptions, GltfOptions, SceneMesh, export_scene, scene_mesh
-from ..dream4d_engine.export.gltf import y_up
-from ..dream4d_engine.machine import check_memory
-from ..dream4d_engine.mesh import Mesh
-from ..dream4d_engine.meshes.color import srgb_to_linear
+from ..dream4d_engine.export import (
+    ExportOptions,
+    GltfOptions,
+    SceneMesh,
+    glb_bytes,
+    own_mesh_glb,
+    require_own,
+    scene_mesh,
+)
+from ..dream4d_engine.machine import check_memory, write_atomically
+from ..dream4d_engine.mesh import MeshError
 from ..dream4d_engine.priors.formats.weights import human_size
 from ..dream4d_engine.surface import SurfaceOptions
-from .checks import check_ranges, first_complaint, require
+from .checks import check_ranges, check_types, first_complaint, require
+from .models import Given, core_mesh, model_input, model_of
+from .places import check_prefix, new_file
 from .render import scene_on_device
-from .scene_io import check_prefix, new_file
-from .session import interrupt_if_asked, say_on_node
+from .session import RunError, interrupt_if_asked, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _LARGEST, _SMALLEST_TEXTURE, _LARGEST_TEXTURE = 512, 16, 8192
@@ -148,6 +155,12 @@ class ExportAnimatedGLB(io.ComfyNode):
             search_aliases=["save glb", "export 4d", "animated mesh", "gltf", "morph targets", "blender", "dream4d"],
             inputs=[
                 ScenePort.Input("scene", tooltip="A moving scene. A still one makes a file without animation."),
+                model_input(
+                    "own_mesh",
+                    "The mesh that Mesh to Scene made the scene of: the motion is written into it, with its own "
+                    "vertices, materials and textures. Without it the scene's own surface is used.",
+                    optional=True,
+                ),
                 io.Int.Input(
                     "times",
                     default=24,
@@ -194,14 +207,19 @@ class ExportAnimatedGLB(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
+        input_types: Mapping[str, str],
         resolution: int | None = None,
         faces: int | None = None,
         texture: int | None = None,
         filename_prefix: str | None = None,
     ) -> bool | str:
         """Refuse what there is no memory or no library for, and names that no file can have."""
-        prefix = True if filename_prefix is None else check_prefix(filename_prefix)
-        return first_complaint(check_surface(cls, resolution, faces, texture), prefix)
+        own = "own_mesh" in input_types  # then no surface is looked for
+        return first_complaint(
+            check_types(cls, input_types),
+            True if own else check_surface(cls, resolution, faces, texture),
+            True if filename_prefix is None else check_prefix(filename_prefix),
+        )
 
     @classmethod
     def execute(
@@ -217,23 +235,56 @@ class ExportAnimatedGLB(io.ComfyNode):
         texture: int,
         threshold: float,
         smoothing: int,
+        own_mesh: Given | None = None,
     ) -> io.NodeOutput:
-        """Follow the surface through the times and write the file."""
-        require(check_surface(cls, resolution, faces, texture))
+        """Follow the surface, or the mesh's own vertices, through the times and write the file."""
+        gltf, node_id = GltfOptions(duration, bounce, lit=lit), cls.hidden.unique_id
+        if own_mesh is None:
+            require(check_surface(cls, resolution, faces, texture))
+            surface = SurfaceOptions(resolution, threshold or None, faces, smoothing)
+            made = _surface_file(scene, ExportOptions(times, 0.0, texture, surface, gltf), node_id)
+        else:
+            made = _own_file(scene, own_mesh, times, gltf, node_id)
         file = new_file(filename_prefix, cls.hidden.prompt, ".glb")
-        options = ExportOptions(
-            times,
-            texture=texture,
-            surface=SurfaceOptions(resolution, threshold or None, faces, smoothing),
-            gltf=GltfOptions(duration, bounce, lit=lit),
-        )
-        node_id = cls.hidden.unique_id
-        with scene_on_device(scene) as there:
-            report = export_scene(there, file.path, options, "glb", progress_of(node_id))
-        motion = told_of_motion(report.n_keys, scene.scene.deformation is not None)
-        say_on_node(f"{file.listed}, {human_size(report.n_bytes)}\n{told(report.made)}\n{motion}", node_id)
-        data = BytesIO(file.path.read_bytes())  # and not the path: what was saved may be moved or removed
+        write_atomically(file.path, made.data)
+        motion = told_of_motion(made.n_keys, scene.scene.deformation is not None)
+        lines = (f"{file.listed}, {human_size(len(made.data))}", *made.lines, motion)
+        say_on_node("\n".join(lines), node_id)
+        data = BytesIO(made.data)  # and not the path: what was saved may be moved or removed
         return io.NodeOutput(Types.File3D(data, "glb"), ui={"3d": [file.saved]})
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A file that isn't written yet, and what is to be said of it."""
+
+    data: bytes
+    n_keys: int
+    lines: tuple[str, ...]
+
+
+def _surface_file(scene: SceneValue, options: ExportOptions, node_id: str | None) -> _Made:
+    """The scene's own surface, moving."""
+    with scene_on_device(scene) as there:
+        made = scene_mesh(there, options, on_progress=progress_of(node_id))
+        data, n_keys = glb_bytes(made.mesh, options.gltf)
+    return _Made(data, n_keys, (told(made),))
+
+
+def _own_file(scene: SceneValue, given: Given, times: int, options: GltfOptions, node_id: str | None) -> _Made:
+    """The mesh that the scene was made of, moving as the scene does; RunError for another one."""
+    origin = scene.provenance.first_mesh
+    # of another clip or moment it would be another model: the scene says which
+    clip, time = (None, 0.0) if origin is None else (origin.source.clip, origin.source.time)
+    try:
+        model = model_of(given, clip, time)
+        require_own(model, origin)
+    except MeshError as error:
+        raise RunError(f"own_mesh: {error}") from error
+    with scene_on_device(scene) as there:
+        made = own_mesh_glb(there, origin, model, times, options, progress_of(node_id))
+    size = f"{model.source.name}: {len(model.mesh.vertices):,} vertices, {len(model.mesh.faces):,} faces"
+    return _Made(made.data, made.n_keys, (size, *made.notes))
 
 
 def check_surface(
@@ -284,24 +335,3 @@ def told_of_motion(n_keys: int, moving: bool) -> str:
     if n_keys:
         return f"{n_keys} key frames"
     return "nothing moves in the scene: no animation" if moving else "the scene is still: no animation"
-
-
-def core_mesh(mesh: Mesh) -> Types.MESH:
-    """A mesh as ComfyUI's nodes have it: a batch of one on the CPU, y up, colours as amounts of light.
-
-    It says of itself that it is unlit, as the field's colours hold light of their own; core's writer passes that on
-    unless there is a texture.
-    """
-
-    def batch(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value.detach().cpu()[None].contiguous()
-
-    return Types.MESH(
-        batch(y_up(mesh.vertices)),
-        batch(mesh.faces),
-        uvs=batch(mesh.uv),
-        vertex_colors=None if mesh.colors is None else batch(srgb_to_linear(mesh.colors)),
-        texture=batch(mesh.texture),
-        normals=None if mesh.normals is None else batch(y_up(mesh.normals)),
-        unlit=True,
-    )

@@ -6,25 +6,20 @@ Only the input and output folders can be reached, and the examples that come wit
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..dream4d_engine.assets import AssetError, Provenance, load_scene, read_info, save_scene
 from ..dream4d_engine.dream_in_4d import import_checkpoint
 from .doors import DoorError, check_choice
-from .prefixes import fill_in, prefix_fault
+from .places import PlaceError, changed_at, check_prefix, files_below, new_file, path_below
 from .session import gradients, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _SCENE, _CHECKPOINTS = ".safetensors", (".ckpt", ".pt", ".pth")
 _NOTHING = "(no scene files found)"
-_RUNS = ("dream4d", "runs")
+_SUFFIXES = (_SCENE, *_CHECKPOINTS)
 
 
 class SaveScene(io.ComfyNode):
@@ -106,27 +101,23 @@ class LoadScene(io.ComfyNode):
         try:
             if file is not None:
                 path = scene_path(check_choice("file", file, None))
-                if path.suffix == _SCENE:
+                if path.suffix.lower() == _SCENE:
                     read_info(path)  # the header alone
-        except (AssetError, DoorError) as error:
+        except (AssetError, DoorError, PlaceError) as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str:
         """Read the file again when it has changed."""
-        try:
-            found = scene_path(file or "").stat()
-        except (AssetError, OSError):
-            return ""
-        return f"{found.st_mtime_ns} {found.st_size}"
+        return changed_at(lambda: scene_path(file or ""))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         """Read the file."""
         path = scene_path(file)
         with gradients():
-            scene, provenance = import_checkpoint(path) if path.suffix in _CHECKPOINTS else load_scene(path)
+            scene, provenance = import_checkpoint(path) if path.suffix.lower() in _CHECKPOINTS else load_scene(path)
         return io.NodeOutput(SceneValue(scene, provenance))
 
 
@@ -175,98 +166,19 @@ def _history(provenance: Provenance) -> list[str]:
     parts = [f"recipe {provenance.recipe}"] if provenance.recipe else []
     parts += [f"{provenance.steps} steps"] if provenance.steps is not None else []
     parts += [f"seed {provenance.seed}"] if provenance.seed is not None else []
-    lines = [f"prompt: {provenance.prompt or '(unknown)'}", ", ".join(parts) or "(no recipe known)"]
+    mesh = None if provenance.mesh is None else f"a mesh: {provenance.mesh.source.name}"
+    told = mesh or f"prompt: {provenance.prompt or '(unknown)'}"
+    lines = [told, ", ".join(parts) or "(no recipe known)"]
     if provenance.parent is not None:
         lines += ["made from:", *(f"  {line}" for line in _history(provenance.parent))]
     return lines
 
 
-# ---- names and places --------------------------------------------------------------------------------------------
-
-
-def _roots() -> dict[str, Path]:
-    folders = {
-        "input": folder_paths.get_input_directory(),
-        "output": folder_paths.get_output_directory(),
-        "example": Path(__file__).parent / "examples",
-    }
-    return {name: Path(folder).resolve() for name, folder in folders.items()}
-
-
 def scene_files() -> list[str]:
-    """The files that may be scenes, as "folder/name.safetensors [output]", the examples last, the newest first.
-
-    The runs' own files are left out.
-    """
-    found: list[tuple[bool, float, str]] = []
-    for label, root in _roots().items():
-        for place, below, files in os.walk(root):
-            if Path(place) == root / _RUNS[0]:
-                below[:] = [name for name in below if name != _RUNS[1]]
-            for path in (Path(place, name) for name in files if name.endswith((_SCENE, *_CHECKPOINTS))):
-                if path.is_file() and path.resolve().is_relative_to(root):
-                    name = f"{path.relative_to(root).as_posix()} [{label}]"
-                    found.append((label != "example", path.stat().st_mtime, name))
-    return [name for *_, name in sorted(found, reverse=True)]
+    """The files that may be scenes, as `files_below` names them."""
+    return files_below(_SUFFIXES)
 
 
 def scene_path(file: str) -> Path:
-    """Return the place of a file named like those of `scene_files`; AssetError if it leads elsewhere or isn't there.
-
-    Without a folder in brackets the input folder is meant. Links are followed before the check.
-    """
-    name, label = file.strip(), "input"
-    for known in _roots():
-        if name.endswith(f"[{known}]"):
-            name, label = name.removesuffix(f"[{known}]").strip(), known
-    root = _roots()[label]
-    try:
-        path = (root / name).resolve()
-        inside, there = path.is_relative_to(root) and path != root, path.is_file()
-    except (OSError, ValueError, RuntimeError):  # no name of a file at all
-        inside = there = False
-    if not inside:
-        raise AssetError(f"{file!r} does not lie in the {label} folder: choose a file from the list")
-    if not there:
-        raise AssetError(f"there is no file {name!r} in the {label} folder")
-    if path.suffix not in (_SCENE, *_CHECKPOINTS):
-        raise AssetError(f"{name!r} is no scene file: its name must end in {_SCENE} or {', '.join(_CHECKPOINTS)}")
-    return path
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """A file below the output folder that isn't there yet."""
-
-    path: Path
-    saved: dict[str, str]
-    """As ComfyUI's front end wants to hear of it."""
-
-    @property
-    def listed(self) -> str:
-        """Its name below the output folder."""
-        return "/".join(filter(None, (self.saved["subfolder"], self.saved["filename"])))
-
-
-def new_file(prefix: str, graph: Mapping | None, suffix: str) -> NewFile:
-    """The next file of this prefix, whose placeholders are filled in from the queued graph; its folder is made.
-
-    Raises AssetError for prefixes that lead elsewhere or that no file can have.
-    """
-    prefix = fill_in(prefix, graph, datetime.now())
-    checked = check_prefix(prefix)
-    if checked is not True:
-        raise AssetError(checked)
-    root = folder_paths.get_output_directory()
-    try:
-        folder, name, counter, below, _ = folder_paths.get_save_image_path(prefix.replace("\\", "/"), root)
-    except OSError as error:
-        raise AssetError(f"can't write into the folder of {prefix!r}: {error.strerror or error}") from error
-    file = f"{name}_{counter:05}_{suffix}"
-    return NewFile(Path(folder) / file, {"filename": file, "subfolder": below, "type": "output"})
-
-
-def check_prefix(prefix: str) -> bool | str:
-    """Return True, or why files can't be saved under this prefix, filled in as far as it can be."""
-    fault = prefix_fault(fill_in(prefix, None, datetime.now()), _roots()["output"], os.name == "nt")
-    return True if fault is None else fault
+    """Return the place of a file named like those of `scene_files`; PlaceError if it leads elsewhere or isn't there."""
+    return path_below(file, _SUFFIXES, "scene file")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import comfy.model_management as management
 import folder_paths
@@ -21,12 +22,20 @@ import torch
 
 from ..dream4d_engine import locks
 from ..dream4d_engine.assets import AssetError, Provenance, check_header, load_scene, save_scene
+from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import WriteError, check_folder, check_memory, peak_memory, versions
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorHandle, PriorKind
 from ..dream4d_engine.scene import Scene, SceneConfig
 from ..dream4d_engine.training.checkpoint import CheckpointError, set_aside
-from ..dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, MotionRecipe, StaticRecipe
+from ..dream4d_engine.training.config import (
+    IMAGE_RECIPES,
+    MOTION_RECIPES,
+    STATIC_RECIPES,
+    MeshRecipe,
+    MotionRecipe,
+    StaticRecipe,
+)
 from ..dream4d_engine.training.estimate import disk_bytes, memory_bytes
 from ..dream4d_engine.training.guidance import active_terms, explain_silence, load_guidance, runtime_for
 from ..dream4d_engine.training.loop import (
@@ -79,6 +88,11 @@ def runs_folder() -> Path:
 
 
 _ANOTHER_PLACE = "start ComfyUI with another --output-directory"
+
+
+def check_runs_folder(n_bytes: int) -> None:
+    """ValueError where a run of so many bytes can't be kept."""
+    check_folder(runs_folder(), n_bytes, _ANOTHER_PLACE)
 
 
 @contextmanager
@@ -248,9 +262,53 @@ def pick_priors(
     return found
 
 
+class Work(Protocol):
+    """What is trained, as `carry_out` has to know it."""
+
+    @property
+    def stage(self) -> str:
+        """Its name in reports and messages."""
+
+    @property
+    def recipe(self) -> StaticRecipe | MotionRecipe | MeshRecipe:
+        """Its numbers."""
+
+    @property
+    def priors(self) -> Mapping[PriorKind, PriorHandle]:
+        """The models that it asks."""
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of GPU memory, which change no result."""
+
+    def statement(self) -> str:
+        """What is said beside the loading of the models; ""."""
+
+    def needed_bytes(self) -> int:
+        """What training takes at the least, beside the models."""
+
+    def ways_to_less(self) -> str:
+        """What takes less memory, as the end of "lower ..."."""
+
+    def check(self) -> None:
+        """Refuse what no run can be made with, or whose result could not be read back."""
+
+    def provenance(self) -> Provenance:
+        """Where the result comes from."""
+
+    def identity(self, device: torch.device) -> dict:
+        """The tree that a checkpoint is recognised by, as JSON gives it back."""
+
+    def guidance(self, device: torch.device, on_prior: Callable[[Prior], None]) -> dict[PriorKind, Guidance]:
+        """Load the models, telling of each."""
+
+    def silenced(self, error: PriorSilent, device: torch.device) -> str:
+        """Why a prior may have given no answers."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One stage to be trained.
+    """One stage to be trained from priors.
 
     `settings`: all that its result depends on beside the other fields. `start`: the configuration of the scene that
     training starts from. `memory_budget`: bytes of GPU memory, which change no result.
@@ -272,6 +330,19 @@ class Run:
         """What training takes at the least, beside the models."""
         return memory_bytes(self.recipe, self.start)
 
+    def statement(self) -> str:
+        """What was taken from an image."""
+        return "" if self.reference is None else self.reference.statement
+
+    def ways_to_less(self) -> str:
+        """Smaller recipes of the same family, or the models."""
+        families = (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES)
+        family = next(known for known in families if self.recipe.name in known)
+        smaller = [r.name for r in family.values() if memory_bytes(r, self.start) < self.needed_bytes()]
+        if smaller:
+            return f"the recipe (smaller ones: {', '.join(smaller)})"
+        return "the sizes of the models (load smaller priors)"
+
     def check(self) -> None:
         """Refuse what no run can be made with, or whose result could not be read back."""
         config = self.recipe.trained(self.start)
@@ -281,7 +352,7 @@ class Run:
             for words in (self.prompt, self.negative):
                 check_header(config, self._provenance(words))
             check_recipe(self.recipe, self.stage)
-            check_folder(runs_folder(), disk_bytes((self.recipe,), config), _ANOTHER_PLACE)
+            check_runs_folder(disk_bytes((self.recipe,), config))
         except ValueError as error:
             raise RunError(str(error)) from error
 
@@ -309,12 +380,22 @@ class Run:
         }
         return json.loads(json.dumps(tree))
 
+    def guidance(self, device: torch.device, on_prior: Callable[[Prior], None]) -> dict[PriorKind, Guidance]:
+        """Load the models, telling of each."""
+        runtime = runtime_for(self.recipe, device)
+        return load_guidance(self.recipe, self.priors, self.prompt, runtime, self.reference, self.negative, on_prior)
+
+    def silenced(self, error: PriorSilent, device: torch.device) -> str:
+        """Why a prior may have given no answers."""
+        way = "another file of this model, or of its autoencoder, may bear it"
+        return str(explain_silence(error, self.recipe, self.priors, runtime_for(self.recipe, device), way))
+
 
 Trainer = Callable[..., tuple[Scene, FitSummary]]
 """(guidance, device=, control=) -> (scene, summary); see train_static."""
 
 
-def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, preview_seconds: float) -> SceneValue:
+def carry_out(run: Work, train: Trainer, *, node_id: str | None, resume: str, preview_seconds: float) -> SceneValue:
     """Train, or take up what is there already, and return the scene on the CPU.
 
     When Cancel is pressed, the state is saved after the current step and ComfyUI's own exception is raised.
@@ -339,9 +420,7 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
                 raise management.InterruptProcessingException() from stop
             except PriorSilent as error:
                 traceback.clear_frames(error.__traceback__)
-                way = "another file of this model, or of its autoencoder, may bear it"
-                runtime = runtime_for(run.recipe, device)
-                raise RunError(str(explain_silence(error, run.recipe, run.priors, runtime, way))) from error
+                raise RunError(run.silenced(error, device)) from error
             except (WriteError, AssetError) as error:
                 traceback.clear_frames(error.__traceback__)
                 kept = "what was saved before is kept" if files.checkpoint.exists() else "nothing was saved before"
@@ -356,21 +435,14 @@ def carry_out(run: Run, train: Trainer, *, node_id: str | None, resume: str, pre
                 held.release()
 
 
-def out_of_memory(run: Run, reporter: Reporter, kept: bool) -> str:
+def out_of_memory(run: Work, reporter: Reporter, kept: bool) -> str:
     """What to say when the memory was too small: where it happened, what is kept, what can be done."""
-    family = next(known for known in (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES) if run.recipe.name in known)
-    smaller = [r.name for r in family.values() if memory_bytes(r, run.start) < run.needed_bytes()]
     where = f"after step {reporter.value} of {run.recipe.steps}" if reporter.value else "before the first step was done"
     state = "The checkpoint is kept" if kept else "There is no checkpoint yet"
-    lower = (
-        f"the recipe (smaller ones: {', '.join(smaller)})"
-        if smaller
-        else "the sizes of the models (load smaller priors)"
-    )
     return (
         f"out of memory in the stage {run.stage!r}, {where}. {state}: make room (close other programs, press ComfyUI's "
-        f"'Unload Models') and queue again to go on; or lower {lower}, which starts another run. Fewer steps or "
-        "another seed don't help."
+        f"'Unload Models') and queue again to go on; or lower {run.ways_to_less()}, which starts another run. Fewer "
+        "steps or another seed don't help."
     )
 
 
@@ -390,7 +462,7 @@ def _finished(files: RunFiles) -> SceneValue | None:
 
 
 def _train(
-    run: Run,
+    run: Work,
     train: Trainer,
     device: torch.device,
     identity: dict,
@@ -401,8 +473,8 @@ def _train(
     if device.type == "cpu":
         check_memory(run.needed_bytes(), f"training by the recipe {run.recipe.name!r}", "close other programs")
     held.make_room(sum(prior.n_bytes() for prior in run.priors.values()))
-    taken = "" if run.reference is None else f"\n{run.reference.statement}"
-    reporter.say(f"{run.stage}: loading the models{taken}")
+    beginning = f"{run.stage}: loading the models" if run.priors else run.stage
+    reporter.say("\n".join(filter(None, (beginning, run.statement()))))
 
     def on_prior(prior: Prior) -> None:
         interrupt_if_asked()
@@ -414,8 +486,7 @@ def _train(
             for one in guidance.values():
                 one.denoiser.forget()
 
-    runtime = runtime_for(run.recipe, device)
-    guidance = load_guidance(run.recipe, run.priors, run.prompt, runtime, run.reference, run.negative, on_prior)
+    guidance = run.guidance(device, on_prior)
     control = RunControl(
         files.checkpoint,
         identity,

@@ -51,8 +51,8 @@ def _prompt(tooltip: str) -> io.Input:
     return io.String.Input("prompt", multiline=True, default="a red cube is jumping", tooltip=tooltip)
 
 
-def _how_it_runs(last: Sequence[io.Input] = ()) -> list[io.Input]:
-    """The inputs of both stages that come after the recipe's; `last`: a stage's own that belong to the end."""
+def how_it_runs(after_seed: Sequence[io.Input] = (), last: Sequence[io.Input] = ()) -> list[io.Input]:
+    """The inputs of all that is trained which come after the recipe's, with a stage's own among them."""
     return [
         io.Int.Input(
             "seed",
@@ -62,13 +62,7 @@ def _how_it_runs(last: Sequence[io.Input] = ()) -> list[io.Input]:
             control_after_generate=False,
             tooltip="Everything random follows from it.",
         ),
-        io.String.Input(
-            "negative",
-            default="",
-            multiline=True,
-            advanced=True,
-            tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
-        ),
+        *after_seed,
         io.Combo.Input(
             "resume",
             options=[AUTOMATIC, START_OVER],
@@ -102,7 +96,17 @@ def _how_it_runs(last: Sequence[io.Input] = ()) -> list[io.Input]:
     ]
 
 
-def _steps(default: int) -> io.Int.Input:
+def _negative() -> io.Input:
+    return io.String.Input(
+        "negative",
+        default="",
+        multiline=True,
+        advanced=True,
+        tooltip="What the result should not look like. Empty: the model's or the recipe's own words.",
+    )
+
+
+def steps_input(default: int) -> io.Int.Input:
     return io.Int.Input("steps", default=default, min=1, max=_MOST_STEPS, tooltip="Training steps.")
 
 
@@ -155,12 +159,12 @@ class OptimizeStaticScene(io.ComfyNode):
                 _prompt("What to make, for example: a red cube. With the toy priors only their own words."),
                 io.DynamicCombo.Input(
                     "recipe",
-                    options=[io.DynamicCombo.Option(r.name, [_steps(r.steps)]) for r in STILL_RECIPES.values()],
+                    options=[io.DynamicCombo.Option(r.name, [steps_input(r.steps)]) for r in STILL_RECIPES.values()],
                     tooltip="All numbers of the run. The toy ones: for the toy priors, some minutes on a CPU. The "
                     "others: the published settings, for full-size models and a GPU. "
                     f"{from_images} start from an image.",
                 ),
-                *_how_it_runs([mask_shows]),
+                *how_it_runs([_negative()], [mask_shows]),
             ],
             outputs=[ScenePort.Output("static_scene", display_name="scene", tooltip="The still scene.")],
             hidden=[io.Hidden.unique_id],
@@ -230,7 +234,7 @@ class OptimizeStaticScene(io.ComfyNode):
             settings.scene if start is None else start.config,
             parent=None if scene is None else scene.provenance,
             reference=reference,
-            memory_budget=_bytes(memory_budget),
+            memory_budget=budget_bytes(memory_budget),
         )
 
         def train(guidance, **given):
@@ -260,7 +264,7 @@ class AnimateScene(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "recipe",
                     options=[
-                        io.DynamicCombo.Option(r.name, [_steps(r.steps), _hifa_steps(r)])
+                        io.DynamicCombo.Option(r.name, [steps_input(r.steps), _hifa_steps(r)])
                         for r in MOTION_RECIPES.values()
                     ],
                     tooltip="All numbers of the run. toy: for the toy prior, some minutes on a CPU. The others: the "
@@ -275,7 +279,7 @@ class AnimateScene(io.ComfyNode):
                     advanced=True,
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
-                *_how_it_runs(),
+                *how_it_runs([_negative()]),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -321,7 +325,7 @@ class AnimateScene(io.ComfyNode):
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         priors = pick_priors(settings, {"video": video_prior})
-        settings = with_frames_of(settings, priors)
+        settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None
         run = Run(
             "motion",
@@ -333,7 +337,7 @@ class AnimateScene(io.ComfyNode):
             {"scene": scene.fingerprint(), "deformation_scale": scale},
             scene.scene.config,
             parent=scene.provenance,
-            memory_budget=_bytes(memory_budget),
+            memory_budget=budget_bytes(memory_budget),
         )
 
         def train(guidance, **given):
@@ -349,7 +353,7 @@ def check_zoom(scale: float | None) -> bool | str:
     return "deformation_scale must be 0 (automatic) or at least 0.05" if too_small else True
 
 
-def _bytes(gibibytes: float) -> int | None:
+def budget_bytes(gibibytes: float) -> int | None:
     """What the widget memory_budget means."""
     return round(gibibytes * 2**30) or None
 

@@ -53,6 +53,14 @@ def why_no_server() -> str | None:
     return f"ComfyUI's Python lacks something: {done.stderr.strip().splitlines()[-1]}" if done.returncode else None
 
 
+def why_no_meshes() -> str | None:
+    """Return why no meshes can be made of scenes in the server, or None."""
+    comfyui = find_comfyui()
+    needs = "import skimage, fast_simplification, xatlas"
+    done = subprocess.run([find_python(comfyui), "-c", needs], capture_output=True, text=True) if comfyui else None
+    return None if done is None or not done.returncode else f"ComfyUI's Python lacks: {done.stderr.splitlines()[-1]}"
+
+
 class Server:
     """A ComfyUI server with folders of its own and this repository as its only pack.
 

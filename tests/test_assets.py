@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from scene_cases import CONFIG, PROVENANCE, tiny_scene
 
-from dream4d_engine.assets import AssetError, config_from_dict, load_scene, read_info, save_scene
+from dream4d_engine.assets import AssetError, Provenance, config_from_dict, load_scene, read_info, save_scene
 from dream4d_engine.cameras import orbit
 from dream4d_engine.dream_in_4d import ImportOptions, import_checkpoint
 from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.encodings import HashGridConfig
+from dream4d_engine.meshes import MeshOrigin, Placement, Source
 from dream4d_engine.rendering import RenderOptions, render
 from dream4d_engine.scene import SceneConfig
 
@@ -68,6 +69,14 @@ def test_info_reads_the_header_alone(asset: Path) -> None:
     assert info.format_version == 1 and info.config == CONFIG and info.provenance == PROVENANCE
     assert info.shapes["deformation.active_levels"] == ()
     assert info.shapes["occupancy.occupied"] == (4, 4, 4)
+
+
+def test_a_moving_scene_knows_the_mesh_that_it_began_as(tmp_path: Path) -> None:
+    rows = ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+    mesh = MeshOrigin(Source("fox.glb", "glb", "ab" * 32, "run", 0.25), Placement(rows, (0.5, -2.0, 0.0), 1.75))
+    save_scene(tmp_path / "s.safetensors", tiny_scene(), replace(PROVENANCE, parent=Provenance("still", mesh=mesh)))
+    found = read_info(tmp_path / "s.safetensors").provenance
+    assert found.mesh is None and found.first_mesh == mesh and PROVENANCE.first_mesh is None
 
 
 def test_saving_replaces_whole_files_only(asset: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..fields.encodings import HashGridConfig
 from ..scene import SceneConfig
-from .config import MotionRecipe, Phase, StaticRecipe
+from .config import MeshRecipe, MotionRecipe, Phase, StaticRecipe
 
 _FIXED_ROOM = 2**25
 """Bytes on the disk for videos, images and records."""
@@ -12,6 +12,9 @@ _SHARE_OF_SAMPLES = 0.05
 """Of the places on the rays, how many are looked at with gradient in a scene like the first one, at the least."""
 _BYTES_A_PIXEL = 120
 """A ray (7 numbers), colour, opacity, depth, spread and background (9 numbers, twice), the frame in bytes."""
+
+_BYTES_SEEN = 27
+"""A pixel of a view of a mesh: its colour in bytes, two distances, its number in a list, and all of it while made."""
 
 
 def _grid_bytes(grid: HashGridConfig, n_dims: int) -> int:
@@ -46,7 +49,24 @@ def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int
 
     reference = recipe.reference
     seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)
-    # what autograd keeps of a sample: the features of its levels, and the networks' layers
-    per_ray = 100 + config.n_samples * _SHARE_OF_SAMPLES * (200 * n_levels + 1500)
+    per_ray = 100 + config.n_samples * _SHARE_OF_SAMPLES * _sample_bytes(n_levels)
     # parameters, gradient and two moments
     return 4 * scene_bytes(config) + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)
+
+
+def _sample_bytes(n_levels: int) -> int:
+    """What autograd keeps of a sample: the features of its levels, and the networks' layers."""
+    return 200 * n_levels + 1500
+
+
+def mesh_memory_bytes(recipe: MeshRecipe) -> int:
+    """Bytes that a fit to a mesh takes at the least: what is seen of it, parameters and moments, a step's samples."""
+    sample, per_ray = _sample_bytes(recipe.scene.radiance.grid.n_levels), recipe.scene.n_samples * _SHARE_OF_SAMPLES
+    step = max(phase.n_rays * per_ray + phase.n_points for phase in recipe.phases)
+    seen = _BYTES_SEEN * recipe.n_views * recipe.view_size**2
+    return 4 * scene_bytes(recipe.scene) + int(step * sample) + seen
+
+
+def mesh_disk_bytes(recipe: MeshRecipe) -> int:
+    """Bytes of all that a fit to a mesh writes."""
+    return _FIXED_ROOM + 2 * 4 * scene_bytes(recipe.scene)

@@ -10,11 +10,9 @@ const NAMES = { static: "Dream4DOptimizeStaticScene", motion: "Dream4DAnimateSce
 const VIEWER = "Dream4DPreview4D";
 const seen = { outside: [], errors: [], asked: 0 };
 
-// ComfyUI's own 3D viewer draws with WebGL, in software here
-const drawing = part === "meshes" ? ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] : ["--disable-gpu"];
 const browser = await chromium.launch({
   executablePath,
-  args: ["--no-sandbox", "--no-first-run", "--disable-background-networking", ...drawing].concat([
+  args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"].concat([
     "--disable-component-update",
     "--disable-sync",
   ]),

@@ -11,19 +11,26 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browsers import HERE, find_browser, why_no_browser
+from comfy_harness import why_no_meshes
 from pack import GROWN, HEAD, overlaps
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 
 
-def look(server, tmp_path_factory, part: str) -> dict:
+def screenshots(tmp_path_factory) -> Path:
+    """Where they are kept."""
+    return Path(os.environ.get("DREAM4D_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+
+
+def look(server, folder: Path, part: str) -> dict:
     """What a part of drive.mjs saw in the browser."""
     reason = why_no_browser()
     if reason:
         pytest.skip(reason)
-    folder = Path(os.environ.get("DREAM4D_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
     words = ["node", "drive.mjs", f"http://127.0.0.1:{server.port}", find_browser(), str(folder), part]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=900)
@@ -37,25 +44,25 @@ def look(server, tmp_path_factory, part: str) -> dict:
 @pytest.fixture(scope="module")
 def seen(server, tmp_path_factory) -> dict:
     """A template is run and looked at."""
-    return look(server, tmp_path_factory, "story")
+    return look(server, screenshots(tmp_path_factory), "story")
 
 
 @pytest.fixture(scope="module")
 def several(server, tmp_path_factory) -> dict:
     """Three viewers on one canvas."""
-    return look(server, tmp_path_factory, "several")
+    return look(server, screenshots(tmp_path_factory), "several")
 
 
 @pytest.fixture(scope="module")
 def templates(server, tmp_path_factory) -> dict:
     """All templates loaded, one of them run."""
-    return look(server, tmp_path_factory, "templates")
+    return look(server, screenshots(tmp_path_factory), "templates")
 
 
 @pytest.fixture(scope="module")
 def damaged(server, tmp_path_factory) -> dict:
     """Workflows and messages that hold anything in place of a view."""
-    return look(server, tmp_path_factory, "damaged")
+    return look(server, screenshots(tmp_path_factory), "damaged")
 
 
 def test_the_live_preview_appears_on_the_node(seen):
@@ -125,6 +132,24 @@ def test_the_templates_leave_room_for_what_their_nodes_show(templates, when):
         assert overlaps(high) == [], name
     for name, height in GROWN.items():
         assert grown[name] <= height + HEAD, f"{name} becomes higher than what the templates are checked with"
+
+
+def test_comfyuis_own_viewer_plays_an_exported_file(server, tmp_path_factory):
+    """The red cube stands still until the button is pressed, and jumps then."""
+    if reason := why_no_meshes():
+        pytest.skip(reason)
+    folder = screenshots(tmp_path_factory)
+    look(server, folder, "meshes")
+
+    def red(name: str) -> np.ndarray:
+        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB")).astype(int)
+        return np.argwhere((pixels[..., 0] > 120) & (pixels[..., 1] < 80))
+
+    still = red("still0")
+    assert len(still) > 2000 and np.array_equal(still, red("still1"))
+    middles = np.array([red(f"playing{number}").mean(0) for number in range(8)])
+    height, width = middles.max(0) - middles.min(0)
+    assert height > 15 and width < 8, "up and down, not sideways"
 
 
 def test_the_viewers_own_requests_are_recognised(seen):

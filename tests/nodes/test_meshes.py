@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from browsers import why_no_module
-from comfy_harness import REPOSITORY, Server, find_comfyui, find_python, node
+from comfy_harness import REPOSITORY, Server, node, why_no_meshes
 from glb import Glb, issues_of
-from server_runs import ended, output_files
+from safetensors import safe_open
+from server_runs import ended, output_files, steps_in
 
 from dream4d_engine.assets import Provenance, load_scene, save_scene
 from dream4d_engine.export import ExportOptions, scene_mesh
 from dream4d_engine.export.gltf import y_up
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
+from dream4d_engine.meshes import MeshOrigin, place, read_model
 from dream4d_engine.meshes.color import srgb_to_linear
 from dream4d_engine.scene import SceneConfig, build_scene
 from dream4d_engine.surface import SurfaceOptions
 
 pytestmark = pytest.mark.server
 MOVING, STILL = "jumping_cube.safetensors [example]", "red_cube.safetensors [example]"
+MESH = "red_cube.glb [example]"
+EXAMPLES = REPOSITORY / "nodes" / "examples"
 SIZES = {"resolution": 32, "faces": 2000, "texture": 0, "threshold": 7.9, "smoothing": 2}
 MOTION = {"times": 5, "duration": 2.0, "bounce": False, "lit": False}
 
@@ -30,10 +34,8 @@ MOTION = {"times": 5, "duration": 2.0, "bounce": False, "lit": False}
 @pytest.fixture(scope="module")
 def meshes(server) -> Server:
     """The server, where its Python has what meshes need."""
-    for module in ("skimage", "fast_simplification", "xatlas"):
-        words = [find_python(find_comfyui()), "-c", f"import {module}"]
-        if subprocess.run(words, capture_output=True).returncode:
-            pytest.skip(f"ComfyUI's Python lacks {module}")
+    if reason := why_no_meshes():
+        pytest.skip(reason)
     return server
 
 
@@ -46,7 +48,8 @@ def extract(scene: list, time: float = 0.0, **changes) -> dict:
 
 
 def export(scene: list, prefix: str = "meshes/moving", **changes) -> dict:
-    return node("Dream4DExportAnimatedGLB", scene=scene, filename_prefix=prefix, **(MOTION | SIZES | changes))
+    given = MOTION | SIZES | {"filename_prefix": prefix} | changes
+    return node("Dream4DExportAnimatedGLB", scene=scene, **given)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def places(path) -> np.ndarray:
 
 
 def test_a_mesh_goes_through_cores_nodes_as_the_engine_made_it(made):
-    scene, _ = load_scene(REPOSITORY / "nodes" / "examples" / MOVING.split()[0])
+    scene, _ = load_scene(EXAMPLES / MOVING.split()[0])
     options = SurfaceOptions(SIZES["resolution"], SIZES["threshold"], SIZES["faces"], SIZES["smoothing"])
     with torch.no_grad():
         mesh = scene_mesh(scene, ExportOptions(1, 0.5, surface=options), False).mesh
@@ -179,11 +182,11 @@ def test_numbers_that_no_mesh_has_are_refused_before_anything_runs(meshes, chang
 
 @pytest.mark.parametrize(
     ("blob", "message"),
-    [((-1e4, 0.5), "the scene is empty"), ((1e4, 1e4), "the scene's field fills its box")],
+    [((-1e4, 1e4), "the scene is empty"), ((1e4, 1e4), "the scene's field fills its box")],
 )
 def test_scenes_without_a_surface_are_said_to_have_none(meshes, blob, message):
     grid = HashGridConfig(n_levels=2, log2_entries=6, base_resolution=2, growth=2.0)
-    config = SceneConfig(radiance=RadianceConfig(grid, blob_scale=blob[0], blob_std=blob[1]))
+    config = SceneConfig(radiance=RadianceConfig(grid, blob_scale=blob[0], blob_std=blob[1]), n_samples=32)
     scene = build_scene(config, torch.Generator().manual_seed(0))
     scene.refresh_occupancy()
     save_scene(meshes.base / "input" / "strange.safetensors", scene, Provenance("nothing"))
@@ -203,3 +206,227 @@ def test_an_export_can_be_cancelled_and_leaves_nothing(meshes):
         events = listener.until(ended, 30)
     assert events[-1][0] == "execution_interrupted"
     assert not list((meshes.base / "output" / "meshes").glob("*cancelled*"))
+
+
+# ---- meshes of others --------------------------------------------------------------------------------------------
+
+
+def mesh_file(file: str = MESH) -> dict:
+    return node("Dream4DLoadMesh", file=file)
+
+
+def fit(model: list, steps: int = 20, **changes) -> dict:
+    given = {"recipe": "mesh-quick", "recipe__steps": steps, "up": "y", "front": "automatic", "clip": "", "time": 0.0}
+    given |= {"seed": 0, "resume": "resume automatically", "preview_seconds": 0.0}
+    return node("Dream4DMeshToScene", model_3d=model, **(given | changes))
+
+
+def value(name: str) -> dict:
+    """A mesh or a file that is in some way wrong."""
+    return node("GuardValue", value=name)
+
+
+@pytest.fixture(scope="module")
+def small(meshes) -> Server:
+    """The server, whose fits look at meshes from few places at few pixels."""
+    meshes.post("/dream4d_test/small_meshes", {})
+    return meshes
+
+
+def saved_header(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_mesh_becomes_a_scene_that_remembers_it(small):
+    """From a file, from a file in memory and from a MESH of the graph."""
+    graph = {
+        "1": mesh_file(),
+        "2": fit(["1", 0], 60, preview_seconds=0.1),
+        "3": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="meshes/fitted"),
+        "4": node("Dream4DSceneInfo", scene=["2", 0]),
+        "5": load(STILL),
+        "6": extract(["5", 0]),
+        "7": fit(["6", 0], 5),
+        "8": node("Dream4DSceneInfo", scene=["7", 0]),
+        "9": node("MeshToFile3D", mesh=["6", 0]),
+        "10": fit(["9", 0], 5),
+        "11": node("Dream4DSceneInfo", scene=["10", 0]),
+    }
+    with small.listen() as listener:
+        prompt = small.queue(graph, listener.client)
+        events = listener.until(ended, 200)
+    assert events[-1][0] == "execution_success", events[-1]
+    outputs = small.wait(prompt)["outputs"]
+    assert "a mesh: red_cube.glb\nrecipe mesh-quick, 60 steps, seed 0" in outputs["4"]["text"][0]
+    assert "a mesh: mesh\n" in outputs["8"]["text"][0] and "a mesh: model.glb\n" in outputs["11"]["text"][0]
+    lines = [content for kind, content in events if kind == "text"]
+    assert any(
+        "red_cube.glb: 294 vertices, 432 faces\nits middle (0, 0, 0) put into the box's, 0.9798" in x for x in lines
+    )
+    assert any("seen from 50% of its sides" in line for line in lines)
+    assert steps_in(events, "mesh")[-1] == 5 and 60 in steps_in(events, "mesh")
+    images = [content for kind, content in events if kind == "image"]
+    assert images and all(image.startswith(b"\xff\xd8") for image in images), "live previews"
+
+    (path,) = output_files(small, outputs["3"], "scenes")
+    scene, provenance = load_scene(path)
+    assert provenance.mesh == MeshOrigin(
+        read_model(EXAMPLES / MESH.split()[0]).source, place(read_model(EXAMPLES / MESH.split()[0]))
+    )
+    inside, outside = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[0.9, 0.9, 0.9], [-0.8, 0.0, 0.0]])
+    with torch.no_grad():
+        dense, thin = (scene.density(points, torch.zeros(len(points))) for points in (inside, outside))
+    assert dense.min() > 10 * thin.max(), "solid where the cube is"
+
+
+@pytest.fixture(scope="module")
+def moving_cube(small) -> str:
+    """A moving scene that says it was made from the example mesh: motion without minutes of training."""
+    scene, provenance = load_scene(EXAMPLES / MOVING.split()[0])
+    model = read_model(EXAMPLES / MESH.split()[0])
+    origin = MeshOrigin(model.source, place(model))
+    parent = replace(provenance.parent or Provenance(), mesh=origin)
+    save_scene(small.base / "input" / "from_mesh.safetensors", scene, replace(provenance, parent=parent))
+    return "from_mesh.safetensors"
+
+
+def test_the_motion_is_written_into_the_users_own_file(small, moving_cube):
+    graph = {
+        "1": load(moving_cube),
+        "2": mesh_file(),
+        "3": export(["1", 0], "meshes/own", own_mesh=["2", 0], times=5),
+        "4": node("Preview3D", model_file=["3", 0]),
+    }
+    with small.listen() as listener:
+        prompt = small.queue(graph, listener.client)
+        events = listener.until(ended, 60)
+    assert events[-1][0] == "execution_success", events[-1]
+    (path,) = output_files(small, small.wait(prompt)["outputs"]["3"], "3d")
+    own, made = Glb((EXAMPLES / MESH.split()[0]).read_bytes()), Glb(path.read_bytes())
+    assert made.binary.startswith(own.binary), "what was there stays byte for byte"
+    assert made.tree["materials"] == own.tree["materials"] and made.tree["images"] == own.tree["images"]
+    for name in ("POSITION", "TEXCOORD_0"):
+        assert (made.read(made.primitive["attributes"][name]) == own.read(own.primitive["attributes"][name])).all()
+    rest, top = made.at(0.0), made.at(1.0)
+    rise = (top - rest).mean(0)
+    assert rise[1] > 0.15 and np.abs(rise[[0, 2]]).max() < 0.08, "up, in the file's frame and units"
+    sides = (top.max(0) - top.min(0)) / (rest.max(0) - rest.min(0))
+    assert 0.8 < sides.min() and sides.max() < 1.2, "as large as it was, whatever the scene's zoom"
+    if why_no_module("gltf-validator") is None:
+        issues = issues_of(path)
+        assert issues["numErrors"] == issues["numWarnings"] == 0, issues["messages"]
+    text = next(text for kind, text in events if kind == "text" and text.startswith("meshes/own"))
+    assert "red_cube.glb: 294 vertices, 432 faces" in text and "key frames" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"2": load(STILL) | {}, "3": extract(["2", 0])},
+            "is not the mesh that the scene was made from, which is red_cube.glb",
+        ),
+        ({"1": load(MOVING)}, "the scene was not made from a mesh, so its motion has no way into one"),
+        ({"3": value("mesh batch")}, "own_mesh: the mesh is a batch of 2: one mesh is needed"),
+        ({"3": value("5")}, "the socket own_mesh takes MESH"),
+    ],
+)
+def test_a_mesh_that_is_not_the_scenes_is_refused(small, moving_cube, change, message):
+    graph = {"1": load(moving_cube), "3": mesh_file()} | change
+    graph["4"] = export(["1", 0], "meshes/wrong", own_mesh=["3", 0])
+    assert message in small.error(graph)
+    assert not list((small.base / "output" / "meshes").glob("wrong*"))
+
+
+def test_a_still_scene_has_no_motion_to_give_to_a_mesh(small):
+    graph = {"1": mesh_file(), "2": fit(["1", 0], 5), "3": export(["2", 0], "meshes/none", own_mesh=["1", 0])}
+    assert "the scene doesn't move, so there is no motion to give the mesh" in small.error(graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mesh batch", "the mesh is a batch of 2: one mesh is needed"),
+        ("mesh without faces", "the mesh has 3 vertices and 0 faces"),
+        ("mesh of nothing", "the mesh has 0 vertices and 0 faces"),
+        ("mesh with nan", "a mesh's vertices must be finite numbers"),
+        ("mesh beyond", "a mesh's faces must name vertices 0 to 2"),
+        ("mesh of lists", "the mesh's vertices must have the shape [1, N, 3]"),
+        ("mesh of a point", "is 0 long: it has no size to scale by"),
+        ("fbx", "a 3D file of the format 'fbx' came: take one of glb, gltf, obj, ply, stl"),
+        ("broken glb", "model.glb"),
+        ("gone", "there is no file /nowhere/model.glb"),
+        ("5", "the socket model_3d takes MESH"),
+    ],
+)
+def test_meshes_that_cannot_be_used_are_said_to_be_so(small, name, message):
+    graph = {"1": value(name), "2": fit(["1", 0]), "3": node("Dream4DSceneInfo", scene=["2", 0])}
+    said = small.error(graph)
+    assert message in said and "\n" not in said.strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"front": "-y"}, "front is -y and up is y, the same axis: choose another front"),
+        ({"front": "+w"}, "front is '+w': choose one of automatic, +x"),
+        ({"up": "x"}, "up is 'x': choose one of automatic, y, z"),
+        ({"time": -1.0}, "time is -1.0: it must lie between"),
+        ({"recipe": "grand"}, "unknown recipe: choose one of automatic, mesh, mesh-quick"),
+    ],
+)
+def test_fits_refused_before_anything_runs(small, changes, message):
+    graph = {"1": mesh_file(), "2": fit(["1", 0], **changes), "3": node("Dream4DSceneInfo", scene=["2", 0])}
+    assert message in small.refused(graph)
+
+
+def test_clips_are_taken_from_files_alone_and_by_name(small):
+    graph = {"1": mesh_file(), "2": fit(["1", 0], clip="run"), "3": node("Dream4DSceneInfo", scene=["2", 0])}
+    assert "run" in small.error(graph)
+    graph["1"] = value("mesh")
+    assert "a mesh of the graph has no clips: leave clip empty" in small.error(graph)
+
+
+def test_only_files_of_the_folders_are_meshes(small, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "model.glb"
+    outside.write_bytes((EXAMPLES / MESH.split()[0]).read_bytes())
+    folder = small.base / "input" / "3d"
+    folder.mkdir(exist_ok=True)
+    (folder / "link.glb").symlink_to(outside)
+    (folder / "Mine.GLB").write_bytes(outside.read_bytes())
+    listed = small.get("/object_info/Dream4DLoadMesh")["Dream4DLoadMesh"]["input"]["required"]["file"][1]["options"]
+    assert "3d/Mine.GLB [input]" in listed and MESH in listed and not any("link" in name for name in listed)
+    assert not any(name.endswith(".safetensors [example]") for name in listed)
+    for file, message in {
+        "3d/link.glb": "does not lie in the input folder",
+        str(outside): "does not lie in the input folder",
+        "3d/missing.glb": "there is no file",
+        "red_cube.safetensors [example]": "is no file of a mesh: its name must end in .glb",
+    }.items():
+        assert message in small.refused({"1": mesh_file(file), "2": node("Preview3D", model_file=["1", 0])}), file
+    shown = small.run({"1": mesh_file("3d/Mine.GLB [input]"), "2": node("Preview3D", model_file=["1", 0])})
+    assert (small.base / "output" / shown["2"]["result"][0]).read_bytes() == outside.read_bytes()
+
+
+def test_a_fit_can_be_cancelled_and_goes_on(small):
+    def graph(preview: float) -> dict:
+        saved = node("Dream4DSaveScene", scene=["2", 0], filename_prefix="meshes/resumed")
+        return {"1": mesh_file(), "2": fit(["1", 0], 400, seed=7, preview_seconds=preview), "3": saved}
+
+    with small.listen() as listener:
+        prompt = small.queue(graph(0.0), listener.client)
+        listener.until(lambda kind, content: max(steps_in([(kind, content)], "mesh"), default=0) >= 10)
+        small.interrupt()
+        assert listener.until(ended)[-1][0] == "execution_interrupted"
+        small.wait(prompt)
+        (checkpoint,) = small.runs.glob("*.checkpoint")
+        stopped_at = int(saved_header(checkpoint)["step"])
+        assert 10 <= stopped_at < 400
+        small.queue(graph(600.0), listener.client)
+        events = listener.until(lambda kind, content: bool(steps_in([(kind, content)], "mesh")))
+        assert stopped_at < steps_in(events, "mesh")[0] <= stopped_at + 2, "it goes on"
+        small.interrupt()
+        listener.until(ended)
+    for path in small.runs.glob("*.checkpoint"):
+        path.unlink()

@@ -24,7 +24,7 @@ FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 MOST_WIDGETS = 10
-SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO"}
+SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO", "MESH"}
 
 
 # ---- the source --------------------------------------------------------------------------------------------------
@@ -140,15 +140,18 @@ SCHEMA = {
             {"options": [{"key": "toy", "inputs": {"required": {"steps": ("INT", {"min": 1, "max": 9})}}}]},
         ),
         "thing": ("THING", {}),
+        "any": ("THING,OTHER,UNKNOWN", {}),
     },
     "optional": {"image": ("IMAGE", {}), "mask": ("MASK",), "budget": ("FLOAT", {"min": 0.0, "max": 9.0})},
 }
 GOOD = {"seed": 5, "share": 0.5, "prompt": "a red cube", "way": "fast", "file": "any", "old": "b", "on": True}
-GOOD |= {"recipe": {"recipe": "toy", "steps": 3}, "thing": {1, 2}}
+GOOD |= {"recipe": {"recipe": "toy", "steps": 3}, "thing": {1, 2}, "any": (1,)}
 
 
 def at_the_door(**changes) -> dict:
-    return part_of_the_pack("doors").check_values(SCHEMA, GOOD | changes, {"THING": set}, frozenset({"file"}))
+    return part_of_the_pack("doors").check_values(
+        SCHEMA, GOOD | changes, {"THING": set, "OTHER": tuple}, frozenset({"file"})
+    )
 
 
 def test_what_a_door_lets_in():
@@ -162,6 +165,7 @@ def test_what_a_door_lets_in():
     whole = at_the_door(seed=7.0, share=1, on=0, recipe={"recipe": "toy", "steps": 4.0})
     assert (whole["seed"], whole["share"], whole["on"], whole["recipe"]["steps"]) == (7, 1.0, False, 4)
     assert [type(whole[name]) for name in ("seed", "share", "on")] == [int, float, bool]
+    assert at_the_door(any={3})["any"] == {3}, "a socket may take several types"
     assert "budget" not in at_the_door(budget=None, image=None), "the node's own default"
     assert at_the_door(image=torch.rand(8, 9, 3))["image"].shape == (1, 8, 9, 3)
     assert at_the_door(mask=torch.ones(8, 9, dtype=torch.bool))["mask"].tolist() == [[[1.0] * 9] * 8]
@@ -200,6 +204,7 @@ def test_what_a_door_lets_in():
         ({"recipe": {"recipe": "toy", "steps": 0}}, "recipe.steps is 0: it must lie between 1 and 9"),
         ({"recipe": {"recipe": "toy"}}, "recipe.steps is None: it must be a whole number"),
         ({"thing": [1]}, "the socket thing takes THING, but [1] came"),
+        ({"any": [1]}, "the socket any takes THING,OTHER,UNKNOWN, but [1] came through its link"),
         ({"thing": None}, "the socket thing takes THING, but None came"),
         ({"image": torch.zeros(0, 8, 8, 3)}, "image holds no pixels: its shape is [0, 8, 8, 3]"),
         ({"image": torch.zeros(8, 8)}, "image has the shape [8, 8]: it must be [B, H, W, C]"),
@@ -502,6 +507,7 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 def test_every_node_is_there(schemas):
     expected = {f"Load{kind}Prior" for kind in ("Toy", "Multiview", "Image", "NovelView", "Pixel", "Video", "")}
     expected |= {"ApplyLora", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
+    expected |= {"LoadMesh", "MeshToScene", "ExtractMesh", "ExportAnimatedGLB"}
     expected |= {"SaveScene", "LoadScene", "SceneInfo", "ImagePriorFromModel"}
     expected |= {"NovelViewPriorFromModel", "VideoPriorFromModel"}
     assert set(schemas) == {f"Dream4D{name}" for name in expected}
@@ -519,7 +525,7 @@ def test_every_node_explains_itself(schemas):
 def test_no_node_is_crowded(schemas):
     for name, schema in schemas.items():
         inputs = given_inputs(schema)
-        widgets = {n for n, (kind, _) in inputs.items() if kind not in SOCKETS}
+        widgets = {n for n, (kind, _) in inputs.items() if kind.split(",")[0] not in SOCKETS}
         plain = {n for n in widgets if "." not in n}
         below = Counter(n.rpartition(".")[0] for n in widgets - plain)  # one choice's are shown at a time
         assert len(plain) + max(below.values(), default=0) <= MOST_WIDGETS, f"{name}: {sorted(plain)}"

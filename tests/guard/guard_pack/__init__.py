@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import comfy.model_management as management
 import torch
 from aiohttp import web
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import Types
 from server import PromptServer
 
 
@@ -31,7 +33,26 @@ class Value:
         """Send it."""
         made = {"surrogate": "\ud800", "no pixels": torch.zeros(0, 8, 8, 3), "nan pixels": torch.zeros(1, 8, 8, 3)}
         made["nan pixels"][0, 3, 3] = float("nan")
+        made |= _meshes()
         return (made[value] if value in made else json.loads(value),)
+
+
+def _meshes():
+    """A triangle as core has it, and what is wrong with others of its kind."""
+    places, face = torch.eye(3)[None], torch.tensor([[[0, 1, 2]]])
+    return {
+        "mesh": Types.MESH(places, face),
+        "mesh batch": Types.MESH(places.expand(2, -1, -1), face.expand(2, -1, -1)),
+        "mesh without faces": Types.MESH(places, face[:, :0]),
+        "mesh of nothing": Types.MESH(places[:, :0], face[:, :0]),
+        "mesh with nan": Types.MESH(places / 0 * 0, face),
+        "mesh beyond": Types.MESH(places, face + 1),
+        "mesh of lists": Types.MESH([[0.0, 0.0, 0.0]], [[0, 1, 2]]),
+        "mesh of a point": Types.MESH(places * 0, face),
+        "fbx": Types.File3D(BytesIO(b"Kaydara FBX Binary"), "fbx"),
+        "broken glb": Types.File3D(BytesIO(b"glTF" + bytes(40)), "glb"),
+        "gone": Types.File3D("/nowhere/model.glb"),
+    }
 
 
 class SmallClip:
@@ -116,6 +137,19 @@ async def small_recipes(request):
     return web.json_response({})
 
 
+@routes.post("/dream4d_test/small_meshes")
+async def small_meshes(request):
+    """Let fits to meshes look from few places at few pixels, in few rays."""
+    import nodes
+
+    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
+    recipes = sys.modules[f"{pack}.dream4d_engine.training.config"].MESH_RECIPES
+    for name, recipe in recipes.items():
+        phases = tuple(replace(phase, n_rays=256, n_points=1024) for phase in recipe.phases)
+        recipes[name] = replace(recipe, n_views=12, view_size=48, phases=phases)
+    return web.json_response({})
+
+
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), 2**63, 2**64, True, "7", None, [1], 1j]
 TEXTS = [None, 5, 1.5, ["a"], "a\0b", "\ud800", "x" * 100_000]
 CHOICES = [None, 5, {"a": 1}, ["a"], "no choice at all"]
@@ -166,7 +200,7 @@ def _walk(node):
 def _values(kind, options, name, made):
     """A good value for an input, and (place, bad value, change of the inputs) of bad ones."""
     if kind == "COMFY_DYNAMICCOMBO_V3":
-        choice = options["options"][0]
+        choice = next(c for c in options["options"] if c["inputs"].get("required"))
         below = {n: (k, r[0] if r else {}) for n, (k, *r) in choice["inputs"]["required"].items()}
         inner = {n: _values(k, o, n, made) for n, (k, o) in below.items()}
         good = {name: choice["key"], **{n: value for n, (value, _) in inner.items()}}
@@ -190,6 +224,8 @@ def _values(kind, options, name, made):
         "CLIP": (SimpleNamespace(tokenizer=None), [None, 5, "clip"]),
         "VAE": (SimpleNamespace(first_stage_model=None), [None, 5, "vae"]),
     }
+    if kind.startswith("MESH,"):
+        kind, known["MESH,"] = "MESH,", (_meshes()["mesh"], [None, 5, "mesh", [1]])
     good, bad = known[kind]
     edges = [options[e] + d for e, d in (("min", -1), ("max", 1)) if e in options]
     return good, [(name, v, {name: v}) for v in [*bad, *edges]]
