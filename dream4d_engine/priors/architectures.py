@@ -24,7 +24,7 @@ from .formats.tiny_vae import TinyVAE
 from .handle import PriorKind
 from .networks.denoisers import PredictionType, UNetDenoiser, prepared
 from .networks.execution import Runtime
-from .networks.transformers import TransformerDenoiser
+from .networks.transformers import TransformerDenoiser, prepared_transformer
 from .networks.view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
@@ -228,6 +228,8 @@ def random_denoiser(
 ) -> UNetDenoiser | TransformerDenoiser:
     """Build a denoiser of this architecture with random weights."""
     if architecture.vae_class is not None:
+        if vae != "full":
+            raise PriorError(f"{architecture.name} has no tiny autoencoder here: measure it with its own")
         return _random_flow(architecture, device, dtype)
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -304,6 +306,6 @@ def random_guidance(
     conditions = random_conditions(architecture, denoiser)
     if isinstance(denoiser, UNetDenoiser):
         denoiser = prepared(denoiser, runtime)
-    elif runtime.accelerated:
-        denoiser = replace(denoiser, capture=runtime.capture)
+    else:
+        denoiser = prepared_transformer(denoiser, runtime)
     return Guidance(architecture.name, denoiser, conditions, config)

@@ -133,7 +133,7 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
     assert found[0]["gradient_cosine"] is None and -1 <= found[1]["gradient_cosine"] < 0.99, "they are strangers"
     assert "gradient's cosine" in capsys.readouterr().out
     options = bench.Bench(image_prior=str(image))
-    full, _ = bench._guidance(recipe, bench.Variant("plain", "plain", None), options, CPU, None)
+    full, _ = bench._guidance(bench._Subject("", recipe), bench.Variant("plain", "plain", None), options, CPU)
     job = bench._Job(recipe, bench.Variant("tiny", "tiny", None), full, options, CPU)
     assert bench._gradient_cosine(job, recipe) == pytest.approx(1.0, abs=1e-6), "with itself"
 

@@ -16,10 +16,13 @@ from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
 from .checkpointing import checkpointing
-from .denoisers import predicted_clean
-from .execution import PLAIN, Capture, without_autocast
+from .denoisers import WORTH_COMPILING, predicted_clean
+from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, without_autocast
+from .video_encoders import encode_whole, encodes_whole, lay_out
 
 LTX_FRAMES_A_SECOND = 25  # of the videos that LTX-Video was trained on; its positions in time are seconds
+FEW_AT_ONCE = 4
+"""Frames: where no more are to be encoded at once, they are as the library does it, Wan's four by four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class TransformerDenoiser:
     execution: Execution = field(default_factory=Execution)
     capture: Capture = PLAIN
     device: torch.device = torch.device("cpu")
+    fused: bool = False  # videos are encoded in one piece, by fewer passes over memory
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,18 +56,24 @@ class TransformerDenoiser:
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable. The mean of the autoencoder's guess."""
-        checkpointed = self.execution.images_kept is not None
         dtype = next(self.vae.parameters()).dtype
         videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
+        with without_autocast(self.device):
+            z = torch.cat([self._encode(one) for one in videos]).float()
+        mean, deviation = self._scaling(z)
+        return ((z - mean) / deviation).movedim(2, 1)
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled."""
+        checkpointed, at_once = self.execution.images_kept is not None, self.execution.images_at_once
+        if self.fused and (at_once is None or at_once > FEW_AT_ONCE):
+            return encode_whole(self.vae, video, checkpointed)
         try:
-            with without_autocast(self.device), checkpointing(self.vae, checkpointed):
-                each = [self.vae.encode(one).latent_dist.mode() for one in videos]
+            with checkpointing(self.vae, checkpointed):
+                return self.vae.encode(video).latent_dist.mode()
         finally:
             if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
                 self.vae.clear_cache()
-        z = torch.cat(each).float()
-        mean, deviation = self._scaling(z)
-        return ((z - mean) / deviation).movedim(2, 1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode to [B, F, 3, H, W] in [0, 1] (not clamped)."""
@@ -118,3 +128,17 @@ class TransformerDenoiser:
     def forget(self) -> None:
         """Drop the graphs that were captured with the weights' old places."""
         self.capture.forget()
+
+
+def prepared_transformer(denoiser: TransformerDenoiser, runtime: Runtime) -> TransformerDenoiser:
+    """Return the denoiser as it is to run; on a GPU fast, its networks changed in place and keeping their weights."""
+    if not runtime.accelerated:
+        return denoiser
+    fused = encodes_whole(denoiser.vae)
+    if fused:
+        lay_out(denoiser.vae)
+    n_parameters = sum(p.numel() for p in denoiser.transformer.parameters())
+    if runtime.compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
+        compile_blocks(denoiser.transformer)
+    torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
+    return replace(denoiser, capture=runtime.capture, fused=fused)
