@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..priors.errors import PriorError
-from ..priors.files import PriorFiles, toy_prior, toy_subject
+from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
 from ..priors.formats.folders import FolderLoader
 from ..priors.formats.identify import identify, open_loader
 from ..priors.formats.lora_files import read_lora
+from ..priors.formats.pipelines import PipelineFolder, open_pipeline
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
@@ -48,6 +49,13 @@ def prior_handles(
             )
         handle = toy_prior(term.prior) if given is None else _find(given, term.prior, options)
         found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae)
+        found[term.prior].check_added()
+        if given is not None and is_toy(recipe) and open_pipeline(handle.path) is not None:
+            flag = "--motion-recipe" if hasattr(options, "motion_recipe") and term.prior == "video" else "--recipe"
+            raise ValueError(
+                f"the recipe {recipe.name!r} is made for the package's own small models, {handle.name} is one of "
+                f"today's: give {flag} {'model-video' if term.prior == 'video' else 'model-image'}"
+            )
     if prompt is not None:
         for handle in found.values():
             handle.check_prompt(prompt)
@@ -57,13 +65,13 @@ def prior_handles(
 def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
     """Return a model after a look at what it is."""
     path = find_weights(given, download=options.priors.download, say=lambda text: say(text, error=True))
-    loader = open_loader(path)
-    if isinstance(loader, FolderLoader):
-        loader.check()
-    metadata = loader.metadata(kind)
-    for note in metadata.notes:
+    folder = open_pipeline(path)
+    checked = folder or open_loader(path)
+    if isinstance(checked, FolderLoader | PipelineFolder):
+        checked.check()
+    for note in checked.metadata(kind).notes:
         say(f"note: {note}", error=True)
-    return PriorFiles(metadata.name, metadata.kind, path)
+    return prior_files(path, kind)
 
 
 def _added(options: WithPriors) -> dict[PriorKind, dict[str, Any]]:

@@ -263,5 +263,6 @@ def image_recipe(name: str) -> StaticRecipe:
 
 def with_motion(options: RunOptions, static: StaticRecipe) -> tuple[RunOptions, StaticRecipe, MotionRecipe]:
     """Add the second stage's recipe; where none is named, the one that goes with the first stage's."""
-    name = options.motion_recipe or ("toy" if is_toy(static) else "zeroscope-144x80")
+    usual = {"model-image": "model-video"}.get(static.name, "toy" if is_toy(static) else "zeroscope-144x80")
+    name = options.motion_recipe or usual
     return replace(options, motion_recipe=name), static, find_recipe(name, MOTION_RECIPES)

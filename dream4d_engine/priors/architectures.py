@@ -279,7 +279,8 @@ def random_conditions(
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
         vector = camera_vector(cameras).to(denoiser.device) if architecture.kind == "multiview" else None
-        shape = cameras.shape
+        # a take is told what its first frame is: no need to say it of every one
+        shape = cameras.shape if architecture.vae_class is None else (len(cameras.azimuth), 1)
         concat = None if beside is None else beside.expand(*shape, -1, -1, -1)
         if pooled is not None:
             vector = pooled.expand(*shape, -1)
