@@ -137,7 +137,7 @@ def test_a_gradient_reaches_the_images(name, folders):
 
 @pytest.mark.parametrize("name", ["wan", "ltx"])
 def test_noise_is_shifted_as_the_scheduler_says(name, folders):
-    pipeline, folder = folders(name)
+    folder = folders(name)[1]
     shift = 3.0
     if name == "ltx":  # 2 x 2 x 3 tokens
         mu = 0.95 + (2.05 - 0.95) * (12 - 1024) / (4096 - 1024)

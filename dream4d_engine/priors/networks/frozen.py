@@ -43,7 +43,7 @@ def speed_up(network: nn.Module) -> nn.Module:
     return network
 
 
-CONVOLUTIONS = {4: functional.conv2d, 5: functional.conv3d}
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
 _TRANSPOSED = {4: functional.conv_transpose2d, 5: functional.conv_transpose3d}
 
 
