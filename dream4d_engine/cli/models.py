@@ -15,10 +15,12 @@ from ..priors.formats.pipelines import PipelineFolder, open_pipeline
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
-from ..training.config import is_toy
+from ..training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, is_toy
 from ..training.guidance import active_terms
 from .options import PriorOptions, Recipe
 from .terminal import say
+
+_RECIPES = (*STATIC_RECIPES.values(), *IMAGE_RECIPES.values(), *MOTION_RECIPES.values())
 
 
 class WithPriors(Protocol):
@@ -39,6 +41,8 @@ def prior_handles(
     """
     added = _added(options)  # says in time what is wrong with them
     tiny_vae = None if options.priors.tiny_vae is None else Path(options.priors.tiny_vae)
+    if not toys:
+        _check_asked(recipe, options)
     found: dict[PriorKind, PriorFiles] = {}
     for term in active_terms(recipe):
         given = getattr(options, f"{term.prior}_prior", None)
@@ -60,6 +64,20 @@ def prior_handles(
         for handle in found.values():
             handle.check_prompt(prompt)
     return found
+
+
+def _check_asked(recipe: Recipe, options: WithPriors) -> None:
+    """Refuse a model that a stage's recipe never asks: it would be left out without a word."""
+    kinds: tuple[PriorKind, ...] = (
+        ("video",) if recipe.stage == "motion" else ("multiview", "image", "novel_view", "pixel")
+    )
+    for kind in set(kinds) - {term.prior for term in recipe.guidance}:
+        if getattr(options, f"{kind}_prior", None) is not None:
+            known = [r.name for r in _RECIPES if any(term.prior == kind for term in r.guidance)]
+            raise ValueError(
+                f"the recipe {recipe.name!r} asks no model of kind {kind!r}, --{kind.replace('_', '-')}-prior would be "
+                f"left out: leave it away, or take a recipe that asks one ({', '.join(known)})"
+            )
 
 
 def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
