@@ -40,8 +40,9 @@ TextRecipe = Annotated[
     str,
     arg(
         metavar="NAME",
-        help="toy (small models that come with the package) or text-to-3d (the published settings); toy-personalised "
-        'and\npersonalised-3d for a subject of your own: its word "sks" is told to the image model alone.',
+        help="toy (small models that come with the package) or text-to-3d (the published settings); model-image for "
+        "any\nof today's models of images; toy-personalised and personalised-3d for a subject of your own: its word "
+        '"sks"\nis told to the image model alone.',
     ),
 ]
 ImageRecipe = Annotated[
