@@ -97,6 +97,7 @@ class TransformerDenoiser:
                 return images.unflatten(0, z.shape[:2])
             z = z.movedim(1, 2)
             mean, deviation = self._scaling(z)
+            self.vae.decoder.to(self.device)  # it may have waited, see prepared_transformer
             images = self.vae.decode((z * deviation + mean).to(next(self.vae.parameters()).dtype)).sample
         return (images.float() / 2 + 0.5).movedim(2, 1)
 
@@ -208,8 +209,10 @@ def prepared_transformer(denoiser: TransformerDenoiser, runtime: Runtime) -> Tra
     fused = encodes_whole(denoiser.vae)
     if fused:
         lay_out(denoiser.vae)
-    elif denoiser.n_frames is None:
+    if denoiser.n_frames is None:
         speed_up(denoiser.vae)
+    else:  # most recipes never decode a video
+        denoiser.vae.decoder.to("cpu")
     n_parameters = sum(p.numel() for p in denoiser.transformer.parameters())
     if runtime.compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
         compile_blocks(denoiser.transformer)

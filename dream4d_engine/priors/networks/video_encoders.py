@@ -65,7 +65,7 @@ def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Ten
         x = run(_WAN[type(layer).__name__], layer, x)
     x = run(_wan_block, encoder.mid_block.resnets[0], x)
     for attention, block in zip(encoder.mid_block.attentions, encoder.mid_block.resnets[1:], strict=True):
-        x = attention(x).contiguous(memory_format=_LAST)
+        x = run(_wan_attention, attention, x)
         x = run(_wan_block, block, x)
     x = _wan_conv(encoder.conv_out, _wan_norm(encoder.norm_out, x, 2))
     return frozen_conv(vae.quant_conv, x)[:, : vae.config.z_dim]
@@ -92,6 +92,18 @@ def _wan_block(block: Any, x: Tensor) -> Tensor:
     if not isinstance(block.conv_shortcut, nn.Identity):
         x = frozen_conv(block.conv_shortcut, x)
     return add_residual(x, h, block.conv2.bias)
+
+
+def _wan_attention(layer: Any, x: Tensor) -> Tensor:
+    """WanAttentionBlock: one head over the places of each frame; two matrix products, as in frozen.py."""
+    _, c, t, h, w = x.shape
+    places = x.movedim(1, -1).reshape(t, h * w, c)
+    normed = layer.norm(places.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+    project = layer.to_qkv
+    query, key, value = functional.linear(normed, project.weight.flatten(1), project.bias).chunk(3, -1)
+    scores = torch.matmul(query * c**-0.5, key.transpose(1, 2))  # scaled first: sums of C products are large
+    seen = functional.linear(torch.matmul(scores.softmax(-1), value), layer.proj.weight.flatten(1), layer.proj.bias)
+    return (places + seen).reshape(1, t, h, w, c).movedim(-1, 1)
 
 
 def _wan_resample(layer: Any, x: Tensor) -> Tensor:
