@@ -8,23 +8,31 @@ from typing import Any
 
 import torch
 
-from dream4d_engine.priors.networks.text import END, write_clip_tokenizer
+from dream4d_engine.priors.networks.text import END
 
 WIDE, POOLED = 32, 16
 WORDS = ("a", "red", "cube", "is", "jumping", ",", "side", "view", "front", "back", "overhead", "ugly")
 
 
-def t5_tokenizer(folder: Path) -> Any:
-    """A tokenizer of a dozen words that ends a sentence as T5's does."""
+def tokenizer(end: str, pad: str, length: int) -> Any:
+    """A tokenizer of a dozen words, quick to read, that ends a sentence and fills it up as T5's or CLIP's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    vocabulary = {word: i for i, word in enumerate(("<pad>", end, "<unk>", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **marks)
+    words.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    marks = {"pad_token": pad, "eos_token": end, "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=length, **marks)
+
+
+def t5_tokenizer() -> Any:
+    return tokenizer("</s>", "<pad>", 512)
+
+
+def clip_tokenizer() -> Any:
+    return tokenizer(END, END, 77)
 
 
 def t5(umt5: bool = False) -> Any:
@@ -38,16 +46,10 @@ def clip(projection: bool, hidden: int = POOLED) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     size = {"hidden_size": hidden, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    marks = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
-    config = CLIPTextConfig(vocab_size=49408, projection_dim=hidden, **size, **marks)
+    config = CLIPTextConfig(
+        vocab_size=16, projection_dim=hidden, **size, bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-
-
-def clip_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    write_clip_tokenizer(folder, END)
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def image_vae(channels: int) -> Any:
@@ -64,8 +66,8 @@ def wan() -> Any:
 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": WIDE}
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    return lambda place: WanPipeline(
-        tokenizer=t5_tokenizer(place),
+    return lambda: WanPipeline(
+        tokenizer=t5_tokenizer(),
         text_encoder=t5(umt5=True),
         vae=AutoencoderKLWan(base_dim=8, z_dim=16).eval(),
         scheduler=UniPCMultistepScheduler(**flow),
@@ -85,11 +87,11 @@ def ltx() -> Any:
     layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "latent_channels": 128}
     moved = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096}
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 2}
-    return lambda place: LTXPipeline(
+    return lambda: LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **moved),
         vae=AutoencoderKLLTXVideo(**channels, **layers).eval(),
         text_encoder=t5(),
-        tokenizer=t5_tokenizer(place),
+        tokenizer=t5_tokenizer(),
         transformer=LTXVideoTransformer3DModel(**heads, caption_channels=WIDE).eval(),
     )
 
@@ -103,12 +105,12 @@ def sdxl() -> Any:
     width = {"cross_attention_dim": 2 * POOLED, "projection_class_embeddings_input_dim": POOLED + 6 * 8}
     noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     noise |= {"timestep_spacing": "leading", "steps_offset": 1}
-    return lambda place: StableDiffusionXLPipeline(
+    return lambda: StableDiffusionXLPipeline(
         vae=image_vae(4),
         text_encoder=clip(False),
         text_encoder_2=clip(True),
-        tokenizer=clip_tokenizer(place / "one"),
-        tokenizer_2=clip_tokenizer(place / "two"),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         unet=UNet2DConditionModel(
             sample_size=16, layers_per_block=1, attention_head_dim=4, norm_num_groups=8, **blocks, **added, **width
         ).eval(),
@@ -121,16 +123,16 @@ def sd3(with_t5: bool = True) -> Any:
 
     sizes = {"sample_size": 16, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
     words = {"joint_attention_dim": WIDE, "caption_projection_dim": 16, "pooled_projection_dim": 2 * POOLED}
-    return lambda place: StableDiffusion3Pipeline(
+    return lambda: StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**sizes, **words, in_channels=16, out_channels=16).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(16),
         text_encoder=clip(True),
-        tokenizer=clip_tokenizer(place / "one"),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=clip(True),
-        tokenizer_2=clip_tokenizer(place / "two"),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5() if with_t5 else None,
-        tokenizer_3=t5_tokenizer(place) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
     )
 
 
@@ -139,13 +141,13 @@ def flux(guided: bool = False) -> Any:
 
     sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
     words = {"joint_attention_dim": WIDE, "pooled_projection_dim": POOLED, "axes_dims_rope": (4, 4, 8)}
-    return lambda place: FluxPipeline(
+    return lambda: FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guided),
         vae=image_vae(16),
         text_encoder=clip(False),
-        tokenizer=clip_tokenizer(place / "one"),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=t5(),
-        tokenizer_2=t5_tokenizer(place),
+        tokenizer_2=t5_tokenizer(),
         transformer=FluxTransformer2DModel(**sizes, **words, in_channels=64, guidance_embeds=guided).eval(),
     )
 
@@ -160,7 +162,7 @@ def pipeline_folder(name: str, place: Path, made: Any = None) -> tuple[Any, Path
     folder = place / name
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = (made or MAKERS[name]())(place / "tokenizers")
+        pipeline = (made or MAKERS[name]())()
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 for parameter in part.parameters():
