@@ -20,7 +20,7 @@ from ..training.guidance import active_terms
 from .options import PriorOptions, Recipe
 from .terminal import say
 
-_RECIPES = (*STATIC_RECIPES.values(), *IMAGE_RECIPES.values(), *MOTION_RECIPES.values())
+_RECIPES: tuple[Recipe, ...] = (*STATIC_RECIPES.values(), *IMAGE_RECIPES.values(), *MOTION_RECIPES.values())
 
 
 class WithPriors(Protocol):
