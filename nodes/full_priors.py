@@ -16,8 +16,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, toy_subject
-from ..dream4d_engine.priors.formats.identify import open_loader
+from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, prior_files, read_metadata, toy_subject
 from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
 from ..dream4d_engine.priors.handle import PriorHandle, PriorKind
@@ -137,7 +136,7 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             """Find the model, fetch it if that was asked for, and look at what it is."""
             node_id = cls.hidden.unique_id
             path = find_model(wanted(of, model, hub_id), download, lambda text: say_on_node(text, node_id))
-            metadata = open_loader(path).metadata(None)
+            metadata = read_metadata(path)
             if metadata.kind != of.kind:
                 raise RunError(
                     f"{path.name} is a model of the kind {metadata.kind!r}, {of.display_name} takes {of.kind!r}"
@@ -145,7 +144,9 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
             if metadata.notes:
                 say_on_node(say_notes(metadata), node_id)
             tiny = None if tiny_vae == NO_TINY else _tiny(tiny_vae)
-            return io.NodeOutput(PriorFiles(metadata.name, metadata.kind, path, tiny_vae=tiny))
+            prior = replace(prior_files(path), tiny_vae=tiny)
+            prior.check_added()
+            return io.NodeOutput(prior)
 
     Loader.__name__ = Loader.__qualname__ = of.node_id
     Loader.__doc__ = f"{of.display_name}."

@@ -1,4 +1,4 @@
-"""What is known of the model families that ComfyUI's loaders give: what they make, at which sizes, with which noise.
+"""Which families the models are of that ComfyUI's loaders give, with which noise, and what is refused of them.
 
 Read from the live objects (classes of `comfy.model_base`, `comfy.model_sampling`), so that whatever stands before us in
 the graph (a LoRA, another model sampling, another precision) is taken as it is.
@@ -7,42 +7,33 @@ the graph (a LoRA, another model sampling, another precision) is taken as it is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling as sampling
 
 from ..dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
+from ..dream4d_engine.priors import families
 from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.families import Family
 from ..dream4d_engine.priors.handle import PriorKind
 
-
-@dataclass(frozen=True)
-class Family:
-    """Models of one class."""
-
-    name: str
-    kind: PriorKind
-    size: tuple[int, int]  # (height, width) that is asked for where nobody says another, pixels
-    trained_at: str  # in words
-    multiple: int = 16  # of both sides
-    n_frames: int | None = None  # where nobody says another number
-    frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
-    vae: str = "comfy.ldm.models"  # where the classes of its autoencoder are
-
-
-# 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
 FAMILIES: dict[str, Family] = {
-    "BaseModel": Family("Stable Diffusion 1 or 2", "image", (512, 512), "512x512, or 768x768 for version 2 with v", 8),
-    "SDXL": Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8),
-    "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
-    "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
-    "Stable_Zero123": Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8),
-    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan"),
-    "WAN22": Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4, "comfy.ldm.wan"),
-    "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8, "comfy.ldm.lightricks"),
-    "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
+    "BaseModel": families.STABLE_DIFFUSION,
+    "SDXL": families.SDXL,
+    "SD3": families.SD3,
+    "Flux": families.FLUX,
+    "Stable_Zero123": families.STABLE_ZERO123,
+    "WAN21": families.WAN,
+    "WAN22": families.WAN22_5B,
+    "LTXV": families.LTX,
+    "HunyuanVideo": families.HUNYUAN,
 }
+_VAE_PLACES = {
+    families.WAN: "comfy.ldm.wan",
+    families.WAN22_5B: "comfy.ldm.wan",
+    families.LTX: "comfy.ldm.lightricks",
+}
+"""Where the classes of autoencoders are; comfy.ldm.models those of the other families."""
 _NODES = {
     "image": "Image Prior from Model",
     "novel_view": "Novel-View Prior from Model",
@@ -152,7 +143,7 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
         )
     place = type(vae.first_stage_model).__module__
-    if not place.startswith((family.vae, "comfy.taesd")):
+    if not place.startswith((_VAE_PLACES.get(family, "comfy.ldm.models"), "comfy.taesd")):
         raise PriorError(
             f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
             f"another family than {family.name}: connect the VAE that belongs to the model"
@@ -179,18 +170,3 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
         raise PriorError(
             "the CLIP changes over the steps of a sampler (hooks), which training has none of: remove them"
         )
-
-
-def fitting_size(family: Family, height: int, width: int) -> tuple[int, int]:
-    """Return the nearest size that the family's models take; 0 stands for the family's own."""
-    given = (height or family.size[0], width or family.size[1])
-    tall, wide = (max(family.multiple, round(side / family.multiple) * family.multiple) for side in given)
-    return tall, wide
-
-
-def fitting_frames(family: Family, n_frames: int) -> int | None:
-    """Return the nearest number of frames that the family's models take; 0 stands for the family's own."""
-    if family.n_frames is None:
-        return None
-    steps = max(1, round(((n_frames or family.n_frames) - 1) / family.frame_step))
-    return steps * family.frame_step + 1

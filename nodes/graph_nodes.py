@@ -9,18 +9,10 @@ from comfy_api.latest import io
 
 from ..dream4d_engine.documents import describe
 from ..dream4d_engine.priors.errors import PriorError
+from ..dream4d_engine.priors.families import Family, fitting_frames, fitting_size
 from ..dream4d_engine.priors.handle import PriorKind
 from .checks import check_ranges
-from .graph_families import (
-    FAMILIES,
-    Family,
-    check_clip,
-    check_vae,
-    family_of,
-    fitting_frames,
-    fitting_size,
-    noise_schedule,
-)
+from .graph_families import FAMILIES, check_clip, check_vae, family_of, noise_schedule
 from .graph_prior import GraphPrior
 from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort

@@ -13,9 +13,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, toy_prior
+from ..dream4d_engine.priors.files import digest, list_files, prior_files, read_metadata, toy_prior
 from ..dream4d_engine.priors.formats.checkpoints import SUFFIXES
-from ..dream4d_engine.priors.formats.identify import identify, open_loader
+from ..dream4d_engine.priors.formats.identify import identify
 from ..dream4d_engine.priors.formats.loaders import Metadata
 from ..dream4d_engine.priors.handle import PriorKind
 from .sockets import CATEGORY, PriorPort
@@ -107,9 +107,9 @@ class LoadPrior(io.ComfyNode):
         found = models().get(folder)
         if found is None:
             raise PriorError(not_there(folder))
-        metadata = open_loader(found).metadata(None if kind == _FROM_FOLDER else kind)
-        say_notes(metadata)
-        return io.NodeOutput(PriorFiles(metadata.name, metadata.kind, found))
+        chosen = None if kind == _FROM_FOLDER else kind
+        say_notes(read_metadata(found, chosen))
+        return io.NodeOutput(prior_files(found, chosen))
 
 
 def model_roots() -> list[Path]:

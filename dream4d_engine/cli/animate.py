@@ -9,6 +9,7 @@ from typing import Annotated
 
 from ..assets import load_scene
 from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, with_rigidity
+from ..training.guidance import with_frames_of
 from ..training.loop import ResumeMismatch
 from . import options as shared
 from .command import Command
@@ -26,7 +27,7 @@ class Animate:
     prompt: shared.Prompt = None
     """What it does, for example "a red cube is jumping"."""
     recipe: Annotated[str, shared.arg(metavar="NAME")] = "toy"
-    """toy, or the published zeroscope-144x80, zeroscope-72x40, modelscope."""
+    """toy; the published zeroscope-144x80, zeroscope-72x40, modelscope; model-video for any of today's models."""
     seed: shared.Seed = 0
     steps: Annotated[int | None, shared.INT] = None
     """Training steps (default: the recipe's)."""
@@ -56,6 +57,7 @@ def run(options: Animate, motion: MotionRecipe) -> int:
     motion = with_rigidity(motion, parent.first_mesh is not None, options.rigidity)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
     handles = prior_handles(motion, options, prompt)
+    motion = with_frames_of(motion, handles)
     with open_run("animate", options, (motion,), still.config) as session:
         if session.run.record.setdefault("source", source) != source:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")

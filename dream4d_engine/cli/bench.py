@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 
 from ..documents import document_bytes
-from ..guidance.distillation import Guidance, distill
+from ..guidance.distillation import Guidance, distill, guided_prediction, resize_images
 from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
-from ..priors.architectures import VaeKind, architecture_for, random_guidance
+from ..priors.architectures import BY_FLAG, Architecture, VaeKind, architecture_for, random_guidance
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
@@ -62,9 +62,10 @@ REPEATS = 5
 class Bench:
     recipes: tuple[str, ...] = ("static:toy", "motion:toy")
     """Recipes as STAGE:NAME, for example static:text-to-3d, image:image-to-3d or motion:zeroscope-144x80; or all."""
-    models: Literal["toy", "full"] = "toy"
+    models: tuple[str, ...] = ("toy",)
     """toy: the small models unless folders are given; full: the published models' architectures with random weights,
-    built on the device."""
+    built on the device; or names of today's models (sdxl, wan-1.3b, ltx-2b), built likewise, each with the recipe for
+    any model of its kind."""
     variants: tuple[str, ...] = ("fast",)
     """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
     memory budget."""
@@ -122,8 +123,19 @@ class Measured:
     gradient_cosine: float | None = None
     """Of a step's gradient on the images through the tiny autoencoder with that through the full one, same images,
     timestep and noise; only for trained models: random weights say nothing about their likeness."""
+    parts: dict[str, float] | None = None
+    """Of a model that was named: seconds that its parts take alone (see _Parts), and what is left of the step."""
     profile: Profile | None = None  # where the time of steps after the measured ones goes, if it was asked for
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, in every way: a recipe, with a model that was named or with those of its own."""
+
+    name: str  # as it was asked for
+    recipe: Recipe
+    architecture: Architecture | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ class _Job:
     guidance: dict[PriorKind, Guidance]
     options: Bench
     device: torch.device
+    named: bool = False  # the model was
 
     def fitted(self, phase: Phase) -> Recipe:
         """The recipe with one phase all the time, and as many views or frames as its models take."""
@@ -157,18 +170,13 @@ def run(options: Bench) -> int:
             raise UsageError(f"{options.out} is a folder: --out names the file for the results")
         check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
-    names = list(options.recipes)
-    if options.recipes == ("all",):
-        pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
-        # toy recipes have no models of full size
-        names = [f"{stage}:{r.name}" for stage, r in pairs if options.models == "toy" or not is_toy(r)]
-    recipes, variants = {name: _find(name) for name in names}, [_variant(name, device) for name in options.variants]
+    subjects, variants = _subjects(options), [_variant(name, device) for name in options.variants]
     measured: list[Measured] = []
     unsaved: WriteError | None = None
     with stop_on_interrupt() as should_stop, make_progress() as progress:
-        for name, recipe in recipes.items():
+        for subject in subjects:
             for variant in variants:
-                found = _measure(name, recipe, variant, options, device, progress, should_stop)
+                found = _measure(subject, variant, options, device, progress, should_stop)
                 measured += found
                 try:
                     _save(options.out, measured, device)
@@ -176,7 +184,7 @@ def run(options: Bench) -> int:
                 except WriteError as error:  # what was measured is still shown at the end
                     unsaved = error
                 if any(m.error for m in found):
-                    progress.say(f"{name} {variant.name}: {next(m.error for m in found if m.error)}")
+                    progress.say(f"{subject.name} {variant.name}: {next(m.error for m in found if m.error)}")
     say(*table(measured, device))
     if unsaved is not None:
         raise unsaved
@@ -187,6 +195,32 @@ def _save(path: Path | None, measured: list[Measured], device: torch.device) -> 
     if path is not None:
         found = {"device": _device_name(device), "versions": versions(), "recipes": [asdict(m) for m in measured]}
         write_atomically(path, document_bytes(found))
+
+
+def _subjects(options: Bench) -> list[_Subject]:
+    """What is to be measured, in order."""
+    groups, asked = ("toy", "full"), dict.fromkeys(options.models)
+    if asked and not set(asked) & set(groups):
+        if options.recipes != Bench.recipes:
+            raise UsageError("models that are named have recipes of their own: leave --recipes away")
+        return [_named(name) for name in asked]
+    if len(asked) != 1:
+        raise UsageError(f"--models takes toy, full, or names of models ({', '.join(BY_FLAG)}): one of these three")
+    names = list(options.recipes)
+    if options.recipes == ("all",):
+        pairs = [(stage, recipe) for stage, recipes in _STAGES.items() for recipe in recipes.values()]
+        # toy recipes have no models of full size
+        names = [f"{stage}:{r.name}" for stage, r in pairs if options.models == ("toy",) or not is_toy(r)]
+    return [_Subject(name, _find(name)) for name in names]
+
+
+def _named(name: str) -> _Subject:
+    """A model of today with the recipe for any model of its kind."""
+    if name not in BY_FLAG:
+        raise UsageError(f"unknown model {name!r}: write toy, full, or some of {', '.join(BY_FLAG)}")
+    architecture = BY_FLAG[name]
+    recipe = _find("motion:model-video" if architecture.kind == "video" else "static:model-image")
+    return _Subject(name, recipe, architecture)
 
 
 def _find(name: str) -> Recipe:
@@ -209,13 +243,17 @@ def _variant(name: str, device: torch.device) -> Variant:
 
 
 def _measure(
-    name: str, recipe: Recipe, variant: Variant, options: Bench, device: torch.device, progress: Progress, should_stop
+    subject: _Subject, variant: Variant, options: Bench, device: torch.device, progress: Progress, should_stop
 ) -> list[Measured]:
     """Measure every phase of a recipe in one way; a failure is noted and ends the recipe."""
     if device.type == "cuda":
         limit_memory(device, None)  # the variant before may have kept to a budget
-    guidance, models = _guidance(recipe, variant, options, device, _reference(recipe))
-    job = _Job(recipe, variant, guidance, options, device)
+    name, recipe = subject.name, subject.recipe
+    try:
+        guidance, models = _guidance(subject, variant, options, device)
+    except torch.OutOfMemoryError as error:
+        return [Measured(name, variant.name, {}, "", options.steps, error=f"the weights don't fit: {error}"[:500])]
+    job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None)
     found: list[Measured] = []
     for number, phase in enumerate(recipe.phases):
         fitted = job.fitted(phase)
@@ -270,10 +308,11 @@ def _measure_phase(
         train_motion(still, recipe, guidance, seed=0, device=device, control=control)
     profile = None if profiler is None else profiler.stop(PROFILED)
     seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
-    compares = job.variant.kind == "tiny" and options.models == "toy"  # with random weights that says nothing
+    compares = job.variant.kind == "tiny" and options.models == ("toy",)  # with random weights that says nothing
+    a_step = median(seconds[options.warmup : last])
     return replace(
         blank,
-        seconds_per_step=median(seconds[options.warmup : last]),
+        seconds_per_step=a_step,
         # asked for all images at once they may not keep to a budget
         guidance_seconds=None if job.variant.budget else _guidance_seconds(job, recipe),
         preparing_seconds=seconds[0],
@@ -281,6 +320,7 @@ def _measure_phase(
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         plan=plans[0] if plans else None,
         gradient_cosine=_gradient_cosine(job, recipe) if compares else None,
+        parts=_parts(job, recipe, a_step) if job.named and not job.variant.budget else None,
         profile=profile,
     )
 
@@ -334,17 +374,47 @@ class _Distilled:
 
 def _guidance_seconds(job: _Job, recipe: Recipe) -> float:
     """Median seconds of asking the priors alone."""
-    distilled, clock = _Distilled(recipe, job.device), _Clock(job.device)
+    distilled = _Distilled(recipe, job.device)
+    return _median_seconds(lambda: distilled.gradient(job.guidance), job.device)
+
+
+def _parts(job: _Job, recipe: Recipe, a_step: float) -> dict[str, float]:
+    """Median seconds of a prior's parts alone: encode (forward and backward), denoise (all conditions), decode where
+    the recipe compares colours, and the rest: the scene's rendering and what trains it."""
+    (guidance,) = job.guidance.values()
+    distilled, denoiser = _Distilled(recipe, job.device), guidance.denoiser
+    images, cameras = distilled.images, distilled.cameras
+    if denoiser.n_frames is None:
+        images, cameras = images.flatten(0, 1)[:, None], cameras.reshape(-1, 1)
+    images = resize_images(images, denoiser.image_size)
+    with torch.no_grad():
+        z = denoiser.encode(images)
+    sigma = torch.ones(len(z), device=z.device)
+    predict = guided_prediction(guidance, cameras)
+
+    def encode() -> None:
+        given = images.clone().requires_grad_()
+        torch.autograd.grad(denoiser.encode(given).sum(), given)
+
+    works: dict[str, Callable[[], Any]] = {"encode": encode, "denoise": lambda: predict(z, sigma)}
+    if guidance.config.color_weight:
+        works["decode"] = torch.no_grad()(lambda: denoiser.decode(z))
+    found = {name: _median_seconds(work, job.device) for name, work in works.items()}
+    return {**found, "rest": max(0.0, a_step - sum(found.values()))}
+
+
+def _median_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    clock = _Clock(device)
     clock.tick()
     for _ in range(REPEATS + 1):
-        distilled.gradient(job.guidance)
+        work()
         clock.tick()
     return median(clock.between()[1:])  # the first time memory is taken
 
 
 def _gradient_cosine(job: _Job, recipe: Recipe) -> float:
     """How alike the gradients through the tiny and through the full autoencoder are: 1 the same direction."""
-    full, _ = _guidance(recipe, Variant("plain", "plain", None), job.options, job.device, _reference(recipe))
+    full, _ = _guidance(_Subject("", recipe), Variant("plain", "plain", None), job.options, job.device)
     distilled = _Distilled(recipe, job.device)
     ours, theirs = (distilled.gradient(g).flatten().double() for g in (job.guidance, full))
     return torch.nn.functional.cosine_similarity(ours, theirs, 0).item()
@@ -354,23 +424,24 @@ def _gradient_cosine(job: _Job, recipe: Recipe) -> float:
 
 
 def _guidance(
-    recipe: Recipe, variant: Variant, options: Bench, device: torch.device, reference: Reference | None
+    subject: _Subject, variant: Variant, options: Bench, device: torch.device
 ) -> tuple[dict[PriorKind, Guidance], dict[str, str]]:
     """Load or build a recipe's models for a variant; also say which they are."""
+    recipe = subject.recipe
     runtime = runtime_for(recipe, device, accelerate=variant.kind != "plain")
-    if options.models == "toy":
+    if options.models == ("toy",):
         if variant.kind != "tiny":
             options = replace(options, priors=replace(options.priors, tiny_vae=None))
         elif options.priors.tiny_vae is None:
             raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
         handles = prior_handles(recipe, options, toys=True)
-        loaded = load_guidance(recipe, handles, _PROMPT, runtime, reference)
+        loaded = load_guidance(recipe, handles, _PROMPT, runtime, _reference(recipe))
         return loaded, {kind: str(handle.path) for kind, handle in handles.items()}
     guidance: dict[PriorKind, Guidance] = {}
     models: dict[str, str] = {}
     vae: VaeKind = "tiny" if variant.kind == "tiny" else "full"
     for term in active_terms(recipe):
-        architecture = architecture_for(term.prior, getattr(recipe, "n_frames", None))
+        architecture = subject.architecture or architecture_for(term.prior, getattr(recipe, "n_frames", None))
         guidance[term.prior] = random_guidance(architecture, term.distillation, runtime, vae)
         models[term.prior] = f"{architecture.name}, random weights"
     return guidance, models
@@ -401,6 +472,7 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
             continue
         guidance = "" if m.guidance_seconds is None else f"{m.guidance_seconds:.3f}"
         notes = [m.plan] if m.plan else []
+        notes += [", ".join(f"{name} {seconds:.3f}" for name, seconds in (m.parts or {}).items())] if m.parts else []
         notes += [] if m.gradient_cosine is None else [f"gradient's cosine with the full one's {m.gradient_cosine:.3f}"]
         lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":

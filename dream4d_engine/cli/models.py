@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..priors.errors import PriorError
-from ..priors.files import PriorFiles, toy_prior, toy_subject
+from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
 from ..priors.formats.folders import FolderLoader
 from ..priors.formats.identify import identify, open_loader
 from ..priors.formats.lora_files import read_lora
+from ..priors.formats.pipelines import PipelineFolder, open_pipeline
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
-from ..training.config import is_toy
+from ..training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, is_toy
 from ..training.guidance import active_terms
 from .options import PriorOptions, Recipe
 from .terminal import say
+
+_RECIPES: tuple[Recipe, ...] = (*STATIC_RECIPES.values(), *IMAGE_RECIPES.values(), *MOTION_RECIPES.values())
 
 
 class WithPriors(Protocol):
@@ -38,6 +41,8 @@ def prior_handles(
     """
     added = _added(options)  # says in time what is wrong with them
     tiny_vae = None if options.priors.tiny_vae is None else Path(options.priors.tiny_vae)
+    if not toys:
+        _check_asked(recipe, options)
     found: dict[PriorKind, PriorFiles] = {}
     for term in active_terms(recipe):
         given = getattr(options, f"{term.prior}_prior", None)
@@ -48,22 +53,43 @@ def prior_handles(
             )
         handle = toy_prior(term.prior) if given is None else _find(given, term.prior, options)
         found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae)
+        found[term.prior].check_added()
+        if given is not None and is_toy(recipe) and open_pipeline(handle.path) is not None:
+            flag = "--motion-recipe" if hasattr(options, "motion_recipe") and term.prior == "video" else "--recipe"
+            raise ValueError(
+                f"the recipe {recipe.name!r} is made for the package's own small models, {handle.name} is one of "
+                f"today's: give {flag} {'model-video' if term.prior == 'video' else 'model-image'}"
+            )
     if prompt is not None:
         for handle in found.values():
             handle.check_prompt(prompt)
     return found
 
 
+def _check_asked(recipe: Recipe, options: WithPriors) -> None:
+    """Refuse a model that a stage's recipe never asks: it would be left out without a word."""
+    kinds: tuple[PriorKind, ...] = (
+        ("video",) if recipe.stage == "motion" else ("multiview", "image", "novel_view", "pixel")
+    )
+    for kind in set(kinds) - {term.prior for term in recipe.guidance}:
+        if getattr(options, f"{kind}_prior", None) is not None:
+            known = [r.name for r in _RECIPES if any(term.prior == kind for term in r.guidance)]
+            raise ValueError(
+                f"the recipe {recipe.name!r} asks no model of kind {kind!r}, --{kind.replace('_', '-')}-prior would be "
+                f"left out: leave it away, or take a recipe that asks one ({', '.join(known)})"
+            )
+
+
 def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
     """Return a model after a look at what it is."""
     path = find_weights(given, download=options.priors.download, say=lambda text: say(text, error=True))
-    loader = open_loader(path)
-    if isinstance(loader, FolderLoader):
-        loader.check()
-    metadata = loader.metadata(kind)
-    for note in metadata.notes:
+    folder = open_pipeline(path)
+    checked = folder or open_loader(path)
+    if isinstance(checked, FolderLoader | PipelineFolder):
+        checked.check()
+    for note in checked.metadata(kind).notes:
         say(f"note: {note}", error=True)
-    return PriorFiles(metadata.name, metadata.kind, path)
+    return prior_files(path, kind)
 
 
 def _added(options: WithPriors) -> dict[PriorKind, dict[str, Any]]:

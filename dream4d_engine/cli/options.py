@@ -40,8 +40,9 @@ TextRecipe = Annotated[
     str,
     arg(
         metavar="NAME",
-        help="toy (small models that come with the package) or text-to-3d (the published settings); toy-personalised "
-        'and\npersonalised-3d for a subject of your own: its word "sks" is told to the image model alone.',
+        help="toy (small models that come with the package) or text-to-3d (the published settings); model-image for "
+        "any\nof today's models of images; toy-personalised and personalised-3d for a subject of your own: its word "
+        '"sks"\nis told to the image model alone.',
     ),
 ]
 ImageRecipe = Annotated[
@@ -264,5 +265,6 @@ def image_recipe(name: str) -> StaticRecipe:
 
 def with_motion(options: RunOptions, static: StaticRecipe) -> tuple[RunOptions, StaticRecipe, MotionRecipe]:
     """Add the second stage's recipe; where none is named, the one that goes with the first stage's."""
-    name = options.motion_recipe or ("toy" if is_toy(static) else "zeroscope-144x80")
+    usual = {"model-image": "model-video"}.get(static.name, "toy" if is_toy(static) else "zeroscope-144x80")
+    name = options.motion_recipe or usual
     return replace(options, motion_recipe=name), static, find_recipe(name, MOTION_RECIPES)

@@ -17,7 +17,7 @@ from ..scene import Scene
 from ..toyworld.evaluate import reference_match
 from ..training.checkpoint import set_aside
 from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe
-from ..training.guidance import Handles, explain_silence, load_guidance, runtime_for
+from ..training.guidance import Handles, explain_silence, load_guidance, runtime_for, with_frames_of
 from ..training.loop import PriorSilent, ResumeMismatch, train
 from ..training.motion import motion_stage
 from ..training.reference import Reference, check_reference, load_reference
@@ -203,6 +203,7 @@ def both_stages(
     object_prompt = prompt if options.object_prompt is None else said(options.object_prompt, "--object-prompt")
     static_priors = prior_handles(static, options, object_prompt)
     motion_priors = prior_handles(motion, options, prompt)
+    motion = with_frames_of(motion, motion_priors)
     with open_run(command, options, (static, motion), static.scene) as session:
         if reference is not None:
             keep_reference(session, reference)

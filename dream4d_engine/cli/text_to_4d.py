@@ -19,7 +19,8 @@ class TextTo4D:
     """Another sentence for the first stage (default: the prompt)."""
     recipe: shared.TextRecipe = "toy"
     motion_recipe: Annotated[str | None, shared.optional("NAME")] = None
-    """toy, zeroscope-144x80, zeroscope-72x40 or modelscope (default: toy, or zeroscope-144x80 for text-to-3d)."""
+    """toy, zeroscope-144x80, zeroscope-72x40, modelscope, or model-video for any of today's models (default: toy;
+    zeroscope-144x80 for text-to-3d; model-video for model-image)."""
     seed: shared.Seed = 0
     steps: Annotated[int | None, shared.INT] = None
     """Training steps of the first stage (default: the recipe's)."""

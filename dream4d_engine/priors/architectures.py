@@ -24,7 +24,7 @@ from .formats.tiny_vae import TinyVAE
 from .handle import PriorKind
 from .networks.denoisers import PredictionType, UNetDenoiser, prepared
 from .networks.execution import Runtime
-from .networks.transformers import TransformerDenoiser
+from .networks.transformers import TransformerDenoiser, prepared_transformer
 from .networks.view_attention import attend_across_views
 
 VaeKind = Literal["full", "tiny"]
@@ -228,6 +228,8 @@ def random_denoiser(
 ) -> UNetDenoiser | TransformerDenoiser:
     """Build a denoiser of this architecture with random weights."""
     if architecture.vae_class is not None:
+        if vae != "full":
+            raise PriorError(f"{architecture.name} has no tiny autoencoder here: measure it with its own")
         return _random_flow(architecture, device, dtype)
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -277,7 +279,8 @@ def random_conditions(
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
         vector = camera_vector(cameras).to(denoiser.device) if architecture.kind == "multiview" else None
-        shape = cameras.shape
+        # a take is told what its first frame is: no need to say it of every one
+        shape = cameras.shape if architecture.vae_class is None else (len(cameras.azimuth), 1)
         concat = None if beside is None else beside.expand(*shape, -1, -1, -1)
         if pooled is not None:
             vector = pooled.expand(*shape, -1)
@@ -304,6 +307,6 @@ def random_guidance(
     conditions = random_conditions(architecture, denoiser)
     if isinstance(denoiser, UNetDenoiser):
         denoiser = prepared(denoiser, runtime)
-    elif runtime.accelerated:
-        denoiser = replace(denoiser, capture=runtime.capture)
+    else:
+        denoiser = prepared_transformer(denoiser, runtime)
     return Guidance(architecture.name, denoiser, conditions, config)

@@ -12,11 +12,14 @@ from ..guidance.distillation import DistillationConfig, Guidance
 from .conditioning import check_prompt, image_guidance, text_guidance, words_for
 from .errors import PriorError
 from .formats.identify import open_loader
+from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
+from .formats.pipelines import open_pipeline
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
 from .networks.denoisers import prepared
 from .networks.execution import Runtime
+from .pipelines import load_pipeline
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
@@ -51,11 +54,26 @@ class PriorFiles:
     def check_prompt(self, prompt: str) -> None:
         """Raise PriorError for an empty prompt, and where a toy model wasn't taught a word of it."""
         if self.kind != "novel_view":  # it is told an image
-            metadata = open_loader(self.path).metadata(self.kind)
+            metadata = read_metadata(self.path, self.kind)
             check_prompt(metadata.name, metadata.known_words, words_for(self.kind, prompt))
+
+    def check_added(self) -> None:
+        """Raise PriorError where a LoRA or a tiny autoencoder is meant for a model that takes none here."""
+        if open_pipeline(self.path) is None:
+            return
+        for what, given in (("a LoRA", self.lora), ("a tiny autoencoder", self.tiny_vae)):
+            if given is not None:
+                raise PriorError(
+                    f"{self.name} is one of today's models, which take {what} in ComfyUI only and not from a folder: "
+                    f"leave {given} away"
+                )
 
     def load(self, runtime: Runtime) -> Prior:
         """Load the networks; PriorError names the file that is missing, damaged or of another model."""
+        pipeline = open_pipeline(self.path)
+        if pipeline is not None:
+            self.check_added()
+            return load_pipeline(pipeline, runtime)
         with_vae = self.tiny_vae is not None and open_loader(self.path).vae_scaling() is not None
         loaded = load_prior(
             self.path, self.kind, runtime.device, runtime.dtype, tiny_vae=self.tiny_vae if with_vae else None
@@ -118,5 +136,14 @@ def toy_prior(kind: PriorKind) -> PriorFiles:
 
 def prior_files(path: Path | str, kind: PriorKind | None = None) -> PriorFiles:
     """The handle of what lies in a folder or file; `kind` overrides what it says of itself."""
-    metadata = open_loader(path).metadata(kind)
-    return PriorFiles(metadata.name, metadata.kind, Path(path))
+    path = Path(path)
+    metadata = read_metadata(path, kind)
+    # one of today's models of videos says how many frames it makes; of the older ones the recipes do
+    n_frames = metadata.n_frames if open_pipeline(path) is not None else None
+    return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames)
+
+
+def read_metadata(path: Path | str, kind: PriorKind | None = None) -> Metadata:
+    """Say what lies in a folder or file, by its files of text and its weights' shapes; `kind` as in prior_files."""
+    pipeline = open_pipeline(Path(path).expanduser())
+    return (pipeline or open_loader(path)).metadata(kind)

@@ -82,6 +82,39 @@ def test_every_phase_of_the_published_recipes_is_measured_in_every_way(small, tm
     assert "guidance" in capsys.readouterr().out
 
 
+def test_models_are_measured_by_name_with_where_the_time_goes(small, tmp_path, capsys, monkeypatch):
+    toys = bench.MOTION_RECIPES["toy"]
+    video = replace(
+        bench.MOTION_RECIPES["model-video"],
+        deformation=toys.deformation,
+        phases=(replace(toys.phases[0], height=8, width=8),),
+    )
+    monkeypatch.setitem(bench._STAGES["motion"], "model-video", replace(video, name="toy-video"))
+    wan = replace(
+        architectures.WAN_13B,
+        unet={"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "text_dim": 16},
+        image_size=(32, 32),
+        token_width=16,
+        n_tokens=3,
+        n_frames=5,
+    )
+    build = architectures.random_network
+
+    def shrunk(name, config, *given):
+        return build(name, {"base_dim": 8} if name == "AutoencoderKLWan" else config, *given)
+
+    monkeypatch.setattr(architectures, "random_network", shrunk)
+    monkeypatch.setitem(bench.BY_FLAG, "wan-1.3b", wan)
+    code, [found] = measured(tmp_path, "--models", "wan-1.3b", "--variants", "fast")
+    assert code == 0 and found["recipe"] == "wan-1.3b" and found["images"] == "5 of 8x8"
+    assert found["models"] == {"video": "Wan 2.1 1.3B, random weights"}
+    parts = found["parts"]
+    assert list(parts) == ["encode", "denoise", "rest"], "no colours are compared, so nothing is decoded"
+    assert all(seconds > 0 for name, seconds in parts.items() if name != "rest")
+    assert f"encode {parts['encode']:.3f}, denoise {parts['denoise']:.3f}" in capsys.readouterr().out
+    assert "has no tiny autoencoder here" in fails(capsys, "--models", "wan-1.3b", "--variants", "tiny", *ONE_STEP)
+
+
 def test_a_recipe_that_fails_is_noted_and_the_others_go_on(small, tmp_path, capsys, monkeypatch):
     build = bench.random_guidance
 
@@ -133,7 +166,7 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
     assert found[0]["gradient_cosine"] is None and -1 <= found[1]["gradient_cosine"] < 0.99, "they are strangers"
     assert "gradient's cosine" in capsys.readouterr().out
     options = bench.Bench(image_prior=str(image))
-    full, _ = bench._guidance(recipe, bench.Variant("plain", "plain", None), options, CPU, None)
+    full, _ = bench._guidance(bench._Subject("", recipe), bench.Variant("plain", "plain", None), options, CPU)
     job = bench._Job(recipe, bench.Variant("tiny", "tiny", None), full, options, CPU)
     assert bench._gradient_cosine(job, recipe) == pytest.approx(1.0, abs=1e-6), "with itself"
 
@@ -146,6 +179,10 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
         (["--variants", "tiny", "--device", "cpu"], "needs --tiny-vae FOLDER"),
         (["--variants", "fast@"], "unknown variant 'fast@'"),
         (["--recipes", "films:toy"], "unknown recipe 'films:toy'"),
+        (["--models", "wan-14b"], "unknown model 'wan-14b'"),
+        (["--models", "toy", "full"], "one of these three"),
+        (["--models", "full", "sdxl"], "one of these three"),
+        (["--models", "sdxl", "--recipes", "static:toy"], "leave --recipes away"),
     ],
 )
 def test_what_cannot_be_measured_is_named(words, said, capsys):

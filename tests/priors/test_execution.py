@@ -199,6 +199,24 @@ def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_g
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
 
+@pytest.mark.parametrize(("weighted", "ahead", "repeated"), [(True, 2, False), (False, 2, True), (True, 0, False)])
+def test_the_norm_kernel_of_videos_against_double_precision(kernels_device, weighted, ahead, repeated):
+    x = randn(1, 48, 3, 5, 7, seed=0).float().to(kernels_device).to(memory_format=torch.channels_last_3d)
+    weight = randn(48, seed=1).float().to(kernels_device) if weighted else None
+    x.requires_grad_()
+    y = fused_norm.rms_silu(x, weight, 1e-8, ahead, repeated)
+    grad = randn(*y.shape, seed=2).float().to(kernels_device)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    exact = x.detach().double().requires_grad_()
+    normed = exact * (exact.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    z = functional.silu(normed if weight is None else normed * weight.double()[:, None, None, None])
+    first = z[:, :, :1] if repeated else torch.zeros_like(z[:, :, :1])
+    z = torch.cat((*[first] * ahead, z), 2)
+    (dz,) = torch.autograd.grad(z, exact, grad.double())
+    for ours, theirs in ((y, z), (dx, dz)):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
 def test_the_kernels_that_add_and_repeat(kernels_device):
     x, h = (randn(2, 48, 5, 6, seed=s).float().to(kernels_device) for s in (0, 1))
     x, h = (t.to(memory_format=torch.channels_last) for t in (x, h))

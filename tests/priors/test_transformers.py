@@ -13,7 +13,8 @@ from dream4d_engine.guidance.distillation import DistillationConfig, distill
 from dream4d_engine.guidance.execution import Execution
 from dream4d_engine.guidance.noise import rectified_flow
 from dream4d_engine.priors import architectures
-from dream4d_engine.priors.networks.execution import Runtime
+from dream4d_engine.priors.networks import video_encoders
+from dream4d_engine.priors.networks.execution import GraphCapture, Runtime
 from dream4d_engine.priors.networks.transformers import TransformerDenoiser
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
@@ -81,6 +82,55 @@ def test_an_encoder_that_fails_keeps_nothing(denoiser):
     with pytest.raises(torch.OutOfMemoryError):
         denoiser.encode(images)
     assert not any(isinstance(kept, torch.Tensor) for kept in getattr(denoiser.vae, "_enc_feat_map", []))
+
+
+def test_a_video_encoded_in_one_piece_is_what_the_library_makes_of_it(denoiser):
+    """Wan's own code takes a few frames after the other and hands features on."""
+    fast = replace(denoiser, fused=True)
+    for n_frames in (1, 9, 17):
+        images = torch.rand(1, n_frames, 3, *denoiser.image_size).requires_grad_()
+        z = denoiser.encode(images)
+        pull = torch.randn_like(z)
+        (gradient,) = torch.autograd.grad(z, images, pull)
+        for way in (fast, fast.run_as(Execution(images_kept=0))):
+            found = way.encode(images)
+            (pulled,) = torch.autograd.grad(found, images, pull)
+            for ours, theirs in ((found, z), (pulled, gradient)):
+                assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 2}, {"is_residual": True}])
+def test_other_autoencoders_are_left_to_the_library(denoiser, changes):
+    assert video_encoders.encodes_whole(denoiser.vae)
+    odd = replace(denoiser, vae=architectures.random_network("AutoencoderKL", {}, CPU, torch.float32))
+    assert not video_encoders.encodes_whole(odd.vae)
+    if type(denoiser.vae).__name__ == "AutoencoderKLWan":
+        denoiser.vae.register_to_config(**changes)
+        assert not video_encoders.encodes_whole(denoiser.vae)
+
+
+def test_in_one_piece_less_is_kept(denoiser):
+    images, kept = torch.rand(1, 9, 3, *denoiser.image_size).requires_grad_(), []
+    ways = (Execution(), Execution(images_kept=0))
+    for way in (denoiser, *(replace(denoiser, fused=True, execution=execution) for execution in ways)):
+        sizes: dict[int, int] = {}
+
+        def keep(t, sizes=sizes):
+            sizes[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            held = way.encode(images)
+        kept.append(sum(sizes.values()))
+        del held
+    assert kept[2] < kept[1] < kept[0]
+
+
+def test_recorded_flows_are_known_by_their_networks(denoiser):
+    """A method is another object at every call, and what is freed makes room for others."""
+    first, again = (GraphCapture._key(way._forward, ()) for way in (denoiser, denoiser.run_as(Execution())))
+    other = replace(denoiser, transformer=denoiser.vae)
+    assert first == again != GraphCapture._key(other._forward, ())
 
 
 def test_the_velocity_becomes_the_clean_latents(denoiser):

@@ -162,6 +162,7 @@ _FIELDS: dict[str, dict[str, type]] = {
         "feed_forward_proj": str,
     },
 }
+_FIELDS["UMT5Config"] = _FIELDS["T5Config"]
 _INSIDE = {"CLIPTextConfig": "text_config", "CLIPVisionConfig": "vision_config"}
 _MAY_BE_NOTHING = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
 

@@ -215,29 +215,11 @@ class FolderLoader:
                 f"{where}: architectures names {describe(name)}; the text encoders of CLIP and T5 can be used"
             )
         tokenizer = read_tokenizer(self.path / "tokenizer")
-        return tokenizer, self._encoder("text_encoder", *_ENCODERS[chosen], dtype, device)
+        return tokenizer, load_encoder(self.path, "text_encoder", *_ENCODERS[chosen], dtype, device)
 
     def image_encoder(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        return self._encoder("image_encoder", "CLIPVisionModelWithProjection", "CLIPVisionConfig", dtype, device)
-
-    def _encoder(self, part: str, class_name: str, config_name: str, dtype: torch.dtype, device: Device) -> nn.Module:
-        import transformers
-
-        weights = part_weights(self.path, part, ENCODER)
-        said, where = part_config(self.path, part)
-        config = encoder_config(config_name, said, len(weights.shapes), where)
-        encoder = built(lambda: getattr(transformers, class_name)(config), class_name, where)
-        names = encoder_state(encoder, {name: name for name in weights.shapes})
-        # T5's outputs overflow in half precision: as in transformers, that layer stays in float32 then
-        wide = (".wo.weight",) if dtype == torch.float16 else ()
-        # what else is stored there, another tower or layers beyond those that are read, has no place here
-        state = {
-            name: weights.tensor(names[name]).to(device, torch.float32 if name.endswith(wide) else dtype)
-            for name in encoder.state_dict()
-            if name in names
-        }
-        what = f"{self.path / part}: what the weights hold and config.json says"
-        return frozen(filled(encoder, state, what), device, self.path / part)
+        names = ("CLIPVisionModelWithProjection", "CLIPVisionConfig")
+        return load_encoder(self.path, "image_encoder", *names, dtype, device)
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         file = part_weights(self.path, "clip_camera_projection", NETWORK)
@@ -372,3 +354,26 @@ def load_network(folder: Path, part: str, class_name: str, dtype: torch.dtype, d
         state[name] = tensor.flatten(1) if flat else tensor
     what = f"{folder / part}: what the weights hold and config.json says"
     return frozen(filled(network, state, what), device, folder / part)
+
+
+def load_encoder(
+    folder: Path, part: str, class_name: str, config_name: str, dtype: torch.dtype, device: Device
+) -> nn.Module:
+    """Load one of transformers' encoders from one of the folder's parts."""
+    import transformers
+
+    weights = part_weights(folder, part, ENCODER)
+    said, where = part_config(folder, part)
+    config = encoder_config(config_name, said, len(weights.shapes), where)
+    encoder = built(lambda: getattr(transformers, class_name)(config), class_name, where)
+    names = encoder_state(encoder, {name: name for name in weights.shapes})
+    # T5's outputs overflow in half precision: as in transformers, that layer stays in float32 then
+    wide = (".wo.weight",) if dtype == torch.float16 else ()
+    # what else is stored there, another tower or layers beyond those that are read, has no place here
+    state = {
+        name: weights.tensor(names[name]).to(device, torch.float32 if name.endswith(wide) else dtype)
+        for name in encoder.state_dict()
+        if name in names
+    }
+    what = f"{folder / part}: what the weights hold and config.json says"
+    return frozen(filled(encoder, state, what), device, folder / part)

@@ -13,6 +13,7 @@ from .folders import INDEX, FolderLoader, read_json
 from .loaders import Loader, PriorKind
 from .lora_files import holds_lora
 from .lora_names import is_lora
+from .pipelines import open_pipeline
 from .single_file import LdmLoader, NetworksLoader, find_config, ldm_kind
 
 Layout = Literal["diffusers folder", "checkpoint", "networks", "LoRA", "tiny autoencoder"]
@@ -34,7 +35,8 @@ def identify(path: Path | str, config: Mapping[str, Any] | Path | str | None = N
     path = Path(path).expanduser()
     if path.is_dir():
         if (path / INDEX).is_file():
-            return Identity(path, "diffusers folder", FolderLoader(path).metadata().kind)
+            folder = open_pipeline(path) or FolderLoader(path)
+            return Identity(path, "diffusers folder", folder.metadata().kind)
         if holds_lora(path):
             return Identity(path, "LoRA", None)
         if (path / "config.json").is_file() and read_json(path, "config.json").get("_class_name") == "AutoencoderTiny":
@@ -78,6 +80,9 @@ def open_loader(path: Path | str, config: Mapping[str, Any] | Path | str | None 
     if path.is_dir() or (not path.is_file() and path.suffix.lower() not in SUFFIXES):
         if not (path / INDEX).is_file() and holds_lora(path):
             raise PriorError(_LORA_ALONE.format(path))
+        pipeline = open_pipeline(path)
+        if pipeline is not None:
+            raise PriorError(f"{path} is a {pipeline.class_name}: it is loaded as a whole (priors.files.prior_files)")
         return FolderLoader(path)
     return _loader_of(open_checkpoint(path), config)
 

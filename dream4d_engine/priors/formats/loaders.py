@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -156,6 +156,9 @@ def filled(network: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Mod
     check_names(shapes_of(network.state_dict()), shapes_of(state), what)
     network.load_state_dict(state, assign=True)  # the tensors themselves: nothing is copied
     for module in network.modules():
+        remake = _REMADE.get(type(module).__name__)
+        if remake is not None:
+            module.__dict__["_buffers"].update(remake(module).named_buffers())
         for name, buffer in module.named_buffers(recurse=False):
             if name == _COUNTING and buffer.is_meta:  # often not stored, as it is 0, 1, 2, ... in every model
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
@@ -170,6 +173,10 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+_REMADE: dict[str, Callable[[Any], nn.Module]] = {
+    "WanRotaryPosEmbed": lambda m: type(m)(m.attention_head_dim, m.patch_size, m.max_seq_len),
+}
+"""Layers whose buffers are never stored, and how they are made."""
 _COUNTING = "position_ids"  # a buffer of CLIP's embeddings
 _TOWERS = ("text_model.", "vision_model.")
 _SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # of T5: one tensor, stored under either name or both

@@ -20,6 +20,7 @@ from ..errors import PriorError
 from .checkpoints import SUFFIXES
 from .folders import INDEX, FolderLoader, list_endings
 from .loaders import PriorKind
+from .pipelines import open_pipeline
 
 HUB = "https://huggingface.co"
 
@@ -46,6 +47,8 @@ class KnownWeights:
         """The hub ids to try, in order."""
         return self.mirrors if self.gone or "://" in self.home else (self.home, *self.mirrors)
 
+
+_UNSEEN = "the repository's page not seen"
 
 WEIGHTS = (
     KnownWeights(
@@ -118,12 +121,66 @@ WEIGHTS = (
         license="cc-by-nc-4.0",
         checked="licence and the UNet's size: the repository's page; the rest: its parameters",
     ),
+    KnownWeights(
+        id="sdxl",
+        kind="image",
+        name="Stable Diffusion XL base 1.0",
+        home="stabilityai/stable-diffusion-xl-base-1.0",
+        download=6_940_000_000,
+        memory=5_300_000_000,
+        license="openrail++",
+        checked=f"licence: others' pages; sizes: its parameters; {_UNSEEN}",
+    ),
+    KnownWeights(
+        id="sd35-medium",
+        kind="image",
+        name="Stable Diffusion 3.5 medium",
+        home="stabilityai/stable-diffusion-3.5-medium",
+        download=15_800_000_000,
+        memory=4_650_000_000,
+        license="Stability AI community licence (free below a yearly revenue of 1M USD)",
+        gate="log in and accept the licence on the repository's page",
+        checked=f"licence: its makers' page; gate: others' pages; sizes: its parameters; {_UNSEEN}",
+    ),
+    KnownWeights(
+        id="flux-schnell",
+        kind="image",
+        name="FLUX.1 schnell",
+        home="black-forest-labs/FLUX.1-schnell",
+        download=33_700_000_000,
+        memory=23_950_000_000,
+        license="apache-2.0",
+        checked=f"licence: a copy of its card; sizes: its parameters; {_UNSEEN}, there may be a gate",
+    ),
+    KnownWeights(
+        id="wan-1.3b",
+        kind="video",
+        name="Wan 2.1, 1.3B",
+        home="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        download=14_450_000_000,
+        memory=3_090_000_000,
+        license="apache-2.0",
+        checked=f"licence: others' pages; sizes: its parameters in half precision; {_UNSEEN}, its files may be wider",
+    ),
+    KnownWeights(
+        id="ltx-2b",
+        kind="video",
+        name="LTX-Video, 2B",
+        home="Lightricks/LTX-Video",
+        download=14_200_000_000,
+        memory=4_690_000_000,
+        license="LTXV open weights (commercial use by revenue)",
+        checked=f"licence: others' pages; sizes: its parameters in half precision; {_UNSEEN}, its files may be wider",
+    ),
 )
 
 _LONGEST = 1000  # letters of a name; the longest path of most systems has no more than four times as many
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[\w./-]+))?")
 # what is fetched of a repository: in these folders, files of these kinds, and one form of the weights
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_camera_projection")
+_PARTS = (
+    *("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "image_encoder", "clip_camera_projection"),
+)
 _PLAIN = (".json", ".txt", ".model")
 
 
@@ -260,7 +317,7 @@ def _cached(choice: _Choice, cache: Path | None) -> Path | None:
     if choice.file is not None:
         return Path(found)
     try:
-        FolderLoader(Path(found).parent).check()
+        (open_pipeline(Path(found).parent) or FolderLoader(Path(found).parent)).check()
     except PriorError:
         return None
     return Path(found).parent

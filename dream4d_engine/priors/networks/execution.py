@@ -80,10 +80,12 @@ class GraphCapture(Capture):
         # one for all: libraries put memory aside for each stream that they work on
         self._warmup = torch.cuda.Stream(device)
         self._graphs: dict[tuple, tuple | _Captured] = {}
+        self._known: dict[tuple, Callable] = {}  # kept, so that no other object is found at their places in memory
         self.seconds = 0.0  # spent on capturing, compiling on the way included
 
     def forget(self) -> None:
         self._graphs.clear()
+        self._known.clear()
         self._pool = torch.cuda.graph_pool_handle()
         torch._C._cuda_clearCublasWorkspaces()  # some of them lie in the old pool and would keep it alive
         torch.cuda.empty_cache()
@@ -108,7 +110,7 @@ class GraphCapture(Capture):
         """What capture(function, inputs) gave the first time."""
         if key not in self._graphs:
             began = time.monotonic()
-            self._graphs[key] = capture(function, inputs)
+            self._graphs[key], self._known[key] = capture(function, inputs), function
             seconds = time.monotonic() - began
             self.seconds += seconds
             name = getattr(function, "__name__", "function").strip("_")
@@ -133,8 +135,9 @@ class GraphCapture(Capture):
     @staticmethod
     def _key(function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
         # a denoiser's methods differ by its networks: another denoiser with the same ones replays the same graph
-        of: Any = getattr(function, "__self__", None)
-        networks = (id(of.unet), id(of.vae)) if hasattr(of, "unet") else (id(function),)
+        of: Any = getattr(function, "__self__", function)
+        network = getattr(of, "unet", None) or getattr(of, "transformer", None)
+        networks = (id(of),) if network is None else (id(network), id(of.vae))
         return function.__name__, networks, *((t.shape, t.dtype) for t in inputs)
 
     @torch.no_grad()
@@ -324,7 +327,7 @@ def compile_blocks(network: nn.Module) -> int:
 
     # a compilation for each shape of a block's input; beyond the limit torch runs it as it is
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-    blocks = [m for m in network.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    blocks = [m for m in network.modules() if type(m).__name__.endswith("TransformerBlock")]
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)

@@ -43,6 +43,10 @@ def speed_up(network: nn.Module) -> nn.Module:
     return network
 
 
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
+_TRANSPOSED = {4: functional.conv_transpose2d, 5: functional.conv_transpose3d}
+
+
 class _FrozenConv(torch.autograd.Function):
     """A convolution that saves its weight and not its input."""
 
@@ -50,7 +54,7 @@ class _FrozenConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         ctx.save_for_backward(weight)
         ctx.settings = x.shape, stride, padding, dilation, groups
-        return add_bias_(functional.conv2d(x, weight, None, stride, padding, dilation, groups), bias)
+        return add_bias_(CONVOLUTIONS[weight.ndim](x, weight, None, stride, padding, dilation, groups), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,18 +71,21 @@ def _conv_gradient(shape, weight, grad, stride, padding, dilation, groups) -> Te
         for size, s, p, d, k in zip(grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
     ]
     rest = [whole - reached for whole, reached in zip(shape[2:], reach, strict=True)]
-    return functional.conv_transpose2d(grad, weight, None, stride, padding, rest, groups, dilation)
+    return _TRANSPOSED[weight.ndim](grad, weight, None, stride, padding, rest, groups, dilation)
 
 
-def frozen_conv(conv: nn.Conv2d, x: Tensor, with_bias: bool = True, padding: tuple[int, int] | None = None) -> Tensor:
+def frozen_conv(
+    conv: nn.Conv2d | nn.Conv3d, x: Tensor, with_bias: bool = True, padding: tuple[int, ...] | None = None
+) -> Tensor:
     """Apply a convolution whose weights get no gradient; `padding` None: its own."""
     bias, pad = conv.bias if with_bias else None, conv.padding if padding is None else padding
+    settings, convolve = (conv.stride, pad, conv.dilation, conv.groups), CONVOLUTIONS[conv.weight.ndim]
     if conv.weight.requires_grad:
-        return functional.conv2d(x, conv.weight, bias, conv.stride, pad, conv.dilation, conv.groups)
+        return convolve(x, conv.weight, bias, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FrozenConv.apply(x, conv.weight, bias, conv.stride, pad, conv.dilation, conv.groups)
+        return _FrozenConv.apply(x, conv.weight, bias, *settings)
     # the library adds the bias in a pass of its own anyway, and a slower one
-    return add_bias_(functional.conv2d(x, conv.weight, None, conv.stride, pad, conv.dilation, conv.groups), bias)
+    return add_bias_(convolve(x, conv.weight, None, *settings), bias)
 
 
 def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Tensor | None = None) -> Tensor:
@@ -124,15 +131,20 @@ def _upsample_forward(self: Any, hidden_states: Tensor, output_size: Any = None,
 
 
 def _downsample_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    """Downsample2D that pads right and below by one: with two on every side it is all but the first row and column.
+    """Downsample2D."""
+    return halved(self.conv, hidden_states) if self.padding == 0 else self.conv(hidden_states)
 
-    So the large input isn't copied into a larger one.
+
+def halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 3x3 convolution at stride 2 to images [N, C, H, W] with one more row below and column on the right.
+
+    With two more on every side it is all but the first row and column: so the large input isn't copied into a larger
+    one.
     """
-    if self.padding != 0 or any(side % 2 for side in hidden_states.shape[2:]):
-        padded = functional.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states
-        return self.conv(padded)
+    if any(side % 2 for side in x.shape[2:]):
+        return frozen_conv(conv, functional.pad(x, (0, 1, 0, 1)))
     # a 3x3 kernel at stride 2 begins at -2, 0, 2, ...: without the one at -2 these are the places that are wanted
-    out = frozen_conv(self.conv, hidden_states, padding=(2, 2))[:, :, 1:, 1:]
+    out = frozen_conv(conv, x, padding=(2, 2))[:, :, 1:, 1:]
     return out.contiguous(memory_format=torch.channels_last)
 
 

@@ -103,6 +103,65 @@ class _NormSilu(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
+def rms_silu(x: Tensor, weight: Tensor | None, eps: float, ahead: int = 0, repeated: bool = False) -> Tensor:
+    """Return silu(x / rms(x) * weight), rms over the channels of each place: sqrt(mean(x^2) + eps).
+
+    Args:
+        x: [1, C, T, H, W], a video. weight: [C]; None for 1. It gets no gradient.
+        ahead: so many frames are put before the first: of zeros, or `repeated`, of what the first became.
+    """
+    if _fits(x) and len(x) == 1 and x.shape[1] <= _MAX_CHANNELS:
+        return _RmsSilu.apply(x, weight, eps, ahead, repeated)
+    wide = x.float()
+    factor = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
+    normed = wide * factor if weight is None else wide * factor * weight.float().reshape(-1, 1, 1, 1)
+    y = functional.silu(normed).to(x.dtype)
+    if not ahead:
+        return y
+    first = y[:, :, :1] if repeated else torch.zeros_like(y[:, :, :1])
+    return torch.cat((*[first] * ahead, y), 2)
+
+
+class _RmsSilu(torch.autograd.Function):
+    """x [1, C, T, H, W] in channels_last_3d; returns the same, some frames longer. Of the forward pass x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, ahead, repeated):
+        _, c, t, h, w = x.shape
+        out = x.new_empty(1, t + ahead, h, w, c)
+        _rms(x.movedim(1, -1), weight, None, out[:, ahead:], eps)
+        if ahead:
+            out[:, :ahead] = out[:, ahead : ahead + 1] if repeated else 0
+        if x.requires_grad:
+            ctx.save_for_backward(x, *([] if weight is None else [weight]))
+            ctx.settings = eps, ahead, repeated
+        return out.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, *weights), (eps, ahead, repeated) = ctx.saved_tensors, ctx.settings
+        weight = weights[0] if weights else None
+        rows, given = x.movedim(1, -1), grad.movedim(1, -1).contiguous()
+        out = torch.empty_like(rows)
+        _rms(rows, weight, given[:, ahead:], out, eps)
+        if ahead and repeated:  # what came before the first frame was it, too
+            _rms(rows[:, :1], weight, given[:, : ahead + 1].sum(1, keepdim=True), out[:, :1], eps)
+        return out.movedim(-1, 1), None, None, None, None
+
+
+def _rms(x: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor, eps: float) -> None:
+    """Run the kernel on rows [..., C] without gaps; `grad` None: forward."""
+    from . import fused_norm_source as source
+
+    c = x.shape[-1]
+    r = x.numel() // c
+    block_rows, block_c = _tile(c)
+    given = x if grad is None else grad  # the kernel wants some tensor where there is none
+    known = x if weight is None else weight
+    flags = {"WEIGHTED": weight is not None, "BACKWARD": grad is not None}
+    source.rms[(-(-r // block_rows),)](x, known, given, out, r, c, eps, **flags, BLOCK_R=block_rows, BLOCK_C=block_c)
+
+
 def _tile(c: int) -> tuple[int, int]:
     """(rows, channels) of a program's tile."""
     channels = min(1 << (c - 1).bit_length(), _MAX_CHANNELS)  # a power of two, as Triton wants ranges

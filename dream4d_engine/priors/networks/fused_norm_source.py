@@ -202,3 +202,32 @@ def residual(x, h, bias, out, n, c, BLOCK: tl.constexpr):
     value = tl.load(x + at, mask=mask).to(tl.float32) + tl.load(h + at, mask=mask).to(tl.float32)
     value += tl.load(bias + (at % c).to(tl.int32), mask=mask).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms(
+    x, weight, grad, out, r, c, eps,
+    WEIGHTED: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # all channels of a row are in one tile: v = x f w with f = 1 / sqrt(mean(x^2) + eps), y = silu(v)
+    channel = tl.arange(0, BLOCK_C)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = row[:, None] * c + channel[None]
+    mask = (row[:, None] < r) & (channel[None] < c)
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    factor = 1 / tl.sqrt(tl.sum(value * value, 1) / c + eps)
+    normed = value * factor[:, None]
+    v = normed
+    w = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if WEIGHTED:
+        w = tl.load(weight + channel, mask=channel < c, other=0.0).to(tl.float32)
+        v = normed * w[None]
+    s = tl.sigmoid(v)
+    if BACKWARD:
+        # with u = x f: dx = f (du - u mean(du u)), du = dy silu'(v) w
+        du = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * s * (1 + v * (1 - s)) * w[None]
+        along = tl.sum(du * normed, 1) / c
+        result = factor[:, None] * (du - normed * along[:, None])
+    else:
+        result = v * s
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)

@@ -72,6 +72,15 @@ def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[s
     texts = [prompt.lower().strip() for prompt in prompts] if is_t5 else list(prompts)
     config: Any = encoder.config  # of transformers
     length = min(tokenizer.max_length, T5_TOKENS if is_t5 else config.max_position_embeddings)
+    ids, mask = token_rows(tokenizer, encoder, texts, length)
+    with torch.no_grad():
+        # CLIP was trained with its padding in sight, T5 without
+        return encoder(ids, attention_mask=mask if is_t5 else None)[0].float()
+
+
+def token_rows(tokenizer: Tokenizer, encoder: nn.Module, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask [n, length] for an encoder, where it is. What does not fit is cut, and said."""
+    config: Any = encoder.config  # of transformers
     for end in dict.fromkeys(tokenizer.cut(text, length) for text in texts):
         if end:
             logger.warning("the prompt is longer than the text encoder's %d tokens; this end is cut: %r", length, end)
@@ -82,9 +91,7 @@ def encode_prompts(tokenizer: Tokenizer, encoder: nn.Module, prompts: Sequence[s
             f"the tokenizer gives token {int(ids.max())}, the text encoder knows {known:,}: they are not of one model"
         )
     device = next(encoder.parameters()).device
-    with torch.no_grad():
-        # CLIP was trained with its padding in sight, T5 without
-        return encoder(ids.to(device), attention_mask=mask.to(device) if is_t5 else None)[0].float()
+    return ids.to(device), mask.to(device)
 
 
 # ---- CLIP's tokenizer --------------------------------------------------------------------------------------------

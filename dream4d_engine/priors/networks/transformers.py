@@ -1,11 +1,13 @@
-"""Diffusers' transformers of videos (Wan, LTX-Video), seen as `denoise(x, sigma, conditions) -> x0`.
+"""Diffusers' transformers of videos (Wan, LTX-Video) and images (Stable Diffusion 3, Flux), seen as
+`denoise(x, sigma, conditions) -> x0`.
 
 They are rectified flows (2209.03003): they see (1 - t) z + t eps = x / (1 + sigma), with t = sigma / (1 + sigma), and
-they predict the velocity eps - z. Their autoencoders put several frames into one latent, the first one alone.
+they predict the velocity eps - z. Autoencoders of videos put several frames into one latent, the first one alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,62 +18,94 @@ from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
 from .checkpointing import checkpointing
-from .denoisers import predicted_clean
-from .execution import PLAIN, Capture, without_autocast
+from .denoisers import WORTH_COMPILING, predicted_clean
+from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
+from .frozen import speed_up
+from .video_encoders import encode_whole, encodes_whole, lay_out
 
 LTX_FRAMES_A_SECOND = 25  # of the videos that LTX-Video was trained on; its positions in time are seconds
+FLUX_GUIDANCE = 3.5
+"""What a Flux that was distilled from guided answers is told of how much they were guided: its pipeline's own."""
+FEW_AT_ONCE = 4
+"""Frames: where no more are to be encoded at once, they are as the library does it, Wan's four by four."""
 
 
 @dataclass(frozen=True, eq=False)
 class TransformerDenoiser:
-    """A frozen WanTransformer3DModel or LTXVideoTransformer3DModel with its autoencoder, as a Denoiser."""
+    """A frozen transformer, one of _RUNS, with its autoencoder, as a Denoiser.
+
+    `n_frames`: of a take; None for single images.
+    """
 
     transformer: nn.Module
     vae: Any  # torch's stubs know none of a module's own calls
     noise: NoiseSchedule
     image_size: tuple[int, int]  # (height, width), pixels
-    n_frames: int
+    n_frames: int | None
     execution: Execution = field(default_factory=Execution)
     capture: Capture = PLAIN
     device: torch.device = torch.device("cpu")
+    fused: bool = False  # videos are encoded in one piece, by fewer passes over memory
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
-
-    @property
-    def _is_ltx(self) -> bool:
-        return type(self.transformer).__name__.startswith("LTX")
+        return next(p.dtype for p in self.transformer.parameters() if p.ndim > 1)  # small ones may be wider
 
     def _scaling(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, deviation) of the latents' channels, [c, 1, 1, 1] each."""
-        source = self.vae if self._is_ltx else self.vae.config  # buffers there, numbers here
-        scaling = getattr(self.vae.config, "scaling_factor", 1.0)
+        """(mean, deviation) of the channels of a video's latents, [c, 1, 1, 1] each."""
+        config = self.vae.config
+        factor = getattr(config, "scaling_factor", None) or 1.0
+        source = config if "latents_mean" in config else self.vae  # numbers of Wan, buffers of LTX-Video
         mean, deviation = (torch.as_tensor(getattr(source, f"latents_{name}")).to(z) for name in ("mean", "std"))
-        return mean[:, None, None, None], (deviation / scaling)[:, None, None, None]
+        return mean[:, None, None, None], (deviation / factor)[:, None, None, None]
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable. The mean of the autoencoder's guess."""
-        checkpointed = self.execution.images_kept is not None
         dtype = next(self.vae.parameters()).dtype
-        videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
-        try:
-            with without_autocast(self.device), checkpointing(self.vae, checkpointed):
-                each = [self.vae.encode(one).latent_dist.mode() for one in videos]
-        finally:
-            if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
-                self.vae.clear_cache()
-        z = torch.cat(each).float()
+        with without_autocast(self.device):
+            if self.n_frames is None:
+                z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture)
+                return z.unflatten(0, images.shape[:2])
+            videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
+            z = torch.cat([self._encode_video(one) for one in videos]).float()
         mean, deviation = self._scaling(z)
         return ((z - mean) / deviation).movedim(2, 1)
 
+    def _encode_images(self, images: Tensor) -> Tensor:
+        """Encode [n, 3, H, W] in [0, 1], scaled."""
+        z = self.vae.encode((2 * images - 1).to(next(self.vae.parameters()).dtype)).latent_dist.mode().float()
+        config = self.vae.config  # numbers: a CUDA graph can't copy tensors from the CPU
+        return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def _encode_video(self, video: Tensor) -> Tensor:
+        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled."""
+        checkpointed, at_once = self.execution.images_kept is not None, self.execution.images_at_once
+        if self.fused and (at_once is None or at_once > FEW_AT_ONCE):
+            return encode_whole(self.vae, video, checkpointed)
+        try:
+            with checkpointing(self.vae, checkpointed):
+                return self.vae.encode(video).latent_dist.mode()
+        finally:
+            if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
+                self.vae.clear_cache()
+
     def decode(self, z: Tensor) -> Tensor:
         """Decode to [B, F, 3, H, W] in [0, 1] (not clamped)."""
-        z = z.movedim(1, 2)
-        mean, deviation = self._scaling(z)
         with without_autocast(self.device):
+            if self.n_frames is None:
+                images = in_slices(self._decode_images, z.flatten(0, 1), self.execution, self.capture)
+                return images.unflatten(0, z.shape[:2])
+            z = z.movedim(1, 2)
+            mean, deviation = self._scaling(z)
+            self.vae.decoder.to(self.device)  # it may have waited, see prepared_transformer
             images = self.vae.decode((z * deviation + mean).to(next(self.vae.parameters()).dtype)).sample
         return (images.float() / 2 + 0.5).movedim(2, 1)
+
+    def _decode_images(self, z: Tensor) -> Tensor:
+        """Decode [n, c, h, w]."""
+        config = self.vae.config
+        plain = z / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(plain.to(next(self.vae.parameters()).dtype)).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -83,33 +117,21 @@ class TransformerDenoiser:
 
     def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, sigma = x.float(), sigma.to(x.device).float()
-        noisy = (x / (1 + sigma)[:, None, None, None, None]).movedim(1, 2)  # [B, c, f, h, w]
+        noisy = x / (1 + sigma)[:, None, None, None, None]
+        noisy = noisy[:, 0] if self.n_frames is None else noisy.movedim(1, 2)  # [B, c, h, w] or [B, c, f, h, w]
         time = 1000 * sigma / (1 + sigma)
         inputs = [noisy.to(self.dtype), time, conditions.tokens[:, 0].to(self.dtype)]
-        if conditions.mask is not None:
+        if conditions.vector is not None:
+            inputs.append(conditions.vector[:, 0].to(self.dtype))
+        elif conditions.mask is not None:
             inputs.append(conditions.mask[:, 0])
-        velocity = self.capture(self._forward, *inputs).float().movedim(2, 1)
+        velocity = self.capture(self._forward, *inputs).float()
+        velocity = velocity[:, None] if self.n_frames is None else velocity.movedim(2, 1)
         return predicted_clean(velocity, x, sigma, "flow")
 
-    def _forward(self, noisy: Tensor, time: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the network. noisy [B, c, f, h, w], time [B] in [0, 1000], tokens [B, L, D], mask [B, L] or None."""
-        if not self._is_ltx:
-            return self.transformer(noisy, time, tokens, return_dict=False)[0]
-        _, _, f, h, w = noisy.shape
-        side, frames = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
-        # a token for every place of the latents, which are that much smaller than the video
-        velocity = self.transformer(
-            hidden_states=noisy.flatten(2).transpose(1, 2),
-            encoder_hidden_states=tokens,
-            timestep=time,
-            encoder_attention_mask=mask,
-            num_frames=f,
-            height=h,
-            width=w,
-            rope_interpolation_scale=(frames / LTX_FRAMES_A_SECOND, side, side),
-            return_dict=False,
-        )[0]
-        return velocity.transpose(1, 2).unflatten(2, (f, h, w))
+    def _forward(self, noisy: Tensor, time: Tensor, tokens: Tensor, more: Tensor | None = None) -> Tensor:
+        """Run the network; `more`: pooled words [B, K], or a mask of the tokens [B, L]."""
+        return _RUNS[type(self.transformer).__name__](self.transformer, self.vae, noisy, time, tokens, more)
 
     def run_as(self, execution: Execution) -> TransformerDenoiser:
         """Return the denoiser run in this way. Weights stay where they are: an `offload` is left out."""
@@ -118,3 +140,81 @@ class TransformerDenoiser:
     def forget(self) -> None:
         """Drop the graphs that were captured with the weights' old places."""
         self.capture.forget()
+
+
+# ---- How each is called: noisy [B, c, (f,) h, w], time [B] in [0, 1000], tokens [B, L, D] -> velocity ----
+
+
+def _run_wan(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, _more: Tensor | None) -> Tensor:
+    return network(noisy, time, tokens, return_dict=False)[0]
+
+
+def _run_ltx(network: Any, vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    _, _, f, h, w = noisy.shape
+    side, frames = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    # a token for every place of the latents, which are that much smaller than the video
+    velocity = network(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        encoder_hidden_states=tokens,
+        timestep=time,
+        encoder_attention_mask=mask,
+        num_frames=f,
+        height=h,
+        width=w,
+        rope_interpolation_scale=(frames / LTX_FRAMES_A_SECOND, side, side),
+        return_dict=False,
+    )[0]
+    return velocity.transpose(1, 2).unflatten(2, (f, h, w))
+
+
+def _run_sd3(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    return network(noisy, tokens, pooled, time, return_dict=False)[0]
+
+
+def _run_flux(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    n, c, h, w = noisy.shape
+    rows, columns = torch.meshgrid(
+        torch.arange(h // 2, device=noisy.device), torch.arange(w // 2, device=noisy.device), indexing="ij"
+    )
+    places = torch.stack((torch.zeros_like(rows), rows, columns), -1).flatten(0, 1).to(noisy.dtype)
+    # squares of 2x2 places are one token
+    squares = noisy.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
+    velocity = network(
+        hidden_states=squares.reshape(n, -1, 4 * c),
+        encoder_hidden_states=tokens,
+        pooled_projections=pooled,
+        timestep=time / 1000,
+        img_ids=places,
+        txt_ids=places.new_zeros(tokens.shape[1], 3),
+        guidance=time.new_full((n,), FLUX_GUIDANCE) if network.config.guidance_embeds else None,
+        return_dict=False,
+    )[0]
+    squares = velocity.reshape(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(n, c, h, w)
+
+
+_RUNS: dict[str, Callable[[Any, Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "WanTransformer3DModel": _run_wan,
+    "LTXVideoTransformer3DModel": _run_ltx,
+    "SD3Transformer2DModel": _run_sd3,
+    "FluxTransformer2DModel": _run_flux,
+}
+"""By the class's name."""
+
+
+def prepared_transformer(denoiser: TransformerDenoiser, runtime: Runtime) -> TransformerDenoiser:
+    """Return the denoiser as it is to run; on a GPU fast, its networks changed in place and keeping their weights."""
+    if not runtime.accelerated:
+        return denoiser
+    fused = encodes_whole(denoiser.vae)
+    if fused:
+        lay_out(denoiser.vae)
+    if denoiser.n_frames is None:
+        speed_up(denoiser.vae)
+    else:  # most recipes never decode a video
+        denoiser.vae.decoder.to("cpu")
+    n_parameters = sum(p.numel() for p in denoiser.transformer.parameters())
+    if runtime.compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
+        compile_blocks(denoiser.transformer)
+    torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
+    return replace(denoiser, capture=runtime.capture, fused=fused)

@@ -1,0 +1,170 @@
+"""The encoders of video autoencoders (Wan, LTX-Video), computing the same numbers in fewer passes over memory.
+
+As frozen.py does for images: norm and SiLU are one, convolutions keep no input for the backward pass, everything stays
+in channels_last. A video is encoded in one piece. Wan's own code hands features on from some frames to the next: its
+convolutions over time look back only, so that is the same as zeros before the first frame, which here the norm writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .frozen import frozen_conv, halved
+from .fused_norm import add_residual, rms_silu
+
+Block = Callable[[Any, Tensor], Tensor]
+_LAST = torch.channels_last_3d
+
+
+def encodes_whole(vae: Any) -> bool:
+    """Whether `encode_whole` knows an autoencoder's layers."""
+    config = getattr(vae, "config", {})
+    if type(vae).__name__ == "AutoencoderKLWan":
+        plain = config.get("patch_size") is None and not config.get("is_residual") and not config.get("attn_scales")
+        return plain and isinstance(vae.encoder.nonlinearity, nn.SiLU)
+    if type(vae).__name__ != "AutoencoderKLLTXVideo":
+        return False
+    blocks = config.get("down_block_types") or ()
+    return bool(config.get("encoder_causal")) and all(name == "LTXVideoDownBlock3D" for name in blocks)
+
+
+def lay_out(vae: nn.Module) -> None:
+    """Turn an autoencoder's weights to channels_last, where they are."""
+    formats = {4: torch.channels_last, 5: _LAST}
+    for parameter in vae.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def encode_whole(vae: Any, video: Tensor, checkpointed: bool = False) -> Tensor:
+    """Encode a video [1, 3, T, H, W] in [-1, 1] to the mean of the autoencoder's guess [1, c, t, h, w].
+
+    `checkpointed`: every block's activations are computed again in the backward pass. Differentiable.
+    """
+
+    def run(block: Block, module: Any, x: Tensor) -> Tensor:
+        return checkpoint(block, module, x, use_reentrant=False) if checkpointed else block(module, x)
+
+    whole = _encode_wan if type(vae).__name__ == "AutoencoderKLWan" else _encode_ltx
+    return whole(vae, video, run)
+
+
+# ---- Wan ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
+    encoder = vae.encoder
+    x = _wan_conv(encoder.conv_in, _zeros_ahead(video.contiguous(memory_format=_LAST)))
+    for layer in encoder.down_blocks:
+        x = run(_WAN[type(layer).__name__], layer, x)
+    x = run(_wan_block, encoder.mid_block.resnets[0], x)
+    for attention, block in zip(encoder.mid_block.attentions, encoder.mid_block.resnets[1:], strict=True):
+        x = run(_wan_attention, attention, x)
+        x = run(_wan_block, block, x)
+    x = _wan_conv(encoder.conv_out, _wan_norm(encoder.norm_out, x, 2))
+    return frozen_conv(vae.quant_conv, x)[:, : vae.config.z_dim]
+
+
+def _zeros_ahead(x: Tensor) -> Tensor:
+    return torch.cat((x.new_zeros(*x.shape[:2], 2, *x.shape[3:]), x), 2)
+
+
+def _wan_conv(conv: Any, x: Tensor, with_bias: bool = True) -> Tensor:
+    """A convolution 3x3x3 of what has two frames ahead."""
+    return frozen_conv(conv, x, with_bias, padding=(0, conv._padding[2], conv._padding[0]))
+
+
+def _wan_norm(norm: Any, x: Tensor, ahead: int) -> Tensor:
+    # the library divides by the norm, 1e-12 at the least, and multiplies with the root of the number of channels
+    return rms_silu(x, norm.gamma.flatten(), 1e-24 / x.shape[1], ahead)
+
+
+def _wan_block(block: Any, x: Tensor) -> Tensor:
+    """WanResidualBlock: twice norm, silu, conv; + input."""
+    h = _wan_conv(block.conv1, _wan_norm(block.norm1, x, 2))
+    h = _wan_conv(block.conv2, _wan_norm(block.norm2, h, 2), with_bias=False)
+    if not isinstance(block.conv_shortcut, nn.Identity):
+        x = frozen_conv(block.conv_shortcut, x)
+    return add_residual(x, h, block.conv2.bias)
+
+
+def _wan_attention(layer: Any, x: Tensor) -> Tensor:
+    """WanAttentionBlock: one head over the places of each frame; two matrix products, as in frozen.py."""
+    _, c, t, h, w = x.shape
+    places = x.movedim(1, -1).reshape(t, h * w, c)
+    normed = layer.norm(places.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+    project = layer.to_qkv
+    query, key, value = functional.linear(normed, project.weight.flatten(1), project.bias).chunk(3, -1)
+    scores = torch.matmul(query * c**-0.5, key.transpose(1, 2))  # scaled first: sums of C products are large
+    seen = functional.linear(torch.matmul(scores.softmax(-1), value), layer.proj.weight.flatten(1), layer.proj.bias)
+    return (places + seen).reshape(1, t, h, w, c).movedim(-1, 1)
+
+
+def _wan_resample(layer: Any, x: Tensor) -> Tensor:
+    """WanResample downwards: every frame halved, then, where it is asked for, all frames but the first."""
+    _, c, t, h, w = x.shape
+    frames = halved(layer.resample[1], x.movedim(1, -1).reshape(t, h, w, c).permute(0, 3, 1, 2))
+    if layer.mode == "downsample3d" and t > 1:
+        # the places as one side of an image [1, C, T, h w] whose other side is time
+        side = frames.permute(0, 2, 3, 1).reshape(1, t, -1, frames.shape[1]).permute(0, 3, 1, 2)
+        conv = layer.time_conv
+        later = _over_time(conv, side)
+        joined = torch.cat((side[:, :, :1], later), 2)
+        frames = joined.permute(0, 2, 3, 1).reshape(-1, *frames.shape[2:], later.shape[1]).permute(0, 3, 1, 2)
+    n, c, h, w = frames.shape
+    return frames.permute(0, 2, 3, 1).reshape(1, n, h, w, c).movedim(-1, 1)
+
+
+def _over_time(conv: Any, x: Tensor) -> Tensor:
+    """A convolution [3, 1, 1] at stride 2 over the first side of [1, C, T, places]."""
+    return functional.conv2d(x, conv.weight.squeeze(-1), conv.bias, stride=(conv.stride[0], 1))
+
+
+_WAN: dict[str, Block] = {"WanResidualBlock": _wan_block, "WanResample": _wan_resample}
+
+
+# ---- LTX-Video ---------------------------------------------------------------------------------------------------
+
+
+def _encode_ltx(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
+    encoder = vae.encoder
+    p, p_t = encoder.patch_size, encoder.patch_size_t
+    # squares of pixels become channels, in the order of the library: colour, frame, column, row
+    x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p_t))
+    x = x.permute(0, 1, 3, 7, 5, 2, 4, 6).flatten(1, 4).contiguous(memory_format=_LAST)
+    x = _ltx_conv(encoder.conv_in, x)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            x = run(_ltx_block, resnet, x)
+        for downsampler in block.downsamplers or ():
+            x = _ltx_conv(downsampler, x)
+        if block.conv_out is not None:
+            x = run(_ltx_block, block.conv_out, x)
+    for resnet in encoder.mid_block.resnets:
+        x = run(_ltx_block, resnet, x)
+    x = frozen_conv(encoder.conv_out.conv, rms_silu(x, None, encoder.norm_out.eps, 2, repeated=True))
+    return x[:, :-1]  # the last channel is of the deviations
+
+
+def _ltx_conv(conv: Any, x: Tensor) -> Tensor:
+    """LTXVideoCausalConv3d: the first frame is repeated before itself."""
+    ahead = x[:, :, :1].expand(-1, -1, conv.kernel_size[0] - 1, -1, -1)
+    return frozen_conv(conv.conv, torch.cat((ahead, x), 2).contiguous(memory_format=_LAST))
+
+
+def _ltx_block(block: Any, x: Tensor) -> Tensor:
+    """LTXVideoResnetBlock3d: twice norm, silu, conv; + input."""
+    h = frozen_conv(block.conv1.conv, rms_silu(x, block.norm1.weight, block.norm1.eps, 2, repeated=True))
+    h = rms_silu(h, block.norm2.weight, block.norm2.eps, 2, repeated=True)
+    h = frozen_conv(block.conv2.conv, h, with_bias=False)
+    if block.norm3 is not None:
+        x = block.norm3(x.movedim(1, -1)).movedim(-1, 1)
+    if block.conv_shortcut is not None:
+        x = frozen_conv(block.conv_shortcut.conv, x)
+    return add_residual(x, h, block.conv2.conv.bias)
