@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -559,6 +560,74 @@ def encoder(name: str) -> dict:
     for key in ("other than ComfyUI's", "checkpointed latents", "checkpointed gradient", "decoded other"):
         assert found[key] < ENCODING_TOLERANCE, found
     return found
+
+
+class _Shortage:
+    """Counts the convolutions of a network, and lets the memory run out at one of them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.calls, self.forwards, self.at = 0, 0, None
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+
+def _tensor_bytes() -> int:
+    """What all tensors that are alive take."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@for_each("wan", "ltx", "hunyuan")
+def out_of_memory_in_the_encoder(name: str) -> dict:
+    """Wherever it happens, forwards or backwards: nothing is held afterwards, and the next encoding is as ever."""
+    import comfy.latent_formats
+
+    make, family = VAES[name]
+    size, frames = models.SIZES[family]
+    with training():
+        latents = getattr(comfy.latent_formats, FORMATS[family])()
+        private = pack("nodes.graph_encoder").Encoder.copied(make(), latents)
+        pixels = torch.rand((1, 3, frames, *size), generator=torch.Generator().manual_seed(5)).requires_grad_()
+        shortage = _Shortage(private.network)
+
+        def encoded(at: int | None = None) -> list[Tensor]:
+            shortage.calls, shortage.at = 0, at
+            z = private.encode(pixels, True)
+            shortage.forwards = shortage.calls
+            return [z.detach(), torch.autograd.grad(z.square().sum(), pixels)[0]]
+
+        def runs_out(at: int) -> None:
+            try:
+                encoded(at)
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)
+                return
+            raise AssertionError(f"call {at} was not reached")
+
+        expected = encoded()
+        forwards, calls = shortage.forwards, shortage.calls
+        before = _tensor_bytes()
+        for moment in (forwards // 2, forwards + 1, (forwards + calls) // 2):
+            runs_out(moment)
+            torch.ones(1, requires_grad=True).backward()  # PyTorch drops what its last backward pass has left undone
+            assert _tensor_bytes() == before, moment
+            assert not any(getattr(m, "temporal_cache_state", None) for m in private.network.modules()), moment
+            assert all(one.equal(other) for one, other in zip(encoded(), expected, strict=True)), moment
+        z = private.encode(pixels, True)
+        del z  # it ran out elsewhere: what the graph holds goes with it
+        assert _tensor_bytes() == before
+    return {"forwards": forwards, "calls": calls}
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
     "gaussian": ("eps", "v", "flow"),
     "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
+    "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),
     "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
     "a_step": (*IMAGES, *VIDEOS),
     "cancel_in_the_middle": ("sd15", "ltx"),
