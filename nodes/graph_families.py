@@ -7,10 +7,11 @@ the graph (a LoRA, another model sampling, another precision) is taken as it is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_sampling as sampling
+import torch
 
 from ..dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
 from ..dream4d_engine.priors.errors import PriorError
@@ -29,6 +30,7 @@ class Family:
     n_frames: int | None = None  # where nobody says another number
     frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
     vae: str = "comfy.ldm.models"  # where the classes of its autoencoder are
+    switch: float | None = None  # the time t above which a second model, where there is a pair, takes over
 
 
 # 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
@@ -38,7 +40,8 @@ FAMILIES: dict[str, Family] = {
     "SD3": Family("Stable Diffusion 3", "image", (512, 512), "1024x1024"),
     "Flux": Family("Flux", "image", (512, 512), "about 1024x1024"),
     "Stable_Zero123": Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8),
-    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan"),
+    # Wan 2.2 14B is a pair: 0.875 is the boundary of its settings for text to video
+    "WAN21": Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, "comfy.ldm.wan", 0.875),
     "WAN22": Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4, "comfy.ldm.wan"),
     "LTXV": Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8, "comfy.ldm.lightricks"),
     "HunyuanVideo": Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4),
@@ -127,9 +130,51 @@ def noise_schedule(model: Any) -> NoiseSchedule:
     )
 
 
+WHOLE, HIGH, LOW = "all noise", "high noise", "low noise"
+"""What a model is asked at: everywhere, or in its half of a pair's range."""
+
+
+def in_its_range(noise: NoiseSchedule, family: Family, part: str) -> NoiseSchedule:
+    """Return the levels that an expert of a pair was trained on; shares are then those of its own range."""
+    if part == WHOLE:
+        return noise
+    if family.switch is None:
+        raise PriorError(f"{family.name} is one model for all noise, not a pair: choose {WHOLE!r}")
+    middle = float(noise.share_of(torch.tensor(family.switch / (1 - family.switch))))
+    low, high = (middle, 1.0) if part == HIGH else (0.0, middle)
+    return replace(
+        noise,
+        sigma_of=lambda share: noise.sigma_of(low + (high - low) * share),
+        share_of=lambda sigma: (noise.share_of(sigma) - low) / (high - low),
+    )
+
+
+def check_pair(model: Any, second: Any, family: Family, part: str) -> None:
+    """Refuse what can't be the expert for low noise beside a model for high noise."""
+    if family.switch is None:
+        raise PriorError(f"{family.name} is one model for all noise: leave model_low_noise empty")
+    if part != WHOLE:
+        raise PriorError(f"there are both experts, so all noise is asked: choose {WHOLE!r} for noise, not {part!r}")
+    if second.model is model.model and second.patches_uuid == model.patches_uuid:
+        raise PriorError("model and model_low_noise are the same model: connect the pair's other one, or none")
+    other = family_of(second, family.kind)
+    if other is not family:
+        raise PriorError(f"model_low_noise is {other.name}, model is {family.name}: connect the two of one pair")
+    shares = torch.linspace(0.1, 0.9, 5)
+    first, levels = (noise_schedule(one).sigma_of(shares) for one in (model, second))
+    if not torch.allclose(first, levels):
+        raise PriorError(
+            "model and model_low_noise have other noise levels (another shift): put the same model sampling before both"
+        )
+
+
 def is_flow(model: Any) -> bool:
     """Whether the model sees (1 - t) z + t eps, at times t = sigma / (1 + sigma)."""
     return isinstance(model.get_model_object("model_sampling"), sampling.CONST)
+
+
+_ANY_FAMILY = ("comfy.taesd", "comfy.pixel_space_convert")
+"""Where the autoencoders are that are made for several families, and that of models that work on pixels."""
 
 
 def check_vae(model: Any, vae: Any, family: Family) -> None:
@@ -152,7 +197,7 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
         )
     place = type(vae.first_stage_model).__module__
-    if not place.startswith((family.vae, "comfy.taesd")):
+    if not place.startswith((family.vae, *_ANY_FAMILY)):
         raise PriorError(
             f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
             f"another family than {family.name}: connect the VAE that belongs to the model"

@@ -408,6 +408,65 @@ def novel_views() -> dict:
     return found
 
 
+# ---- the toys ------------------------------------------------------------------------------------------------------
+
+
+def _trained(kind: str, handle, recipe, train) -> tuple:
+    """The scene and the losses of a few steps by a prior."""
+    cpu, losses, held = torch.device("cpu"), [], []
+    told_of, loop = pack("dream4d_engine.training.guidance"), pack("dream4d_engine.training.loop")
+    control = loop.RunControl(on_step=lambda report, _: losses.append(report.loss))
+    with training():
+        runtime = told_of.runtime_for(recipe, cpu)
+        told = told_of.load_guidance(recipe, {kind: handle}, PROMPT, runtime, None, "a blue cone", held.append)
+        scene, _ = train(recipe, told, seed=3, device=cpu, control=control)
+        for prior in held:
+            prior.release()
+    return scene, losses
+
+
+@for_each("image", "video")
+def the_toys(kind: str) -> dict:
+    """A toy prior as the graph's MODEL, CLIP and VAE gives the scene that its folder gives, with the same draws."""
+    import graph_toys
+
+    engine = "dream4d_engine"
+    conditioning, loading = pack(f"{engine}.priors.conditioning"), pack(f"{engine}.priors.loading")
+    config, static, motion = (pack(f"{engine}.training.{name}") for name in ("config", "static", "motion"))
+    folder, plain = _ROOT / engine / "priors" / "toy" / kind, conditioning.frame_time_vector
+    three = graph_toys.toy(folder, loading.load_prior, plain)
+    direct = pack(f"{engine}.priors.files").PriorFiles("toy", kind, folder)
+    if kind == "image":
+        node = graph_nodes.ImagePriorFromModel
+        # as ComfyUI calls it
+        given = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).EXECUTE_NORMALIZED(
+            model=three.model, clip=three.clip, vae=three.vae, width=32, height=32
+        )[0]
+        # a recipe of the image prior alone, at the toys' size
+        term = replace(config.TOY_STATIC.guidance[0], prior="image")
+        recipe, train = replace(config.TOY_STATIC, steps=2, guidance=(term,)), static.train_static
+    else:
+        given = handle_of("wan", three, size=(32, 32), n_frames=8)  # the toy's takes are no 4n + 1 frames
+        recipe = replace(config.TOY_MOTION, steps=2)
+        still = static.first_scene(replace(config.TOY_STATIC, steps=1), 3)
+        train = lambda *what, **how: motion.train_motion(still, *what, deformation_scale=1.0, **how)  # noqa: E731
+
+    given = replace(given, family=replace(given.family, name=f"toy {kind}"))  # a prior's draws go by its name
+
+    def by_places(time_of: Tensor) -> Tensor:  # a graph's model is told no times
+        return plain(torch.linspace(0, 1, time_of.shape[1]).expand_as(time_of))
+
+    with mock.patch.object(conditioning, "frame_time_vector", by_places):
+        expected, losses = _trained(kind, direct, recipe, train)
+        scene, mine = _trained(kind, given, recipe, train)
+    found = {"losses": max(abs(m / e - 1) for m, e in zip(mine, losses, strict=True))}
+    for name, value in expected.state_dict().items():
+        if value.is_floating_point() and value.numel() > 1:
+            found[name] = float((scene.state_dict()[name] - value).norm() / value.norm().clamp(min=1e-12))
+    assert len(losses) == 2 and min(losses) > 0 and max(found.values()) < 1e-5, (losses, found)
+    return found
+
+
 # ---- a Gaussian ----------------------------------------------------------------------------------------------------
 
 MEAN, SPREAD = 0.3, 0.7
@@ -769,6 +828,63 @@ def two_at_once() -> dict:
 
 
 @check
+def two_experts() -> dict:
+    """Each of a pair answers on its side of the switch, as it does alone; a batch may have both."""
+    high = models.FAMILIES["wan"]()
+    second = models.diffusion_model(models.wan_transformer(seed=9))
+    cpu, family = torch.device("cpu"), families.FAMILIES["WAN21"]
+    with training():
+        live = []
+        for handle in (
+            handle_of("wan", high),
+            handle_of("wan", replace(high, model=second)),
+            handle_of("wan", high, low_noise=second),
+        ):
+            prior = handle.load(Runtime(cpu))
+            live.append((prior, prior.guide(PROMPT, None, config()).denoiser, handle))
+        time_of = torch.tensor([0.2, family.switch - 1e-3, family.switch + 1e-3, 0.97])
+        sigma = time_of / (1 - time_of)
+        x = (
+            noisy_takes(live[0][0].guide(PROMPT, None, config()), live[0][2], 4)
+            * (1 + sigma**2).sqrt()[:, None, None, None, None]
+        )
+        rows = graph_prior.Conditions(torch.tensor([0, 4, 2, 4])[:, None, None, None].float())
+        alone, other, both = (denoiser.denoise(x, sigma, rows) for _, denoiser, _ in live)
+        assert difference(alone[:2], other[:2]) > 1e-3 and difference(alone[2:], other[2:]) > 1e-3
+        found = {"low": difference(both[:2], other[:2]), "high": difference(both[2:], alone[2:])}
+        pixels = torch.rand(1, 5, 3, 32, 48, requires_grad=True)
+        pair = live[2][0].guide(PROMPT, None, config())
+        distillation.distill(pair, pixels, views(5, (32, 48)), 0.5, randomness.Draw(0)).loss.backward()
+        assert pixels.grad.norm() > 0
+        for prior, _, _ in live:
+            prior.release()
+    assert max(found.values()) < 1e-5, found
+    assert len({handle.fingerprint() for _, _, handle in live}) == 3
+    return found
+
+
+@check
+def one_expert() -> dict:
+    """Alone, an expert is asked in its own range: shares are of that."""
+    three, found = models.FAMILIES["wan"](), {}
+    for part in (families.HIGH, families.LOW):
+        noise = handle_of("wan", three, part=part).noise
+        share = torch.linspace(0, 1, 101)
+        sigma = noise.sigma_of(share)
+        times = sigma / (1 + sigma)
+        found[part] = [float(times[0]), float(times[-1])]
+        inside = share[1:90]  # times above 0.999 are cut
+        assert torch.allclose(noise.share_of(noise.sigma_of(inside)), inside, atol=1e-4)
+    (lowest, middle), (switch, highest) = found[families.LOW], found[families.HIGH]
+    assert lowest == 0 and highest > 0.998 and abs(middle - 0.875) < 1e-5 and abs(switch - 0.875) < 1e-5, found
+    prints = {
+        handle_of("wan", three, part=part).fingerprint() for part in (families.WHOLE, families.HIGH, families.LOW)
+    }
+    assert len(prints) == 3
+    return found
+
+
+@check
 def room_is_made_in_the_middle_of_a_step() -> dict:
     """A MODEL that makes room for itself in the run's own thread doesn't take the run's autoencoders away."""
     memory, management = pack("nodes.memory"), comfy.model_management
@@ -870,11 +986,11 @@ def the_model_stays_usable(name: str) -> dict:
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-def _refused(node: str, expected: str, three: models.Three) -> str:
+def _refused(node: str, expected: str, three: models.Three, **more) -> str:
     """What a node says of three things; it has to have these words."""
     with mock.patch.object(graph_nodes, "say_on_node", lambda *_: None):
         try:
-            graph_nodes._make(node, three.model, three.clip, three.vae, 0, 0, 0, None)
+            graph_nodes._make(node, three.model, three.clip, three.vae, (0, 0, 0), None, **more)
         except pack("nodes.session").RunError as error:
             assert expected in str(error), (expected, str(error))
             return str(error)
@@ -930,6 +1046,22 @@ def bad_input() -> dict:
     said = {
         f"{i} {node}: {expected}": _refused(node, expected, three) for i, (node, expected, three) in enumerate(cases)
     }
+    from comfy_extras import nodes_model_advanced as advanced
+
+    second = models.diffusion_model(models.wan_transformer(seed=9))
+    (shifted,) = advanced.ModelSamplingSD3().patch(second, 3.0)
+    ltx = models.FAMILIES["ltx"]()
+    for expected, three, more in (
+        ("Wan 2.2 5B is one model for all noise: leave", models.FAMILIES["wan22"](), {"low_noise": second}),
+        ("LTX-Video is one model for all noise, not a pair", ltx, {"noise": families.HIGH}),
+        ("are the same model", wan, {"low_noise": wan.model}),
+        ("model_low_noise is LTX-Video, model is Wan", wan, {"low_noise": ltx.model}),
+        ("have other noise levels", wan, {"low_noise": shifted}),
+        ("there are both experts", wan, {"low_noise": second, "noise": families.LOW}),
+        ("model_low_noise is 5: it must be", wan, {"low_noise": 5}),
+        ("made to continue an image", wan, {"low_noise": vace_like}),
+    ):
+        said[expected] = _refused("video", expected, three, **more)
     zero123 = models.FAMILIES["zero123"]()
     cases = [
         ("image", "Stable Zero123 makes novel views: connect it to Novel-View", replace(zero123, clip=sd15.clip)),

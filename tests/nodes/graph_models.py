@@ -107,6 +107,27 @@ def sd15_unet(in_channels: int = 4, seed: int = 0) -> dict[str, Tensor]:
     return random_weights(network, seed)
 
 
+def full_sd15_unet(seed: int = 0) -> dict[str, Tensor]:
+    """Stable Diffusion 1.5 at its real size."""
+    network = unet.UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        transformer_depth_middle=1,
+        context_dim=768,
+        num_heads=8,
+        use_spatial_transformer=True,
+        legacy=False,
+        operations=OPS,
+    )
+    return random_weights(network, seed)
+
+
 def sdxl_unet(seed: int = 0) -> dict[str, Tensor]:
     """Stable Diffusion XL with all depths of its way down, which it is recognised by, as narrow as can be."""
     network = unet.UNetModel(
@@ -150,8 +171,9 @@ def wan22_vae(seed: int = 1) -> Any:
 
 def wan_transformer(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
     """Wan 2.1, one head and two layers."""
-    given = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 256} | changes
-    network = comfy.ldm.wan.model.WanModel(dim=128, ffn_dim=256, num_heads=1, num_layers=2, operations=OPS, **given)
+    given = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 256}
+    given |= {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 2} | changes
+    network = comfy.ldm.wan.model.WanModel(operations=OPS, **given)
     return random_weights(network, seed)
 
 
@@ -279,10 +301,10 @@ def hunyuan_vae(seed: int = 1) -> Any:
     return vae
 
 
-def wan_vae(seed: int = 1) -> dict[str, Tensor]:
-    """The autoencoder of Wan 2.1, narrow."""
+def wan_vae(seed: int = 1, dim: int = 16) -> dict[str, Tensor]:
+    """The autoencoder of Wan 2.1, narrow; the real one has a `dim` of 96."""
     return random_weights(
-        comfy.ldm.wan.vae.WanVAE(dim=16, z_dim=16, temperal_downsample=[False, True, True], image_channels=3), seed
+        comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], image_channels=3), seed
     )
 
 

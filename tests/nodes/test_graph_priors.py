@@ -18,6 +18,9 @@ SCRIPT = Path(__file__).with_name("graph_checks.py")
 IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
 GROUPS = {  # checks that share a process, each with the arguments it is made for
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
+    "the_toys": ("image", "video"),
+    "two_experts": (),
+    "one_expert": (),
     "gaussian": ("eps", "v", "flow"),
     "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
     "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),

@@ -14,6 +14,8 @@ from aiohttp import web
 from comfy.model_patcher import ModelPatcher
 from server import PromptServer
 
+from . import watch  # noqa: F401  its routes
+
 
 class Value:
     """Sends any value through a link, as nodes of other packs may: JSON, or one that JSON doesn't have."""
