@@ -191,7 +191,7 @@ class VideoPriorFromModel(io.ComfyNode):
                     default=WHOLE,
                     optional=True,
                     advanced=True,
-                    tooltip="Where the model is asked. Of Wan 2.2 14B with one of its two models: the range that it was "
+                    tooltip="Where the model is asked. Of Wan 2.2 14B with one of its two models: the range it was "
                     "trained on. With both, and for all other models: all noise.",
                 ),
             ],

@@ -100,8 +100,10 @@ class GraphPrior:
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
         encoder = Encoder.copied(self.vae, self.model.model.latent_format)
-        each = [LiveModel(model, runtime.device) for model in self._models]
-        live = each[0] if len(each) == 1 else Pair(*each, self.family.switch or 0.0)
+        first = LiveModel(self.model, runtime.device)
+        live: LiveModel | Pair = first
+        if self.low_noise is not None and self.family.switch is not None:
+            live = Pair(first, LiveModel(self.low_noise, runtime.device), self.family.switch)
         denoiser = GraphDenoiser(live, encoder, self.size, self.n_frames, self.noise, is_flow(self.model), Execution())
 
         def guide(
@@ -173,7 +175,7 @@ class LiveModel:
         self.patcher, self.device = model, device
         self.options = create_model_options_clone(model.model_options)
         self.options.setdefault("transformer_options", {})
-        self.table: list[dict] = []  # what the model can be told, one for each prompt
+        self.table: list[Any] = []  # what the model can be told, one for each prompt
         self._extra: list[Any] | None = None
 
     def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:
@@ -249,8 +251,8 @@ class Pair:
         return self.high.device
 
     @property
-    def table(self) -> list[tuple[dict, dict]]:
-        """What each of the two can be told, one row for each prompt."""
+    def table(self) -> list[Any]:
+        """What each of the two can be told, pairs, one for each prompt."""
         return list(zip(self.high.table, self.low.table, strict=True))
 
     def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:

@@ -106,3 +106,4 @@ def _filled(device: torch.device) -> Iterator[None]:
         yield
     finally:
         kept.clear()
+        torch.cuda.empty_cache()
