@@ -202,6 +202,38 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
             f"another family than {family.name}: connect the VAE that belongs to the model"
         )
+    if place.startswith("comfy.taesd"):
+        _check_tiny(vae.first_stage_model, latents, family)
+
+
+_ROUNDING = 0.01
+"""Of a tiny autoencoder's scale, which is kept in half precision."""
+
+
+def _check_tiny(network: Any, latents: Any, family: Family) -> None:
+    """Refuse a tiny autoencoder whose latents have another scale: the networks of several families are alike."""
+    scale = getattr(network, "vae_scale", None)
+    if scale is not None:  # of images: what ComfyUI's loader knows by the file's name
+        has, wanted = (float(scale), float(network.vae_shift)), (latents.scale_factor, _shift(latents))
+        if any(abs(one - other) > _ROUNDING * max(abs(other), 0.1) for one, other in zip(has, wanted, strict=True)):
+            raise PriorError(
+                f"the tiny autoencoder's latents have the scale {has[0]:.4g} (shift {has[1]:.4g}), those of "
+                f"{family.name} {wanted[0]:.4g} (shift {wanted[1]:.4g}): connect the tiny one that belongs to the model"
+            )
+        return
+    form = getattr(network, "latent_format", None)
+    read_as = "HunyuanVideo" if form is not None and "Hunyuan" in form.__name__ else None
+    if (read_as is None) == (family.name == "HunyuanVideo"):
+        # a file's number format is all that ComfyUI tells them apart by
+        raise PriorError(
+            f"ComfyUI reads this tiny autoencoder as {read_as or 'one of raw latents (lighttaew)'}, which has another "
+            f"scale than {family.name}: Wan takes lighttaew2_1 (taew2_1 is not told from HunyuanVideo's), "
+            "HunyuanVideo takes taehv in fp16, or connect the model's own VAE"
+        )
+
+
+def _shift(latents: Any) -> float:
+    return float(getattr(latents, "shift_factor", 0.0))
 
 
 def check_clip(model: Any, clip: Any, family: Family) -> None:

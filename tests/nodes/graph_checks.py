@@ -16,6 +16,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 COMFYUI, NAMES = sys.argv[1], sys.argv[2:]
@@ -618,6 +619,58 @@ def encoder(name: str) -> dict:
     assert found["gradient"] > 0 and not found["frames without"], found
     for key in ("other than ComfyUI's", "checkpointed latents", "checkpointed gradient", "decoded other"):
         assert found[key] < ENCODING_TOLERANCE, found
+    return found
+
+
+@check
+def tiny_autoencoders() -> dict:
+    """Each as core loads it: taken by its family with the scale that the family reads, refused by the others."""
+    import comfy.latent_formats
+
+    def halved(state: dict) -> dict:
+        return {name: value.half() for name, value in state.items()}
+
+    made = {name: models.vae(models.tiny_image_vae(name)) for name in models.TINY_SCALES}
+    made |= {"lighttaew2_1": models.vae(models.tiny_video_vae()), "taehv": models.vae(halved(models.tiny_video_vae()))}
+    made |= {"lighttaew2_2": models.vae(models.tiny_video_vae(48)), "taeltx_2": models.vae(models.tiny_video_vae(128))}
+    reads = {"SD15": ("BaseModel", "taesd"), "SDXL": ("SDXL", "taesdxl"), "SD3": ("SD3", "taesd3")}
+    reads |= {"Flux": ("Flux", "taef1"), "Wan21": ("WAN21", "lighttaew2_1"), "Wan22": ("WAN22", "lighttaew2_2")}
+    reads |= {"HunyuanVideo": ("HunyuanVideo", "taehv"), "LTXV": ("LTXV", None)}
+    found = {}
+    for form, (family, wanted) in reads.items():
+        latents = getattr(comfy.latent_formats, form)()
+        model = SimpleNamespace(model=SimpleNamespace(latent_format=latents))
+        for name, vae in made.items():
+            try:
+                families.check_vae(model, vae, families.FAMILIES[family])
+                taken = True
+            except pack("dream4d_engine.priors.errors").PriorError as error:
+                found[f"{name} for {form}"] = str(error)
+                taken = False
+            assert taken == (name == wanted), (name, form)
+        if wanted is None:
+            continue
+        vae = made[wanted]
+        with training():
+            private = pack("nodes.graph_encoder").Encoder.copied(vae, latents)
+            shape = (1, 3, 32, 32) if vae.latent_dim == 2 else (1, 3, 5, 32, 32)
+            pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+            z = private.encode(pixels)
+            z.square().sum().backward()
+            assert pixels.grad.flatten(2).norm(dim=-1).min() > 0, name
+            given = pixels.detach().to(next(private.network.parameters()).dtype)
+            with torch.no_grad():
+                if wanted in models.TINY_SCALES or wanted == "taehv":  # made for the latents that the model reads
+                    network = private.network
+                    raw = (
+                        network.taesd_encoder(given)
+                        if vae.latent_dim == 2
+                        else network.encode(given) * latents.scale_factor
+                    )
+                else:  # for those of the family's autoencoder
+                    raw = (private.network.encode(given).float() - latents.latents_mean) / latents.latents_std
+        found[f"{wanted} read"] = difference(z.detach(), raw.float())
+    assert max(value for value in found.values() if isinstance(value, float)) < 5e-3, found
     return found
 
 

@@ -332,14 +332,20 @@ def ltx_vae_state(seed: int = 1) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {"config": json.dumps({"vae": LTX_VAE})}
 
 
-def tiny_image_vae(channels: int = 4, seed: int = 1) -> dict[str, Tensor]:
-    """taesd."""
-    return random_weights(comfy.taesd.taesd.TAESD(latent_channels=channels), seed)
+TINY_SCALES = {"taesd": (4, 0.18215, 0.0), "taesdxl": (4, 0.13025, 0.0), "taesd3": (16, 1.5305, 0.0609)}
+TINY_SCALES["taef1"] = (16, 0.3611, 0.1159)
 
 
-def tiny_video_vae(seed: int = 1) -> dict[str, Tensor]:
-    """taew."""
-    return random_weights(comfy.taesd.taehv.TAEHV(latent_channels=16, latent_format=None), seed)
+def tiny_image_vae(name: str = "taesd", seed: int = 1) -> dict[str, Tensor]:
+    """A tiny autoencoder of images, with the scale that ComfyUI's loader gives a file of this name."""
+    channels, scale, shift = TINY_SCALES[name]
+    state = random_weights(comfy.taesd.taesd.TAESD(latent_channels=channels), seed)
+    return state | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
+
+
+def tiny_video_vae(channels: int = 16, seed: int = 1) -> dict[str, Tensor]:
+    """lighttaew2_1, or in fp16 what ComfyUI takes for taehv; of 48 channels lighttaew2_2, of 128 taeltx_2."""
+    return random_weights(comfy.taesd.taehv.TAEHV(latent_channels=channels, latent_format=None), seed)
 
 
 # ---- text encoders -----------------------------------------------------------------------------------------------
