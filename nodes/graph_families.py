@@ -77,6 +77,12 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"the model comes in a wrapper ({wrapper}) that doesn't say its noise levels (model_sampling) or its "
             "latents (latent_format): load it with one of ComfyUI's own loaders"
         )
+    missing = [part for part in _PATCHER if not hasattr(model, part)]
+    if missing:
+        raise PriorError(
+            f"the model comes in a wrapper ({type(model).__name__}) without {' and '.join(missing)}, so ComfyUI can't "
+            "sample with it as with its own: load it with one of ComfyUI's own loaders"
+        )
     name = type(base).__name__
     if name in _NOT_SO:
         raise PriorError(f"the model ({name}) is {_NOT_SO[name]}")
@@ -91,6 +97,12 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"{family.name} makes {_MADE[family.kind]}: connect it to {_NODES[family.kind]}, and a model of "
             f"{_MADE[kind]} here"
         )
+    control = _control(model)
+    if control:
+        raise PriorError(
+            f"the model carries an image that controls it ({control}), of one view and one size: training looks from "
+            "all around, remove it"
+        )
     more = _more_channels(base)
     if more and kind != "novel_view":
         raise PriorError(
@@ -98,6 +110,20 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             "to video): connect one that is told words alone"
         )
     return family
+
+
+_PATCHER = ("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup")
+"""What of ComfyUI's ModelPatcher is asked for."""
+_CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")
+"""Parts of the class names of patches that carry an image or a sound of one result."""
+
+
+def _control(model: Any) -> str:
+    """The class of a patch that carries an image to control a model by; "" where there is none."""
+    options = model.model_options.get("transformer_options", {})
+    hung = [one for group in options.get("patches", {}).values() for one in group]
+    names = (type(getattr(one, "__self__", one)).__name__ for one in hung)
+    return next((name for name in names if any(word in name for word in _CONTROLS)), "")
 
 
 def _more_channels(base: Any) -> int:

@@ -33,6 +33,8 @@ from ..dream4d_engine.priors.networks.execution import Runtime, in_slices
 from .graph_encoder import Encoder
 from .graph_families import WHOLE, Family, in_its_range, is_flow, noise_schedule
 
+_PARTS = ("control", "area", "mask", "hooks", "start_percent", "end_percent")
+"""What a conditioning can't have here."""
 _SAMPLED, _NUMBERS = 64, 64
 """Tensors that a fingerprint looks at, and numbers of each."""
 
@@ -181,9 +183,12 @@ class LiveModel:
     def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:
         """Prepare CONDITIONINGs, one for each prompt, for latents of this shape [1, c, ...], and load the model."""
         for conditioning in conditionings:
-            if len(conditioning) != 1 or any(k in conditioning[0][1] for k in ("control", "area", "mask", "hooks")):
+            parts = [key for key in _PARTS if any(key in one for _, one in conditioning)]
+            if len(conditioning) != 1 or parts:
+                what = ", ".join(parts) or f"{len(conditioning)} conditionings"
                 raise PriorError(
-                    "the prompt's conditioning has parts (areas, controls, schedules): none of them apply here"
+                    f"the CLIP gives a prompt parts of an image or of a sampler's steps ({what}), which training has "
+                    "none of: connect the CLIP without what makes them"
                 )
         with torch.inference_mode():
             conds = {"positive": [helpers.convert_cond(c)[0] for c in conditionings]}

@@ -1057,6 +1057,39 @@ class _Wrapper:
         """Its network."""
 
 
+def _controlled(three: models.Three) -> dict:
+    """What would have to apply to one image, and what only looks like a MODEL: refused before a step."""
+    from comfy_extras import nodes_model_patch
+
+    said = {}
+    controlled, patch = three.model.clone(), object.__new__(nodes_model_patch.DiffSynthCnetPatch)
+    patch.encoded_image = torch.zeros(1)  # moved along with the model
+    controlled.set_model_double_block_patch(patch)
+    said["control image"] = _refused(
+        "image", "carries an image that controls it (DiffSynthCnetPatch)", replace(three, model=controlled)
+    )
+    bare = SimpleNamespace(model=three.model.model, model_options={})  # a network with its sampling, and no patcher
+    said["no patcher"] = _refused(
+        "image", "a wrapper (SimpleNamespace) without get_model_object and patches", replace(three, model=bare)
+    )
+    for part in ("area", "control", "mask", "hooks"):
+        clip = three.clip.clone()
+        plain = clip.encode_from_tokens_scheduled
+        clip.encode_from_tokens_scheduled = lambda tokens, plain=plain, part=part: [
+            [c, d | {part: 1}] for c, d in plain(tokens)
+        ]
+        with training():
+            prior = handle_of("sd15", replace(three, clip=clip)).load(Runtime(torch.device("cpu")))
+            try:
+                prior.guide(PROMPT, None, config())
+            except pack("dream4d_engine.priors.errors").PriorError as error:
+                said[part] = str(error)
+                assert f"({part})" in said[part], said
+                prior.release()
+    assert len(said) == 6, said
+    return said
+
+
 @check
 def bad_input() -> dict:
     """What can't be a prior is refused with the reason, before anything is loaded."""
@@ -1125,7 +1158,13 @@ def bad_input() -> dict:
         ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
     ]
     said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}
-    for name, words in (("SDXLRefiner", "a refiner"), ("SV3D_p", "orbits"), ("SVD_img2vid", "no words")):
+    said |= _controlled(sd15)
+    for name, words in (
+        ("NunchakuFlux", "not among those that have been tried"),
+        ("SDXLRefiner", "a refiner"),
+        ("SV3D_p", "orbits"),
+        ("SVD_img2vid", "no words"),
+    ):
         odd = sd15.model.clone()
         odd.model = type(name, (), {"model_sampling": 1, "latent_format": 1})()
         said[name] = _refused("image", words, replace(sd15, model=odd))

@@ -136,10 +136,10 @@ def images(s: Session) -> None:
     between = s.memory()
     s.watched("run after an image", s.still(3), s.steps)
     s.compare("memory after a run after an image", between, s.memory())
-    steps = 1 if s.small else s.steps
-    beside = s.still(4, recipe="text-to-3d", recipe__steps=steps, multiview_prior=["5", 0])
-    s.watched("beside a second prior", beside | {"5": node("Dream4DLoadToyPrior", kind="multiview")}, steps)
-    s.compare("memory after a run beside a second prior", between, s.memory())
+    if not s.small:  # the recipe takes 30 GiB
+        beside = s.still(4, recipe="text-to-3d", multiview_prior=["5", 0])
+        s.watched("beside a second prior", beside | {"5": node("Dream4DLoadToyPrior", kind="multiview")}, s.steps)
+        s.compare("memory after a run beside a second prior", between, s.memory())
     s.compare("memory once all is freed, after images", idle, s.freed())
 
 
