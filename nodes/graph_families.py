@@ -52,13 +52,17 @@ _NODES = {
     "video": "Video Prior from Model",
 }
 _MADE = {"image": "images", "novel_view": "novel views", "video": "videos"}
+_ORBITS = (
+    "a model of whole orbits: 21 views at once of 576x576, the last of which is the image's own, at noise levels of "
+    "another kind (EDM), where recipes ask for single views around it; Stable Zero123 makes those"
+)
 _NOT_SO = {
     "SDXLRefiner": "a refiner, which only finishes images of another model",
     "SD15_instructpix2pix": "made for editing images",
     "SDXL_instructpix2pix": "made for editing images",
     "Lotus": "a model of depth",
-    "SV3D_u": "a model of orbits around an object, which has not been tried",
-    "SV3D_p": "a model of orbits around an object, which has not been tried",
+    "SV3D_u": _ORBITS,
+    "SV3D_p": _ORBITS,
     "SVD_img2vid": "made to continue an image, and is told no words",
     "HunyuanVideoI2V": "made to continue an image",
     "HunyuanVideoSkyreelsI2V": "made to continue an image",
