@@ -29,7 +29,7 @@ from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector, view
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
-from ..dream4d_engine.priors.networks.execution import Runtime, in_slices
+from ..dream4d_engine.priors.networks.execution import Runtime, in_slices, without_autocast
 from .graph_encoder import Encoder
 from .graph_families import WHOLE, Family, in_its_range, is_flow, noise_schedule
 
@@ -101,7 +101,7 @@ class GraphPrior:
 
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
-        encoder = Encoder.copied(self.vae, self.model.model.latent_format)
+        encoder = Encoder.copied(self.vae, self.model.model.latent_format, runtime.device)
         first = LiveModel(self.model, runtime.device)
         live: LiveModel | Pair = first
         if self.low_noise is not None and self.family.switch is not None:
@@ -201,7 +201,7 @@ class LiveModel:
 
     def predict(self, x: Tensor, level: Tensor, told: Sequence[dict]) -> Tensor:
         """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], each told its own."""
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast(self.device):  # its number formats are ComfyUI's affair
             if not self._there():
                 needed = self.patcher.model.memory_required(list(x.shape))
                 management.load_models_gpu([self.patcher, *(self._extra or [])], needed)

@@ -793,6 +793,26 @@ def a_step(name: str) -> dict:
     return found
 
 
+@check
+def where_and_in_which_numbers() -> dict:
+    """The autoencoder is copied to where the run works; a run's mixed precision is not the model's affair."""
+    three = models.FAMILIES["wan"]()
+    handle, answers = handle_of("wan", three), []
+    there = handle.load(Runtime(torch.device("meta"))).networks[0]
+    assert {p.device.type for p in (*there.parameters(), *there.buffers())} == {"meta"}
+    assert {p.device.type for p in three.vae.first_stage_model.parameters()} == {"cpu"}
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        x, sigma = noisy_takes(guidance, handle, 1) * 3, torch.tensor([2.0])
+        for mixed in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
+        prior.release()
+    assert answers[0].equal(answers[1])
+    return {}
+
+
 @for_each("sd15", "ltx")
 def cancel_in_the_middle(name: str) -> dict:
     """Cancel is pressed while ComfyUI's layers work: the step ends as ever, and the wish is there after it."""

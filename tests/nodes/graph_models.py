@@ -370,6 +370,10 @@ def _clip(tokenizer: type, model: type, data: dict | None = None) -> Any:
     options = {**CUT, "dtype": torch.float16}
     clip = comfy.sd.CLIP(target, tokenizer_data=data or {}, model_options=options)
     generator = torch.Generator().manual_seed(2)
+    for module in clip.cond_stage_model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:  # with dynamic memory, until a file is loaded
+                module._parameters[name] = nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
     for parameter in clip.cond_stage_model.parameters():
         large = parameter.numel() > 2**22  # an embedding: the few words there are need not many random numbers
         scale = 0.1 if parameter.ndim < 2 or large else parameter.shape[-1] ** -0.5

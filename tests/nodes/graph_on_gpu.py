@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ class Session:
 
     def __init__(self, server: Server, small: bool) -> None:
         self.server, self.small, self.found, self.wrong = server, small, {}, []
-        self.steps = 3 if small else 6
+        self.steps = 3 if small else 5
         self.size = {"width": 48, "height": 32} if small else {"width": 0, "height": 0}
 
     def held(self, what: str, good: bool, detail: object = None) -> None:
@@ -214,8 +215,10 @@ def run(base: Path, options: str, small: bool, parts: list[str]) -> dict:
             at = time.monotonic()
             try:
                 part(session)
-            except Exception:  # the others are worth seeing
-                session.held(part.__name__, False, traceback.format_exc()[-3000:])
+            except Exception:  # the others are worth seeing; the whole is in the server's log
+                text = traceback.format_exc()
+                said = re.findall(r'"exception_message": "[^"]*"', text)
+                session.held(part.__name__, False, said or text[-1000:])
             session.found[f"seconds of {part.__name__}"] = round(time.monotonic() - at, 1)
         text = server.text()
         session.held("no inference tensors", "nference tensors" not in text)

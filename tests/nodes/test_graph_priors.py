@@ -27,6 +27,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),
     "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
     "a_step": (*IMAGES, *VIDEOS),
+    "where_and_in_which_numbers": (),
     "cancel_in_the_middle": ("sd15", "ltx"),
     "the_model_stays_usable": ("sd15", "wan"),
     "novel_views": (),
