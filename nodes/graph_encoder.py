@@ -27,8 +27,8 @@ class Encoder:
     latents: Any  # the model's latent format: how latents are scaled
 
     @staticmethod
-    def copied(vae: Any, latents: Any) -> Encoder:
-        """Copy a VAE's network so that gradients can pass it; its dtype stays."""
+    def copied(vae: Any, latents: Any, device: torch.device | None = None) -> Encoder:
+        """Copy a VAE's network so that gradients can pass it; its dtype stays. `device`: where to, None: it stays."""
         with torch.inference_mode(False):
             network = _without_traces(vae.first_stage_model)
             for module in network.modules():
@@ -44,7 +44,8 @@ class Encoder:
                     setattr(scaling, name, value.detach().clone())
         if hasattr(network, "parallel"):  # a tiny autoencoder of videos: frame after frame would cut the gradient
             network.parallel = True
-        return Encoder(network.eval(), vae, scaling)
+        # a VAE that waits for its turn lies in main memory
+        return Encoder(network.eval() if device is None else network.eval().to(device), vae, scaling)
 
     @property
     def of_videos(self) -> bool:

@@ -7,9 +7,11 @@ the graph (a LoRA, another model sampling, another precision) is taken as it is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_sampling as sampling
+import torch
 
 from ..dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
 from ..dream4d_engine.priors import families
@@ -40,13 +42,17 @@ _NODES = {
     "video": "Video Prior from Model",
 }
 _MADE = {"image": "images", "novel_view": "novel views", "video": "videos"}
+_ORBITS = (
+    "a model of whole orbits: 21 views at once of 576x576, the last of which is the image's own, at noise levels of "
+    "another kind (EDM), where recipes ask for single views around it; Stable Zero123 makes those"
+)
 _NOT_SO = {
     "SDXLRefiner": "a refiner, which only finishes images of another model",
     "SD15_instructpix2pix": "made for editing images",
     "SDXL_instructpix2pix": "made for editing images",
     "Lotus": "a model of depth",
-    "SV3D_u": "a model of orbits around an object, which has not been tried",
-    "SV3D_p": "a model of orbits around an object, which has not been tried",
+    "SV3D_u": _ORBITS,
+    "SV3D_p": _ORBITS,
     "SVD_img2vid": "made to continue an image, and is told no words",
     "HunyuanVideoI2V": "made to continue an image",
     "HunyuanVideoSkyreelsI2V": "made to continue an image",
@@ -65,6 +71,12 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"the model comes in a wrapper ({wrapper}) that doesn't say its noise levels (model_sampling) or its "
             "latents (latent_format): load it with one of ComfyUI's own loaders"
         )
+    missing = [part for part in _PATCHER if not hasattr(model, part)]
+    if missing:
+        raise PriorError(
+            f"the model comes in a wrapper ({type(model).__name__}) without {' and '.join(missing)}, so ComfyUI can't "
+            "sample with it as with its own: load it with one of ComfyUI's own loaders"
+        )
     name = type(base).__name__
     if name in _NOT_SO:
         raise PriorError(f"the model ({name}) is {_NOT_SO[name]}")
@@ -79,6 +91,12 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"{family.name} makes {_MADE[family.kind]}: connect it to {_NODES[family.kind]}, and a model of "
             f"{_MADE[kind]} here"
         )
+    control = _control(model)
+    if control:
+        raise PriorError(
+            f"the model carries an image that controls it ({control}), of one view and one size: training looks from "
+            "all around, remove it"
+        )
     more = _more_channels(base)
     if more and kind != "novel_view":
         raise PriorError(
@@ -86,6 +104,20 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             "to video): connect one that is told words alone"
         )
     return family
+
+
+_PATCHER = ("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup")
+"""What of ComfyUI's ModelPatcher is asked for."""
+_CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")
+"""Parts of the class names of patches that carry an image or a sound of one result."""
+
+
+def _control(model: Any) -> str:
+    """The class of a patch that carries an image to control a model by; "" where there is none."""
+    options = model.model_options.get("transformer_options", {})
+    hung = [one for group in options.get("patches", {}).values() for one in group]
+    names = (type(getattr(one, "__self__", one)).__name__ for one in hung)
+    return next((name for name in names if any(word in name for word in _CONTROLS)), "")
 
 
 def _more_channels(base: Any) -> int:
@@ -118,9 +150,51 @@ def noise_schedule(model: Any) -> NoiseSchedule:
     )
 
 
+WHOLE, HIGH, LOW = "all noise", "high noise", "low noise"
+"""What a model is asked at: everywhere, or in its half of a pair's range."""
+
+
+def in_its_range(noise: NoiseSchedule, family: Family, part: str) -> NoiseSchedule:
+    """Return the levels that an expert of a pair was trained on; shares are then those of its own range."""
+    if part == WHOLE:
+        return noise
+    if family.switch is None:
+        raise PriorError(f"{family.name} is one model for all noise, not a pair: choose {WHOLE!r}")
+    middle = float(noise.share_of(torch.tensor(family.switch / (1 - family.switch))))
+    low, high = (middle, 1.0) if part == HIGH else (0.0, middle)
+    return replace(
+        noise,
+        sigma_of=lambda share: noise.sigma_of(low + (high - low) * share),
+        share_of=lambda sigma: (noise.share_of(sigma) - low) / (high - low),
+    )
+
+
+def check_pair(model: Any, second: Any, family: Family, part: str) -> None:
+    """Refuse what can't be the expert for low noise beside a model for high noise."""
+    if family.switch is None:
+        raise PriorError(f"{family.name} is one model for all noise: leave model_low_noise empty")
+    if part != WHOLE:
+        raise PriorError(f"there are both experts, so all noise is asked: choose {WHOLE!r} for noise, not {part!r}")
+    if second.model is model.model and second.patches_uuid == model.patches_uuid:
+        raise PriorError("model and model_low_noise are the same model: connect the pair's other one, or none")
+    other = family_of(second, family.kind)
+    if other is not family:
+        raise PriorError(f"model_low_noise is {other.name}, model is {family.name}: connect the two of one pair")
+    shares = torch.linspace(0.1, 0.9, 5)
+    first, levels = (noise_schedule(one).sigma_of(shares) for one in (model, second))
+    if not torch.allclose(first, levels):
+        raise PriorError(
+            "model and model_low_noise have other noise levels (another shift): put the same model sampling before both"
+        )
+
+
 def is_flow(model: Any) -> bool:
     """Whether the model sees (1 - t) z + t eps, at times t = sigma / (1 + sigma)."""
     return isinstance(model.get_model_object("model_sampling"), sampling.CONST)
+
+
+_ANY_FAMILY = ("comfy.taesd", "comfy.pixel_space_convert")
+"""Where the autoencoders are that are made for several families, and that of models that work on pixels."""
 
 
 def check_vae(model: Any, vae: Any, family: Family) -> None:
@@ -143,11 +217,43 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
             f"{latents.spacial_downscale_ratio} times smaller: connect the VAE that belongs to the model"
         )
     place = type(vae.first_stage_model).__module__
-    if not place.startswith((_VAE_PLACES.get(family, "comfy.ldm.models"), "comfy.taesd")):
+    if not place.startswith((_VAE_PLACES.get(family, "comfy.ldm.models"), *_ANY_FAMILY)):
         raise PriorError(
             f"the VAE ({type(vae.first_stage_model).__name__} of {place.removeprefix('comfy.ldm.')}) belongs to "
             f"another family than {family.name}: connect the VAE that belongs to the model"
         )
+    if place.startswith("comfy.taesd"):
+        _check_tiny(vae.first_stage_model, latents, family)
+
+
+_ROUNDING = 0.01
+"""Of a tiny autoencoder's scale, which is kept in half precision."""
+
+
+def _check_tiny(network: Any, latents: Any, family: Family) -> None:
+    """Refuse a tiny autoencoder whose latents have another scale: the networks of several families are alike."""
+    scale = getattr(network, "vae_scale", None)
+    if scale is not None:  # of images: what ComfyUI's loader knows by the file's name
+        has, wanted = (float(scale), float(network.vae_shift)), (latents.scale_factor, _shift(latents))
+        if any(abs(one - other) > _ROUNDING * max(abs(other), 0.1) for one, other in zip(has, wanted, strict=True)):
+            raise PriorError(
+                f"the tiny autoencoder's latents have the scale {has[0]:.4g} (shift {has[1]:.4g}), those of "
+                f"{family.name} {wanted[0]:.4g} (shift {wanted[1]:.4g}): connect the tiny one that belongs to the model"
+            )
+        return
+    form = getattr(network, "latent_format", None)
+    read_as = "HunyuanVideo" if form is not None and "Hunyuan" in form.__name__ else None
+    if (read_as is None) == (family.name == "HunyuanVideo"):
+        # a file's number format is all that ComfyUI tells them apart by
+        raise PriorError(
+            f"ComfyUI reads this tiny autoencoder as {read_as or 'one of raw latents (lighttaew)'}, which has another "
+            f"scale than {family.name}: Wan takes lighttaew2_1 (taew2_1 is not told from HunyuanVideo's), "
+            "HunyuanVideo takes taehv in fp16, or connect the model's own VAE"
+        )
+
+
+def _shift(latents: Any) -> float:
+    return float(getattr(latents, "shift_factor", 0.0))
 
 
 def check_clip(model: Any, clip: Any, family: Family) -> None:

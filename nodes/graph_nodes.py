@@ -9,16 +9,33 @@ from comfy_api.latest import io
 
 from ..dream4d_engine.documents import describe
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.families import Family, fitting_frames, fitting_size
+from ..dream4d_engine.priors.families import fitting_frames, fitting_size
 from ..dream4d_engine.priors.handle import PriorKind
 from .checks import check_ranges
-from .graph_families import FAMILIES, check_clip, check_vae, family_of, noise_schedule
+from .graph_families import (
+    FAMILIES,
+    HIGH,
+    LOW,
+    WHOLE,
+    check_clip,
+    check_pair,
+    check_vae,
+    family_of,
+    in_its_range,
+    noise_schedule,
+)
 from .graph_prior import GraphPrior
 from .session import RunError, say_on_node
 from .sockets import CATEGORY, PriorPort
 
 _MOST_SIDE, _MOST_FRAMES = 2048, 257
-_HAVE = {"model": "model", "clip": "tokenizer", "clip_vision": "encode_image", "vae": "first_stage_model"}
+_HAVE = {
+    "model": "model",
+    "model_low_noise": "model",
+    "clip": "tokenizer",
+    "clip_vision": "encode_image",
+    "vae": "first_stage_model",
+}
 """What each input is known by; its class may be another pack's."""
 
 
@@ -69,27 +86,49 @@ def _schema(
     )
 
 
-def _make(kind: PriorKind, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int, node_id: str | None):
-    """Look at what is connected, and say what is made of it."""
+def _make(
+    kind: PriorKind,
+    model: Any,
+    clip: Any,
+    vae: Any,
+    shown: tuple[int, int, int],
+    node_id: str | None,
+    low_noise: Any = None,
+    noise: str = WHOLE,
+) -> io.NodeOutput:
+    """Look at what is connected, and say what is made of it. `shown`: width, height and frames that were asked for."""
     given = {"model": model, "clip_vision" if kind == "novel_view" else "clip": clip, "vae": vae}
+    if low_noise is not None:
+        given["model_low_noise"] = low_noise
     for name, value in given.items():
         if not hasattr(value, _HAVE[name]):
             raise RunError(f"{name} is {describe(value)}: it must be what one of ComfyUI's loaders has given")
     try:
         family = family_of(model, kind)
-        noise_schedule(model)
+        in_its_range(noise_schedule(model), family, noise)
+        if low_noise is not None:
+            check_pair(model, low_noise, family, noise)
         check_vae(model, vae, family)
         check_clip(model, clip, family)
     except PriorError as error:
         raise RunError(str(error)) from None
+    width, height, frames = shown
     size, n_frames = fitting_size(family, height, width), fitting_frames(family, frames)
-    say_on_node(_statement(family, size, n_frames), node_id)
-    return io.NodeOutput(GraphPrior(family, model, clip, vae, size, n_frames))
+    prior = GraphPrior(family, model, clip, vae, size, n_frames, low_noise, noise)
+    say_on_node(_statement(prior), node_id)
+    return io.NodeOutput(prior)
 
 
-def _statement(family: Family, size: tuple[int, int], n_frames: int | None) -> str:
-    shown = f"{size[1]}x{size[0]}" + ("" if n_frames is None else f", {n_frames} frames")
-    return f"{family.name} sees {shown} (it was trained on {family.trained_at})"
+def _statement(prior: GraphPrior) -> str:
+    """What a model sees, and which of a pair is asked where."""
+    family = prior.family
+    shown = f"{prior.size[1]}x{prior.size[0]}" + ("" if prior.n_frames is None else f", {prior.n_frames} frames")
+    said = f"{family.name} sees {shown} (it was trained on {family.trained_at})"
+    if prior.low_noise is not None:
+        return f"{said}; model is asked at times from {family.switch} of the noise on, model_low_noise below"
+    if prior.part != WHOLE:
+        return f"{said}; it is asked at times {'from' if prior.part == HIGH else 'below'} {family.switch} of the noise"
+    return said
 
 
 class ImagePriorFromModel(io.ComfyNode):
@@ -114,7 +153,7 @@ class ImagePriorFromModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int) -> io.NodeOutput:
         """Wrap the three."""
-        return _make("image", model, clip, vae, width, height, 0, cls.hidden.unique_id)
+        return _make("image", model, clip, vae, (width, height, 0), cls.hidden.unique_id)
 
 
 class VideoPriorFromModel(io.ComfyNode):
@@ -138,7 +177,22 @@ class VideoPriorFromModel(io.ComfyNode):
                     advanced=True,
                     tooltip="Frames of a take; 0 chooses a number that today's cards can bear. The nearest that the "
                     "autoencoder takes (4n+1, or 8n+1) is used, and said.",
-                )
+                ),
+                io.Model.Input(
+                    "model_low_noise",
+                    optional=True,
+                    tooltip="The second of Wan 2.2 14B's two models, that for low noise; model is then that for high "
+                    "noise. Each is asked in its own range.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=[WHOLE, HIGH, LOW],
+                    default=WHOLE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the model is asked. Of Wan 2.2 14B with one of its two models: the range it was "
+                    "trained on. With both, and for all other models: all noise.",
+                ),
             ],
         )
 
@@ -150,9 +204,20 @@ class VideoPriorFromModel(io.ComfyNode):
         return check_ranges(cls, width=width, height=height, frames=frames)
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, vae: Any, width: int, height: int, frames: int) -> io.NodeOutput:
-        """Wrap the three."""
-        return _make("video", model, clip, vae, width, height, frames, cls.hidden.unique_id)
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        width: int,
+        height: int,
+        frames: int,
+        model_low_noise: Any = None,
+        noise: str = WHOLE,
+    ) -> io.NodeOutput:
+        """Wrap the three, or four."""
+        shown = (width, height, frames)
+        return _make("video", model, clip, vae, shown, cls.hidden.unique_id, model_low_noise, noise)
 
 
 class NovelViewPriorFromModel(io.ComfyNode):
@@ -177,4 +242,4 @@ class NovelViewPriorFromModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip_vision: Any, vae: Any, width: int, height: int) -> io.NodeOutput:
         """Wrap the three."""
-        return _make("novel_view", model, clip_vision, vae, width, height, 0, cls.hidden.unique_id)
+        return _make("novel_view", model, clip_vision, vae, (width, height, 0), cls.hidden.unique_id)

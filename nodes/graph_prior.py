@@ -29,10 +29,12 @@ from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector, view
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
-from ..dream4d_engine.priors.networks.execution import Runtime, in_slices
+from ..dream4d_engine.priors.networks.execution import Runtime, in_slices, without_autocast
 from .graph_encoder import Encoder
-from .graph_families import Family, is_flow, noise_schedule
+from .graph_families import WHOLE, Family, in_its_range, is_flow, noise_schedule
 
+_PARTS = ("control", "area", "mask", "hooks", "start_percent", "end_percent")
+"""What a conditioning can't have here."""
 _SAMPLED, _NUMBERS = 64, 64
 """Tensors that a fingerprint looks at, and numbers of each."""
 
@@ -47,6 +49,17 @@ class GraphPrior:
     vae: Any  # VAE
     size: tuple[int, int]  # (height, width), pixels
     n_frames: int | None
+    low_noise: Any = None  # MODEL, the second of a pair: `model` is then asked at high noise alone
+    part: str = WHOLE  # of the noise, that a `model` without its second is asked at
+
+    @property
+    def _models(self) -> tuple[Any, ...]:
+        return (self.model,) if self.low_noise is None else (self.model, self.low_noise)
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        """Of what it is asked at."""
+        return in_its_range(noise_schedule(self.model), self.family, self.part)
 
     @property
     def name(self) -> str:
@@ -60,16 +73,13 @@ class GraphPrior:
 
     def fingerprint(self) -> str:
         """Change when weights, patches, noise levels or sizes do; a sample of the numbers is looked at."""
-        schedule = noise_schedule(self.model)
-        levels = schedule.sigma_of(torch.linspace(0.1, 0.9, 5))
+        levels = self.noise.sigma_of(torch.linspace(0.1, 0.9, 5))
         parts = [
             type(self.model.model).__name__,
             levels.tolist(),
             self.size,
             self.n_frames,
-            _sample(_unpatched(self.model)),
-            _sample(_tensors("", self.model.patches)),
-            _named(self.model.model_options),
+            *(part for model in self._models for part in _looks(model)),
             _sample(_unpatched(self.clip.patcher)),
             _sample(_tensors("", self.clip.patcher.patches)),
             _sample(self.vae.first_stage_model.state_dict()),
@@ -77,8 +87,8 @@ class GraphPrior:
         return digest(parts)
 
     def n_bytes(self) -> int:
-        """Size of the model's weights."""
-        return int(self.model.model_size())
+        """Size of the weights, of a pair's larger one: one of them is needed at a time."""
+        return max(int(model.model_size()) for model in self._models)
 
     def describe(self) -> str:
         """What the model is."""
@@ -91,11 +101,12 @@ class GraphPrior:
 
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
-        encoder = Encoder.copied(self.vae, self.model.model.latent_format)
-        live = LiveModel(self.model, runtime.device)
-        denoiser = GraphDenoiser(
-            live, encoder, self.size, self.n_frames, noise_schedule(self.model), is_flow(self.model), Execution()
-        )
+        encoder = Encoder.copied(self.vae, self.model.model.latent_format, runtime.device)
+        first = LiveModel(self.model, runtime.device)
+        live: LiveModel | Pair = first
+        if self.low_noise is not None and self.family.switch is not None:
+            live = Pair(first, LiveModel(self.low_noise, runtime.device), self.family.switch)
+        denoiser = GraphDenoiser(live, encoder, self.size, self.n_frames, self.noise, is_flow(self.model), Execution())
 
         def guide(
             prompt: str, negative: str | None, config: DistillationConfig, reference: ReferenceView | None = None
@@ -105,6 +116,11 @@ class GraphPrior:
             return _guidance(self, denoiser, prompt, negative, config)
 
         return Prior(self.name, self.kind, guide, None, (encoder.network,), live.release)
+
+
+def _looks(model: Any) -> list:
+    """A sample of a MODEL's weights and of what was put on them."""
+    return [_sample(_unpatched(model)), _sample(_tensors("", model.patches)), _named(model.model_options)]
 
 
 def _unpatched(patcher: Any) -> dict[str, Any]:
@@ -161,15 +177,18 @@ class LiveModel:
         self.patcher, self.device = model, device
         self.options = create_model_options_clone(model.model_options)
         self.options.setdefault("transformer_options", {})
-        self.table: list[dict] = []  # what the model can be told, one for each prompt
+        self.table: list[Any] = []  # what the model can be told, one for each prompt
         self._extra: list[Any] | None = None
 
     def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:
         """Prepare CONDITIONINGs, one for each prompt, for latents of this shape [1, c, ...], and load the model."""
         for conditioning in conditionings:
-            if len(conditioning) != 1 or any(k in conditioning[0][1] for k in ("control", "area", "mask", "hooks")):
+            parts = [key for key in _PARTS if any(key in one for _, one in conditioning)]
+            if len(conditioning) != 1 or parts:
+                what = ", ".join(parts) or f"{len(conditioning)} conditionings"
                 raise PriorError(
-                    "the prompt's conditioning has parts (areas, controls, schedules): none of them apply here"
+                    f"the CLIP gives a prompt parts of an image or of a sampler's steps ({what}), which training has "
+                    "none of: connect the CLIP without what makes them"
                 )
         with torch.inference_mode():
             conds = {"positive": [helpers.convert_cond(c)[0] for c in conditionings]}
@@ -182,7 +201,7 @@ class LiveModel:
 
     def predict(self, x: Tensor, level: Tensor, told: Sequence[dict]) -> Tensor:
         """Return x0 of noisy latents [n, c, ...] at the model's own noise levels [n], each told its own."""
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast(self.device):  # its number formats are ComfyUI's affair
             if not self._there():
                 needed = self.patcher.model.memory_required(list(x.shape))
                 management.load_models_gpu([self.patcher, *(self._extra or [])], needed)
@@ -218,6 +237,48 @@ class LiveModel:
         samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
         self.patcher.restore_hook_patches()
         self.table, self._extra = [], None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two experts as one model: each is asked on its own side of the `switch`, at the time t of a flow.
+
+    Which of them lies on the GPU is ComfyUI's affair: it is asked to load the one that is asked next.
+    """
+
+    high: LiveModel
+    low: LiveModel
+    switch: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where both are asked."""
+        return self.high.device
+
+    @property
+    def table(self) -> list[Any]:
+        """What each of the two can be told, pairs, one for each prompt."""
+        return list(zip(self.high.table, self.low.table, strict=True))
+
+    def tell(self, conditionings: Sequence[list], shape: tuple[int, ...]) -> None:
+        """See LiveModel; the one for high noise, which is asked first in most recipes, is loaded last."""
+        self.low.tell(conditionings, shape)
+        self.high.tell(conditionings, shape)
+
+    def predict(self, x: Tensor, level: Tensor, told: Sequence[tuple[dict, dict]]) -> Tensor:
+        """Return x0, each latent's by the expert of its noise."""
+        found = torch.empty_like(x, dtype=torch.float32)
+        above = level >= self.switch
+        for i, (expert, mine) in enumerate(((self.high, above), (self.low, ~above))):
+            if mine.any():
+                rows = [pair[i] for pair, one in zip(told, mine.tolist(), strict=True) if one]
+                found[mine] = expert.predict(x[mine], level[mine], rows)
+        return found
+
+    def release(self) -> None:
+        """Clean up after both."""
+        self.low.release()
+        self.high.release()
 
 
 def _merged(conds: Sequence[dict]) -> dict | None:
@@ -256,7 +317,7 @@ class GraphDenoiser:
     and latents of its own beside the table's only row.
     """
 
-    live: LiveModel
+    live: LiveModel | Pair
     encoder: Encoder
     image_size: tuple[int, int]
     n_frames: int | None
@@ -294,7 +355,7 @@ class GraphDenoiser:
         x0 = torch.cat([self.live.predict(*piece) for piece in pieces])
         return x0.movedim(2, 1) if self.encoder.of_videos else x0[:, None]
 
-    def _told(self, conditions: Conditions) -> list[dict]:
+    def _told(self, conditions: Conditions) -> list:
         """What each take is told: what its first frame is."""
         if conditions.concat is None:
             return [self.live.table[row] for row in conditions.tokens[:, 0, 0, 0].long().tolist()]

@@ -21,6 +21,7 @@ class Family:
     multiple: int = 16  # of both sides
     n_frames: int | None = None  # where nobody says another number
     frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
+    switch: float | None = None  # the time t above which a second model, where there is a pair, takes over
 
 
 # 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
@@ -29,7 +30,8 @@ SDXL = Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8)
 SD3 = Family("Stable Diffusion 3", "image", (512, 512), "1024x1024")
 FLUX = Family("Flux", "image", (512, 512), "about 1024x1024")
 STABLE_ZERO123 = Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8)
-WAN = Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4)
+# Wan 2.2 14B is a pair: 0.875 is the boundary of its settings for text to video
+WAN = Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, 0.875)
 WAN22_5B = Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4)
 LTX = Family("LTX-Video", "video", (320, 576), "768x512, 97 frames", 32, 25, 8)
 HUNYUAN = Family("HunyuanVideo", "video", (320, 576), "1280x720 or 960x544, 129 frames", 16, 17, 4)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 COMFYUI, NAMES = sys.argv[1], sys.argv[2:]
@@ -407,6 +409,65 @@ def novel_views() -> dict:
     return found
 
 
+# ---- the toys ------------------------------------------------------------------------------------------------------
+
+
+def _trained(kind: str, handle, recipe, train) -> tuple:
+    """The scene and the losses of a few steps by a prior."""
+    cpu, losses, held = torch.device("cpu"), [], []
+    told_of, loop = pack("dream4d_engine.training.guidance"), pack("dream4d_engine.training.loop")
+    control = loop.RunControl(on_step=lambda report, _: losses.append(report.loss))
+    with training():
+        runtime = told_of.runtime_for(recipe, cpu)
+        told = told_of.load_guidance(recipe, {kind: handle}, PROMPT, runtime, None, "a blue cone", held.append)
+        scene, _ = train(recipe, told, seed=3, device=cpu, control=control)
+        for prior in held:
+            prior.release()
+    return scene, losses
+
+
+@for_each("image", "video")
+def the_toys(kind: str) -> dict:
+    """A toy prior as the graph's MODEL, CLIP and VAE gives the scene that its folder gives, with the same draws."""
+    import graph_toys
+
+    engine = "dream4d_engine"
+    conditioning, loading = pack(f"{engine}.priors.conditioning"), pack(f"{engine}.priors.loading")
+    config, static, motion = (pack(f"{engine}.training.{name}") for name in ("config", "static", "motion"))
+    folder, plain = _ROOT / engine / "priors" / "toy" / kind, conditioning.frame_time_vector
+    three = graph_toys.toy(folder, loading.load_prior, plain)
+    direct = pack(f"{engine}.priors.files").PriorFiles("toy", kind, folder)
+    if kind == "image":
+        node = graph_nodes.ImagePriorFromModel
+        # as ComfyUI calls it
+        given = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).EXECUTE_NORMALIZED(
+            model=three.model, clip=three.clip, vae=three.vae, width=32, height=32
+        )[0]
+        # a recipe of the image prior alone, at the toys' size
+        term = replace(config.TOY_STATIC.guidance[0], prior="image")
+        recipe, train = replace(config.TOY_STATIC, steps=2, guidance=(term,)), static.train_static
+    else:
+        given = handle_of("wan", three, size=(32, 32), n_frames=8)  # the toy's takes are no 4n + 1 frames
+        recipe = replace(config.TOY_MOTION, steps=2)
+        still = static.first_scene(replace(config.TOY_STATIC, steps=1), 3)
+        train = lambda *what, **how: motion.train_motion(still, *what, deformation_scale=1.0, **how)  # noqa: E731
+
+    given = replace(given, family=replace(given.family, name=f"toy {kind}"))  # a prior's draws go by its name
+
+    def by_places(time_of: Tensor) -> Tensor:  # a graph's model is told no times
+        return plain(torch.linspace(0, 1, time_of.shape[1]).expand_as(time_of))
+
+    with mock.patch.object(conditioning, "frame_time_vector", by_places):
+        expected, losses = _trained(kind, direct, recipe, train)
+        scene, mine = _trained(kind, given, recipe, train)
+    found = {"losses": max(abs(m / e - 1) for m, e in zip(mine, losses, strict=True))}
+    for name, value in expected.state_dict().items():
+        if value.is_floating_point() and value.numel() > 1:
+            found[name] = float((scene.state_dict()[name] - value).norm() / value.norm().clamp(min=1e-12))
+    assert len(losses) == 2 and min(losses) > 0 and max(found.values()) < 1e-5, (losses, found)
+    return found
+
+
 # ---- a Gaussian ----------------------------------------------------------------------------------------------------
 
 MEAN, SPREAD = 0.3, 0.7
@@ -561,6 +622,126 @@ def encoder(name: str) -> dict:
     return found
 
 
+@check
+def tiny_autoencoders() -> dict:
+    """Each as core loads it: taken by its family with the scale that the family reads, refused by the others."""
+    import comfy.latent_formats
+
+    def halved(state: dict) -> dict:
+        return {name: value.half() for name, value in state.items()}
+
+    made = {name: models.vae(models.tiny_image_vae(name)) for name in models.TINY_SCALES}
+    made |= {"lighttaew2_1": models.vae(models.tiny_video_vae()), "taehv": models.vae(halved(models.tiny_video_vae()))}
+    made |= {"lighttaew2_2": models.vae(models.tiny_video_vae(48)), "taeltx_2": models.vae(models.tiny_video_vae(128))}
+    reads = {"SD15": ("BaseModel", "taesd"), "SDXL": ("SDXL", "taesdxl"), "SD3": ("SD3", "taesd3")}
+    reads |= {"Flux": ("Flux", "taef1"), "Wan21": ("WAN21", "lighttaew2_1"), "Wan22": ("WAN22", "lighttaew2_2")}
+    reads |= {"HunyuanVideo": ("HunyuanVideo", "taehv"), "LTXV": ("LTXV", None)}
+    found = {}
+    for form, (family, wanted) in reads.items():
+        latents = getattr(comfy.latent_formats, form)()
+        model = SimpleNamespace(model=SimpleNamespace(latent_format=latents))
+        for name, vae in made.items():
+            try:
+                families.check_vae(model, vae, families.FAMILIES[family])
+                taken = True
+            except pack("dream4d_engine.priors.errors").PriorError as error:
+                found[f"{name} for {form}"] = str(error)
+                taken = False
+            assert taken == (name == wanted), (name, form)
+        if wanted is None:
+            continue
+        vae = made[wanted]
+        with training():
+            private = pack("nodes.graph_encoder").Encoder.copied(vae, latents)
+            shape = (1, 3, 32, 32) if vae.latent_dim == 2 else (1, 3, 5, 32, 32)
+            pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+            z = private.encode(pixels)
+            z.square().sum().backward()
+            assert pixels.grad.flatten(2).norm(dim=-1).min() > 0, name
+            given = pixels.detach().to(next(private.network.parameters()).dtype)
+            with torch.no_grad():
+                if wanted in models.TINY_SCALES or wanted == "taehv":  # made for the latents that the model reads
+                    network = private.network
+                    raw = (
+                        network.taesd_encoder(given)
+                        if vae.latent_dim == 2
+                        else network.encode(given) * latents.scale_factor
+                    )
+                else:  # for those of the family's autoencoder
+                    raw = (private.network.encode(given).float() - latents.latents_mean) / latents.latents_std
+        found[f"{wanted} read"] = difference(z.detach(), raw.float())
+    assert max(value for value in found.values() if isinstance(value, float)) < 5e-3, found
+    return found
+
+
+class _Shortage:
+    """Counts the convolutions of a network, and lets the memory run out at one of them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.calls, self.forwards, self.at = 0, 0, None
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+
+def _tensor_bytes() -> int:
+    """What all tensors that are alive take."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@for_each("wan", "ltx", "hunyuan")
+def out_of_memory_in_the_encoder(name: str) -> dict:
+    """Wherever it happens, forwards or backwards: nothing is held afterwards, and the next encoding is as ever."""
+    import comfy.latent_formats
+
+    make, family = VAES[name]
+    size, frames = models.SIZES[family]
+    with training():
+        latents = getattr(comfy.latent_formats, FORMATS[family])()
+        private = pack("nodes.graph_encoder").Encoder.copied(make(), latents)
+        pixels = torch.rand((1, 3, frames, *size), generator=torch.Generator().manual_seed(5)).requires_grad_()
+        shortage = _Shortage(private.network)
+
+        def encoded(at: int | None = None) -> list[Tensor]:
+            shortage.calls, shortage.at = 0, at
+            z = private.encode(pixels, True)
+            shortage.forwards = shortage.calls
+            return [z.detach(), torch.autograd.grad(z.square().sum(), pixels)[0]]
+
+        def runs_out(at: int) -> None:
+            try:
+                encoded(at)
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)
+                return
+            raise AssertionError(f"call {at} was not reached")
+
+        expected = encoded()
+        forwards, calls = shortage.forwards, shortage.calls
+        before = _tensor_bytes()
+        for moment in (forwards // 2, forwards + 1, (forwards + calls) // 2):
+            runs_out(moment)
+            torch.ones(1, requires_grad=True).backward()  # PyTorch drops what its last backward pass has left undone
+            assert _tensor_bytes() == before, moment
+            assert not any(getattr(m, "temporal_cache_state", None) for m in private.network.modules()), moment
+            assert all(one.equal(other) for one, other in zip(encoded(), expected, strict=True)), moment
+        z = private.encode(pixels, True)
+        del z  # it ran out elsewhere: what the graph holds goes with it
+        assert _tensor_bytes() == before
+    return {"forwards": forwards, "calls": calls}
+
+
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
 
@@ -610,6 +791,26 @@ def a_step(name: str) -> dict:
     found = {"least": float(norms.min()), "most": float(norms.max()), "same": difference(*gradients)}
     assert found["least"] > 0 and found["same"] < 1e-3, found
     return found
+
+
+@check
+def where_and_in_which_numbers() -> dict:
+    """The autoencoder is copied to where the run works; a run's mixed precision is not the model's affair."""
+    three = models.FAMILIES["wan"]()
+    handle, answers = handle_of("wan", three), []
+    there = handle.load(Runtime(torch.device("meta"))).networks[0]
+    assert {p.device.type for p in (*there.parameters(), *there.buffers())} == {"meta"}
+    assert {p.device.type for p in three.vae.first_stage_model.parameters()} == {"cpu"}
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        guidance = prior.guide(PROMPT, None, config())
+        x, sigma = noisy_takes(guidance, handle, 1) * 3, torch.tensor([2.0])
+        for mixed in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
+        prior.release()
+    assert answers[0].equal(answers[1])
+    return {}
 
 
 @for_each("sd15", "ltx")
@@ -697,6 +898,63 @@ def two_at_once() -> dict:
     assert change > 1e-4
     assert three.model.model is changed.model
     return {"change": change}
+
+
+@check
+def two_experts() -> dict:
+    """Each of a pair answers on its side of the switch, as it does alone; a batch may have both."""
+    high = models.FAMILIES["wan"]()
+    second = models.diffusion_model(models.wan_transformer(seed=9))
+    cpu, family = torch.device("cpu"), families.FAMILIES["WAN21"]
+    with training():
+        live = []
+        for handle in (
+            handle_of("wan", high),
+            handle_of("wan", replace(high, model=second)),
+            handle_of("wan", high, low_noise=second),
+        ):
+            prior = handle.load(Runtime(cpu))
+            live.append((prior, prior.guide(PROMPT, None, config()).denoiser, handle))
+        time_of = torch.tensor([0.2, family.switch - 1e-3, family.switch + 1e-3, 0.97])
+        sigma = time_of / (1 - time_of)
+        x = (
+            noisy_takes(live[0][0].guide(PROMPT, None, config()), live[0][2], 4)
+            * (1 + sigma**2).sqrt()[:, None, None, None, None]
+        )
+        rows = graph_prior.Conditions(torch.tensor([0, 4, 2, 4])[:, None, None, None].float())
+        alone, other, both = (denoiser.denoise(x, sigma, rows) for _, denoiser, _ in live)
+        assert difference(alone[:2], other[:2]) > 1e-3 and difference(alone[2:], other[2:]) > 1e-3
+        found = {"low": difference(both[:2], other[:2]), "high": difference(both[2:], alone[2:])}
+        pixels = torch.rand(1, 5, 3, 32, 48, requires_grad=True)
+        pair = live[2][0].guide(PROMPT, None, config())
+        distillation.distill(pair, pixels, views(5, (32, 48)), 0.5, randomness.Draw(0)).loss.backward()
+        assert pixels.grad.norm() > 0
+        for prior, _, _ in live:
+            prior.release()
+    assert max(found.values()) < 1e-5, found
+    assert len({handle.fingerprint() for _, _, handle in live}) == 3
+    return found
+
+
+@check
+def one_expert() -> dict:
+    """Alone, an expert is asked in its own range: shares are of that."""
+    three, found = models.FAMILIES["wan"](), {}
+    for part in (families.HIGH, families.LOW):
+        noise = handle_of("wan", three, part=part).noise
+        share = torch.linspace(0, 1, 101)
+        sigma = noise.sigma_of(share)
+        times = sigma / (1 + sigma)
+        found[part] = [float(times[0]), float(times[-1])]
+        inside = share[1:90]  # times above 0.999 are cut
+        assert torch.allclose(noise.share_of(noise.sigma_of(inside)), inside, atol=1e-4)
+    (lowest, middle), (switch, highest) = found[families.LOW], found[families.HIGH]
+    assert lowest == 0 and highest > 0.998 and abs(middle - 0.875) < 1e-5 and abs(switch - 0.875) < 1e-5, found
+    prints = {
+        handle_of("wan", three, part=part).fingerprint() for part in (families.WHOLE, families.HIGH, families.LOW)
+    }
+    assert len(prints) == 3
+    return found
 
 
 @check
@@ -801,11 +1059,11 @@ def the_model_stays_usable(name: str) -> dict:
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-def _refused(node: str, expected: str, three: models.Three) -> str:
+def _refused(node: str, expected: str, three: models.Three, **more) -> str:
     """What a node says of three things; it has to have these words."""
     with mock.patch.object(graph_nodes, "say_on_node", lambda *_: None):
         try:
-            graph_nodes._make(node, three.model, three.clip, three.vae, 0, 0, 0, None)
+            graph_nodes._make(node, three.model, three.clip, three.vae, (0, 0, 0), None, **more)
         except pack("nodes.session").RunError as error:
             assert expected in str(error), (expected, str(error))
             return str(error)
@@ -817,6 +1075,39 @@ class _Wrapper:
 
     class model:
         """Its network."""
+
+
+def _controlled(three: models.Three) -> dict:
+    """What would have to apply to one image, and what only looks like a MODEL: refused before a step."""
+    from comfy_extras import nodes_model_patch
+
+    said = {}
+    controlled, patch = three.model.clone(), object.__new__(nodes_model_patch.DiffSynthCnetPatch)
+    patch.encoded_image = torch.zeros(1)  # moved along with the model
+    controlled.set_model_double_block_patch(patch)
+    said["control image"] = _refused(
+        "image", "carries an image that controls it (DiffSynthCnetPatch)", replace(three, model=controlled)
+    )
+    bare = SimpleNamespace(model=three.model.model, model_options={})  # a network with its sampling, and no patcher
+    said["no patcher"] = _refused(
+        "image", "a wrapper (SimpleNamespace) without get_model_object and patches", replace(three, model=bare)
+    )
+    for part in ("area", "control", "mask", "hooks"):
+        clip = three.clip.clone()
+        plain = clip.encode_from_tokens_scheduled
+        clip.encode_from_tokens_scheduled = lambda tokens, plain=plain, part=part: [
+            [c, d | {part: 1}] for c, d in plain(tokens)
+        ]
+        with training():
+            prior = handle_of("sd15", replace(three, clip=clip)).load(Runtime(torch.device("cpu")))
+            try:
+                prior.guide(PROMPT, None, config())
+            except pack("dream4d_engine.priors.errors").PriorError as error:
+                said[part] = str(error)
+                assert f"({part})" in said[part], said
+                prior.release()
+    assert len(said) == 6, said
+    return said
 
 
 @check
@@ -861,6 +1152,22 @@ def bad_input() -> dict:
     said = {
         f"{i} {node}: {expected}": _refused(node, expected, three) for i, (node, expected, three) in enumerate(cases)
     }
+    from comfy_extras import nodes_model_advanced as advanced
+
+    second = models.diffusion_model(models.wan_transformer(seed=9))
+    (shifted,) = advanced.ModelSamplingSD3().patch(second, 3.0)
+    ltx = models.FAMILIES["ltx"]()
+    for expected, three, more in (
+        ("Wan 2.2 5B is one model for all noise: leave", models.FAMILIES["wan22"](), {"low_noise": second}),
+        ("LTX-Video is one model for all noise, not a pair", ltx, {"noise": families.HIGH}),
+        ("are the same model", wan, {"low_noise": wan.model}),
+        ("model_low_noise is LTX-Video, model is Wan", wan, {"low_noise": ltx.model}),
+        ("have other noise levels", wan, {"low_noise": shifted}),
+        ("there are both experts", wan, {"low_noise": second, "noise": families.LOW}),
+        ("model_low_noise is 5: it must be", wan, {"low_noise": 5}),
+        ("made to continue an image", wan, {"low_noise": vace_like}),
+    ):
+        said[expected] = _refused("video", expected, three, **more)
     zero123 = models.FAMILIES["zero123"]()
     cases = [
         ("image", "Stable Zero123 makes novel views: connect it to Novel-View", replace(zero123, clip=sd15.clip)),
@@ -871,7 +1178,13 @@ def bad_input() -> dict:
         ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
     ]
     said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}
-    for name, words in (("SDXLRefiner", "a refiner"), ("SV3D_p", "orbits"), ("SVD_img2vid", "no words")):
+    said |= _controlled(sd15)
+    for name, words in (
+        ("NunchakuFlux", "not among those that have been tried"),
+        ("SDXLRefiner", "a refiner"),
+        ("SV3D_p", "orbits"),
+        ("SVD_img2vid", "no words"),
+    ):
         odd = sd15.model.clone()
         odd.model = type(name, (), {"model_sampling": 1, "latent_format": 1})()
         said[name] = _refused("image", words, replace(sd15, model=odd))

@@ -1,4 +1,8 @@
-"""Write small models with random weights as the files that core loader nodes read: `graph_files.py CHECKOUT FOLDER`.
+"""Write small models with random weights as the files that core loader nodes read.
+
+    graph_files.py CHECKOUT FOLDER [--full]
+
+`--full`: also Stable Diffusion 1.5 and Wan 2.1 1.3B at their real sizes (5 GB), for a GPU.
 
 Run with ComfyUI's Python. Text encoders of today's video models are recognised at their full size alone, so those have
 no files: the server's test pack makes them (see tests/guard).
@@ -9,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-COMFYUI, FOLDER = sys.argv[1], Path(sys.argv[2])
+COMFYUI, FOLDER, FULL = sys.argv[1], Path(sys.argv[2]), "--full" in sys.argv
 sys.path[:0] = [COMFYUI]
 sys.argv = ["files", "--cpu"]
 
@@ -54,3 +58,13 @@ write("vae/small_sd.safetensors", models.kl_vae())
 zero123 = models.prefixed(models.sd15_unet(in_channels=8), models.UNET_PREFIX)
 zero123 |= models.prefixed(models.random_weights(torch.nn.Linear(772, 768), 5), "cc_projection.")
 write("checkpoints/small_zero123.safetensors", zero123)
+write("diffusion_models/small_ltx.safetensors", models.ltx_transformer())
+write("vae/small_ltx.safetensors", *models.ltx_vae_state())
+if FULL:
+    halved = {n: v.half() for n, v in models.prefixed(models.full_sd15_unet(), models.UNET_PREFIX).items()}
+    halved |= {n: v.half() for n, v in models.prefixed(models.kl_vae(), "first_stage_model.").items()}
+    write("checkpoints/full_sd15.safetensors", halved | sd15_text())
+    del halved
+    whole = models.wan_transformer(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+    write("diffusion_models/full_wan.safetensors", {n: v.bfloat16() for n, v in whole.items()})
+    write("vae/full_wan.safetensors", {n: v.bfloat16() for n, v in models.wan_vae(dim=96).items()})

@@ -107,6 +107,27 @@ def sd15_unet(in_channels: int = 4, seed: int = 0) -> dict[str, Tensor]:
     return random_weights(network, seed)
 
 
+def full_sd15_unet(seed: int = 0) -> dict[str, Tensor]:
+    """Stable Diffusion 1.5 at its real size."""
+    network = unet.UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        transformer_depth_middle=1,
+        context_dim=768,
+        num_heads=8,
+        use_spatial_transformer=True,
+        legacy=False,
+        operations=OPS,
+    )
+    return random_weights(network, seed)
+
+
 def sdxl_unet(seed: int = 0) -> dict[str, Tensor]:
     """Stable Diffusion XL with all depths of its way down, which it is recognised by, as narrow as can be."""
     network = unet.UNetModel(
@@ -150,8 +171,9 @@ def wan22_vae(seed: int = 1) -> Any:
 
 def wan_transformer(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
     """Wan 2.1, one head and two layers."""
-    given = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 256} | changes
-    network = comfy.ldm.wan.model.WanModel(dim=128, ffn_dim=256, num_heads=1, num_layers=2, operations=OPS, **given)
+    given = {"model_type": "t2v", "in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 256}
+    given |= {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 2} | changes
+    network = comfy.ldm.wan.model.WanModel(operations=OPS, **given)
     return random_weights(network, seed)
 
 
@@ -279,10 +301,10 @@ def hunyuan_vae(seed: int = 1) -> Any:
     return vae
 
 
-def wan_vae(seed: int = 1) -> dict[str, Tensor]:
-    """The autoencoder of Wan 2.1, narrow."""
+def wan_vae(seed: int = 1, dim: int = 16) -> dict[str, Tensor]:
+    """The autoencoder of Wan 2.1, narrow; the real one has a `dim` of 96."""
     return random_weights(
-        comfy.ldm.wan.vae.WanVAE(dim=16, z_dim=16, temperal_downsample=[False, True, True], image_channels=3), seed
+        comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], image_channels=3), seed
     )
 
 
@@ -310,14 +332,20 @@ def ltx_vae_state(seed: int = 1) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {"config": json.dumps({"vae": LTX_VAE})}
 
 
-def tiny_image_vae(channels: int = 4, seed: int = 1) -> dict[str, Tensor]:
-    """taesd."""
-    return random_weights(comfy.taesd.taesd.TAESD(latent_channels=channels), seed)
+TINY_SCALES = {"taesd": (4, 0.18215, 0.0), "taesdxl": (4, 0.13025, 0.0), "taesd3": (16, 1.5305, 0.0609)}
+TINY_SCALES["taef1"] = (16, 0.3611, 0.1159)
 
 
-def tiny_video_vae(seed: int = 1) -> dict[str, Tensor]:
-    """taew."""
-    return random_weights(comfy.taesd.taehv.TAEHV(latent_channels=16, latent_format=None), seed)
+def tiny_image_vae(name: str = "taesd", seed: int = 1) -> dict[str, Tensor]:
+    """A tiny autoencoder of images, with the scale that ComfyUI's loader gives a file of this name."""
+    channels, scale, shift = TINY_SCALES[name]
+    state = random_weights(comfy.taesd.taesd.TAESD(latent_channels=channels), seed)
+    return state | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
+
+
+def tiny_video_vae(channels: int = 16, seed: int = 1) -> dict[str, Tensor]:
+    """lighttaew2_1, or in fp16 what ComfyUI takes for taehv; of 48 channels lighttaew2_2, of 128 taeltx_2."""
+    return random_weights(comfy.taesd.taehv.TAEHV(latent_channels=channels, latent_format=None), seed)
 
 
 # ---- text encoders -----------------------------------------------------------------------------------------------
@@ -342,6 +370,10 @@ def _clip(tokenizer: type, model: type, data: dict | None = None) -> Any:
     options = {**CUT, "dtype": torch.float16}
     clip = comfy.sd.CLIP(target, tokenizer_data=data or {}, model_options=options)
     generator = torch.Generator().manual_seed(2)
+    for module in clip.cond_stage_model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:  # with dynamic memory, until a file is loaded
+                module._parameters[name] = nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
     for parameter in clip.cond_stage_model.parameters():
         large = parameter.numel() > 2**22  # an embedding: the few words there are need not many random numbers
         scale = 0.1 if parameter.ndim < 2 or large else parameter.shape[-1] ** -0.5

@@ -18,10 +18,16 @@ SCRIPT = Path(__file__).with_name("graph_checks.py")
 IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
 GROUPS = {  # checks that share a process, each with the arguments it is made for
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
+    "the_toys": ("image", "video"),
+    "two_experts": (),
+    "one_expert": (),
     "gaussian": ("eps", "v", "flow"),
     "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
+    "tiny_autoencoders": (),
+    "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),
     "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
     "a_step": (*IMAGES, *VIDEOS),
+    "where_and_in_which_numbers": (),
     "cancel_in_the_middle": ("sd15", "ltx"),
     "the_model_stays_usable": ("sd15", "wan"),
     "novel_views": (),

@@ -61,27 +61,34 @@ def _computed_again(module: nn.Module) -> Callable:
 
     def forward(*given: Any, **named: Any) -> Any:
         held = [holder.get(get_ident()) for holder in holders]
-        found = {name: list(value) for name, value in _lists(given, named).items()}
+        lists = _lists(given, named)
+        found = {name: list(value) for name, value in lists.items()}
         left: dict[Any, list] = {}
+        # nothing that outlives this call may refer to what it has computed: through the graph, which refers to
+        # `piece`, that would be a circle that no garbage collector sees
+        rest = [None if i in lists else value for i, value in enumerate(given)]
+        named_rest = {name: value for name, value in named.items() if name not in lists}
 
         def piece() -> Any:
             second = bool(left)
             before = _put(holders, held)
             fresh = {name: list(value) for name, value in found.items()}
             try:
-                return plain(
-                    *(fresh.get(i, value) for i, value in enumerate(given)),
-                    **{name: fresh.get(name, value) for name, value in named.items()},
+                out = plain(
+                    *(fresh.get(i, value) for i, value in enumerate(rest)),
+                    **named_rest,
+                    **{name: value for name, value in fresh.items() if isinstance(name, str)},
                 )
             finally:
                 if second:  # may be left early, once all that was wanted is there
                     _put(holders, before)
-                else:
-                    left.update(fresh, done=[])
+            if not second:
+                left.update(fresh, done=[])
+            return out
 
         out = checkpoint(piece, use_reentrant=False)
-        for name, value in _lists(given, named).items():
-            value[:] = left[name]
+        for name, value in lists.items():
+            value[:] = left.pop(name)
         return out
 
     return forward

@@ -16,6 +16,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import Types
 from server import PromptServer
 
+from . import watch  # noqa: F401  its routes
+
 
 class Value:
     """Sends any value through a link, as nodes of other packs may: JSON, or one that JSON doesn't have."""

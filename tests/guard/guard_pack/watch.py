@@ -1,0 +1,109 @@
+"""Watches runs by models of the graph: the gradient of every step, memory, and what comes of too little of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import comfy.model_management as management
+import psutil
+import torch
+from aiohttp import web
+from server import PromptServer
+
+routes = PromptServer.instance.routes
+
+
+@dataclass
+class Watch:
+    """What was seen since the last order. `shortage_after`: encodings that go well, before the memory runs out."""
+
+    shortage_after: int | None = None
+    encodings: int = 0
+    pending: list[float] = field(default_factory=list)  # norms of the gradient on images since the last step
+    steps: list[float] = field(default_factory=list)  # their sums, for each step
+
+
+_watch = Watch()
+
+
+@routes.post("/dream4d_test/watch")
+async def watch(request):
+    """Begin anew, and tell what was seen before."""
+    encoder = _module("nodes.graph_encoder").Encoder
+    if not hasattr(encoder.encode, "plain"):
+        encoder.encode = _watched(encoder.encode)
+        torch.optim.AdamW.step = _counted(torch.optim.AdamW.step)
+    seen = {"encodings": _watch.encodings, "steps": _watch.steps, "shortage": _watch.shortage_after is not None}
+    _watch.__init__(shortage_after=(await request.json()).get("shortage_after"))
+    return web.json_response(seen)
+
+
+@routes.get("/dream4d_test/memory")
+async def memory(request):
+    """Bytes that are taken once all rubbish is gone: of the card, of PyTorch's there, of the process."""
+    gc.collect()
+    management.soft_empty_cache()
+    found = {"process": psutil.Process().memory_info().rss}
+    if torch.cuda.is_available() and management.get_torch_device().type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found |= {
+            "card": total - free,
+            "torch": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
+        found["peak"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    return web.json_response(found)
+
+
+def _module(name: str):
+    """A module of the pack."""
+    import nodes
+
+    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
+    return sys.modules[f"{pack}.{name}"]
+
+
+def _watched(plain):
+    def encode(self, pixels, checkpointed=False):
+        _watch.encodings += 1
+        if pixels.requires_grad:
+            pixels.register_hook(lambda gradient: _watch.pending.append(float(gradient.norm())))
+        if _watch.shortage_after is not None and _watch.encodings > _watch.shortage_after:
+            with _filled(pixels.device):
+                return plain(self, pixels, checkpointed)
+        return plain(self, pixels, checkpointed)
+
+    encode.plain = plain
+    return encode
+
+
+def _counted(plain):
+    def step(self, *given, **named):
+        _watch.steps.append(sum(_watch.pending))
+        _watch.pending.clear()
+        return plain(self, *given, **named)
+
+    return step
+
+
+@contextlib.contextmanager
+def _filled(device: torch.device) -> Iterator[None]:
+    """Leave nothing free on a GPU, so that the next allocation fails; elsewhere, say that one has failed."""
+    if device.type != "cuda":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB (simulated)")
+    kept = []
+    torch.cuda.empty_cache()
+    for size in (2**30, 2**27, 2**24, 2**21):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                kept.append(torch.empty(size, dtype=torch.uint8, device=device))
+    try:
+        yield
+    finally:
+        kept.clear()
+        torch.cuda.empty_cache()
