@@ -276,7 +276,9 @@ class ApplyLora(io.ComfyNode):
             raise PriorError(f"{lora!r} is not among the files in models/loras")
         check_strength(strength)
         read_lora(path)
-        return io.NodeOutput(replace(prior, lora=path, lora_strength=strength))
+        added = replace(prior, lora=path, lora_strength=strength)
+        added.check_added()
+        return io.NodeOutput(added)
 
 
 def loras() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from dream4d_engine.guidance.noise import rectified_flow
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.networks import video_encoders
 from dream4d_engine.priors.networks.execution import GraphCapture, Runtime
-from dream4d_engine.priors.networks.transformers import TransformerDenoiser
+from dream4d_engine.priors.networks.transformers import TransformerDenoiser, prepared_transformer
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 
@@ -124,6 +124,22 @@ def test_in_one_piece_less_is_kept(denoiser):
         kept.append(sum(sizes.values()))
         del held
     assert kept[2] < kept[1] < kept[0]
+
+
+def test_prepared_it_answers_the_same(denoiser, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # given back afterwards
+    images = torch.rand(1, 9, 3, *denoiser.image_size)
+    z, back = denoiser.encode(images), denoiser.decode(denoiser.encode(images))
+    x, sigma, given = torch.randn_like(z), torch.tensor([2.0]), told(1)
+    answer = denoiser.denoise(x, sigma, given)
+    ready = prepared_transformer(denoiser, Runtime(CPU, accelerated=True))
+    assert ready.fused and not denoiser.fused and prepared_transformer(denoiser, Runtime(CPU)) is denoiser
+    for ours, theirs in (
+        (ready.encode(images), z),
+        (ready.decode(z), back),
+        (ready.denoise(x, sigma, given), answer),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_recorded_flows_are_known_by_their_networks(denoiser):
