@@ -358,7 +358,7 @@ def all_cases(
         Case("autoencoders", f"{c}, {way}", c, way=way, folder=latent) for c in ONE_OF_EACH for way in ("full", "tiny")
     ]
     known["priors"] = [
-        Case("priors", f"{c}, {p}", c, folder=None if p == TOY else Path(p), stills=stills)
+        Case("priors", f"{c}, {'/'.join(Path(p).parts[-2:])}", c, folder=None if p == TOY else Path(p), stills=stills)
         for p in video_priors
         for c in CAPTIONS
     ]

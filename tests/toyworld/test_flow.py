@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
-from training_cases import CPU, motion_case
+from training_cases import CPU, motion_case, solid_ball
 
+from dream4d_engine.assets import save_scene
 from dream4d_engine.cameras import fixed_take
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.guidance.noise import rectified_flow, variance_preserving
@@ -17,7 +18,7 @@ from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser
 from dream4d_engine.rendering import render_chunked
 from dream4d_engine.schedules import Schedule, constant
-from dream4d_engine.toyworld import datasets, models, train
+from dream4d_engine.toyworld import datasets, measure, models, train
 from dream4d_engine.toyworld.ideal import IdealDenoiser
 from dream4d_engine.toyworld.samples import sample
 from dream4d_engine.training.loop import RunControl
@@ -73,10 +74,10 @@ def moved(prediction, steps, low, high, extra=0):
 def test_v_and_flow_of_one_model_make_the_same_scene(share):
     """At the same level of noise, which each of the two schedules has at a share of its own."""
     same = float(FLOW.share_of(DIFFUSION.sigma_of(torch.tensor(share))))
-    shown, _, still = moved("v", 6, constant(share), constant(share), extra=2)
-    flowing, _, _ = moved("flow", 6, constant(same), constant(same), extra=2)
-    assert (shown - still).abs().max() > 0.05
-    assert (shown - flowing).abs().max() < 2e-3
+    shown, _, still = moved("v", 10, constant(share), constant(share), extra=2)
+    flowing, _, _ = moved("flow", 10, constant(same), constant(same), extra=2)
+    assert (shown - still).abs().max() > 0.2
+    assert (shown - flowing).abs().max() < 1e-4  # rounding
 
 
 def test_a_flow_moves_a_scene_as_the_film_does_that_it_knows():
@@ -185,3 +186,16 @@ def test_samples_of_a_flow_come_to_rest_without_noise():
     found = sample(denoiser, (told, told), torch.Generator().manual_seed(1), n_steps=12)
     nearest = (found[:, None] - bank).square().mean((2, 3, 4, 5)).amin(1)
     assert (nearest < 1e-6).all()
+
+
+def test_video_priors_are_compared_on_the_same_still_object(tmp_path):
+    """The object that lies there is taken, and the prior that is asked for."""
+    models.save_prior(models.build_prior("video", SMALL), "video", tmp_path / "flow" / "video", prediction="flow")
+    priors = ("toy", str(tmp_path / "flow" / "video"))
+    cases = measure.all_cases(["priors"], tmp_path, "cpu", [0], 0.004, video_priors=priors, stills=tmp_path)
+    assert len(cases) == 24 and cases[0].name == "a red cube is jumping, toy"
+    case = next(c for c in cases if c.name == "a blue sphere is sliding, flow/video")
+    save_scene(tmp_path / "a_blue_sphere_0_0.004.safetensors", solid_ball(0.4))
+    _, found, images = measure.measure_prior(case)
+    assert found["iou"] > 0.9 and found["colors_right"] == 0, "a grey ball"
+    assert images.shape == (8, 64, 64, 3)
