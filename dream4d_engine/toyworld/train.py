@@ -337,6 +337,9 @@ def train(
     generator = torch.Generator(device).manual_seed(training.seed + 1)
     clock, state_path = Clock(), folder / "state.pt"
     if state_path.is_file():
+        found = read_schedule(folder)[1]
+        if (found == "flow") != (training.prediction == "flow"):
+            raise ValueError(f"{state_path} is of a training for {found}: choose another --out, or remove it")
         clock = _load_state(state_path, prior, optimizer, average, generator)
         log(f"{training.kind}: goes on at step {clock.step}")
     offset = clock.seconds

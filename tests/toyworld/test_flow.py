@@ -147,6 +147,8 @@ def test_a_trained_flow_is_an_ordinary_folder(tmp_path, monkeypatch):
     training = train.Training("video", steps=2, batch=2, bank=4, lr=1e-3, prediction="flow")
     folder = train.train(training, tmp_path, CPU, tmp_path / "start", log=lambda line: None)
     prior = load_prior(folder)
+    with pytest.raises(ValueError, match=r"state\.pt is of a training for flow: choose another"):
+        train.train(replace(training, prediction="v"), tmp_path, CPU, tmp_path / "start", log=lambda line: None)
     denoiser = prior.denoiser
     assert prior.name == "toy video flow" and prior.kind == "video" and denoiser.n_frames == 8
     assert denoiser.prediction_type == "flow" and denoiser.noise.n_levels is None
