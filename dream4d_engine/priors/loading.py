@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance.noise import variance_preserving
 from .errors import PriorError
 from .formats.identify import open_loader
 from .formats.loaders import ImageResize, Loader, VectorKind
@@ -82,13 +81,13 @@ def load_prior(
     metadata = loader.metadata(kind)
     metadata = metadata if image_size is None else replace(metadata, image_size=image_size)
     metadata = metadata if n_frames is None else replace(metadata, n_frames=n_frames)
-    alphas_bar, prediction_type = loader.schedule()
+    noise, prediction_type = loader.schedule()
     unet = loader.unet(dtype, device)
     if metadata.group_attention:
         attend_across_views(unet)
     denoiser = UNetDenoiser(
         unet=unet,
-        noise=variance_preserving(alphas_bar),
+        noise=noise,
         device=torch.device(device),
         prediction_type=prediction_type,
         image_size=metadata.image_size,

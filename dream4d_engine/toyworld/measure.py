@@ -7,6 +7,7 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 - films: how steady a film is that is distilled from the video prior by such targets, without a scene.
 - steadiness: the same still object animated by targets of one and of four denoising steps.
 - paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
+- priors: text-to-4d by each of --video-priors, from the same still objects.
 - autoencoders: text-to-4d with a video prior on latents (--latent, see train_latent.py), through the full autoencoder
   and through the tiny one.
 
@@ -20,7 +21,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..assets import load_scene, save_scene
 from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
 from ..guidance.distillation import Guidance, distill, distill_at
 from ..kernels import select_kernels
@@ -82,6 +84,7 @@ MOVING_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion
 TARGET_TIMESTEPS = (970, 700, 400)
 PATH_CAPTIONS = ONE_OF_EACH[::4]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
+TOY = "toy"  # the shipped prior
 _NO_LATENT = "the part autoencoders needs --latent: the folder that train_latent.py wrote"
 
 
@@ -95,7 +98,8 @@ class Case:
     lora: Path | None = None
     n_steps: int = 1  # denoising steps of a target
     way: str = ""  # "plain" or "fast", "full" or "tiny"
-    folder: Path | None = None  # of train_latent.py
+    folder: Path | None = None  # of train_latent.py, or of a video prior
+    stills: Path | None = None  # folder of still objects, made once
     device: str = "cpu"
     seed: int = 0
     share: float = 1.0  # of the recipes' steps that are taken
@@ -257,6 +261,33 @@ def measure_path(case: Case) -> Result:
     return case, measures, _over_time(moving)
 
 
+def measure_prior(case: Case) -> Result:
+    """text-to-4d by the shipped video prior, or by that in the case's folder."""
+    assert case.stills is not None
+    recipe, thing = _shortened(TOY_MOTION, case), as_caption(case.caption).object_text
+    path = case.stills / f"{thing.replace(' ', '_')}_{case.seed}_{case.share:g}.safetensors"
+    if not path.is_file():
+        case.stills.mkdir(parents=True, exist_ok=True)
+        save_scene(path, _static(_shortened(TOY_STATIC, case), thing, case)[0])
+    still, _ = load_scene(path, device=case.device)
+    files = toy_prior("video") if case.folder is None else prior_files(case.folder, "video")
+    guidance = load_guidance(recipe, {"video": files}, case.caption, runtime_for(recipe, torch.device(case.device)))
+    moving, summary = _motion(still, recipe, case, guidance=guidance)
+    found = evaluate_scene(moving, case.caption)
+    measures = {
+        "colors_right": found.colors_right,
+        "iou": found.iou,
+        "one_face_in_front": found.one_face_in_front,
+        "motion_correlation": found.motion_correlation,
+        "motion_amplitude": found.motion_amplitude,
+        "stray_motion": found.stray_motion,
+        "clip_iou": found.clip_iou,
+        "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
+        "seconds": summary.seconds,
+    }
+    return case, measures, _over_time(moving)
+
+
 def measure_autoencoder(case: Case) -> Result:
     """A motion through the full or (`way` "tiny") the tiny autoencoder, and how alike their gradients are."""
     if case.folder is None:
@@ -301,12 +332,20 @@ PARTS: dict[str, Callable[[Case], Result]] = {
     "films": measure_film,
     "steadiness": measure_steadiness,
     "paths": measure_path,
+    "priors": measure_prior,
     "autoencoders": measure_autoencoder,
 }
 
 
 def all_cases(
-    parts: list[str], lora: Path, device: str, seeds: list[int], share: float, latent: Path | None = None
+    parts: list[str],
+    lora: Path,
+    device: str,
+    seeds: list[int],
+    share: float,
+    latent: Path | None = None,
+    video_priors: Sequence[str] = (TOY,),
+    stills: Path | None = None,
 ) -> list[Case]:
     """Every run of the parts."""
     images = [Case("images", caption, caption) for caption in IMAGE_CAPTIONS]
@@ -317,6 +356,11 @@ def all_cases(
         known[part] = [Case(part, f"{c}, {n} steps", c, n_steps=n) for c in MOVING_CAPTIONS for n in (1, 4)]
     known["autoencoders"] = [
         Case("autoencoders", f"{c}, {way}", c, way=way, folder=latent) for c in ONE_OF_EACH for way in ("full", "tiny")
+    ]
+    known["priors"] = [
+        Case("priors", f"{c}, {'/'.join(Path(p).parts[-2:])}", c, folder=None if p == TOY else Path(p), stills=stills)
+        for p in video_priors
+        for c in CAPTIONS
     ]
     cases = [case for part in parts for case in known[part]]
     return [replace(case, device=device, seed=seed, share=share) for case in cases for seed in seeds]
@@ -433,19 +477,31 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, write, print."""
     parser = argparse.ArgumentParser(prog="python -m dream4d_engine.toyworld.measure", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=list(PARTS), nargs="+", help="all but autoencoders unless told")
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", help="all but priors and autoencoders unless told")
     parser.add_argument("--latent", type=Path, help="the folder that train_latent.py wrote, for autoencoders")
+    parser.add_argument(
+        "--video-priors", nargs="+", default=[TOY], help=f"folders, or {TOY}: those that priors compares"
+    )
     parser.add_argument("--lora", type=Path, default=toy_subject(), help="the subject's LoRA")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipes' steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     options = parser.parse_args(arguments)
-    options.only = options.only or [part for part in PARTS if part != "autoencoders"]
+    options.only = options.only or [part for part in PARTS if part not in ("priors", "autoencoders")]
     if "autoencoders" in options.only and options.latent is None:
         parser.error(_NO_LATENT)
-    cases = all_cases(options.only, options.lora, options.device, options.seeds, options.share, options.latent)
     options.out.mkdir(parents=True, exist_ok=True)
+    cases = all_cases(
+        options.only,
+        options.lora,
+        options.device,
+        options.seeds,
+        options.share,
+        options.latent,
+        options.video_priors,
+        options.out / "stills",
+    )
     results: list[Result] = []
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:

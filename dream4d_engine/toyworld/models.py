@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..priors.formats.configurations import FLOW_SCHEDULER
 from ..priors.formats.loaders import no_progress_bars
 from ..priors.handle import PriorKind
 from ..priors.networks.text import read_tokenizer
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 KINDS: tuple[PriorKind, ...] = get_args(PriorKind)
 IMAGE_SIZE, N_VIEWS, N_FRAMES, MAX_TOKENS, WIDTH = 32, 4, 8, 16, 64
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, N_TIMESTEPS = 4, 1000
+Prediction = Literal["v", "flow"]
+"""What a network learns to answer: v of a diffusion (2202.00512), or the velocity eps - z of a flow (2209.03003)."""
 WORDS = (*vocabulary(), ",")
 SUBJECT_WORD = "sks"
 """Of a personal subject. The image prior reads it as three letters that no caption holds: its rare word, which a LoRA
@@ -297,7 +300,6 @@ def tokenize(kind: PriorKind, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 _PARTS: dict[str, list[str]] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "scheduler": ["diffusers", "DDPMScheduler"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 _CONDITIONERS: dict[str, dict[str, list[str]]] = {
@@ -313,11 +315,19 @@ _CONDITIONERS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def scheduler_config(kind: PriorKind) -> dict[str, Any]:
-    """The training schedule: 1000 linear betas from 1e-4 to 0.02, v-prediction."""
+FLOW_SHIFT = 3.0
+"""SD3's (2403.03206, section 5.3.2). With it a share of the flow's schedule is nearly as much noise as the same share
+of the v-priors': sigma 2.0, 7.0 and 147 at 0.4, 0.7 and 0.98, theirs are 2.0, 11.9 and 130. So one recipe serves both.
+"""
+
+
+def scheduler_config(kind: PriorKind, prediction: Prediction = "v") -> dict[str, Any]:
+    """The training schedule: 1000 linear betas from 1e-4 to 0.02, v-prediction; or that of a flow."""
+    if prediction == "flow":
+        return {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": N_TIMESTEPS, "shift": FLOW_SHIFT}
     return {
         "_class_name": "DDPMScheduler",
-        "num_train_timesteps": 1000,
+        "num_train_timesteps": N_TIMESTEPS,
         "beta_start": 1e-4,
         "beta_end": 0.02,
         "beta_schedule": "linear",
@@ -327,12 +337,12 @@ def scheduler_config(kind: PriorKind) -> dict[str, Any]:
     }
 
 
-def model_index(kind: PriorKind, latent: bool = False) -> dict[str, Any]:
+def model_index(kind: PriorKind, latent: bool = False, prediction: Prediction = "v") -> dict[str, Any]:
     """The folder's model_index.json, with what our loader wants to know."""
     words = [*WORDS, SUBJECT_WORD] if kind == "image" else list(WORDS)
     conditioner = _CONDITIONERS["image" if kind == "novel_view" else "t5" if kind == "pixel" else "clip"]
     ours = {
-        "name": f"toy {kind.replace('_', '-')}",
+        "name": f"toy {kind.replace('_', '-')}" + (" flow" if prediction == "flow" else ""),
         "kind": kind,
         "image_size": [IMAGE_SIZE, IMAGE_SIZE],
         "n_frames": {"multiview": N_VIEWS, "video": N_FRAMES}.get(kind),
@@ -342,14 +352,20 @@ def model_index(kind: PriorKind, latent: bool = False) -> dict[str, Any]:
         "negative_prompt": "",
         "license": "Apache-2.0",
     }
-    parts = {"unet": _PARTS["unet"], "scheduler": _PARTS["scheduler"], **conditioner}
+    scheduler = ["diffusers", scheduler_config(kind, prediction)["_class_name"]]
+    parts = {"unet": _PARTS["unet"], "scheduler": scheduler, **conditioner}
     if latent:
         parts["vae"] = _PARTS["vae"]
     return {"_class_name": "IFPipeline" if kind == "pixel" else "DiffusionPipeline", **parts, "dream4d": ours}
 
 
 def save_prior(
-    prior: ToyPrior, kind: PriorKind, folder: Path, dtype: torch.dtype = torch.float16, vae: AutoencoderKL | None = None
+    prior: ToyPrior,
+    kind: PriorKind,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    vae: AutoencoderKL | None = None,
+    prediction: Prediction = "v",
 ) -> None:
     """Write an ordinary diffusers folder with weights of `dtype`; the networks themselves are left as they are."""
     import copy
@@ -360,8 +376,8 @@ def save_prior(
     half = copy.deepcopy(prior).cpu().to(dtype)
     half.unet.save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
-    write_json(folder / "model_index.json", model_index(kind, latent=vae is not None))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind, prediction))
+    write_json(folder / "model_index.json", model_index(kind, vae is not None, prediction))
     if vae is not None:
         half_vae = copy.deepcopy(vae).cpu().to(dtype)  # type: ignore[arg-type]  # diffusers' decorator hides the types of `to`
         half_vae.save_pretrained(folder / "vae")

@@ -18,11 +18,12 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, make_cameras
 from ..guidance.denoiser import Conditions, Denoiser, denoise_each, stack_conditions
 from ..priors.conditioning import image_conditions, text_conditions
+from ..priors.formats.configurations import noise_of
 from ..priors.handle import PriorKind
 from ..priors.loading import LoadedPrior, load_prior
 from ..training.config import TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, parse_caption
-from .models import IMAGE_SIZE, N_FRAMES, write_json
+from .models import IMAGE_SIZE, N_FRAMES, scheduler_config, write_json
 from .world import render_captions
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def sample(
     text, negative = conditions
     n_groups, n_frames = text.tokens.shape[:2]
     device = text.tokens.device
-    sigmas = torch.cat((denoiser.noise.sigma_of(torch.linspace(1, 0, n_steps)), torch.zeros(1))).to(device)
+    levels = denoiser.noise.sigma_of(torch.linspace(1, 0, n_steps))
+    sigmas = torch.cat((levels[levels > 0], torch.zeros(1))).to(device)  # a flow's share 0 is no noise already
     shape = (n_groups, n_frames, 3, *denoiser.image_size)
     x = sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for sigma, next_sigma in itertools.pairwise(sigmas):
@@ -233,7 +235,9 @@ def motion_gate(prior: LoadedPrior, generator: torch.Generator) -> dict[str, Any
     wall = (GATE_GREY,) * 3
     still = render_captions(list(GATE_OBJECTS), _repeat(cameras.at_time(0.0), len(GATE_OBJECTS)), background=wall)
     z = denoiser.encode(still.rgb.permute(0, 1, 4, 2, 3).to(denoiser.device))
-    sigma = denoiser.noise.sigma_of(torch.tensor(GATE_NOISE, device=z.device)).expand(len(z))
+    # as much noise for a flow as for the priors of v
+    schedule, _ = noise_of(scheduler_config("video"))
+    sigma = schedule.sigma_of(torch.tensor(GATE_NOISE, device=z.device)).expand(len(z))
     x = z + sigma[0] * torch.randn(z.shape, generator=generator).to(z.device)
     report = {}
     for motion in MOTIONS:

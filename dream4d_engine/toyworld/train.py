@@ -1,9 +1,10 @@
 """Train the toy priors: `python -m dream4d_engine.toyworld.train --out DIR`.
 
-Each prior is trained to predict v (2202.00512) on images of the toy world, with AdamW, a cosine learning rate after
-a short warm-up, an exponential moving average of the weights and bf16 on CUDA. The length of a run is a number of
-steps (reproducible) or of minutes (the schedule follows the clock). A run that was cut off goes on where its last
-`state.pt` was written. The video prior starts from the multi-view prior's weights, found in DIR.
+Each prior is trained to predict v (2202.00512), or the velocity of a rectified flow (2209.03003), on images of the
+toy world, with AdamW, a cosine learning rate after a short warm-up, an exponential moving average of the weights and
+bf16 on CUDA. The length of a run is a number of steps (reproducible) or of minutes (the schedule follows the clock). A
+run that was cut off goes on where its last `state.pt` was written. The video prior starts from the multi-view prior's
+weights, found in DIR.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
+from ..guidance.noise import NoiseSchedule
 from ..priors.conditioning import clip_pixels
 from ..priors.files import toy_folder
+from ..priors.formats.configurations import noise_of
 from ..priors.formats.folders import read_schedule
 from ..priors.handle import PriorKind
+from ..priors.networks.denoisers import flow_input
 from .datasets import Batch, BatchMaker, NovelViewBatch, TextBatch, batch_maker, render_bank
 from .models import (
     IMAGE_SIZE,
     KINDS,
+    N_TIMESTEPS,
     NovelViewPrior,
+    Prediction,
     TextPrior,
     ToyPrior,
     build_prior,
@@ -70,6 +76,11 @@ class Training:
     compile: bool = False
     channels_last: bool = False
     save_seconds: float = 60.0
+    prediction: Prediction = "v"
+
+    def __post_init__(self) -> None:
+        if self.prediction == "flow" and self.kind == "pixel":
+            raise ValueError("the pixel prior answers a diffusion's variance too, which a flow has not: it predicts v")
 
 
 TRAININGS: dict[PriorKind, Training] = {
@@ -97,12 +108,48 @@ def condition_tokens(prior: ToyPrior, batch: Batch) -> Tensor:
     return prior.text(batch.token_ids, attention_mask=mask)[0]
 
 
-def training_loss(prior: ToyPrior, batch: Batch, alphas_bar: Tensor, channels_last: bool = False) -> Tensor:
-    """Return the mean squared error of v (and of the variance head, where the network has one)."""
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels that are trained at, [T] each.
+
+    The network sees image * z + noise * eps, is told `told`, and is to answer noise_asked * eps - image_asked * z.
+    """
+
+    image: Tensor
+    noise: Tensor
+    image_asked: Tensor
+    noise_asked: Tensor
+    told: Tensor
+
+
+def levels_of(schedule: NoiseSchedule, device: torch.device) -> Levels:
+    """The levels of a diffusion's v-prediction, or of a flow: T equal shares of its schedule, at their middles.
+
+    So more of a flow's steps are taken where its shift leads, at much noise, as a diffusion's are. Logit-normal times
+    (2403.03206, section 3.1) would leave 1 step in 10,000 for the noise that distillation begins with, where it is
+    decided which way things move.
+    """
+    if schedule.sigmas is None:
+        sigma = schedule.sigma_of((torch.arange(N_TIMESTEPS) + 0.5) / N_TIMESTEPS)
+        image, told = flow_input(torch.ones(N_TIMESTEPS), sigma)
+        one = torch.ones_like(image)
+        tensors = (image, 1 - image, one, one, told)
+    else:
+        image = schedule.alphas_bar.sqrt()
+        noise = (1 - schedule.alphas_bar).sqrt()
+        tensors = (image, noise, noise, image, torch.arange(len(image)))
+    return Levels(*(tensor.to(device) for tensor in tensors))
+
+
+def training_loss(prior: ToyPrior, batch: Batch, levels: Levels, channels_last: bool = False) -> Tensor:
+    """Return the mean squared error of the answer (and of the variance head, where the network has one)."""
     n_groups, n_frames = batch.clean.shape[:2]
-    alpha_bar = alphas_bar[batch.timestep][:, None, None, None, None]
-    noisy = alpha_bar.sqrt() * batch.clean + (1 - alpha_bar).sqrt() * batch.noise
-    target = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * batch.clean
+
+    def at_level(values: Tensor) -> Tensor:
+        return values[batch.timestep][:, None, None, None, None]
+
+    noisy = at_level(levels.image) * batch.clean + at_level(levels.noise) * batch.noise
+    target = at_level(levels.noise_asked) * batch.noise - at_level(levels.image_asked) * batch.clean
     model_input = noisy
     if isinstance(batch, NovelViewBatch):
         reference = batch.reference * batch.keep[:, None, None, None]
@@ -113,17 +160,17 @@ def training_loss(prior: ToyPrior, batch: Batch, alphas_bar: Tensor, channels_la
     vector = batch.vector if isinstance(batch, TextBatch) else None
     output = prior.unet(
         model_input,
-        batch.timestep.repeat_interleave(n_frames),
+        levels.told[batch.timestep].repeat_interleave(n_frames),
         condition_tokens(prior, batch).repeat_interleave(n_frames, 0),
         class_labels=None if vector is None else vector.flatten(0, 1),
         cross_attention_kwargs=None if vector is None else {"n_views": n_frames},
         return_dict=False,
     )[0]
     output = output.float().unflatten(0, (n_groups, n_frames))
-    v, extra = output.split([target.shape[2], output.shape[2] - target.shape[2]], 2)
-    loss = (v - target).square().mean()
+    answer, extra = output.split([target.shape[2], output.shape[2] - target.shape[2]], 2)
+    loss = (answer - target).square().mean()
     if extra.shape[2]:
-        loss = loss + 0.05 * variance_loss(v.detach(), target, extra, batch.timestep, alphas_bar)
+        loss = loss + 0.05 * variance_loss(answer.detach(), target, extra, batch.timestep, levels.image.square())
     return loss
 
 
@@ -166,10 +213,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_step(
-    prior: ToyPrior, optimizer: torch.optim.Optimizer, alphas_bar: Tensor, training: Training, first: Batch
+    prior: ToyPrior, optimizer: torch.optim.Optimizer, levels: Levels, training: Training, first: Batch
 ) -> Callable[[Batch], Tensor]:
     """Return a function that takes a batch, updates the networks and returns the loss (a tensor)."""
-    device = alphas_bar.device
+    device = levels.image.device
     parameters = list(prior.parameters())
     if training.channels_last:
         prior.unet.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers' decorator hides the types of `to`
@@ -179,7 +226,7 @@ def make_step(
     def forward_backward(batch: Batch) -> Tensor:
         autocast = torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=not training.graph)
         with autocast:
-            loss = training_loss(prior, batch, alphas_bar, training.channels_last)
+            loss = training_loss(prior, batch, levels, training.channels_last)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -290,17 +337,20 @@ def train(
     generator = torch.Generator(device).manual_seed(training.seed + 1)
     clock, state_path = Clock(), folder / "state.pt"
     if state_path.is_file():
+        found = read_schedule(folder)[1]
+        if (found == "flow") != (training.prediction == "flow"):
+            raise ValueError(f"{state_path} is of a training for {found}: choose another --out, or remove it")
         clock = _load_state(state_path, prior, optimizer, average, generator)
         log(f"{training.kind}: goes on at step {clock.step}")
     offset = clock.seconds
     make_batch = batch_maker(training.kind, bank)
     if vae is not None:
         make_batch = in_latents(make_batch, vae)
-    write_json_schedule(folder, training.kind)
-    alphas_bar = read_schedule(folder)[0].to(device)
+    write_json_schedule(folder, training)
+    levels = levels_of(read_schedule(folder)[0], device)
     # a generator of its own: what shapes the recording must not use up the run's random numbers
     first = make_batch(training.batch, torch.Generator(device).manual_seed(training.seed))
-    step = make_step(prior, optimizer, alphas_bar, training, first)
+    step = make_step(prior, optimizer, levels, training, first)
     saved = time.perf_counter()
     losses: list[Tensor] = []
     parameters: list[Tensor] = list(prior.parameters())
@@ -324,7 +374,7 @@ def train(
         log(_line(training, clock, losses))
     _save_state(state_path, prior, optimizer, average, generator, clock)
     averaged = _with_average(prior, average)
-    save_prior(averaged, training.kind, folder, vae=vae)
+    save_prior(averaged, training.kind, folder, vae=vae, prediction=training.prediction)
     record = {**{f.name: getattr(training, f.name) for f in fields(training)}, "steps": clock.step}
     record |= {"seconds": round(clock.seconds, 1), "device": _device_name(device), "torch": torch.__version__}
     write_json(folder / "training.json", record)
@@ -349,10 +399,11 @@ def in_latents(make_batch: BatchMaker, vae: AutoencoderKL) -> BatchMaker:
     return make
 
 
-def write_json_schedule(folder: Path, kind: PriorKind) -> None:
+def write_json_schedule(folder: Path, training: Training) -> None:
     """Write the scheduler's part of the folder, from which training and use both read the noise levels."""
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(kind))
+    config = scheduler_config(training.kind, training.prediction)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 
 def _line(training: Training, clock: Clock, losses: list[Tensor]) -> str:
@@ -416,6 +467,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bank", type=int, help="groups rendered beforehand")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--start-from", type=Path, help="start from the weights in this folder's KIND folders")
+    parser.add_argument("--prediction", choices=get_args(Prediction), default="v", help="what the networks answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--graph", action="store_true", help="replay the step as a CUDA graph")
@@ -431,7 +483,7 @@ def chosen_training(kind: PriorKind, options: argparse.Namespace) -> Training:
     """The published run of a kind, changed by the command line."""
     changes = {name: getattr(options, name) for name in ("steps", "minutes", "batch", "bank", "lr")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    flags = {name: getattr(options, name) for name in ("seed", "graph", "compile", "channels_last")}
+    flags = {name: getattr(options, name) for name in ("seed", "graph", "compile", "channels_last", "prediction")}
     return replace(TRAININGS[kind], **changes, **flags)
 
 
@@ -444,9 +496,9 @@ def bench(training: Training, device: torch.device, n_steps: int) -> dict[str, f
     bank = render_bank(training.kind, min(training.bank, 4096), torch.Generator().manual_seed(0), device)
     rendered = time.perf_counter() - begun
     make_batch, generator = batch_maker(training.kind, bank), torch.Generator(device).manual_seed(0)
-    alphas_bar = (1 - torch.linspace(1e-4, 0.02, 1000, device=device)).cumprod(0)
+    levels = levels_of(noise_of(scheduler_config(training.kind, training.prediction))[0], device)
     begun = time.perf_counter()
-    step = make_step(prior, optimizer, alphas_bar, training, make_batch(training.batch, generator))
+    step = make_step(prior, optimizer, levels, training, make_batch(training.batch, generator))
     set_rate(optimizer, training.lr)
     first = step(make_batch(training.batch, generator)).item()
     for _ in range(3):

@@ -110,6 +110,7 @@ def test_sizes_are_compared_with_the_weights_and_with_what_is_reasonable(tmp_pat
 
 # ---- kinds and values --------------------------------------------------------------------------------------------
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 WRONG = {
     "prediction": (
         SCHEDULER,
@@ -130,7 +131,18 @@ WRONG = {
         {"trained_betas": [0.1] * 999},
         "trained_betas has 999 entries, but num_train_timest",
     ),
-    "flow": (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "another kind of noise can't be used"),
+    "other noise": (SCHEDULER, {"_class_name": "EDMEulerScheduler"}, "another kind of noise can't be used"),
+    "other flow": (SCHEDULER, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "another kind of noise can't be used"),
+    "flow shift": (SCHEDULER, FLOW | {"shift": 0}, "shift is 0; 0.01 to 1000 can be used"),
+    "flow shift in text": (SCHEDULER, FLOW | {"shift": "3"}, "shift must be a number, got '3'"),
+    "flow nan": (SCHEDULER, FLOW | {"shift": float("nan")}, "shift must be a number, got nan"),
+    "flow by size": (
+        SCHEDULER,
+        FLOW | {"use_dynamic_shifting": True},
+        "use_dynamic_shifting is true; flows of one shift",
+    ),
+    "flow inverted": (SCHEDULER, FLOW | {"invert_sigmas": True}, "invert_sigmas is true; flows of one shift"),
+    "flow steps": (SCHEDULER, FLOW | {"num_train_timesteps": 100}, "num_train_timesteps is 100; a flow is told 1,000"),
     "steps in text": (SCHEDULER, {"num_train_timesteps": "1000"}, "num_train_timesteps must be a whole number"),
     "channels in text": (
         UNET,

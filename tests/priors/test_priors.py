@@ -23,6 +23,7 @@ from dream4d_engine.priors.conditioning import (
     text_guidance,
 )
 from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.formats.configurations import noise_of
 from dream4d_engine.priors.loading import load_prior
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser, predicted_clean
 from dream4d_engine.randomness import Draw
@@ -305,9 +306,9 @@ def test_batches_have_a_finite_loss(kind):
     bank = datasets.render_bank(kind, 8, torch.Generator().manual_seed(0), "cpu")
     batch = datasets.batch_maker(kind, bank)(3, torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    alphas_bar = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
+    levels = train.levels_of(noise_of(models.scheduler_config(kind))[0], torch.device("cpu"))
     prior = models.build_prior(kind, SMALL)
-    loss = train.training_loss(prior, batch, alphas_bar)
+    loss = train.training_loss(prior, batch, levels)
     loss.backward()
     assert torch.isfinite(loss)
     assert batch.clean.abs().max() <= 1.001

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ...documents import as_object, describe, field
+from ...guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
 from ..errors import PriorError, reason
+from ..networks.denoisers import FLOW_TIMESTEPS, PredictionType
 
 logger = logging.getLogger(__name__)
 
@@ -196,12 +198,44 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
 # ---- Schedules of noise ------------------------------------------------------------------------------------------
 
 _BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _OTHER_SCHEDULERS = ("FlowMatch", "EDM")  # their sigmas follow from no betas
+_SHIFTS = (0.01, 1000.0)
 Predicted = Literal["epsilon", "v_prediction", "sample"]
 
 
+def noise_of(
+    config: Mapping[str, Any], where: object = "the scheduler's configuration"
+) -> tuple[NoiseSchedule, PredictionType]:
+    """Return what a diffusers scheduler's configuration says of a model's noise levels, and of what it predicts.
+
+    Args:
+        where: the file, for the message.
+    """
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return rectified_flow(_flow_shift(config, where)), "flow"
+    alphas_bar, prediction = schedule_of(config, where)
+    return variance_preserving(alphas_bar), prediction
+
+
+def _flow_shift(config: Mapping[str, Any], where: object) -> float:
+    """How far a flow's times are moved towards noise. What only samplers read of its configuration is left."""
+    for name in ("use_dynamic_shifting", "invert_sigmas"):
+        if field(config, name, bool, where, PriorError, False):
+            raise PriorError(f"{where}: {name} is true; flows of one shift, whose time 0 is no noise, can be used")
+    n_steps = field(config, "num_train_timesteps", int, where, PriorError, FLOW_TIMESTEPS)
+    if n_steps != FLOW_TIMESTEPS:
+        raise PriorError(
+            f"{where}: num_train_timesteps is {n_steps:,}; a flow is told {FLOW_TIMESTEPS:,} at noise alone"
+        )
+    shift = field(config, "shift", float, where, PriorError, 1.0)
+    if not _SHIFTS[0] <= shift <= _SHIFTS[1]:
+        raise PriorError(f"{where}: shift is {shift:g}; {_SHIFTS[0]:g} to {_SHIFTS[1]:g} can be used")
+    return shift
+
+
 def schedule_of(config: Mapping[str, Any], where: object = "the scheduler's configuration") -> tuple[Tensor, Predicted]:
-    """Return (alphas_bar [T], prediction_type) of a diffusers scheduler's configuration.
+    """Return (alphas_bar [T], prediction_type) of a scheduler of betas.
 
     Args:
         where: the file, for the message.

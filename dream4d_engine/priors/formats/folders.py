@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ...documents import as_object, describe, field, printable, read_document, shortened
+from ...guidance.noise import NoiseSchedule
 from ..errors import PriorError, reason
+from ..networks.denoisers import PredictionType
 from ..networks.text import Tokenizer, read_tokenizer
 from .checkpoints import SUFFIXES, Checkpoint, first_bytes, open_checkpoint
-from .configurations import Predicted, built, encoder_config, schedule_of
+from .configurations import built, encoder_config, noise_of
 from .loaders import (
     FRAMES,
     Device,
@@ -124,7 +126,7 @@ class FolderLoader:
                     part_config(self.path, part)
                 weight_files(self.path, part, stem)
 
-    def schedule(self) -> tuple[Tensor, Predicted]:
+    def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
         return read_schedule(self.path)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
@@ -243,10 +245,10 @@ def _size(size: Any, factor: int, where: str) -> tuple[int, int]:
     return size[0] * factor, size[1] * factor
 
 
-def read_schedule(folder: Path) -> tuple[Tensor, Predicted]:
-    """Return (alphas_bar [T], prediction_type) of the folder's scheduler."""
+def read_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
+    """Return the noise levels that the folder's scheduler says, and what the model predicts."""
     name = "scheduler/scheduler_config.json"
-    return schedule_of(read_json(folder, name), Path(folder) / name)
+    return noise_of(read_json(folder, name), Path(folder) / name)
 
 
 def _incomplete(folder: Path, name: str) -> PriorError:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...documents import describe, field, printable, shortened
+from ...guidance.noise import NoiseSchedule
 from ..errors import PriorError
 from ..handle import Device, PriorKind
+from ..networks.denoisers import PredictionType
 from ..networks.text import Tokenizer
-from .configurations import Predicted, built, network_arguments
+from .configurations import built, network_arguments
 from .finite import check_finite
 
 VectorKind = Literal["camera", "frame_time"]
@@ -93,8 +95,8 @@ class Loader(Protocol):
     def metadata(self, kind: PriorKind | None) -> Metadata:
         """Say what the model is; `kind` overrides what the source says of itself."""
 
-    def schedule(self) -> tuple[Tensor, Predicted]:
-        """Return (alphas_bar [T], prediction_type)."""
+    def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
+        """Return its noise levels, and what it predicts."""
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Load the UNet."""

@@ -27,11 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from ...documents import as_object, describe, field, read_document
+from ...guidance.noise import NoiseSchedule
 from ..errors import PriorError
+from ..networks.denoisers import PredictionType
 from ..networks.text import CLIP_TOKENS, END, Tokenizer, clip_tokenizer
 from . import clip_keys, ldm_keys
 from .checkpoints import Checkpoint, shown
-from .configurations import Predicted, built, schedule_of
+from .configurations import built, noise_of, schedule_of
 from .loaders import (
     FRAMES,
     Device,
@@ -337,8 +339,8 @@ class LdmLoader:
             notes=tuple(self._notes()),
         )
 
-    def schedule(self) -> tuple[Tensor, Predicted]:
-        return schedule_of(self.scheduler_config)
+    def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
+        return noise_of(self.scheduler_config)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         """Build the UNet of the checkpoint's tensors; of their running means, where it keeps those too."""
@@ -507,11 +509,11 @@ class NetworksLoader:
         blocks = unet.get("down_block_types")
         return isinstance(blocks, list | tuple) and any("3D" in str(name) for name in blocks)
 
-    def schedule(self) -> tuple[Tensor, Predicted]:
+    def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
         if self.config.content.get("scheduler") is None:
             raise PriorError(f"{self.path}: its configuration has no 'scheduler'")
         config, where = self.config.section("scheduler"), f"{self.config.where}: scheduler"
-        return schedule_of(config, where)
+        return noise_of(config, where)
 
     def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
         config = self._unet_config()

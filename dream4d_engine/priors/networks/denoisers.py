@@ -1,8 +1,8 @@
 """Any diffusers UNet, seen as `denoise(x, sigma, conditions) -> x0`.
 
 The letters are those of guidance/denoiser.py: x = z + sigma * eps. A diffusers model wants the variance preserving
-x_t = x / sqrt(1 + sigma^2) and an integer timestep, and predicts eps, v or z; the conversions are done in float32
-whatever the model's dtype.
+x_t = x / sqrt(1 + sigma^2) and an integer timestep, and predicts eps, v or z; a flow wants its own mixture of image and
+noise, and its time. The conversions are done in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ from .execution import (
 from .frozen import speed_up
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+FLOW_TIMESTEPS = 1000
+"""What flows are told of t = 1."""
+
+
+def flow_input(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rectified flow (2209.03003) sees of x = z + sigma * eps [B, ...], and what it is told of its time [B].
+
+    (1 - t) z + t eps with t = sigma / (1 + sigma), and 1000 t, in float32.
+    """
+    sigma = sigma.to(x.device).float()
+    return x.float() / (1 + sigma).reshape(-1, *[1] * (x.ndim - 1)), FLOW_TIMESTEPS * sigma / (1 + sigma)
 
 
 def predicted_clean(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
@@ -58,7 +69,7 @@ class UNetDenoiser:
     Args:
         unet: the network, in eval mode. A UNet3DConditionModel gets whole groups [B, c, F, h, w]; its tokens are
             those of a group's first frame.
-        noise: of T timesteps. prediction_type: what the network's output means.
+        noise: of T timesteps, or a flow's. prediction_type: what the network's output means.
         device: where the work is done (the weights may wait elsewhere).
         image_size: (height, width) in pixels. n_frames: views or frames of a group, None for single images.
         vae: an AutoencoderKL (or one with the same calls: Any, for torch's stubs know none of a module's own), or
@@ -81,6 +92,8 @@ class UNetDenoiser:
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
             raise ValueError(f"prediction_type must be one of {get_args(PredictionType)}, got {self.prediction_type!r}")
+        if (self.prediction_type == "flow") != (self.noise.n_levels is None):
+            raise ValueError("a flow's velocity goes with a flow's noise: one of the two is of another kind of model")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,9 +148,10 @@ class UNetDenoiser:
     def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, sigma = x.float(), sigma.to(x.device).float()
         if self.noise.n_levels is None:
-            raise ValueError("a UNet is told timesteps, of which a flow has none")
-        timestep = (self.noise.share_of(sigma) * self.noise.n_levels).round().long()
-        noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
+            noisy, timestep = flow_input(x, sigma)
+        else:
+            timestep = (self.noise.share_of(sigma) * self.noise.n_levels).round().long()
+            noisy = x * (1 + sigma**2).rsqrt()[:, None, None, None, None]
         if conditions.concat is not None:
             noisy = torch.cat((noisy, conditions.concat.to(noisy)), 2)
         inputs = [noisy.to(self.dtype), timestep, conditions.tokens.to(self.dtype)]
