@@ -454,9 +454,10 @@ MESH_QUICK = replace(
     ),
     view_size=384,
     phases=(
-        SightWeights(0.0, n_rays=256, n_points=2**13),
-        SightWeights(0.3, n_rays=2**11, n_points=2**12, rgb=50.0, mask=50.0, solid=0.3),
+        SightWeights(0.0, n_rays=256, n_points=2**12),
+        SightWeights(0.4, n_rays=2**11, n_points=2**12, rgb=50.0, mask=50.0, solid=0.3),
     ),
+    optimizer=replace(MESH.optimizer, lr_grid=0.02, lr_mlp=0.01),
 )
 """For a CPU: coarser, in minutes on two cores."""
 
@@ -490,7 +491,7 @@ def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
     return recipe.name == "toy" or recipe.name.startswith("toy-")
 
 
-MESH_RIGIDITY = 500.0
+MESH_RIGIDITY = 1000.0
 """Weight of that term in the motion of scenes that were made from meshes."""
 
 
