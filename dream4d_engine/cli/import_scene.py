@@ -82,8 +82,7 @@ def _import_mesh(options: Import) -> int:
     if not 0 < options.fill <= 1:
         raise UsageError(f"--fill must lie in (0, 1], got {options.fill:g}")
     model = read_model(options.file, options.clip, options.time)
-    up: Up = options.up or ("z" if model.source.format in ("ply", "stl") else "y")
-    placement = place(model, up, options.front, options.fill, recipe.scene.radius)
+    placement = place(model, options.up, options.front, options.fill, recipe.scene.radius)
     check_folder(options.out.parent, 2**28)
     for note in model.notes:
         say(f"note: {note}")

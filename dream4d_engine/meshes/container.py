@@ -224,7 +224,67 @@ def read_gltf(path: Path) -> Gltf:
     version = file.get(file.object_in(tree, "asset", "the file"), "version", str, "asset", "")
     if version.split(".")[0] != "2":
         raise file.fault("asset.version", f"is {describe(version)}, this program reads glTF 2: save the model as that")
-    return Gltf(name, tree, _buffers(file), file.sha256, file.chunk, file.folder)
+    whole = Gltf(name, tree, _buffers(file), file.sha256, file.chunk, file.folder)
+    _check_lists(whole)
+    return whole
+
+
+_LISTS = (
+    "accessors",
+    "animations",
+    "bufferViews",
+    "images",
+    "materials",
+    "meshes",
+    "nodes",
+    "scenes",
+    "skins",
+    "textures",
+)
+
+
+def _check_lists(file: Gltf) -> None:
+    """Make sure that also what is not shown is what it should be: motion is written back into the whole of the file."""
+    for kind in _LISTS:
+        for index in range(len(file.entries(kind))):
+            file.object_in(file.entry(kind, index, "the file"), "extensions", f"{kind}[{index}]")
+    for index in range(len(file.entries("bufferViews"))):
+        file.view(index, "the file")
+    for index in range(len(file.entries("accessors"))):
+        count = file.get(file.entry("accessors", index, "the file"), "count", int, f"accessors[{index}]", 0)
+        if not 1 <= count <= MOST_VALUES:
+            raise file.fault(f"accessors[{index}].count", f"must lie in [1, {MOST_VALUES:,}], got {count:,}")
+    for index in range(len(file.entries("images"))):
+        file.get(file.entry("images", index, "the file"), "uri", str, f"images[{index}]", "")
+    for index in range(len(file.entries("nodes"))):
+        node = file.entry("nodes", index, "the file")
+        for name, kind in (("mesh", "meshes"), ("skin", "skins")):
+            if node.get(name) is not None:
+                file.entry(kind, node[name], f"nodes[{index}].{name}")
+    for index in range(len(file.entries("meshes"))):
+        _check_mesh(file, file.entry("meshes", index, "the file"), f"meshes[{index}]")
+
+
+def _check_mesh(file: Gltf, mesh: Tree, where: str) -> None:
+    counts = set()
+    for number, primitive in enumerate(file.get(mesh, "primitives", list, where, [])):
+        place = f"{where}.primitives[{number}]"
+        shape = as_object(primitive, f"{file.name}: {place}", MeshError)
+        file.object_in(shape, "extensions", place)
+        targets = file.get(shape, "targets", list, place, [])
+        counts.add(len(targets))
+        holders = [file.object_in(shape, "attributes", place)]
+        holders += [as_object(target, f"{file.name}: {place}.targets", MeshError) for target in targets]
+        if "POSITION" not in holders[0]:
+            raise file.fault(f"{place}.attributes", "has no POSITION: the file is damaged")
+        n = file.entry("accessors", holders[0]["POSITION"], f"{place}: POSITION")["count"]
+        for holder in holders:
+            for name, accessor in holder.items():
+                rows = file.entry("accessors", accessor, f"{place}: {name}")["count"]
+                if rows != n:  # [3.7.2.1]
+                    raise file.fault(f"{place}: {name}", f"has {rows:,} rows for {n:,} vertices: the file is damaged")
+    if len(counts) > 1:  # [3.7.2.2]
+        raise file.fault(where, "has primitives of different numbers of targets: the file is damaged")
 
 
 def _chunks(data: bytes, name: str) -> tuple[memoryview, memoryview]:

@@ -137,8 +137,6 @@ def _gather(
         gathered.notes["points and lines were left out"] = None
         return
     attributes = file.object_in(primitive, "attributes", where)
-    if "POSITION" not in attributes:
-        raise file.fault(f"{where}.attributes", "has no POSITION: the file is damaged")
     _check_compressed(file, primitive, attributes, where)
     material = looks.of(primitive, where)
     uv_of = looks.uv_of[material]

@@ -244,7 +244,7 @@ class _Patch:
             part, attributes = drawn.get(k), primitive["attributes"]
             key = (None if part is None else part.first, attributes["POSITION"], attributes.get("NORMAL"))
             if key not in found and part is None:  # points and lines: as many zeros as they have vertices
-                still = torch.zeros(1, self.parts.accessors[attributes["POSITION"]]["count"], 3)
+                still = torch.zeros(1, int(self.parts.accessors[attributes["POSITION"]]["count"]), 3)
                 found[key] = _Piece(still[0], still, None, faces[:0])
             elif key not in found and part is not None:
                 first, last = part.first, part.first + part.count
@@ -269,7 +269,7 @@ class _Patch:
                 for primitive in piece.users:
                     primitive.setdefault("targets", []).append(entry)
         mesh["weights"] = [*kept, *[0.0] * len(weights)]
-        if isinstance(mesh.get("extras"), dict) and "targetNames" in mesh["extras"]:
+        if isinstance(mesh.get("extras"), dict) and isinstance(mesh["extras"].get("targetNames"), list):
             names = [*mesh["extras"]["targetNames"], *[""] * n_old][:n_old]
             mesh["extras"]["targetNames"] = [*names, *(f"{self.options.name} {k}" for k in range(len(weights)))]
         self.samplers.append(add_clip(self.parts, motion, weights, kept))

@@ -121,14 +121,18 @@ class MeshOrigin:
     placement: Placement
 
 
-def place(model: Model, up: Up = "y", front: Front | None = None, size: float = SIZE, radius: float = 1.0) -> Placement:
+def place(
+    model: Model, up: Up | None = None, front: Front | None = None, size: float = SIZE, radius: float = 1.0
+) -> Placement:
     """Put a model into the middle of a scene's box [-radius, radius]^3.
 
     Args:
-        up, front: axes of the file; `front` None: +z where y is up (as in glTF), +x where z is.
+        up, front: axes of the file. `up` None: z in PLY and STL, else y; `front` None: +z where y is up (as in glTF),
+            +x where z is.
         size: share of the box's side that the object's longest side takes, or its diagonal the square root of 2 times
             that, whichever is smaller: so a cube, too, is seen whole from everywhere.
     """
+    up = up or ("z" if model.source.format in ("ply", "stl") else "y")
     front = front or ("+z" if up == "y" else "+x")
     axes = {"x": 0, "y": 1, "z": 2}
     if up not in ("y", "z") or front[-1:] not in axes or front[:-1] not in ("+", "-"):

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browsers import HERE, why_no_module
+from browsers import HERE, find_browser, why_no_browser, why_no_module
 from gltf_files import ASSETS, SQUARE, Builder, arm, parsed, png
+from PIL import Image
 
+from dream4d_engine.cameras import make_cameras
 from dream4d_engine.mesh import MeshError
 from dream4d_engine.meshes import GltfOptions, Model, model_from_tensors, moving_glb, place, read_model
+from dream4d_engine.meshes.look import look_at, surface_of
 
 TIMES = torch.linspace(0, 1, 9)
 EXACT = GltfOptions(error=1e-6, quantize=False)
@@ -46,7 +49,7 @@ def validated(path: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def rich() -> Builder:
+def rich(lines_too: bool = True) -> Builder:
     """Nodes that turn, mirror and scale; a mesh shown twice; an own target; lines; a texture; a camera."""
     b = Builder()
     uv = b.add([[0, 0], [1, 0], [1, 1], [0, 1]])
@@ -64,10 +67,18 @@ def rich() -> Builder:
         {"mesh": 1, "scale": [0.01, 0.02, 0.01], "translation": [0, 50, 0]},
         {"camera": 0},
         meshes=[
-            {"primitives": [first, lines], "weights": [0.0], "extras": {"targetNames": ["up"]}},
-            {"primitives": [b.mesh(box, sides)]},
+            {"primitives": [first, lines][: 1 + lines_too], "weights": [0.0], "extras": {"targetNames": ["up"]}},
+            {"primitives": [b.mesh(box, sides) | {"material": 1}]},
         ],
-        materials=[{"name": "paint", "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}, "extras": {"a": 1}}],
+        materials=[
+            {
+                "name": "paint",
+                "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}},
+                "doubleSided": True,
+                "extras": {"a": 1},
+            },
+            {"doubleSided": True},
+        ],
         images=[{"bufferView": image, "mimeType": "image/png"}],
         textures=[{"source": 0, "sampler": 0}],
         samplers=[{"wrapS": 33071}],
@@ -293,3 +304,35 @@ def test_somebody_elses_reader(tmp_path) -> None:
     other = trimesh.load(tmp_path / "a.glb", process=False, force="mesh")
     assert np.allclose(other.vertices, model.mesh.vertices) and (other.faces == model.mesh.faces.numpy()).all()
     assert np.allclose(other.visual.uv[:, 1], 1 - model.mesh.uv[:, 1])  # it counts from the lower edge
+
+
+@pytest.mark.parametrize("make", [lambda: rich(lines_too=False), lambda: arm(Builder())], ids=["nodes", "skin"])
+def test_three_plays_it(tmp_path, make) -> None:
+    if reason := why_no_browser() or why_no_module("three"):
+        pytest.skip(reason)
+    model = read_model(make().save(tmp_path / "a.glb"))
+    tracks, size, seconds = bent(model), 128, (0.0, 0.75, 1.75)  # at 2 it begins anew
+    placement = place(model, size=0.45)
+    (tmp_path / "moving.glb").write_bytes(moving_glb(model, tracks, TIMES, GltfOptions(error=1e-3), placement).data)
+    camera = make_cameras(0.7, 0.4, 3.0, 0.7, 0.0, size, size)
+    matrix = torch.eye(4)
+    matrix[:3, :3] = torch.tensor(placement.rotation).mT @ camera.c2w[0, 0, :3, :3]
+    matrix[:3, 3] = placement.from_world(camera.c2w[0, 0, :3, 3])
+    shot = {"matrix": matrix.mT.flatten().tolist(), "fov": float(torch.rad2deg(camera.fov_y))}
+    shots = [shot | {"seconds": at, "near": 0.1 / placement.scale, "far": 9 / placement.scale} for at in seconds]
+    command = [
+        "node",
+        HERE / "gltf.mjs",
+        find_browser(),
+        tmp_path / "moving.glb",
+        tmp_path,
+        str(size),
+        json.dumps(shots),
+    ]
+    done = subprocess.run([*command, '{"bare": true}'], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and json.loads(done.stdout) == {"clips": [2], "errors": []}, done.stderr
+    for number, at in enumerate(seconds):
+        moved = replace(model, mesh=replace(model.mesh, vertices=tracks[round(at * 4)]))
+        wanted = look_at(surface_of(moved, placement), camera).mask[0, 0, ..., 0] > 0.5
+        shown = torch.from_numpy(np.array(Image.open(tmp_path / f"{number}.png").convert("RGBA")))[..., 3] > 127
+        assert wanted.sum() > 300 and (shown & wanted).sum() / (shown | wanted).sum() > 0.93
