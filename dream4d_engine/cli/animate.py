@@ -35,7 +35,7 @@ class Animate:
     deformation_scale: shared.DeformationScale = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the surface at this weight, so that it neither tears nor slips; 0 does
-    not (default: 500 where the scene was made from a mesh, else the recipe's)."""
+    not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()
     images: shared.Images = shared.ImageOptions()

@@ -491,7 +491,7 @@ def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
     return recipe.name == "toy" or recipe.name.startswith("toy-")
 
 
-MESH_RIGIDITY = 500.0
+MESH_RIGIDITY = 1000.0
 """Weight of that term in the motion of scenes that were made from meshes."""
 
 

@@ -75,20 +75,30 @@ def mesh_stage(recipe: MeshRecipe, scene: Scene, sightings: Sightings) -> Stage:
 
     def finish() -> None:
         scene.refresh_occupancy()
-        _keep_surface(scene, sightings)
+        _occupy(scene, sightings)
 
     return Stage(recipe.stage, scene, groups, recipe, supervisions, starts, finish=finish)
 
 
-def _keep_surface(scene: Scene, sightings: Sightings) -> None:
-    """Call the cells that hold the surface occupied: what is thinner than a cell is easily missed by a look into it."""
-    grid, radius = scene.occupancy, scene.config.radius
+def _occupy(scene: Scene, sightings: Sightings) -> None:
+    """Call the cells occupied that hold the surface, and those empty that are far from it in the open.
+
+    A look into a cell easily misses what is thinner; and a few of a grid's hashed entries belong to the open, too.
+    """
+    grid, radius, n = scene.occupancy, scene.config.radius, scene.occupancy.resolution
+    surface = torch.zeros_like(grid.occupied)
     for hits in sightings.hits.split(2**20):
         origins, directions = sightings.rays(hits)
         points = origins + (sightings.depth[hits, None] + scene.config.step_size() / 2) * directions
-        x, y, z = ((points / radius + 1) / 2 * grid.resolution).long().clamp(0, grid.resolution - 1).unbind(-1)
-        grid.occupied[x, y, z] = True
-        grid.values[x, y, z] = grid.values[x, y, z].clamp_min(2 * MAX_THRESHOLD)
+        x, y, z = ((points / radius + 1) / 2 * n).long().clamp(0, n - 1).unbind(-1)
+        surface[x, y, z] = True
+    ticks = ((torch.arange(n, device=surface.device) + 0.5) / n * 2 - 1) * radius
+    middles = torch.cartesian_prod(ticks, ticks, ticks)
+    solid = ~torch.cat([sightings.are_free(part) for part in middles.split(2**15)]).view_as(surface)
+    near = torch.nn.functional.max_pool3d((surface | solid).float()[None], 3, 1, 1)[0] > 0  # and all cells around
+    grid.occupied.copy_(surface | grid.occupied & near)
+    values = torch.where(surface, grid.values.clamp_min(2 * MAX_THRESHOLD), grid.values)
+    grid.values.copy_(torch.where(near, values, 0.0))
 
 
 def cameras_around(surface: Surface, n_views: int, size: int, radius: float) -> CameraBatch:

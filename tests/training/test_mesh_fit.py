@@ -82,7 +82,7 @@ def test_a_mesh_that_nobody_can_see_is_refused() -> None:
         fit_mesh(model, place(model, up="z"), SMALL, seed=0, device=CPU, control=RunControl())
 
 
-def test_thin_parts_stay_occupied() -> None:
+def test_thin_parts_stay_occupied_and_the_open_empty() -> None:
     sheet = torch.tensor([[0.0, -1, -1], [0, 1, -1], [0, 1, 1], [0, -1, 1]])
     model = model_of(sheet, torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.ones(4, 3), "a sheet")
     sightings = sightings_of(surface_of(model, place(model, up="z")), SMALL, lambda share: None)
@@ -90,6 +90,7 @@ def test_thin_parts_stay_occupied() -> None:
     mesh_stage(SMALL, scene, sightings).finish()
     n = scene.occupancy.resolution
     assert scene.occupancy.occupied[n // 2 - 1 : n // 2 + 1, n // 3 : -n // 3, n // 3 : -n // 3].any(0).all()
+    assert not scene.occupancy.occupied[: n // 2 - 3].any()  # though the fresh field has a cloud there
 
 
 def test_scenes_from_meshes_move_more_rigidly() -> None:
