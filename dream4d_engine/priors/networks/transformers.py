@@ -18,7 +18,7 @@ from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
 from .checkpointing import checkpointing
-from .denoisers import WORTH_COMPILING, predicted_clean
+from .denoisers import WORTH_COMPILING, flow_input, predicted_clean
 from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
 from .frozen import speed_up
 from .video_encoders import encode_whole, encodes_whole, lay_out
@@ -116,10 +116,8 @@ class TransformerDenoiser:
             return torch.cat([self._denoise(*piece) for piece in pieces])
 
     def _denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        x, sigma = x.float(), sigma.to(x.device).float()
-        noisy = x / (1 + sigma)[:, None, None, None, None]
+        noisy, time = flow_input(x, sigma)
         noisy = noisy[:, 0] if self.n_frames is None else noisy.movedim(1, 2)  # [B, c, h, w] or [B, c, f, h, w]
-        time = 1000 * sigma / (1 + sigma)
         inputs = [noisy.to(self.dtype), time, conditions.tokens[:, 0].to(self.dtype)]
         if conditions.vector is not None:
             inputs.append(conditions.vector[:, 0].to(self.dtype))
@@ -127,7 +125,7 @@ class TransformerDenoiser:
             inputs.append(conditions.mask[:, 0])
         velocity = self.capture(self._forward, *inputs).float()
         velocity = velocity[:, None] if self.n_frames is None else velocity.movedim(2, 1)
-        return predicted_clean(velocity, x, sigma, "flow")
+        return predicted_clean(velocity, x.float(), sigma.to(x.device).float(), "flow")
 
     def _forward(self, noisy: Tensor, time: Tensor, tokens: Tensor, more: Tensor | None = None) -> Tensor:
         """Run the network; `more`: pooled words [B, K], or a mask of the tokens [B, L]."""
