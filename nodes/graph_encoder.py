@@ -28,7 +28,11 @@ class Encoder:
 
     @staticmethod
     def copied(vae: Any, latents: Any, device: torch.device | None = None) -> Encoder:
-        """Copy a VAE's network so that gradients can pass it; its dtype stays. `device`: where to, None: it stays."""
+        """Copy a VAE's network so that gradients can pass it, in the dtype it works in.
+
+        `device`: where to; None leaves it there. With dynamic memory weights keep their file's dtype until they are
+        used: half precision, which a scaled gradient is too large for.
+        """
         with torch.inference_mode(False):
             network = _without_traces(vae.first_stage_model)
             for module in network.modules():
@@ -45,7 +49,7 @@ class Encoder:
         if hasattr(network, "parallel"):  # a tiny autoencoder of videos: frame after frame would cut the gradient
             network.parallel = True
         # a VAE that waits for its turn lies in main memory
-        return Encoder(network.eval() if device is None else network.eval().to(device), vae, scaling)
+        return Encoder(network.eval().to(device, vae.vae_dtype), vae, scaling)
 
     @property
     def of_videos(self) -> bool:

@@ -801,6 +801,10 @@ def where_and_in_which_numbers() -> dict:
     there = handle.load(Runtime(torch.device("meta"))).networks[0]
     assert {p.device.type for p in (*there.parameters(), *there.buffers())} == {"meta"}
     assert {p.device.type for p in three.vae.first_stage_model.parameters()} == {"cpu"}
+    halved = models.vae(models.wan_vae())
+    halved.first_stage_model.half()  # as in its file, until it is used: with dynamic memory
+    copied = handle_of("wan", replace(three, vae=halved)).load(Runtime(torch.device("cpu"))).networks[0]
+    assert {p.dtype for p in copied.parameters()} == {halved.vae_dtype} != {torch.float16}
     with training():
         prior = handle.load(Runtime(torch.device("cpu")))
         guidance = prior.guide(PROMPT, None, config())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comfy.clip_vision
 import comfy.ldm.flux.model
@@ -26,6 +27,7 @@ import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
 import comfy.lora
+import comfy.memory_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -368,12 +370,10 @@ CUT: dict[str, dict] = {
 def _clip(tokenizer: type, model: type, data: dict | None = None) -> Any:
     target = comfy.supported_models_base.ClipTarget(tokenizer, model)
     options = {**CUT, "dtype": torch.float16}
-    clip = comfy.sd.CLIP(target, tokenizer_data=data or {}, model_options=options)
+    # with dynamic memory layers have no weights until a file is loaded
+    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
+        clip = comfy.sd.CLIP(target, tokenizer_data=data or {}, model_options=options, disable_dynamic=True)
     generator = torch.Generator().manual_seed(2)
-    for module in clip.cond_stage_model.modules():
-        for name, value in module._parameters.items():
-            if value is not None and value.is_meta:  # with dynamic memory, until a file is loaded
-                module._parameters[name] = nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=False)
     for parameter in clip.cond_stage_model.parameters():
         large = parameter.numel() > 2**22  # an embedding: the few words there are need not many random numbers
         scale = 0.1 if parameter.ndim < 2 or large else parameter.shape[-1] ** -0.5
