@@ -203,9 +203,8 @@ class MeshToScene(io.ComfyNode):
 
 def placed(model: Model, up: str, front: str) -> Placement:
     """Put a model into the box, by the widgets' words; MeshError where the front points up."""
-    own: Up = "z" if model.source.format in ("ply", "stl") else "y"
-    given = next((axis for axis in get_args(Up) if axis == up), own)
-    return place(model, given, next((axis for axis in get_args(Front) if axis == front), None))
+    above = next((axis for axis in get_args(Up) if axis == up), None)  # None: as the format has it
+    return place(model, above, next((axis for axis in get_args(Front) if axis == front), None))
 
 
 def check_axes(up: str | None, front: str | None) -> bool | str:
