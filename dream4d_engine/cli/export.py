@@ -16,7 +16,7 @@ from ..export import (
     export_scene,
     mesh_format,
     own_mesh_glb,
-    require_own,
+    require_own_file,
 )
 from ..machine import check_folder, pick_device, write_atomically
 from ..meshes import read_model
@@ -127,10 +127,8 @@ def _run_own(options: Export, mesh: Path) -> int:
         raise UsageError(f"{out} is the mesh itself: choose another --out")
     results.require_new([out], options.overwrite)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
-    origin = provenance.first_mesh
-    moment = ("", 0.0) if origin is None else (origin.source.clip, origin.source.time)
-    model = read_model(mesh, moment[0] or None, moment[1])
-    require_own(model, origin)
+    origin = require_own_file(mesh, provenance.first_mesh)
+    model = read_model(mesh, origin.source.clip, origin.source.time)
     check_folder(out.parent, mesh.stat().st_size + _MOST_BYTES)
     with _progress() as on_progress:
         made = own_mesh_glb(scene, origin, model, options.times, _gltf(options), on_progress)

@@ -19,7 +19,7 @@ from ..training.mesh_fit import fit_mesh, mesh_recipe
 from .command import Command
 from .errors import UsageError
 from .interrupts import stop_on_interrupt
-from .options import FILE, TEXT, Machine, MachineOptions, Positional, Seed, arg, optional
+from .options import FILE, TEXT, Machine, MachineOptions, Positional, Seed, arg, check_numbers, optional
 from .progress import make_progress
 from .results import require_new
 from .terminal import say
@@ -50,6 +50,9 @@ class Import:
     """Replace the file if it is there."""
     machine: Machine = MachineOptions()
 
+    def __post_init__(self) -> None:
+        check_numbers(self, {"time": (0, 10**6), "fill": (0.01, 1)})
+
     @property
     def is_mesh(self) -> bool:
         """Whether the file's name says that it is a mesh."""
@@ -77,10 +80,6 @@ def _import_mesh(options: Import) -> int:
     require_new([options.out], options.overwrite)
     device = pick_device(options.machine.device)
     recipe = mesh_recipe(device) if options.recipe is None else find_recipe(options.recipe, MESH_RECIPES)
-    if not 0 <= options.seed < 2**63:
-        raise UsageError(f"--seed must lie in [0, {2**63 - 1}], got {options.seed}")
-    if not 0 < options.fill <= 1:
-        raise UsageError(f"--fill must lie in (0, 1], got {options.fill:g}")
     model = read_model(options.file, options.clip, options.time)
     placement = place(model, options.up, options.front, options.fill, recipe.scene.radius)
     check_folder(options.out.parent, 2**28)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -121,9 +122,9 @@ _RANGES = {
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
 
 
-def check_numbers(options: object) -> None:
-    """Refuse a number out of its range, as soon as it is typed."""
-    for name, (low, high) in _RANGES.items():
+def check_numbers(options: object, others: Mapping[str, tuple[float, float]] | None = None) -> None:
+    """Refuse a number out of its range, as soon as it is typed; `others`: ranges that are this command's own."""
+    for name, (low, high) in (_RANGES | dict(others or {})).items():
         given = getattr(options, name, None)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and not low <= value <= high:

@@ -13,7 +13,7 @@ from .meshes import (
     save_mesh,
     scene_mesh,
 )
-from .own import OwnMesh, own_mesh_glb, require_own
+from .own import OwnMesh, own_mesh_glb, require_own, require_own_file
 from .video import Video, VideoWriter, read_video, write_video
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "own_mesh_glb",
     "read_video",
     "require_own",
+    "require_own_file",
     "save_image",
     "save_mesh",
     "scene_mesh",

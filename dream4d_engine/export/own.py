@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..fields.encodings import require_range
 from ..mesh import MeshError
 from ..meshes import GltfOptions, MeshOrigin, Model, moving_glb
+from ..meshes.container import read_bytes
 from ..scene import Scene
 from ..surface import track_own_vertices
 
@@ -27,16 +30,25 @@ class OwnMesh:
 
 def require_own(model: Model, origin: MeshOrigin | None) -> MeshOrigin:
     """The origin of a scene that was made from this model; MeshError where it was not."""
+    return _require_same(model.source.name, model.source.sha256, origin)
+
+
+def require_own_file(path: Path, origin: MeshOrigin | None) -> MeshOrigin:
+    """Likewise for a file, before it is read as the scene's origin says: another one may not have that clip."""
+    return _require_same(path.name, hashlib.sha256(read_bytes(path)).hexdigest(), origin)
+
+
+def _require_same(name: str, sha256: str, origin: MeshOrigin | None) -> MeshOrigin:
     if origin is None:
         raise MeshError(
             "the scene was not made from a mesh, so its motion has no way into one: make a scene of the mesh, animate "
             "that, or export the scene's own surface"
         )
-    ours, theirs = origin.source, model.source
-    if ours.sha256 != theirs.sha256:
+    ours = origin.source
+    if ours.sha256 != sha256:
         raise MeshError(
-            f"{theirs.name} (SHA-256 {theirs.sha256[:12]}…) is not the mesh that the scene was made from, which is "
-            f"{ours.name} ({ours.sha256[:12]}…): name that file, as it was then"
+            f"{name} (SHA-256 {sha256[:12]}…) is not the mesh that the scene was made from, which is {ours.name} "
+            f"({ours.sha256[:12]}…): name that file, as it was then"
         )
     return origin
 

@@ -55,6 +55,8 @@ def read_gltf_model(path: Path, clip: str | None = None, time: float = 0.0) -> M
         entry = file.entry("nodes", node, "the scene")
         if entry.get("mesh") is None:
             continue
+        if file.extension(entry, "EXT_mesh_gpu_instancing", f"nodes[{node}]") is not None:
+            gathered.notes["what EXT_mesh_gpu_instancing repeats was taken once"] = None
         mesh = file.entry("meshes", entry["mesh"], f"nodes[{node}].mesh")
         for number, primitive in enumerate(file.get(mesh, "primitives", list, f"meshes[{entry['mesh']}]", [])):
             where = f"meshes[{entry['mesh']}].primitives[{number}]"

@@ -59,8 +59,10 @@ def track_own_vertices(
     """
     if scene.deformation is None:
         raise MeshError("the scene doesn't move, so there is no motion to give the mesh: animate it first")
-    own, radius = model.mesh.vertices.to(scene.device), scene.config.radius
-    points, of = _distinct(placement.to_world(own), SAME * model.mesh.size * placement.scale)
+    own, radius = model.mesh.vertices, scene.config.radius
+    # on the CPU: not every device has numbers precise enough to tell the places of a large mesh apart
+    found, of = _distinct(placement.to_world(own), SAME * model.mesh.size * placement.scale)
+    own, points, of = own.to(scene.device), found.to(scene.device), of.to(scene.device)
     faces = of[model.mesh.faces.to(scene.device)]
     faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
     if len(points) > _MOST:
