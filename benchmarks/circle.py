@@ -24,7 +24,7 @@ from dream4d_engine.meshes import place
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.surface import track_own_vertices
 from dream4d_engine.toyworld.captions import as_caption
-from dream4d_engine.training.config import MESH_QUICK, TOY_MOTION
+from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION
 from dream4d_engine.training.guidance import load_guidance, runtime_for
 from dream4d_engine.training.loop import RunControl
 from dream4d_engine.training.mesh_fit import fit_mesh
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the scenes; fits found there are taken")
     parser.add_argument("--captions", nargs="+", default=CAPTIONS)
-    parser.add_argument("--rigidity", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--rigidity", type=float, nargs="+", default=[MESH_RIGIDITY])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
