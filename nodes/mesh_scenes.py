@@ -234,7 +234,8 @@ class MeshRun:
         mesh, x, y, z = self.model.mesh, *self.placement.center
         lines = [
             f"{self.model.source.name}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces",
-            f"its middle ({x:.4g}, {y:.4g}, {z:.4g}) put into the box's, {self.placement.scale:.4g} times as large",
+            f"its middle ({x:.4g}, {y:.4g}, {z:.4g}) put into the box's",
+            f"{self.placement.scale:.4g} times as large there",
         ]
         return "\n".join((*lines, *self.model.notes))
 

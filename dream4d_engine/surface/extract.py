@@ -225,7 +225,8 @@ def _main_components(vertices: Tensor, faces: Tensor, keep_specks: bool, notes: 
     if keep_specks:
         small = torch.zeros_like(small)
     if dropped := int((small & outer).sum()):
-        notes.append(f"{dropped} specks of less than {_SMALL:.0%} of the largest part's area were left out")
+        specks = "speck" if dropped == 1 else "specks"
+        notes.append(f"{dropped} {specks} of less than {_SMALL:.0%} of the largest part's area left out")
     return without_unused(vertices, faces[(outer & ~small)[of_face]])
 
 

@@ -264,7 +264,8 @@ def test_a_mesh_becomes_a_scene_that_remembers_it(small):
     assert "a mesh: mesh\n" in outputs["8"]["text"][0] and "a mesh: model.glb\n" in outputs["11"]["text"][0]
     lines = [content for kind, content in events if kind == "text"]
     assert any(
-        "red_cube.glb: 294 vertices, 432 faces\nits middle (0, 0, 0) put into the box's, 0.9798" in x for x in lines
+        "red_cube.glb: 294 vertices, 432 faces\nits middle (0, 0, 0) put into the box's\n0.9798 times" in x
+        for x in lines
     )
     assert any("seen from 50% of its sides" in line for line in lines)
     assert steps_in(events, "mesh")[-1] == 5 and 60 in steps_in(events, "mesh")
