@@ -179,15 +179,15 @@ class MeshToScene(io.ComfyNode):
         require(check_axes(up, front), check_budget(cls, memory_budget))
         node_id = cls.hidden.unique_id
         name = recipe["recipe"]
-        settings = None if name == _AUTOMATIC else find_recipe(name, MESH_RECIPES)
+        device = management.get_torch_device()
+        chosen = mesh_recipe(device) if name == _AUTOMATIC else find_recipe(name, MESH_RECIPES)
+        settings = replace(chosen, steps=recipe.get("steps", chosen.steps))
         say_on_node("reading the mesh", node_id)
         try:
             model = model_of(model_3d, clip.strip() or None, time)
-            placement = placed(model, up, front)
+            placement = placed(model, up, front, settings.scene.radius)
         except MeshError as error:
             raise RunError(str(error)) from error
-        device = management.get_torch_device()
-        settings = mesh_recipe(device) if settings is None else replace(settings, steps=recipe["steps"])
         run = MeshRun(model, placement, settings, seed, budget_bytes(memory_budget))
 
         def train(guidance, *, device, control):
@@ -201,10 +201,10 @@ class MeshToScene(io.ComfyNode):
         return io.NodeOutput(made)
 
 
-def placed(model: Model, up: str, front: str) -> Placement:
+def placed(model: Model, up: str, front: str, radius: float) -> Placement:
     """Put a model into the box, by the widgets' words; MeshError where the front points up."""
-    above = next((axis for axis in get_args(Up) if axis == up), None)  # None: as the format has it
-    return place(model, above, next((axis for axis in get_args(Front) if axis == front), None))
+    axes = {axis: axis for axis in get_args(Up)}, {axis: axis for axis in get_args(Front)}
+    return place(model, axes[0].get(up), axes[1].get(front), radius=radius)
 
 
 def check_axes(up: str | None, front: str | None) -> bool | str:

@@ -18,6 +18,7 @@ from ..dream4d_engine.mesh import Mesh, MeshError
 from ..dream4d_engine.meshes import READ_FORMATS, Model, model_from_tensors, read_model
 from ..dream4d_engine.meshes.color import linear_to_srgb, srgb_to_linear
 from .places import files_below, path_below
+from .session import gradients
 
 Given: TypeAlias = Types.MESH | Types.File3D
 SUFFIXES = tuple(f".{known}" for known in READ_FORMATS)
@@ -58,11 +59,12 @@ def model_of(given: Given, clip: str | None = None, time: float = 0.0) -> Model:
 
     Raises MeshError for what is no mesh that can be used.
     """
-    if isinstance(given, Types.File3D):
-        return read_model(_place_of(given), clip, time)
-    if clip is not None:
-        raise MeshError("a mesh of the graph has no clips: leave clip empty, or connect the file it comes from")
-    return _model_of_tensors(given)
+    with gradients():  # what is made or copied here can be trained with
+        if isinstance(given, Types.File3D):
+            return read_model(_place_of(given), clip, time)
+        if clip is not None:
+            raise MeshError("a mesh of the graph has no clips: leave clip empty, or connect the file it comes from")
+        return _model_of_tensors(given)
 
 
 def _place_of(file: Types.File3D) -> Path:
@@ -106,13 +108,13 @@ def _model_of_tensors(mesh: Types.MESH) -> Model:
             return None
         if not isinstance(value, Tensor) or value.ndim != 3 or len(value) != 1 or value.shape[1] < n_vertices:
             raise MeshError(f"the mesh's {what} must be a tensor [1, {n_vertices}, ...], one row for each vertex")
-        return value[0, :n_vertices].float().cpu()
+        return value[0, :n_vertices].float().cpu().clone()
 
     uv, colors = rows(mesh.uvs, "uvs"), rows(mesh.vertex_colors, "vertex_colors")
-    texture = None if mesh.texture is None or uv is None else mesh.texture[0]
+    texture = None if mesh.texture is None or uv is None else mesh.texture[0].clone()
     return model_from_tensors(
-        mesh.vertices[0, :n_vertices],
-        mesh.faces[0, :n_faces],
+        mesh.vertices[0, :n_vertices].clone(),
+        mesh.faces[0, :n_faces].clone(),
         uv,
         _colors(mesh, colors, texture, n_vertices),
         texture,
