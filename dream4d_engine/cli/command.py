@@ -54,7 +54,7 @@ def help_text() -> str:
         lines.append(f"  {name:<12}{about}")
     return "\n".join(
         [
-            "dream4d: from a sentence or an image to a moving object.",
+            "dream4d: from a sentence, an image or a mesh to a moving object.",
             "",
             "usage: dream4d COMMAND ... (dream4d COMMAND --help says more)",
             "",

@@ -27,7 +27,7 @@ from . import results
 from .command import Command
 from .errors import UsageError
 from .interrupts import stop_on_interrupt
-from .options import FILE, FLOAT, Machine, MachineOptions, Positional, arg, check_numbers
+from .options import FILE, FLOAT, Machine, MachineOptions, Positional, arg, check_numbers, optional
 from .progress import make_progress
 from .terminal import say
 
@@ -41,7 +41,7 @@ class Export:
     """The scene file."""
     out: Annotated[Path | None, FILE] = None
     """The file to write (default: the scene's name with the format's suffix, beside it)."""
-    format: MeshFormat | None = None
+    format: Annotated[MeshFormat | None, optional("glb|obj|ply|stl")] = None
     """What to write (default: as the suffix of --out says, else glb)."""
     mesh: Annotated[Path | None, FILE] = None
     """The file that the scene was made from by `dream4d import`: its own vertices get the motion, as a GLB that keeps
@@ -67,7 +67,7 @@ class Export:
     error: float = 0.004
     """How far places between key frames may be off, in object sizes."""
     quantize: bool = True
-    """Targets in 16 and 8 bits instead of 32."""
+    """Keep the motion in 16 and 8 bits, not in 32."""
     lit: bool = False
     """A material that takes the viewer's light, instead of colours as they are."""
     overwrite: bool = False

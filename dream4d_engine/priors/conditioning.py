@@ -107,7 +107,7 @@ def check_prompt(name: str, known_words: frozenset[str] | None, prompt: str) -> 
     if unknown:
         raise PriorError(
             f"the {name} prior does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))}; "
-            f"its words are: {', '.join(sorted(known_words - {','}))}"
+            f"its words are: {', '.join(sorted(known_words - {','}))}; others need a full-size model"
         )
 
 
