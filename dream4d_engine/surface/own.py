@@ -59,9 +59,11 @@ def track_own_vertices(
     """
     if scene.deformation is None:
         raise MeshError("the scene doesn't move, so there is no motion to give the mesh: animate it first")
-    own, radius = model.mesh.vertices.to(scene.device), scene.config.radius
+    used, corners = model.mesh.faces.to(scene.device).unique(return_inverse=True)
+    everything, radius = model.mesh.vertices.to(scene.device), scene.config.radius
+    own = everything[used]  # what no face names is not seen, may lie anywhere, and stays there
     points, of = _distinct(placement.to_world(own), SAME * model.mesh.size * placement.scale)
-    faces = of[model.mesh.faces.to(scene.device)]
+    faces = of[corners]
     faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
     if len(points) > _MOST:
         chosen, of_chosen, cell = _sparse(points, radius)
@@ -73,7 +75,8 @@ def track_own_vertices(
     moved = tracks.positions[:, :n] / scene.deformation.config.scale - few[:n]
     if len(points) > _MOST:
         moved = _taken_along(points, chosen, of_chosen, edges_of(few_faces), moved, cell)
-    positions = torch.stack([own + placement.directions_from_world(at)[of] for at in moved])
+    positions = everything.repeat(len(moved), 1, 1)
+    positions[:, used] = torch.stack([own + placement.directions_from_world(at)[of] for at in moved])
     share = float(tracks.carried[:, :n].float().mean()) if n else 0.0
     return OwnTracks(positions.cpu(), times.cpu(), share, n)
 
