@@ -59,8 +59,9 @@ class Mesh:
 
     @property
     def size(self) -> float:
-        """The longest side of the box around it, at the first moment."""
-        return float((self.vertices.amax(0) - self.vertices.amin(0)).max())
+        """The longest side of the box around its faces, at the first moment: vertices that none names don't count."""
+        used = self.vertices[self.faces.unique()] if len(self.faces) else self.vertices
+        return float((used.amax(0) - used.amin(0)).max())
 
     def at(self, index: int) -> Mesh:
         """The mesh at one of its moments, as a still one."""

@@ -179,18 +179,17 @@ def path_beside(name: str, folder: Path | None, uri: str, where: str) -> Path:
     """The path of a file that another one, `name`, names by a URI; it must lie in the same folder or below."""
     where = f"{name}: {where}"
     if urlsplit(uri).scheme or uri.startswith(("//", "\\\\")):
-        raise MeshError(
-            f"{where} leads to {describe(uri)}, nothing is fetched from elsewhere: put the file beside the model"
-        )
+        raise MeshError(f"{where} leads to {describe(uri)}, nothing is fetched from elsewhere: save the model as GLB")
     if folder is None:
         raise MeshError(f"{where} names the file {describe(uri)}, there is no folder to look in: use a GLB")
     plain = unquote(uri).replace("\\", "/")
     try:
         path, base = (folder / plain).resolve(), folder.resolve()
+        path.is_file()  # a name that no disk takes
     except (OSError, ValueError, RuntimeError) as error:
         raise MeshError(f"{where} names no file: {describe(uri)}") from error
     if not path.is_relative_to(base):
-        raise MeshError(f"{where} leads out of the model's folder: {describe(uri)}; put the file beside the model")
+        raise MeshError(f"{where} leads out of the model's folder: {describe(uri)}; save the model as GLB")
     return path
 
 
@@ -220,6 +219,7 @@ def read_gltf(path: Path) -> Gltf:
         most = MOST_BYTES["JSON"]
         raise MeshError(f"{name} holds {len(text):,} bytes of JSON, more than {most:,}: save the model as GLB")
     tree = as_object(parse_document(bytes(text), name, MeshError), name, MeshError)
+    tree = {key: value for key, value in tree.items() if value is not None}
     file = Gltf(name, tree, (), hashlib.sha256(data).hexdigest(), bytes(chunk), path.absolute().parent)
     version = file.get(file.object_in(tree, "asset", "the file"), "version", str, "asset", "")
     if version.split(".")[0] != "2":
@@ -245,6 +245,10 @@ _LISTS = (
 
 def _check_lists(file: Gltf) -> None:
     """Make sure that also what is not shown is what it should be: motion is written back into the whole of the file."""
+    for kind in ("extensionsUsed", "extensionsRequired"):
+        for index, name in enumerate(file.entries(kind)):
+            if not isinstance(name, str):
+                raise file.fault(f"{kind}[{index}]", f"must be a name, got {describe(name)}")
     for kind in _LISTS:
         for index in range(len(file.entries(kind))):
             file.object_in(file.entry(kind, index, "the file"), "extensions", f"{kind}[{index}]")

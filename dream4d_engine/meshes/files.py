@@ -10,7 +10,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..documents import describe, disguise
 from ..mesh import Mesh, MeshError
-from .container import path_beside, read_bytes
+from .container import read_bytes
 from .gltf import MOST_FACES, MOST_VERTICES
-from .images import MOST_PIXELS, BadImage, decode_image
+from .mtl import image_beside, read_mtl
+from .polygons import cut_concave
 from .record import Material, Model, Source
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
         raise MeshError(f"{path.name} is damaged, or no {form.upper()} file: {error}") from error
     if not len(read.faces):
         raise MeshError(f"{path.name} has no faces: export it with its surface, not as points or lines")
-    for name in ("vertices", "uv", "colors", "normals"):
+    if read.normals is not None and not bool(read.normals.isfinite().all()):
+        read.normals = None  # of faces without an area; they can be had anew
+        read.notes.append("its normals hold numbers that are not finite: they were made anew")
+    for name in ("vertices", "uv", "colors"):
         values = getattr(read, name)
         if values is not None and not bool(values.isfinite().all()):
             raise MeshError(f"{path.name}: its {name} hold numbers that are not finite: export the model anew")
@@ -51,6 +55,8 @@ def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
     if low < 0 or high >= len(read.vertices):
         wrong = low if low < 0 else high
         raise MeshError(f"{path.name}: a face names vertex {wrong:,} of {len(read.vertices):,}: the file is damaged")
+    if read.polygons is not None:
+        cut_concave(read.vertices.numpy(), read.faces.numpy(), read.polygons)
     colors = None if read.colors is None else read.colors.clamp(0, 1)
     mesh = Mesh(read.vertices, read.faces, read.normals, colors, read.uv)
     of_face = torch.zeros(len(read.faces), dtype=torch.int64) if read.of_face is None else read.of_face
@@ -68,21 +74,10 @@ class _Read:
     colors: Tensor | None = None
     normals: Tensor | None = None
     of_face: Tensor | None = None
+    polygons: np.ndarray | None = None
+    """[P, 2] runs of faces that are fans of one polygon: the first one, and how many."""
     materials: list[Material] = field(default_factory=lambda: [Material("default", double_sided=True)])
     notes: list[str] = field(default_factory=list)
-
-
-def _image_beside(path: Path, name: str, where: str, notes: list[str]) -> Tensor | None:
-    """The texture that a file names, None (and a note) where it can't be had."""
-    beside = path_beside(path.name, path.absolute().parent, name, where)
-    if not beside.is_file():
-        notes.append(f"the texture {describe(name)} is not there: its material is shown without")
-        return None
-    try:
-        return decode_image(read_bytes(beside, 16 * MOST_PIXELS), f"{path.name}: {name}")
-    except BadImage as error:
-        notes.append(f"the texture {describe(name)} {error}: its material is shown without")
-        return None
 
 
 # ---- OBJ ---------------------------------------------------------------------------------------------------------
@@ -98,6 +93,7 @@ class _Obj:
     normals: array = field(default_factory=lambda: array("d"))  # 3 each
     corners: array = field(default_factory=lambda: array("q"))  # 9 a face: place, uv, normal of each corner; -1: none
     of_face: array = field(default_factory=lambda: array("q"))
+    polygons: array = field(default_factory=lambda: array("q"))  # 2 each, as in `_Read`
     names: dict[str, int] = field(default_factory=lambda: {"": 0})
     """Of the materials that faces name, with their numbers."""
     material: int = 0
@@ -109,7 +105,9 @@ def _read_obj(data: bytes, path: Path) -> _Read:
     import numpy as np
 
     obj = _Obj()
-    for number, line in enumerate(data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").splitlines(), 1):
+    for number, line in enumerate(
+        data.removeprefix(b"\xef\xbb\xbf").replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").splitlines(), 1
+    ):
         try:
             _add_line(obj, line.split())
         except (ValueError, IndexError) as error:
@@ -125,8 +123,9 @@ def _read_obj(data: bytes, path: Path) -> _Read:
             raise MeshError(f"{path.name}: a face names {what} {int(corners[:, column].max()) + 1:,} of {count:,}")
     read = _joined(places, corners, obj)
     read.of_face = torch.from_numpy(np.array(obj.of_face, "i8"))
+    read.polygons = np.array(obj.polygons, "i8").reshape(-1, 2)
     read.notes += obj.notes
-    known = {name: m for library in obj.libraries for name, m in _read_mtl(path, library, read.notes).items()}
+    known = {name: m for library in obj.libraries for name, m in read_mtl(path, library, read.notes).items()}
     missing = [name for name in obj.names if name and name not in known]
     if missing:
         read.notes.append(f"the material {missing[0]} is not described in any .mtl: it is shown white")
@@ -137,6 +136,8 @@ def _read_obj(data: bytes, path: Path) -> _Read:
 def _add_line(obj: _Obj, words: list[bytes]) -> None:
     """Take over what a line of an OBJ says."""
     key = words[0] if words else b""
+    if key in (b"v", b"vn", b"vt", b"f") and any(b"#" in word for word in words):
+        words = b" ".join(words).partition(b"#")[0].split()
     if key in (b"v", b"vn"):
         if len(words) < 4:
             raise ValueError("three numbers are missing")
@@ -173,6 +174,8 @@ def _add_face(obj: _Obj, words: list[bytes]) -> None:
         if corner[0] < 0:
             raise ValueError("a corner without a place")
         corners.append(corner)
+    if len(corners) > 3:
+        obj.polygons.extend((len(obj.of_face), len(corners) - 2))
     for k in range(1, len(corners) - 1):
         obj.corners.extend((*corners[0], *corners[k], *corners[k + 1]))
         obj.of_face.append(obj.material)
@@ -191,7 +194,7 @@ def _joined(places: np.ndarray, corners: np.ndarray, obj: _Obj) -> _Read:
     faces = inverse.reshape(-1)[: len(corners)].reshape(-1, 3)
     read = _Read(_tensor(places[rows[:, 0]]), torch.from_numpy(np.ascontiguousarray(faces)))
     if len(obj.colors) == 3 * len(places) and len(places):
-        read.colors = _tensor(np.frombuffer(obj.colors, "f8").reshape(-1, 3)[rows[:, 0]])
+        read.colors = _shares(np.frombuffer(obj.colors, "f8").reshape(-1, 3)[rows[:, 0]], read.notes)
     if len(obj.uv) and bool((rows[:, 1] >= 0).any()):
         uv = np.concatenate((np.frombuffer(obj.uv, "f8").reshape(-1, 2), [[0.0, 1.0]]))[rows[:, 1]]
         read.uv = _tensor(np.stack((uv[:, 0], 1 - uv[:, 1]), 1))  # OBJ counts from the lower edge
@@ -201,34 +204,14 @@ def _joined(places: np.ndarray, corners: np.ndarray, obj: _Obj) -> _Read:
     return read
 
 
-def _read_mtl(path: Path, library: str, notes: list[str]) -> dict[str, Material]:
-    """The materials of a .mtl file beside the model."""
-    beside = path_beside(path.name, path.absolute().parent, library, "mtllib")
-    if not beside.is_file():
-        notes.append(f"the material file {describe(library)} is not there: the model is shown white")
-        return {}
-    found: dict[str, Material] = {}
-    name = ""
-    for line in read_bytes(beside, 2**26).decode("utf-8", "replace").splitlines():
-        key, _, rest = line.strip().partition(" ")
-        rest, material = rest.strip(), found.get(name)
-        if key == "newmtl":
-            name = rest
-            found[name] = Material(name, double_sided=True)
-        elif material is None or not rest:
-            continue
-        elif key == "Kd":
-            r, g, b = (float(word) for word in (rest.split() * 3)[:3])
-            if material.image is None:
-                found[name] = replace(material, color=(r, g, b, 1.0))
-        elif key == "map_Kd":
-            file = rest.split()[-1] if rest.startswith("-") else rest  # options stand before the name
-            image = _image_beside(path, file, f"map_Kd of {name}", notes)
-            if image is not None:  # it stands in place of the colour: many programs write one that darkens it
-                found[name] = replace(material, image=image, color=(1.0, 1.0, 1.0, 1.0))
-        elif (key == "d" and float(rest.split()[-1]) < 1) or (key == "Tr" and float(rest.split()[-1]) > 0):
-            notes.append(f"the material {name} lets light through: it was taken as opaque")
-    return found
+def _shares(colors: np.ndarray, notes: list[str]) -> Tensor:
+    """Colours [V, 3] that a file gives as floats: of 1, or of 255 as some programs write them."""
+    import numpy as np
+
+    if np.isfinite(colors).all() and 1.5 < colors.max() <= 255:
+        notes.append("its vertices' colours reach beyond 1: they were taken as shares of 255")
+        colors = colors / 255
+    return _tensor(colors)
 
 
 def _tensor(values: np.ndarray) -> Tensor:
@@ -260,22 +243,29 @@ def _read_ply(data: bytes, path: Path) -> _Read:
     form, elements, texture, body = _ply_header(data, path)
     columns: dict[str, np.ndarray] = {}
     faces: np.ndarray = np.zeros((0, 3), "i8")
+    polygons: np.ndarray = np.zeros((0, 2), "i8")
+    notes: list[str] = []
     read_rows = _AsciiRows(body, path) if form == "ascii" else _BinaryRows(body, path, ">" if "big" in form else "<")
     for element in elements:
         if element.name == "vertex":
             columns = read_rows.table(element)
         elif element.name == "face":
             faces = read_rows.faces(element)
+            polygons = np.array(read_rows.polygons, "i8").reshape(-1, 2)
+            if {"red", "diffuse_red"} & {name for name, _, _ in element.properties}:
+                notes.append("the colours of its faces were left out: only those of vertices are read")
             break
         else:
             read_rows.table(element)
     if not all(axis in columns for axis in "xyz"):
         raise MeshError(f"{path.name}: its vertices have no x, y and z: it is damaged")
     read = _Read(_tensor(np.stack([columns[axis] for axis in "xyz"], 1)), torch.from_numpy(faces))
-    if all(name in columns for name in ("red", "green", "blue")):
-        colors = np.stack([columns[name] for name in ("red", "green", "blue")], 1)
-        most = np.iinfo(colors.dtype).max if colors.dtype.kind in "ui" else 1.0
-        read.colors = _tensor(colors / most)
+    read.polygons, read.notes = polygons, notes
+    for names in (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b")):
+        if read.colors is None and all(name in columns for name in names):
+            colors = np.stack([columns[name] for name in names], 1)
+            whole = colors.dtype.kind in "ui"
+            read.colors = _tensor(colors / np.iinfo(colors.dtype).max) if whole else _shares(colors, read.notes)
     if all(name in columns for name in ("nx", "ny", "nz")):
         normals = _tensor(np.stack([columns[name] for name in ("nx", "ny", "nz")], 1))
         read.normals = torch.nn.functional.normalize(normals, dim=-1)
@@ -283,7 +273,7 @@ def _read_ply(data: bytes, path: Path) -> _Read:
         if u in columns and v in columns:
             read.uv = _tensor(np.stack((columns[u], 1 - columns[v]), 1))  # counted from the lower edge
     if texture and read.uv is not None:
-        image = _image_beside(path, texture, "TextureFile", read.notes)
+        image = image_beside(path, texture, read.notes)
         read.materials = [Material("default", image=image, double_sided=True)]
     elif texture:
         read.notes.append("its texture was left out: the vertices have no coordinates in it (s and t)")
@@ -322,6 +312,7 @@ class _BinaryRows:
 
     def __init__(self, body: memoryview, path: Path, order: str) -> None:
         self.body, self.path, self.order, self.at = body, path, order, 0
+        self.polygons = array("q")  # 2 each, as in `_Read`
 
     def _take(self, n_bytes: int, what: str) -> memoryview:
         left = len(self.body) - self.at
@@ -370,6 +361,8 @@ class _BinaryRows:
                 n = 1 if length is None else int(self._numbers(length, 1)[0])
                 corners = self._numbers(kind, n)
                 if number == place:
+                    if n > 3:
+                        self.polygons.extend((len(found) // 3, n - 2))
                     for k in range(1, n - 1):
                         found.extend((int(corners[0]), int(corners[k]), int(corners[k + 1])))
             if len(found) > 3 * MOST_FACES:
@@ -390,6 +383,7 @@ class _AsciiRows:
 
     def __init__(self, body: memoryview, path: Path) -> None:
         self.lines, self.path, self.at = bytes(body).split(b"\n"), path, 0
+        self.polygons = array("q")  # 2 each, as in `_Read`
 
     def _take(self, count: int, what: str) -> list[list[bytes]]:
         rows: list[list[bytes]] = []
@@ -427,6 +421,8 @@ class _AsciiRows:
                         raise MeshError(
                             f"{self.path.name}: a face says {n} corners and has {len(corners)}: it is damaged"
                         )
+                    if n > 3:
+                        self.polygons.extend((len(found) // 3, n - 2))
                     for k in range(1, n - 1):
                         found.extend((corners[0], corners[k], corners[k + 1]))
                 at = first + n

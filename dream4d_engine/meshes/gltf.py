@@ -13,6 +13,7 @@ from ..mesh import Mesh, MeshError
 from .color import linear_to_srgb
 from .container import Gltf, Tree, read_bytes, read_gltf, uri_bytes
 from .images import MOST_PIXELS, BadImage, decode_image
+from .instances import EXTENSION, spread_instances
 from .poses import Pose, clip_names, pose_nodes, pose_vertices, same_length
 from .record import Material, Model, Part, Source, Wrap
 
@@ -24,7 +25,7 @@ MOST_VERTICES = MOST_FACES = 2**24
 _ALL_PIXELS = 2**27
 _COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_meshopt_compression")
 _UNDERSTOOD = {"KHR_mesh_quantization", "KHR_texture_transform", "EXT_texture_webp", "KHR_lights_punctual"}
-_UNDERSTOOD |= {"KHR_texture_basisu", "KHR_animation_pointer", "KHR_node_visibility", "KHR_xmp_json_ld"}
+_UNDERSTOOD |= {"KHR_texture_basisu", "KHR_animation_pointer", "KHR_node_visibility", "KHR_xmp_json_ld"} | {EXTENSION}
 _WRAPS: dict[int, Wrap] = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
 
 
@@ -48,6 +49,7 @@ def read_gltf_model(path: Path, clip: str | None = None, time: float = 0.0) -> M
     """Read a GLB or glTF file. Raises MeshError where there is no model to be had."""
     file = read_gltf(path)
     _check_extensions(file)
+    file = spread_instances(file)
     _check_moment(file, clip, time)
     pose, gathered = pose_nodes(file, clip, time), _Gathered()
     looks = _Looks(file, gathered.notes)
@@ -145,11 +147,11 @@ def _gather(
     # primitives that share their vertices do so here, too
     shared = (node, str(sorted(attributes.items())), str(primitive.get("targets")), uv_of)
     if shared not in gathered.firsts:
-        posed = pose_vertices(file, pose, node, primitive, where)
-        count = len(posed.local)
+        count = file.get(file.entry("accessors", attributes["POSITION"], where), "count", int, where, 0)
         gathered.n_vertices += count
-        if gathered.n_vertices > MOST_VERTICES:
+        if gathered.n_vertices > MOST_VERTICES:  # before they are read: a file of a few bytes may claim any number
             raise MeshError(f"{file.name} has more than {MOST_VERTICES:,} vertices: reduce it first")
+        posed = pose_vertices(file, pose, node, primitive, where)
         gathered.firsts[shared] = gathered.n_vertices - count
         gathered.vertices.append(posed.world)
         gathered.uv.append(looks.uv(attributes, uv_of, count, where))
@@ -277,7 +279,11 @@ class _Looks:
         cutoff = file.get(entry, "alphaCutoff", float, where, 0.5) if mode == "MASK" else None
         if mode == "BLEND":
             self.notes[f"the material {name} lets light through (BLEND): it was taken as opaque"] = None
-        if any(file.numbers(entry, "emissiveFactor", 3, where, [0.0, 0.0, 0.0])):
+        light = file.numbers(entry, "emissiveFactor", 3, where, [0.0, 0.0, 0.0])
+        if any(light) and not any((r, g, b)):
+            (r, g, b), look, texture = (min(max(part, 0.0), 1.0) for part in light), entry, "emissiveTexture"
+            self.notes[f"the material {name} is black and gives off light: that was taken as its colour"] = None
+        elif any(light):
             self.notes[f"the light that the material {name} gives off was left out"] = None
         image, wrap, uv_of = None, Material().wrap, None
         if look.get(texture) is not None:

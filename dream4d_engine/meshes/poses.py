@@ -92,10 +92,16 @@ def _shown(file: Gltf, parents: list[int]) -> list[int]:
     while waiting:
         index = waiting.pop()
         entry = file.entry("nodes", index, f"scenes[{number}].nodes")
-        if index not in found:
+        if index not in found and not _hidden(file, entry, f"nodes[{index}]"):
             found.add(index)
             waiting += file.get(entry, "children", list, f"nodes[{index}]", [])
     return sorted(found)
+
+
+def _hidden(file: Gltf, node: Tree, where: str) -> bool:
+    """Whether a node, and all below it, is not to be seen (KHR_node_visibility)."""
+    found = file.extension(node, "KHR_node_visibility", where)
+    return found is not None and not file.get(found, "visible", bool, where, True)
 
 
 def _local(file: Gltf, index: int, moved: dict[str, list[float]]) -> np.ndarray:

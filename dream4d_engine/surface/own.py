@@ -59,11 +59,14 @@ def track_own_vertices(
     """
     if scene.deformation is None:
         raise MeshError("the scene doesn't move, so there is no motion to give the mesh: animate it first")
-    own, radius = model.mesh.vertices, scene.config.radius
+    everything, device, radius = model.mesh.vertices, scene.device, scene.config.radius
+    used, corners = model.mesh.faces.unique(return_inverse=True)
+    own = everything[used]  # what no face names is not seen, may lie anywhere, and stays there
     # on the CPU: not every device has numbers precise enough to tell the places of a large mesh apart
-    found, of = _distinct(placement.to_world(own), SAME * model.mesh.size * placement.scale)
-    own, points, of = own.to(scene.device), found.to(scene.device), of.to(scene.device)
-    faces = of[model.mesh.faces.to(scene.device)]
+    found, at = _distinct(placement.to_world(own), SAME * model.mesh.size * placement.scale)
+    everything, used, own = everything.to(device), used.to(device), own.to(device)
+    points, of = found.to(device), at.to(device)
+    faces = of[corners.to(device)]
     faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
     if len(points) > _MOST:
         chosen, of_chosen, cell = _sparse(points, radius)
@@ -75,7 +78,8 @@ def track_own_vertices(
     moved = tracks.positions[:, :n] / scene.deformation.config.scale - few[:n]
     if len(points) > _MOST:
         moved = _taken_along(points, chosen, of_chosen, edges_of(few_faces), moved, cell)
-    positions = torch.stack([own + placement.directions_from_world(at)[of] for at in moved])
+    positions = everything.repeat(len(moved), 1, 1)
+    positions[:, used] = torch.stack([own + placement.directions_from_world(at)[of] for at in moved])
     share = float(tracks.carried[:, :n].float().mean()) if n else 0.0
     return OwnTracks(positions.cpu(), times.cpu(), share, n)
 

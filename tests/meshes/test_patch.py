@@ -336,3 +336,18 @@ def test_three_plays_it(tmp_path, make) -> None:
         wanted = look_at(surface_of(moved, placement), camera).mask[0, 0, ..., 0] > 0.5
         shown = torch.from_numpy(np.array(Image.open(tmp_path / f"{number}.png").convert("RGBA")))[..., 3] > 127
         assert wanted.sum() > 300 and (shown & wanted).sum() / (shown | wanted).sum() > 0.93
+
+
+@pytest.mark.parametrize("form", ["obj", "glb"])
+def test_vertices_that_no_face_names_say_nothing(tmp_path, form: str) -> None:
+    path = tmp_path / f"a.{form}"
+    if form == "obj":
+        path.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1e6 0 0\nf 1 2 3\n")
+    else:
+        b = Builder()
+        b.scene({"mesh": 0}, meshes=[{"primitives": [b.mesh(np.concatenate((SQUARE, [[1e6, 0, 0]])))]}]).save(path)
+    model = read_model(path)
+    assert model.mesh.size == 1
+    tracks = model.mesh.vertices.repeat(3, 1, 1)
+    tracks[1, model.mesh.faces.unique()] += 0.5
+    assert moving_glb(model, tracks, TIMES[:3]).n_keys == 3

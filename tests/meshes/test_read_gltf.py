@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gltf_files import ASSETS, SQUARE, TWO, Builder, arm, clip, png
+from gltf_files import ASSETS, HALF, SQUARE, TWO, Builder, arm, clip, png
 
 from dream4d_engine.mesh import MeshError, face_normals
-from dream4d_engine.meshes import read_model
+from dream4d_engine.meshes import gltf, moving_glb, read_model
 
 
 def test_nodes_are_applied_from_the_root_down(tmp_path) -> None:
@@ -280,7 +280,14 @@ def change(path: str, value: object):
         (change("asset/version", "1.0"), "asset.version is '1.0'"),
         (change("extensionsRequired", ["KHR_draco_mesh_compression"]), "compressed .KHR_draco.* without compression"),
         (change("extensionsRequired", ["EXT_meshopt_compression"]), "compressed .EXT_meshopt"),
-        (change("extensionsRequired", ["EXT_mesh_gpu_instancing"]), "needs the extension 'EXT_mesh_gpu_instancing'"),
+        (change("extensionsRequired", ["EXT_odd"]), "needs the extension 'EXT_odd'"),
+        (change("extensionsRequired", [[]]), r"extensionsRequired\[0\] must be a name"),
+        (change("extensionsUsed", [{}]), r"extensionsUsed\[0\] must be a name"),
+        (
+            change("nodes/0/extensions", {"EXT_mesh_gpu_instancing": {"attributes": {"SCALE": 0, "TRANSLATION": 9}}}),
+            "9",
+        ),
+        (change("nodes/0/extensions", {"EXT_mesh_gpu_instancing": []}), "must be an object|must hold an object"),
         (change("nodes", {"0": {}}), "nodes must be a list"),
     ],
 )
@@ -370,6 +377,23 @@ def test_a_buffer_of_four_gigabytes_is_not_made(tmp_path) -> None:
         read_model(tmp_path / "a.gltf")
 
 
+def test_vertices_that_are_only_claimed_are_not_made(tmp_path, monkeypatch) -> None:
+    b = plain()
+    del b.tree["accessors"][0]["bufferView"]  # zeros, as many as it likes
+    b.tree["accessors"][0]["count"] = 2**25
+    monkeypatch.setattr(gltf, "pose_vertices", None)
+    with pytest.raises(MeshError, match="more than 16,777,216 vertices"):
+        read_model(b.save(tmp_path / "a.glb"))
+
+
+def test_lists_that_are_null_are_empty(tmp_path) -> None:
+    b = plain()
+    b.tree |= dict.fromkeys(("extensionsUsed", "animations", "materials", "skins"))
+    model = read_model(b.save(tmp_path / "a.glb"))
+    tracks = model.mesh.vertices + torch.tensor([0.0, 1.0])[:, None, None]
+    assert moving_glb(model, tracks, torch.tensor([0.0, 1.0])).n_keys == 2
+
+
 def test_images_that_are_none_or_too_large(tmp_path) -> None:
     def textured(data: bytes) -> Path:
         b = Builder()
@@ -429,3 +453,46 @@ def test_a_million_faces(tmp_path) -> None:
     primitive = {"attributes": {"POSITION": b.add(points, bounds=True)}, "indices": b.add(faces.reshape(-1), "u4")}
     model = read_model(b.scene({"mesh": 0}, meshes=[{"primitives": [primitive]}]).save(tmp_path / "a.glb"))
     assert len(model.mesh.faces) == 999_698 and (model.mesh.faces.numpy() == faces).all()
+
+
+def test_instances_become_nodes(tmp_path) -> None:
+    b = Builder()
+    attributes = {
+        "TRANSLATION": b.add([[5, 0, 0], [0, 5, 0], [0, 0, 5]]),
+        "ROTATION": b.add([[0, 0, 0, 1], [0, 0, HALF, HALF], [0, 0, 0, 1]]),
+        "SCALE": b.add([[1, 1, 1], [2, 2, 2], [1, 1, -1]]),
+    }
+    many = {"mesh": 0, "scale": [10, 10, 10], "extensions": {"EXT_mesh_gpu_instancing": {"attributes": attributes}}}
+    names = {key: ["EXT_mesh_gpu_instancing"] for key in ("extensionsUsed", "extensionsRequired")}
+    b.scene(many, meshes=[{"primitives": [b.mesh()]}], **names)
+    model = read_model(b.save(tmp_path / "a.glb"))
+    corners = model.mesh.vertices.view(3, 4, 3)[:, 1]  # [1, 0, 0] of the square
+    assert torch.allclose(corners, torch.tensor([[60.0, 0, 0], [0, 70, 0], [10, 0, 50]]), atol=1e-5)
+    assert [part.node for part in model.parts] == [1, 2, 3]
+    assert model.file is not None and not names.keys() & model.file.tree.keys()  # as it is written back
+
+
+def test_what_is_hidden_is_not_shown(tmp_path) -> None:
+    b = Builder()
+    hidden = {"children": [1], "extensions": {"KHR_node_visibility": {"visible": False}}}
+    shown = {"mesh": 0, "extensions": {"KHR_node_visibility": {"visible": True}}}
+    b.scene(hidden, {"mesh": 0}, shown, meshes=[{"primitives": [b.mesh()]}])
+    assert [part.node for part in read_model(b.save(tmp_path / "a.glb")).parts] == [2]
+
+
+def test_what_is_black_and_shines_has_its_lights_colors(tmp_path) -> None:
+    b = Builder()
+    uv = b.add([[0, 0], [1, 0], [1, 1], [0, 1]])
+    image = b.view(png((0, 0, 255)))
+    shines = {"emissiveFactor": [1, 0.5, 0.25], "emissiveTexture": {"index": 0}}
+    materials = [
+        {"name": "lamp", "pbrMetallicRoughness": {"baseColorFactor": [0, 0, 0, 1]}} | shines,
+        {"name": "wall", "pbrMetallicRoughness": {"baseColorFactor": [0, 0.1, 0, 1]}} | shines,
+    ]
+    primitives = [b.mesh(TEXCOORD_0=uv) | {"material": k} for k in (0, 1)]
+    more = {"images": [{"bufferView": image}], "textures": [{"source": 0}], "materials": materials}
+    model = read_model(b.scene({"mesh": 0}, meshes=[{"primitives": primitives}], **more).save(tmp_path / "a.glb"))
+    lamp, wall = model.materials
+    assert lamp.color == (1, 0.5, 0.25, 1) and lamp.image is not None and lamp.image[0, 0].tolist() == [0, 0, 255, 255]
+    assert wall.color == (0, 0.1, 0, 1) and wall.image is None
+    assert "lamp is black and gives off light" in model.notes[0] and "wall gives off was left out" in model.notes[1]

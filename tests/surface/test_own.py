@@ -109,3 +109,13 @@ def test_a_coarse_mesh_is_not_blurred(monkeypatch) -> None:
 def test_a_still_scene_has_no_motion_to_give() -> None:
     with pytest.raises(MeshError, match="animate it first"):
         track_own_vertices(exact_scene("cube"), cube(), place(cube()), TIMES)
+
+
+def test_vertices_that_no_face_names_stay() -> None:
+    model, scene = cube(), exact_scene("cube", sway)
+    far = torch.tensor([[1e6, 0.0, 0.0]])
+    more = model_from_tensors(torch.cat((far, model.mesh.vertices)), model.mesh.faces + 1)
+    assert place(more) == place(model)
+    tracks, plain = (track_own_vertices(scene, one, place(model), TIMES) for one in (more, model))
+    assert torch.equal(tracks.positions[:, 1:], plain.positions) and tracks.unconverged == plain.unconverged
+    assert torch.equal(tracks.positions[:, :1], far.expand(5, 1, 3))
