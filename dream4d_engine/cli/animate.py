@@ -64,7 +64,7 @@ def run(options: Animate, motion: MotionRecipe) -> int:
         path, begin = session.run.path / SCENE, lambda: new_motion(session, motion, still)
         scene, _ = train_stage(session, motion, handles, prompt, path, begin, parent=parent)
         film(session, VIDEO, scene, final_cameras(options.images), prompt)
-        show(session, scene, prompt)
+        show(session, scene, prompt, of_a_mesh=parent.first_mesh is not None)
     return 0
 
 

@@ -113,15 +113,18 @@ def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None
     save_image(path, contact_sheet(images, rows, [f"time {t:g}" for t in times], title))
 
 
-def measure(scene: Scene, prompt: str) -> tuple[dict, str]:
+def measure(scene: Scene, prompt: str, of_a_mesh: bool = False) -> tuple[dict, str]:
     """Measure a result: against the truth if the prompt is a caption of the toy world, else what any scene has.
 
-    Returns the measures, ready for JSON, and a line about them for people.
+    `of_a_mesh`: it was made from somebody's mesh, which is no object of the toy world whatever the prompt says. Returns
+    the measures, ready for JSON, and a line about them for people.
     """
     found: dict = {"prompt": prompt, "scene": _scene_measures(scene)}
     try:
-        caption = parse_caption(prompt)
-    except ValueError:  # a prompt of the wide world: no truth to compare with
+        caption = None if of_a_mesh else parse_caption(prompt)
+    except ValueError:  # a prompt of the wide world
+        caption = None
+    if caption is None:  # no truth to compare with
         return found, f"the object covers {found['scene']['coverage']:.0%} of the image"
     truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
     return found | {"truth": truth.to_dict()}, truth.summary()

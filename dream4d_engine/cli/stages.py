@@ -175,6 +175,7 @@ def show(
     still: Scene | None = None,
     reference: Reference | None = None,
     config: ReferenceConfig | None = None,
+    of_a_mesh: bool = False,
 ) -> None:
     """Make the sheet of images and the measures; `still` is compared with the image that it was made from."""
     if not session.processes.is_main:
@@ -182,7 +183,7 @@ def show(
     with session.run.timed("measures"):
         results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.options.images.samples)
         session.pause("measures", alone=True)
-        measures, line = results.measure(scene, prompt)
+        measures, line = results.measure(scene, prompt, of_a_mesh)
         if still is not None and reference is not None and config is not None:
             psnr, iou = reference_match(still, reference, config)
             measures["reference"] = {"psnr": psnr, "iou": iou}  # of the image and of the silhouettes

@@ -45,7 +45,7 @@ def bake_texture(
     try:
         import xatlas
     except ImportError as error:
-        raise MeshError("textures need xatlas: pip install dream4d[mesh]") from error
+        raise MeshError('textures need xatlas: pip install "dream4d[mesh]"') from error
     origin, faces, uv = xatlas.parametrize(mesh.vertices.cpu().numpy(), mesh.faces.cpu().numpy().astype("uint32"))
     origin = torch.from_numpy(origin.astype("int64")).to(mesh.faces)
     faces, uv = torch.from_numpy(faces.astype("int64")).to(mesh.faces), torch.from_numpy(uv).to(mesh.vertices)

@@ -193,7 +193,7 @@ def _marching_cubes(values: Tensor, low: Tensor, cell: float) -> tuple[Tensor, T
     try:
         from skimage.measure import marching_cubes
     except ImportError as error:
-        raise MeshError("meshes need scikit-image: pip install dream4d[mesh]") from error
+        raise MeshError('meshes need scikit-image: pip install "dream4d[mesh]"') from error
     lattice = functional.pad(values, [1] * 6, value=-1.0)
     if not bool((lattice > 0).any()):
         raise MeshError("the scene is empty: there is no surface at this threshold")
@@ -237,7 +237,7 @@ def _decimated(vertices: Tensor, faces: Tensor, n_faces: int) -> tuple[Tensor, T
     try:
         import fast_simplification
     except ImportError as error:
-        raise MeshError("fewer faces need fast-simplification: pip install dream4d[mesh]") from error
+        raise MeshError('fewer faces need fast-simplification: pip install "dream4d[mesh]"') from error
     points, found = fast_simplification.simplify(
         vertices.cpu().numpy(), faces.cpu().numpy().astype("int32"), target_count=n_faces
     )

@@ -12,6 +12,7 @@ from scene_cases import CONFIG, PROVENANCE, tiny_scene
 
 from dream4d_engine.assets import load_scene, read_info, save_scene
 from dream4d_engine.cli import main
+from dream4d_engine.cli.results import measure
 from dream4d_engine.meshes import MeshOrigin, place, read_model
 from dream4d_engine.surface import track_own_vertices
 from dream4d_engine.training import config as recipes
@@ -114,3 +115,10 @@ def test_motion_is_not_for_just_any_mesh(tmp_path, capsys, moved) -> None:
     assert "is the mesh itself" in fails(capsys, "export", scene, "--mesh", path, "--out", path, "--overwrite")
     assert "times" in fails(capsys, "export", scene, "--mesh", path, "--times", "1")
     assert "does not exist" in fails(capsys, "export", scene, "--mesh", tmp_path / "none.glb")
+
+
+def test_a_mesh_is_not_judged_by_the_truth_of_a_toy() -> None:
+    scene = tiny_scene()
+    assert "truth" in measure(scene, "a red cube")[0]
+    found, line = measure(scene, "a red cube", of_a_mesh=True)
+    assert "truth" not in found and "covers" in line
