@@ -10,7 +10,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,6 +126,10 @@ def _read_obj(data: bytes, path: Path) -> _Read:
     read.polygons = np.array(obj.polygons, "i8").reshape(-1, 2)
     read.notes += obj.notes
     known = {name: m for library in obj.libraries for name, m in read_mtl(path, library, read.notes).items()}
+    if read.colors is not None and known and bool((read.colors != read.colors[0]).any()):
+        # they say more than a material's one colour, and many programs write a grey one beside them
+        known = {name: replace(material, color=(1.0, 1.0, 1.0, 1.0)) for name, material in known.items()}
+        read.notes.append("the vertices' colours stand in place of the materials' (Kd)")
     missing = [name for name in obj.names if name and name not in known]
     if missing:
         read.notes.append(f"the material {missing[0]} is not described in any .mtl: it is shown white")

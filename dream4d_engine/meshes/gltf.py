@@ -14,7 +14,7 @@ from .color import linear_to_srgb
 from .container import Gltf, Tree, read_bytes, read_gltf, uri_bytes
 from .images import MOST_PIXELS, BadImage, decode_image
 from .instances import EXTENSION, spread_instances
-from .poses import Pose, clip_names, pose_nodes, pose_vertices, same_length
+from .poses import Pose, clip_names, clip_seconds, pose_nodes, pose_vertices, same_length
 from .record import Material, Model, Part, Source, Wrap
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def read_gltf_model(path: Path, clip: str | None = None, time: float = 0.0) -> M
     if any(file.entry("nodes", node, "the scene").get("skin") is not None for node in pose.shown):
         moment = "at rest" if clip is None else f"at {time:g} s of the clip {clip}"
         gathered.notes[f"its skin was posed {moment}"] = None
+    if clip is not None and time > (end := clip_seconds(file, clip)) + 1e-3:
+        gathered.notes[f"the clip {clip} ends at {end:.4g} s: its last moment was taken"] = None
     form = "glb" if file.chunk or path.suffix.lower() != ".gltf" else "gltf"
     source = Source(file.name, "glb" if form == "glb" else "gltf", file.sha256, clip, time)
     return _model(gathered, looks, source, file)

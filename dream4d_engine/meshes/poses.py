@@ -42,6 +42,17 @@ def clip_names(file: Gltf) -> list[str]:
     return names
 
 
+def clip_seconds(file: Gltf, clip: str) -> float:
+    """When the last key frame of a clip is."""
+    entry = file.entry("animations", clip_names(file).index(clip), "the file")
+    ends = [
+        file.accessor(sampler.get("input"), f"the clip {clip}: input", ("SCALAR",)).max()
+        for sampler in file.get(entry, "samplers", list, "animations", [])
+        if isinstance(sampler, dict)
+    ]
+    return float(max(ends, default=0.0))
+
+
 def pose_nodes(file: Gltf, clip: str | None, time: float) -> Pose:
     """The nodes at `time` seconds into a clip; None: as the file has them at rest."""
     moved = {} if clip is None else _sampled(file, clip, time)

@@ -303,3 +303,11 @@ def test_placements_that_are_none() -> None:
     with pytest.raises(MeshError, match="no size"):
         place(model_from_tensors(PLACES * 0, FACES))
     assert isinstance(place(model, "z", "-x"), Placement)
+
+
+@pytest.mark.parametrize(("second", "color"), [("0.2 0.4 0.6", (1, 1, 1, 1)), ("1 1 1", (0.8, 0.5, 0.5, 1))])
+def test_vertices_colors_stand_in_place_of_a_materials(tmp_path, second: str, color: tuple) -> None:
+    written(tmp_path, "a.mtl", "newmtl a\nKd 0.8 0.5 0.5\n")
+    lines = f"mtllib a.mtl\nusemtl a\nv 0 0 0 1 1 1\nv 1 0 0 1 1 1\nv 1 1 0 {second}\nf 1 2 3\n"
+    model = read_model(written(tmp_path, "a.obj", lines))
+    assert model.materials[1].color == color  # one white for all says nothing

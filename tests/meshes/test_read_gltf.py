@@ -420,6 +420,8 @@ def test_moments(tmp_path) -> None:
         read_model(path, None, 1.0)
     with pytest.raises(MeshError, match="0 or more seconds"):
         read_model(path, "go", -1.0)
+    (end,) = (note for note in read_model(path, "go", 99.0).notes if "ends at" in note)
+    assert "its last moment was taken" in end and not any("ends" in note for note in read_model(path, "go", 0.5).notes)
     with pytest.raises(MeshError, match="has no clips"):
         read_model(plain().save(tmp_path / "b.glb"), "go")
 
