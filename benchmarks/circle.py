@@ -45,6 +45,7 @@ class Case:
     out: Path
     seed: int = 0
     device: str = "cpu"
+    zoom: float | None = None  # of the deformation; None: chosen by the recipe
 
 
 def compare(found: Tensor, truth: Tensor, size: float) -> dict[str, float]:
@@ -83,7 +84,10 @@ def measure(case: Case) -> tuple[Case, dict[str, float]]:
     runtime = runtime_for(recipe, device, accelerate=False)
     guidance = load_guidance(recipe, {"video": toy_prior("video")}, case.caption, runtime)
     began = time.monotonic()
-    scene, _ = train_motion(still, recipe, guidance, seed=case.seed, device=device, control=RunControl())
+    control = RunControl()
+    scene, _ = train_motion(
+        still, recipe, guidance, seed=case.seed, device=device, control=control, deformation_scale=case.zoom
+    )
     took = time.monotonic() - began
     times = torch.linspace(0, 1, 17)
     tracks = track_own_vertices(scene, model, place(model, up="z"), times)
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--captions", nargs="+", default=CAPTIONS)
     parser.add_argument("--rigidity", type=float, nargs="+", default=[MESH_RIGIDITY])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--zoom", type=float, help="the deformation's scale (default: the recipe's choice)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     options = parser.parse_args()
@@ -113,7 +118,7 @@ def main() -> None:
         seconds = pool.starmap(still_of, [(c, options.out, options.device) for c in one_each])
         print("fits:", ", ".join(f"{c}: {s:.0f} s" for c, s in zip(one_each, seconds, strict=True)), flush=True)
         cases = [
-            Case(c, r, options.out, seed, options.device)
+            Case(c, r, options.out, seed, options.device, options.zoom)
             for seed in options.seeds
             for c in options.captions
             for r in options.rigidity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -112,6 +113,10 @@ class Scene(nn.Module):
         """Evaluate the density [S] alone."""
         u, _ = self._canonical_points(points, times)
         return self.canonical.density(u, self.kernels)
+
+    def is_solid(self, density: Tensor) -> Tensor:
+        """Whether a quarter of the radius of such density [S] would be half opaque: 1 - exp(-d t) > 1/2."""
+        return density * (self.config.radius / 4) > math.log(2)
 
     def normals(self, points: Tensor, times: Tensor) -> Tensor:
         """Return outward unit normals [S, 3] (zero where the density does not change)."""

@@ -35,7 +35,7 @@ class Animate:
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     deformation_scale: shared.DeformationScale = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
-    """Keep the distances between near points of the surface at this weight, so that it neither tears nor slips; 0 does
+    """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
     not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()

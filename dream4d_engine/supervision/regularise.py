@@ -19,7 +19,7 @@ SURFACE_OFFSET = 0.01
 """Standard deviation, in radii, of how far aside the 3D smoothness of normals looks (Magic3D 2211.10440)."""
 
 RIGIDITY_OFFSET = 0.08
-"""Likewise, how far the neighbours are to which a point of the surface keeps its distance."""
+"""Likewise, how far the neighbours are to which a point of the object keeps its distance."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RegularizerWeights:
     normal_smoothness_2d: float = 0.0  # normals that change little from pixel to pixel
     normal_smoothness_3d: float = 0.0  # normals that change little from point to point
     displacement_tv: float = 0.0  # motion that changes little from pixel to pixel and frame to frame
-    rigidity: float = 0.0  # motion that keeps the distances between near points of the surface
+    rigidity: float = 0.0  # motion that keeps the distances between near points of the object
 
 
 def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFunction) -> Supervision:
@@ -84,11 +84,33 @@ def _where_rays_end(
     return points, rays.times[seen], aside
 
 
+def _behind(
+    scene: Scene, ends: Tensor, output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return points [S, 3] in the solid behind where opaque rays end [R, 3], their times [S], and an offset each.
+
+    So sides that no camera sees are told of, too: their way is through the object.
+    """
+    seen = output.opacity.detach().reshape(-1) > 0.5
+    further = draw_rows(torch.rand, (len(rays.origins), 1), source).to(ends)[seen] * scene.config.radius
+    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(ends)[seen]
+    points, times = ends + further * rays.directions[seen], rays.times[seen]
+    with torch.no_grad():
+        solid = scene.is_solid(scene.density(points, times))
+    kept = solid & (points.abs() < scene.config.radius).all(-1)
+    return points[kept], times[kept], aside[kept]
+
+
 def _rigidity(scene: Scene, output: RenderOutput, rays: RayBundle, source: tuple[torch.Generator, ...]) -> Tensor:
-    """Compare how far pairs of points where opaque rays end lie from each other in the frame and in the field."""
+    """Compare how far pairs of points of the object lie from each other in the frame and in the field.
+
+    The points are where opaque rays end, and in the solid behind.
+    """
     if scene.deformation is None:
         raise ValueError("rigidity is about motion, and the scene has none: leave its weight at 0")
-    points, times, aside = _where_rays_end(output, rays, source)
+    ends = _where_rays_end(output, rays, source)
+    both_kinds = zip(ends, _behind(scene, ends[0], output, rays, source), strict=True)
+    points, times, aside = (torch.cat(parts) for parts in both_kinds)
     u = (points / scene.config.radius + 1) / 2  # the warp's own units: shares of the box
     nearby = u + RIGIDITY_OFFSET / 2 * aside
     both = torch.cat((u, nearby)).clamp(0, 1)

@@ -496,7 +496,7 @@ MESH_RIGIDITY = 1000.0
 
 
 def with_rigidity(recipe: MotionRecipe, from_mesh: bool, weight: float | None = None) -> MotionRecipe:
-    """Return the recipe with motion that keeps the distances between near points of the surface, at this weight.
+    """Return the recipe with motion that keeps the distances between near points of the object, at this weight.
 
     `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -94,9 +93,7 @@ def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) ->
     device = scene.device
     axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1  # middles of cells, in radii
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    density = scene.canonical.density((points + 1) / 2, scene.kernels)
-    # where a quarter of the radius of such density is half opaque: 1 - exp(-d t) > 1/2
-    solid = points[density * (scene.config.radius / 4) > math.log(2)]
+    solid = points[scene.is_solid(scene.canonical.density((points + 1) / 2, scene.kernels))]
     if not len(solid):
         return 0.0
     # any camera may turn around the axis: sideways, a point takes its distance from that

@@ -44,6 +44,25 @@ def test_what_stretches_costs_its_squared_strain() -> None:
     assert strain(exact_scene("cube", stretch), 3.0).item() == pytest.approx(3 * found)
 
 
+def narrow_behind(points: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The inverse of narrowing that begins 0.25 behind the front and below the top of a cube of half side 0.45."""
+    x, y, z = points.unbind(-1)
+    share = 3 * (0.2 - x).clamp_min(0) * (0.2 - z).clamp_min(0) * torch.sin(math.pi * times)
+    return torch.stack((x, y * (1 + share), z), -1)
+
+
+def test_sides_that_no_camera_sees_are_rigid_too() -> None:
+    # the one camera sees the front and the top, where this motion moves nothing
+    assert strain(exact_scene("cube", narrow_behind)).item() > 0.001
+
+
+def test_only_what_is_solid_is_rigid() -> None:
+    def beside(points: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return points + (points.abs().amax(-1, keepdim=True) - 0.75).clamp_min(0)
+
+    assert strain(exact_scene("cube", beside)).item() == pytest.approx(0, abs=1e-4)
+
+
 def test_a_zoom_costs_nothing_and_a_gradient_reaches_the_field() -> None:
     scene = exact_scene("cube")
     moving = build_scene(SceneConfig(deformation=DeformationConfig(GRID, hidden_layers=1, scale=1.5)), seeded(0))
