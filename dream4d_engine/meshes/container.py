@@ -230,7 +230,7 @@ def read_gltf(path: Path) -> Gltf:
 
 
 def _without_null(tree: Any) -> Any:
-    """The document without what is null, which says as much as what is missing; `extras` are nobody's but the user's."""
+    """The document without what is null, which says as much as what is missing; `extras` are the user's own."""
     if isinstance(tree, dict):
         return {k: v if k == "extras" else _without_null(v) for k, v in tree.items() if v is not None}
     return [_without_null(value) for value in tree] if isinstance(tree, list) else tree
