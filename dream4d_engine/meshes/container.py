@@ -219,7 +219,7 @@ def read_gltf(path: Path) -> Gltf:
         most = MOST_BYTES["JSON"]
         raise MeshError(f"{name} holds {len(text):,} bytes of JSON, more than {most:,}: save the model as GLB")
     tree = as_object(parse_document(bytes(text), name, MeshError), name, MeshError)
-    tree = {key: value for key, value in tree.items() if value is not None}
+    tree = _without_null(tree)
     file = Gltf(name, tree, (), hashlib.sha256(data).hexdigest(), bytes(chunk), path.absolute().parent)
     version = file.get(file.object_in(tree, "asset", "the file"), "version", str, "asset", "")
     if version.split(".")[0] != "2":
@@ -227,6 +227,13 @@ def read_gltf(path: Path) -> Gltf:
     whole = Gltf(name, tree, _buffers(file), file.sha256, file.chunk, file.folder)
     _check_lists(whole)
     return whole
+
+
+def _without_null(tree: Any) -> Any:
+    """The document without what is null, which says as much as what is missing; `extras` are the user's own."""
+    if isinstance(tree, dict):
+        return {k: v if k == "extras" else _without_null(v) for k, v in tree.items() if v is not None}
+    return [_without_null(value) for value in tree] if isinstance(tree, list) else tree
 
 
 _LISTS = (

@@ -36,7 +36,7 @@ from .glb import (
 )
 from .gltf import image_bytes, triangles
 from .images import BadImage, encode_image
-from .poses import clip_names, pose_nodes, pose_vertices, same_length, targets_of
+from .poses import clip_names, pose_nodes, pose_vertices, same_length, target_weights, targets_of
 from .record import Model, Part, Placement
 
 if TYPE_CHECKING:
@@ -257,8 +257,9 @@ class _Patch:
     def _add_targets(self, number: int, mesh: Tree, pieces: list[_Piece], motion: Motion, bound: float) -> None:
         """Append the targets of a motion to a mesh's primitives, behind those that they have."""
         n_old = len(mesh["primitives"][0].get("targets", []))
-        said = self.tree["nodes"][number].pop("weights", mesh.get("weights", []))
-        kept, weights = [*said, *[0.0] * n_old][:n_old], []
+        self.tree["nodes"][number].pop("weights", None)
+        kept = target_weights(self.file, self.pose, number, n_old) if n_old else []
+        weights = []
         for moment in motion.targets:
             ways, turns = zip(*(piece.at(moment) for piece in pieces), strict=True)
             entries, weight = add_target(self.parts, ways, turns, self.options.quantize, bound)

@@ -338,6 +338,16 @@ def test_three_plays_it(tmp_path, make) -> None:
         assert wanted.sum() > 300 and (shown & wanted).sum() / (shown | wanted).sum() > 0.93
 
 
+@pytest.mark.parametrize("weights", [None, [None]])
+def test_weights_that_are_null_are_none(tmp_path, weights: list | None) -> None:
+    b = Builder()
+    primitive = b.mesh() | {"targets": [{"POSITION": b.add([[0, 0, 1]] * 4, bounds=True)}]}
+    path = b.scene({"mesh": 0}, meshes=[{"primitives": [primitive], "weights": weights}]).save(tmp_path / "a.glb")
+    model = read_model(path)
+    made = moving_glb(model, bent(model), TIMES)
+    assert read_back(path, made.data, 0.0).mesh.vertices == pytest.approx(model.mesh.vertices, abs=1e-6)
+
+
 @pytest.mark.parametrize("form", ["obj", "glb"])
 def test_vertices_that_no_face_names_say_nothing(tmp_path, form: str) -> None:
     path = tmp_path / f"a.{form}"

@@ -389,9 +389,12 @@ def test_vertices_that_are_only_claimed_are_not_made(tmp_path, monkeypatch) -> N
 def test_lists_that_are_null_are_empty(tmp_path) -> None:
     b = plain()
     b.tree |= dict.fromkeys(("extensionsUsed", "animations", "materials", "skins"))
+    b.tree["meshes"].append({"primitives": None})
+    b.tree["extras"] = {"mine": None}
     model = read_model(b.save(tmp_path / "a.glb"))
     tracks = model.mesh.vertices + torch.tensor([0.0, 1.0])[:, None, None]
     assert moving_glb(model, tracks, torch.tensor([0.0, 1.0])).n_keys == 2
+    assert model.file is not None and model.file.tree["extras"] == {"mine": None}  # nobody's but the user's
 
 
 def test_images_that_are_none_or_too_large(tmp_path) -> None:
