@@ -376,6 +376,7 @@ TOY_MOTION = MotionRecipe(
         ),
     ),
     target_extent=0.55,
+    min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow
     background=_TOY_GREY,
     optimizer=OptimizerConfig(lr_grid=0.02),
     loop=_TOY_LOOP,
