@@ -19,7 +19,7 @@ from ..export import (
     require_own_file,
 )
 from ..machine import check_folder, pick_device, write_atomically
-from ..meshes import read_model
+from ..meshes import READ_FORMATS, read_model
 from ..priors.formats.weights import human_size
 from ..surface import SurfaceOptions
 from ..training.loop import Interrupted
@@ -80,6 +80,10 @@ class Export:
 
 def run(options: Export) -> int:
     """Write a scene as a mesh's file."""
+    if options.scene.suffix.lower().removeprefix(".") in READ_FORMATS:
+        raise UsageError(
+            f"{options.scene} is a mesh, and export writes scenes: dream4d import {options.scene} makes one of it"
+        )
     if options.mesh is not None:
         return _run_own(options, options.mesh)
     form = options.format or (mesh_format(options.out) if options.out else "glb")

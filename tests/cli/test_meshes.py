@@ -79,6 +79,13 @@ def test_imports_that_can_not_be(tmp_path, capsys, words: tuple[str, ...], said:
     assert not (tmp_path / "s.safetensors").exists()
 
 
+def test_a_mesh_is_no_scene_to_export(tmp_path, capsys) -> None:
+    path = arm(Builder()).save(tmp_path / "arm.glb")
+    before = path.read_bytes()
+    assert "dream4d import" in fails(capsys, "export", path, "--overwrite")
+    assert path.read_bytes() == before
+
+
 def test_the_motion_goes_into_the_mesh(tmp_path, capsys, moved) -> None:
     path, scene = moved
     words = ["export", str(scene), "--mesh", str(path), "--times", "5", "--error", "1e-5", "--duration", "3"]
