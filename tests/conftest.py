@@ -19,9 +19,18 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many rounds of the fuzzing tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let several workers take the files in the order below, not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they need, where a fixture or the reason of a skip says it; see pyproject.toml."""
+    """Mark tests by what they need, where a fixture or the reason of a skip says it; see pyproject.toml.
+
+    Files that train for minutes come first, or one worker is left alone with them in the end.
+    """
     for item in items:
         if "server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
@@ -29,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if not any(item.get_closest_marker(name) for name in ("server", "browser", "gpu", "slow")):
             item.add_marker("unit")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -561,7 +561,7 @@ async function meshes() {
   await pressRun();
   const play = page.getByLabel("Play/Pause").first();
   await play.waitFor({ timeout: 240000 });
-  const box = await page.locator(".dom-widget canvas").first().boundingBox();
+  const box = await page.locator(".dom-widget canvas").first().boundingBox({ timeout: 120000 });
   const clip = { x: box.x, y: box.y + 70, width: box.width, height: box.height - 110 }; // without the controls
   const take = async (name) => page.screenshot({ path: path.join(folder, `${name}.png`), clip });
   await page.waitForTimeout(1500); // a first frame
