@@ -53,6 +53,7 @@ class RadianceField(nn.Module):
     def __init__(self, config: RadianceConfig, radius: float) -> None:
         super().__init__()
         self.config, self.radius = config, radius
+        self.densest: float | None = None  # while set, what densities are bent to stay below; no part of what is saved
         self.grid = HashGrid(config.grid, 3)
         n_inputs = self.grid.layout.n_outputs
         self.density_mlp = MLP(n_inputs, 1, config.hidden_width, config.hidden_layers)
@@ -72,7 +73,10 @@ class RadianceField(nn.Module):
         return config.blob_scale * torch.exp(-squared / (2 * config.blob_std**2))  # DreamFusion, 2209.14988
 
     def _density(self, u: Tensor, features: Tensor, kernels: Kernels) -> Tensor:
-        return F.softplus(self.density_mlp(features, kernels).float()[:, 0] + self.blob(u))
+        density = F.softplus(self.density_mlp(features, kernels).float()[:, 0] + self.blob(u))
+        if self.densest is None:
+            return density
+        return -self.densest * torch.expm1(-density / self.densest)  # the same where it is low
 
     def density(self, u: Tensor, kernels: Kernels) -> Tensor:
         """[S, 3] in [0, 1] -> [S]."""

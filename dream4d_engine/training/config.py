@@ -150,6 +150,7 @@ class MotionRecipe:
     target_extent: float = 0.65  # the object's radius (share of the box's) that the automatic deformation scale aims at
     min_scale: float = 1.2  # where the automatic scale would be less than this, it is 1
     max_scale: float = 2.0  # of the automatic scale
+    densest: float | None = None  # density that the still is bent to stay below while its motion is trained
     first_levels: int = 4  # grid levels that are trained from the beginning
     level_rate: float = 20.0  # grid levels set free over the whole run, after the first ones
     fresh_background: BackgroundConfig | None = None  # takes the place of the scene's background, trained too
@@ -494,16 +495,20 @@ def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
 
 MESH_RIGIDITY = 1000.0
 """Weight of that term in the motion of scenes that were made from meshes."""
+MESH_DENSEST = 30.0
+"""Density that these are kept below meanwhile, about that of scenes from priors: a harder one hardly begins to move."""
 
 
 def with_rigidity(recipe: MotionRecipe, from_mesh: bool, weight: float | None = None) -> MotionRecipe:
     """Return the recipe with motion that keeps the distances between near points of the object, at this weight.
 
-    `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh.
+    `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh. Such a
+    scene is kept below MESH_DENSEST, too, unless the recipe says another density.
     """
     if weight is None:
         weight = recipe.regularizers.rigidity or (MESH_RIGIDITY if from_mesh else 0.0)
-    return replace(recipe, regularizers=replace(recipe.regularizers, rigidity=weight))
+    densest = MESH_DENSEST if from_mesh and recipe.densest is None else recipe.densest
+    return replace(recipe, densest=densest, regularizers=replace(recipe.regularizers, rigidity=weight))
 
 
 def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecipe:

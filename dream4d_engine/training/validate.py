@@ -96,6 +96,6 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
     if not 0 < low <= high <= 1:
         raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
     _at_least(0, recipe, where, "first_levels", "level_rate")
-    for name in ("target_extent", "min_scale", "max_scale"):
-        if getattr(recipe, name) <= 0:
+    for name in ("target_extent", "min_scale", "max_scale", "densest"):
+        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
             raise ValueError(f"{where}.{name} must be above 0, got {getattr(recipe, name)}")

@@ -14,9 +14,17 @@ from dream4d_engine.mesh import MeshError
 from dream4d_engine.meshes import place
 from dream4d_engine.meshes.look import look_at, surface_of
 from dream4d_engine.scene import build_scene
-from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION, TOY_STATIC, with_rigidity
+from dream4d_engine.training.config import (
+    MESH_DENSEST,
+    MESH_QUICK,
+    MESH_RIGIDITY,
+    TOY_MOTION,
+    TOY_STATIC,
+    with_rigidity,
+)
 from dream4d_engine.training.loop import Interrupted, RunControl
 from dream4d_engine.training.mesh_fit import fit_mesh, mesh_match, mesh_stage, sightings_of
+from dream4d_engine.training.motion import motion_stage
 from dream4d_engine.training.validate import check_recipe
 
 CPU = torch.device("cpu")
@@ -98,9 +106,27 @@ def test_scenes_from_meshes_move_more_rigidly() -> None:
     assert with_rigidity(TOY_MOTION, False).regularizers.rigidity == 0
     assert with_rigidity(TOY_MOTION, True, 0.0).regularizers.rigidity == 0
     own = replace(TOY_MOTION, regularizers=replace(TOY_MOTION.regularizers, rigidity=7.0))
-    assert with_rigidity(own, True) == own and with_rigidity(own, False, 3.0).regularizers.rigidity == 3
+    assert with_rigidity(own, True) == replace(own, densest=MESH_DENSEST)
+    assert with_rigidity(own, False, 3.0).regularizers.rigidity == 3 and with_rigidity(own, False).densest is None
+    with pytest.raises(ValueError, match=r"densest must be above 0"):
+        check_recipe(replace(own, densest=-1.0))
     with pytest.raises(ValueError, match=r"regularizers\.rigidity must be at least 0"):
         check_recipe(with_rigidity(own, False, -1.0))
     still = replace(TOY_STATIC, regularizers=replace(TOY_STATIC.regularizers, rigidity=1.0))
     with pytest.raises(ValueError, match="about motion"):
         check_recipe(still)
+
+
+def test_a_hard_surface_is_bent_to_a_soft_one_only_while_it_learns_to_move() -> None:
+    scene = build_scene(SMALL.scene, torch.Generator().manual_seed(0))
+    u = torch.rand(500, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = scene.canonical.density(u, scene.kernels)
+        stage = motion_stage(scene, replace(TOY_MOTION, densest=2.0), 0, 1.0)
+        during = stage.scene.canonical.density(u, scene.kernels)
+        stage.finish()
+        after = stage.scene.canonical.density(u, scene.kernels)
+        there = scene.canonical.density(u, scene.kernels)
+    assert before.max() > 4 and torch.allclose(during, 2 * (1 - torch.exp(-before / 2)), atol=1e-6)
+    assert torch.equal(after, before) and torch.equal(there, before)
+    assert "densest" not in " ".join(stage.scene.state_dict())
