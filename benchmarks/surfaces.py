@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import common  # noqa: F401  this checkout comes first
@@ -21,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dream4d_engine.assets import load_scene
-from dream4d_engine.cameras import CameraBatch
 from dream4d_engine.export.meshes import ExportOptions, scene_mesh
-from dream4d_engine.mesh import rasterize
+from dream4d_engine.meshes import Material
+from dream4d_engine.meshes.look import Surface, look_at
 from dream4d_engine.rendering import render_chunked
 from dream4d_engine.scene import Scene
 from dream4d_engine.surface import extract_surface
@@ -72,23 +70,14 @@ def aligned_distance(points: Tensor, shape: Shape, world: Tensor) -> float:
     return float(loss.detach())
 
 
-def covered(vertices: Tensor, faces: Tensor, cameras: CameraBatch) -> Iterator[Tensor]:
-    """For each camera the pixels [H, W] that a mesh covers."""
-    for k in range(cameras.c2w.shape[1]):
-        c2w = cameras.c2w[0, k]
-        local = (vertices - c2w[:3, 3]) @ c2w[:3, :3]  # x to the right, y up, looking along -z
-        depth = -local[:, 2]
-        focal = 0.5 * cameras.height / math.tan(0.5 * float(cameras.fov_y[0, k]))
-        x = 0.5 * cameras.width + focal * local[:, 0] / depth
-        y = 0.5 * cameras.height - focal * local[:, 1] / depth
-        yield rasterize(torch.stack((x, y, depth), -1), faces, cameras.height, cameras.width).face >= 0
-
-
 def silhouettes(scene: Scene, vertices: Tensor, faces: Tensor, moment: float, size: int, n_views: int) -> float:
     """The mean IoU of a mesh's silhouettes with the scene's."""
     cameras = silhouette_cameras(scene, moment, size, n_views)
     solid = render_chunked(scene, cameras).opacity[0, ..., 0] > 0.5
-    pairs = zip(solid, covered(vertices, faces, cameras), strict=True)
+    none = torch.zeros(len(faces))
+    surface = Surface(vertices[faces], None, None, none.long(), (Material(),), ((),), none)
+    covered = look_at(surface, cameras, supersample=1).mask[0, ..., 0] > 0.5
+    pairs = zip(solid, covered, strict=True)
     return sum(float((a & b).sum() / (a | b).sum().clamp_min(1)) for a, b in pairs) / n_views
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import get_args
+from typing import cast, get_args
 
 import comfy.model_management as management
 import torch
@@ -203,8 +203,8 @@ class MeshToScene(io.ComfyNode):
 
 def placed(model: Model, up: str, front: str, radius: float) -> Placement:
     """Put a model into the box, by the widgets' words; MeshError where the front points up."""
-    axes = {axis: axis for axis in get_args(Up)}, {axis: axis for axis in get_args(Front)}
-    return place(model, axes[0].get(up), axes[1].get(front), radius=radius)
+    above, ahead = (None if axis == _AUTOMATIC else axis for axis in (up, front))
+    return place(model, cast(Up | None, above), cast(Front | None, ahead), radius=radius)
 
 
 def check_axes(up: str | None, front: str | None) -> bool | str:

@@ -323,7 +323,6 @@ class AnimateScene(io.ComfyNode):
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
-        settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None

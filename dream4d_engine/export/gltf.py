@@ -11,22 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import __version__
 from ..mesh import Mesh, MeshError, vertex_normals
-from ..meshes.color import srgb_to_linear
-from ..meshes.glb import (
-    ELEMENTS,
-    FLOAT,
-    UINT,
-    USHORT,
-    GltfOptions,
-    Parts,
-    add_clip,
-    add_target,
-    glb_container,
-    name_extensions,
-    plan_motion,
-)
+from ..meshes.glb import FLOAT, GltfOptions, Parts, add_clip, add_target, glb_of_one, plan_motion
 from .images import to_bytes
 
 
@@ -41,31 +27,19 @@ def glb_bytes(mesh: Mesh, options: GltfOptions | None = None) -> tuple[bytes, in
     if not len(mesh.faces):
         raise MeshError("a mesh without faces can't be written")
     tracks = mesh.vertices[None] if mesh.tracks is None else mesh.tracks
-    tracks, faces = y_up(tracks.detach().float().cpu()), mesh.faces.cpu()
-    normals = vertex_normals(tracks, faces)
+    tracks = y_up(tracks.detach().float().cpu())
+    normals = vertex_normals(tracks, mesh.faces.cpu())
     attributes = {
         "POSITION": parts.accessor(tracks[0].numpy().astype("<f4"), FLOAT, bounds=True),
         "NORMAL": parts.accessor(normals[0].numpy().astype("<f4"), FLOAT),
     }
     material = _material(mesh, options, parts, attributes)
-    n = len(tracks[0])
-    index = faces.reshape(-1, 1).numpy()
-    index, kind = (index.astype("<u2"), USHORT) if n < 2**16 else (index.astype("<u4"), UINT)
-    primitive = {"attributes": attributes, "indices": parts.accessor(index, kind, ELEMENTS), "material": 0}
-    shape = {"name": options.name, "primitives": [primitive]}
-    document = {
-        "asset": {"version": "2.0", "generator": f"dream4d {__version__}"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"name": options.name, "mesh": 0}],
-        "meshes": [shape],
-    } | material
+    corners = parts.triangles(mesh.faces, len(tracks[0]))
+    shape = {"name": options.name, "primitives": [{"attributes": attributes, "indices": corners, "material": 0}]}
     n_keys = 0
     if len(tracks) > 1 and (animation := _animate(tracks, normals, mesh, options, parts, shape)):
-        document["animations"], n_keys = [animation], animation.pop("n_keys")
-        name_extensions(document, parts)
-    document |= {"accessors": parts.accessors, "bufferViews": parts.views, "buffers": [{"byteLength": len(parts.data)}]}
-    return glb_container(document, bytes(parts.data)), n_keys
+        material["animations"], n_keys = [animation], animation.pop("n_keys")
+    return glb_of_one(shape, {"name": options.name, "mesh": 0}, material, parts), n_keys
 
 
 def _material(mesh: Mesh, options: GltfOptions, parts: Parts, attributes: dict[str, int]) -> dict:
@@ -83,9 +57,7 @@ def _material(mesh: Mesh, options: GltfOptions, parts: Parts, attributes: dict[s
         entries["samplers"] = [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}]  # clamped
         entries["textures"] = [{"source": 0, "sampler": 0}]
     elif mesh.colors is not None:
-        srgb = mesh.colors.detach().float().cpu().clamp(0, 1)
-        linear = srgb_to_linear(srgb)  # as COLOR_0 is [3.9.2]
-        attributes["COLOR_0"] = parts.accessor((linear * 65535).round().numpy().astype("<u2"), USHORT)
+        attributes["COLOR_0"] = parts.colors(mesh.colors)
     material = {"pbrMetallicRoughness": look, "doubleSided": True}  # where the motion folds the inside may show
     if not options.lit:
         material["extensions"] = {"KHR_materials_unlit": {}}

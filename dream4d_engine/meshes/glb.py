@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..documents import document_bytes
 from ..fields.encodings import require_range
+from .color import srgb_to_linear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +106,15 @@ class Parts:
         view = self.view(rows.tobytes(), target, padded if padded != row else None)
         return self._add({"bufferView": view}, values, component, target == ARRAY, bounds)
 
+    def triangles(self, faces: Tensor, n_vertices: int) -> int:
+        """Append the corners of faces [M, 3] over so many vertices; return the number of their accessor."""
+        return self.accessor(*_numbers(faces.reshape(-1, 1).cpu().numpy(), n_vertices), ELEMENTS)
+
+    def colors(self, srgb: Tensor) -> int:
+        """Append vertices' colours [V, 3] as light, which COLOR_0 is [3.9.2]; return the number of their accessor."""
+        light = srgb_to_linear(srgb.detach().float().cpu().clamp(0, 1))
+        return self.accessor((light * 65535).round().numpy().astype("<u2"), USHORT)
+
     def target(self, values: np.ndarray, component: int, bounds: bool) -> int:
         """Append a target's rows, only those that aren't zero where that is smaller [3.6.2.3]."""
         import numpy as np
@@ -112,7 +123,7 @@ class Parts:
         moved = np.flatnonzero(values.any(1))
         if not len(moved):
             return self._add({}, values, component, True, bounds)
-        index, index_type = (moved.astype("<u2"), USHORT) if len(values) < 2**16 else (moved.astype("<u4"), UINT)
+        index, index_type = _numbers(moved, len(values))
         row = values.itemsize * values.shape[1]
         if len(moved) * (index.itemsize + row) >= len(values) * (row + -row % 4):
             return self.accessor(values, component, bounds=bounds)
@@ -131,6 +142,11 @@ class Parts:
             entry |= {"min": values.min(0).tolist(), "max": values.max(0).tolist()}
         self.accessors.append(entry)
         return len(self.accessors) - 1
+
+
+def _numbers(values: np.ndarray, n: int) -> tuple[np.ndarray, int]:
+    """Numbers below n in as few bytes as hold them, and their component type."""
+    return (values.astype("<u2"), USHORT) if n < 2**16 else (values.astype("<u4"), UINT)
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,20 @@ def name_extensions(document: dict[str, Any], parts: Parts) -> None:
         for key in ("extensionsUsed", "extensionsRequired"):
             known = document.setdefault(key, [])
             known += ["KHR_mesh_quantization"] * ("KHR_mesh_quantization" not in known)
+
+
+def glb_of_one(shape: dict[str, Any], node: dict[str, Any], entries: dict[str, Any], parts: Parts) -> bytes:
+    """Return a file of one node that shows one mesh; `entries`: what else the document holds."""
+    document = {
+        "asset": {"version": "2.0", "generator": f"dream4d {__version__}"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [node],
+        "meshes": [shape],
+    } | entries
+    name_extensions(document, parts)
+    document |= {"accessors": parts.accessors, "bufferViews": parts.views, "buffers": [{"byteLength": len(parts.data)}]}
+    return glb_container(document, bytes(parts.data))
 
 
 def glb_container(document: dict, data: bytes) -> bytes:

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .. import __version__
 from ..mesh import MeshError, face_normals, vertex_normals
-from .color import srgb_to_linear
 from .container import Gltf, Tree
 from .glb import (
     ELEMENTS,
     FLOAT,
     UINT,
-    USHORT,
     GltfOptions,
     Motion,
     Parts,
     add_clip,
     add_target,
     glb_container,
+    glb_of_one,
     name_extensions,
     plan_motion,
 )
@@ -364,24 +362,14 @@ def _made(model: Model, tracks: Tensor, times: Tensor, options: GltfOptions, pla
     if mesh.uv is not None:
         attributes["TEXCOORD_0"] = parts.accessor(mesh.uv.numpy().astype("<f4"), FLOAT)
     if mesh.colors is not None:
-        linear = srgb_to_linear(mesh.colors.clamp(0, 1))
-        attributes["COLOR_0"] = parts.accessor((linear * 65535).round().numpy().astype("<u2"), USHORT)
+        attributes["COLOR_0"] = parts.colors(mesh.colors)
     primitives: list[Tree] = []
     used = model.face_material.unique().tolist()
     for number, index in enumerate(used):
-        order = mesh.faces[model.face_material == index].reshape(-1, 1).numpy()
-        rows, kind = (order.astype("<u2"), USHORT) if len(mesh.vertices) < 2**16 else (order.astype("<u4"), UINT)
-        primitives.append(
-            {"attributes": attributes, "indices": parts.accessor(rows, kind, ELEMENTS), "material": number}
-        )
+        corners = parts.triangles(mesh.faces[model.face_material == index], len(mesh.vertices))
+        primitives.append({"attributes": attributes, "indices": corners, "material": number})
     shape: Tree = {"name": model.source.name, "primitives": primitives}
-    document: Tree = {
-        "asset": {"version": "2.0", "generator": f"dream4d {__version__}"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"name": model.source.name, "mesh": 0} | _upright(placement)],
-        "meshes": [shape],
-    } | _materials(model, used, parts)
+    entries = _materials(model, used, parts)
     bound = options.error * max(mesh.size, 1e-30)
     motion = plan_motion(mesh.vertices, tracks, times, bound, options, on_time=1.0)
     if motion is not None:
@@ -396,12 +384,11 @@ def _made(model: Model, tracks: Tensor, times: Tensor, options: GltfOptions, pla
             primitive["targets"] = targets
         shape["weights"] = [0.0] * len(weights)
         channel = {"sampler": 0, "target": {"node": 0, "path": "weights"}}
-        document["animations"] = [
+        entries["animations"] = [
             {"name": options.name, "samplers": [add_clip(parts, motion, weights)], "channels": [channel]}
         ]
-        name_extensions(document, parts)
-    document |= {"accessors": parts.accessors, "bufferViews": parts.views, "buffers": [{"byteLength": len(parts.data)}]}
-    return MovingGlb(glb_container(document, bytes(parts.data)), 0 if motion is None else len(motion.keys), ())
+    data = glb_of_one(shape, {"name": model.source.name, "mesh": 0} | _upright(placement), entries, parts)
+    return MovingGlb(data, 0 if motion is None else len(motion.keys), ())
 
 
 def _normals_of(model: Model) -> Tensor | None:

@@ -137,9 +137,10 @@ def toy_prior(kind: PriorKind) -> PriorFiles:
 def prior_files(path: Path | str, kind: PriorKind | None = None) -> PriorFiles:
     """The handle of what lies in a folder or file; `kind` overrides what it says of itself."""
     path = Path(path)
-    metadata = read_metadata(path, kind)
+    pipeline = open_pipeline(path.expanduser())
+    metadata = (pipeline or open_loader(path)).metadata(kind)
     # one of today's models of videos says how many frames it makes; of the older ones the recipes do
-    n_frames = metadata.n_frames if open_pipeline(path) is not None else None
+    n_frames = None if pipeline is None else metadata.n_frames
     return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames)
 
 

@@ -200,7 +200,7 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
 _BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _OTHER_SCHEDULERS = ("FlowMatch", "EDM")  # their sigmas follow from no betas
-_SHIFTS = (0.01, 1000.0)
+SHIFTS = (0.01, 1000.0)  # how far a flow's times may be moved
 Predicted = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -229,8 +229,8 @@ def _flow_shift(config: Mapping[str, Any], where: object) -> float:
             f"{where}: num_train_timesteps is {n_steps:,}; a flow is told {FLOW_TIMESTEPS:,} at noise alone"
         )
     shift = field(config, "shift", float, where, PriorError, 1.0)
-    if not _SHIFTS[0] <= shift <= _SHIFTS[1]:
-        raise PriorError(f"{where}: shift is {shift:g}; {_SHIFTS[0]:g} to {_SHIFTS[1]:g} can be used")
+    if not SHIFTS[0] <= shift <= SHIFTS[1]:
+        raise PriorError(f"{where}: shift is {shift:g}; {SHIFTS[0]:g} to {SHIFTS[1]:g} can be used")
     return shift
 
 

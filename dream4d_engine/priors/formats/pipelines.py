@@ -23,7 +23,7 @@ from ..errors import PriorError
 from ..families import Family, fitting_frames, fitting_size
 from ..networks.denoisers import PredictionType
 from ..networks.text import Tokenizer, read_tokenizer
-from .configurations import schedule_of
+from .configurations import FLOW_SCHEDULER, SHIFTS, schedule_of
 from .folders import (
     ENCODER,
     INDEX,
@@ -45,9 +45,7 @@ _CLASSES: dict[TextKind, tuple[str, str]] = {
     "umt5": ("UMT5EncoderModel", "UMT5Config"),
 }
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
-_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 _SHARED_SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # of flows where they say so
-_LEAST_SHIFT, _MOST_SHIFT = 0.01, 1000.0
 
 
 @dataclass(frozen=True)
@@ -268,11 +266,11 @@ def flow_shift(config: Mapping[str, Any], n_tokens: int, where: object) -> float
         n_tokens: of what is asked for; where the shift depends on the size it follows from it. That the last steps of a
             sampler are stretched (`shift_terminal`) is of sampling alone and is left out.
     """
-    name = field(config, "_class_name", str, where, PriorError, _FLOW_SCHEDULERS[0])
-    flows = name in _FLOW_SCHEDULERS or (name in _SHARED_SCHEDULERS and config.get("use_flow_sigmas"))
+    name = field(config, "_class_name", str, where, PriorError, FLOW_SCHEDULER)
+    flows = name == FLOW_SCHEDULER or (name in _SHARED_SCHEDULERS and config.get("use_flow_sigmas"))
     if not flows:
         raise PriorError(
-            f"{where} describes a {describe(name)}; of flows {', '.join(_FLOW_SCHEDULERS + _SHARED_SCHEDULERS)} with "
+            f"{where} describes a {describe(name)}; of flows {', '.join((FLOW_SCHEDULER, *_SHARED_SCHEDULERS))} with "
             "use_flow_sigmas are known"
         )
     if field(config, "use_dynamic_shifting", bool, where, PriorError, False):
@@ -286,8 +284,8 @@ def flow_shift(config: Mapping[str, Any], n_tokens: int, where: object) -> float
         shift = mu if linear else math.exp(min(mu, 100.0))
     else:
         shift = field(config, "flow_shift" if "flow_shift" in config else "shift", float, where, PriorError, 1.0)
-    if not _LEAST_SHIFT <= shift <= _MOST_SHIFT:
-        raise PriorError(f"{where}: the shift is {shift:g}; {_LEAST_SHIFT:g} to {_MOST_SHIFT:g} can be meant")
+    if not SHIFTS[0] <= shift <= SHIFTS[1]:
+        raise PriorError(f"{where}: the shift is {shift:g}; {SHIFTS[0]:g} to {SHIFTS[1]:g} can be meant")
     return shift
 
 
