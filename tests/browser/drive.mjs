@@ -552,9 +552,8 @@ async function tryLife() {
 
 /** The template that exports an animated GLB is run, and ComfyUI's own 3D viewer plays the file. */
 async function meshes() {
-  await newPage();
+  await openWith(false); // the server remembers which nodes the tab before had
   await page.setViewportSize({ width: 1000, height: 900 }); // drawn in software, a pixel counts
-  await open();
   await loadTemplate("scene_to_animated_glb");
   await setWidgets("Dream4DExportAnimatedGLB", { times: 6, resolution: 32, faces: 2000, threshold: 7.9 });
   await lookAt("Preview3D");
