@@ -98,7 +98,7 @@ def track_vertices(
     for number, goal in enumerate(times.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
-            x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, both)
+            x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, rest, both)
         moment = goal
         rows.append((x, residual, carried))
         if on_progress is not None:
@@ -124,8 +124,11 @@ def _stops(start: float, end: float) -> list[float]:
     return [start + (end - start) * k / n for k in range(1, n)]
 
 
-def _solve(warp: _Warp, canonical: Tensor, start: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return places [V, 3], residuals [V] and who was carried [V], from the places of the moment before."""
+def _solve(warp: _Warp, canonical: Tensor, start: Tensor, rest: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return places [V, 3], residuals [V] and who was carried [V], from the places of the moment before.
+
+    The rings of those that are carried have the shape that they have at rest: the moment before may have been wrong.
+    """
     x, residual = _fixed_point(warp, canonical, start)
     x, residual = _newton(warp, canonical, x, residual)
     known = residual <= LOST
@@ -134,13 +137,13 @@ def _solve(warp: _Warp, canonical: Tensor, start: Tensor, both: Tensor) -> tuple
     known &= ~(can & ((x - told).norm(dim=-1) > _STRAY))
     lost = (~known).nonzero()[:, 0]
     if len(lost):
-        told, can = _rigid_places(x, start, both, known)
+        told, can = _rigid_places(x, rest, both, known)
         told = torch.where(can[:, None], told, start)[lost]
         found, good = _search(warp, canonical[lost], told, start)
         x, known = x.index_copy(0, lost, found), known.index_copy(0, lost, good)
     inverted = known.clone()
     while not bool(known.all()):  # from the border of a gap inwards
-        told, can = _rigid_places(x, start, both, known)
+        told, can = _rigid_places(x, rest, both, known)
         ready = can & ~known
         if not bool(ready.any()):  # nobody around is known: they stay where they were
             x = torch.where(known[:, None], x, start)

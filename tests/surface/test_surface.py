@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact_scene import BOTTOM, DENSEST, GRID, TOP, exact_scene, jump, stretch, sway, turn
+from exact_scene import BOTTOM, DENSEST, GRID, TOP, ExactMotion, exact_scene, jump, stretch, sway, turn
 
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.radiance import RadianceConfig
 from dream4d_engine.mesh import MeshError, edges_of, face_normals, rasterize
 from dream4d_engine.rendering import render_chunked
 from dream4d_engine.scene import SceneConfig, build_scene
-from dream4d_engine.surface import SurfaceOptions, bake_texture, extract_surface, track_vertices
+from dream4d_engine.surface import SurfaceOptions, bake_texture, extract_surface, track_vertices, tracks
 from dream4d_engine.surface.silhouettes import find_threshold, silhouette_cameras
 from dream4d_engine.toyworld.shapes import SHAPE_MODELS, surface_normals
 
@@ -217,6 +217,26 @@ def test_what_has_no_inverse_is_carried_and_counted() -> None:
     assert 0 < tracks.unconverged < 0.3
     assert last.isfinite().all() and (last[strip, 0].abs() < 0.1).all()  # they stayed between their neighbours
     assert (last - mesh.vertices).norm(dim=-1).max() < 0.15
+
+
+def test_a_vertex_that_was_carried_to_a_wrong_place_comes_back() -> None:
+    def holed(points, times):  # nothing comes from within 0.12 of the origin
+        off = points.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        return points / off * off.clamp_min(0.12)
+
+    ticks = torch.linspace(-0.5, 0.5, 21)
+    sheet = torch.cartesian_prod(ticks, ticks, torch.zeros(1))
+    at = torch.arange(21 * 21).view(21, 21)
+    edges = torch.cat(
+        (torch.stack((at[1:], at[:-1]), -1).view(-1, 2), torch.stack((at[:, 1:], at[:, :-1]), -1).view(-1, 2))
+    )
+    rest, middle = (sheet + 1) / 2, int(at[10, 10])
+    before = rest.clone()
+    before[middle, 2] += 0.2  # of the box: a spike
+    warp = tracks._Warp(ExactMotion(holed, 1.0, 1.0), None, 0.0)
+    places, _, carried = tracks._solve(warp, rest, before, rest, torch.cat((edges, edges.flip(-1))))
+    assert carried[middle] and not carried[sheet.norm(dim=-1) > 0.13].any()
+    assert (places - rest).norm(dim=-1).max() < 0.03  # a cell is 0.025
 
 
 def test_a_still_scene_stays() -> None:
