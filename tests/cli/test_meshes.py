@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import tensors_of
 from gltf_files import Builder, arm
 from scene_cases import CONFIG, PROVENANCE, tiny_scene
 
+from dream4d_engine import locks
 from dream4d_engine.assets import load_scene, read_info, save_scene
-from dream4d_engine.cli import main
+from dream4d_engine.cli import import_scene, main
 from dream4d_engine.cli.results import measure
 from dream4d_engine.meshes import MeshOrigin, place, read_model
 from dream4d_engine.surface import track_own_vertices
@@ -28,7 +30,7 @@ def quick(monkeypatch) -> None:
     """The quick recipe in no time."""
     recipe = recipes.MESH_QUICK
     scene = replace(recipe.scene, radiance=CONFIG.radiance, occupancy_resolution=8, n_samples=32)
-    tiny = replace(recipe, steps=2, scene=scene, n_views=4, view_size=24)
+    tiny = replace(recipe, steps=4, scene=scene, n_views=4, view_size=24)
     monkeypatch.setitem(recipes.MESH_RECIPES, "mesh-quick", tiny)
 
 
@@ -53,6 +55,69 @@ def test_a_mesh_becomes_a_scene_that_remembers_it(tmp_path, capsys) -> None:
     assert found.first_mesh == MeshOrigin(model.source, place(model, "y", "+x", 0.5)) and found.recipe == "mesh-quick"
     assert load_scene(out)[0].deformation is None
     assert "exists" in fails(capsys, *words)
+
+
+def stop_after(monkeypatch, n_steps: int) -> None:
+    """Let the next fit be stopped after so many steps, as Ctrl-C does."""
+    fit = import_scene.fit_mesh
+
+    def stopping(*given, control, **named):
+        done = []
+        told = replace(control, on_step=lambda *step: done.append(step), should_stop=lambda: len(done) >= n_steps)
+        return fit(*given, control=told, **named)
+
+    monkeypatch.setattr(import_scene, "fit_mesh", stopping)
+
+
+@pytest.fixture
+def stopped(quick, tmp_path, monkeypatch, capsys) -> list[str]:
+    """The words of an import that was stopped after 2 of its 4 steps."""
+    words = ["import", str(arm(Builder()).save(tmp_path / "arm.glb")), "--out", str(tmp_path / "a.safetensors")]
+    words += ["--recipe", "mesh-quick"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert main(words) == 130
+    said = capsys.readouterr().err
+    assert "stopped in mesh, step 2" in said and "the same command goes on from there" in said
+    assert not (tmp_path / "a.safetensors").exists()
+    return words
+
+
+def test_an_import_that_was_stopped_goes_on_bit_for_bit(tmp_path, capsys, stopped) -> None:
+    assert main(stopped) == 0
+    assert "going on from step 2" in capsys.readouterr().out
+    other = tmp_path / "other"
+    assert main([*stopped[:3], str(other / "b.safetensors"), *stopped[4:]]) == 0
+    found, whole = (tensors_of(path) for path in (tmp_path / "a.safetensors", other / "b.safetensors"))
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
+    assert [path.name for path in other.iterdir()] == ["b.safetensors"]  # nothing is left of either
+    assert {path.name for path in tmp_path.iterdir()} == {"arm.glb", "a.safetensors", "other"}
+
+
+def test_what_an_import_does_not_go_on_from(tmp_path, capsys, stopped, monkeypatch) -> None:
+    folder = tmp_path / "a.safetensors.unfinished"
+    state = folder / "mesh.checkpoint"
+    said = fails(capsys, *stopped, "--seed", "1")
+    assert "seed is 1, the unfinished run has 0" in said and "--overwrite" in said and state.exists()
+    held = locks.take(folder / "run.lock", "a test")
+    assert "is being worked on by process" in fails(capsys, *stopped)
+    held.release()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)  # while the views are drawn, before a step more
+        assert main(stopped) == 130
+    assert "what is done is saved" in capsys.readouterr().err and state.exists()
+    state.write_bytes(state.read_bytes()[:1000])
+    assert main(stopped) == 0
+    said = capsys.readouterr()
+    assert "it is kept as mesh.checkpoint.damaged, and the fit starts over" in said.err
+    assert "going on" not in said.out and not folder.exists()
+
+
+def test_overwrite_starts_an_unfinished_import_over(tmp_path, capsys, stopped) -> None:
+    assert main([*stopped, "--seed", "1", "--overwrite"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert read_info(tmp_path / "a.safetensors").provenance.seed == 1
+    assert not (tmp_path / "a.safetensors.unfinished").exists()
 
 
 @pytest.mark.parametrize(
