@@ -28,7 +28,7 @@ from dream4d_engine.meshes import place
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.surface import track_own_vertices
 from dream4d_engine.toyworld.captions import as_caption
-from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION, with_rigidity
+from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION, for_mesh_scene, with_rigidity
 from dream4d_engine.training.guidance import load_guidance, runtime_for
 from dream4d_engine.training.loop import RunControl
 from dream4d_engine.training.mesh_fit import fit_mesh
@@ -83,7 +83,7 @@ def measure(case: Case) -> tuple[Case, dict[str, float]]:
     caption = as_caption(case.caption)
     model = toy_model(caption)
     still, _ = load_scene(case.out / f"{caption.shape}.safetensors")
-    recipe = with_rigidity(TOY_MOTION, True, case.rigidity)
+    recipe = with_rigidity(for_mesh_scene(TOY_MOTION), case.rigidity)
     device = torch.device(case.device)
     runtime = runtime_for(recipe, device, accelerate=False)
     guidance = load_guidance(recipe, {"video": toy_prior("video")}, case.caption, runtime)

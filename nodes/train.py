@@ -16,8 +16,8 @@ from ..dream4d_engine.training.config import (
     MotionRecipe,
     StaticRecipe,
     find_recipe,
+    for_mesh_scene,
     with_hifa_steps,
-    with_rigidity,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
@@ -324,7 +324,8 @@ class AnimateScene(io.ComfyNode):
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         priors = pick_priors(settings, {"video": video_prior})
-        settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
+        settings = with_frames_of(settings, priors)
+        settings = settings if scene.provenance.first_mesh is None else for_mesh_scene(settings)
         scale = deformation_scale or None
         run = Run(
             "motion",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..assets import load_scene
-from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, with_rigidity
+from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, for_mesh_scene, with_rigidity
 from ..training.guidance import with_frames_of
 from ..training.loop import ResumeMismatch
 from . import options as shared
@@ -54,7 +54,8 @@ def run(options: Animate, motion: MotionRecipe) -> int:
         raise UsageError("say which scene to animate: dream4d animate SCENE PROMPT --out FOLDER")
     prompt = said(options.prompt, "the prompt")
     still, parent = load_scene(options.scene)
-    motion = with_rigidity(motion, parent.first_mesh is not None, options.rigidity)
+    motion = motion if parent.first_mesh is None else for_mesh_scene(motion)
+    motion = motion if options.rigidity is None else with_rigidity(motion, options.rigidity)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
     handles = prior_handles(motion, options, prompt)
     motion = with_frames_of(motion, handles)

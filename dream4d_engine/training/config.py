@@ -499,16 +499,18 @@ MESH_DENSEST = 30.0
 """Density that these are kept below meanwhile, about that of scenes from priors: a harder one hardly begins to move."""
 
 
-def with_rigidity(recipe: MotionRecipe, from_mesh: bool, weight: float | None = None) -> MotionRecipe:
-    """Return the recipe with motion that keeps the distances between near points of the object, at this weight.
+def with_rigidity(recipe: MotionRecipe, weight: float) -> MotionRecipe:
+    """Return the recipe with motion that keeps the distances between near points of the object, at this weight."""
+    return replace(recipe, regularizers=replace(recipe.regularizers, rigidity=weight))
 
-    `weight` None: the recipe's own, or MESH_RIGIDITY where it has none and the scene was made from a mesh. Such a
-    scene is kept below MESH_DENSEST, too, unless the recipe says another density.
+
+def for_mesh_scene(recipe: MotionRecipe) -> MotionRecipe:
+    """Return the recipe as it suits a scene that was made from a mesh: rigid, and below MESH_DENSEST meanwhile.
+
+    Where the recipe itself says a weight of rigidity, or a density, that is kept.
     """
-    if weight is None:
-        weight = recipe.regularizers.rigidity or (MESH_RIGIDITY if from_mesh else 0.0)
-    densest = MESH_DENSEST if from_mesh and recipe.densest is None else recipe.densest
-    return replace(recipe, densest=densest, regularizers=replace(recipe.regularizers, rigidity=weight))
+    densest = MESH_DENSEST if recipe.densest is None else recipe.densest
+    return with_rigidity(replace(recipe, densest=densest), recipe.regularizers.rigidity or MESH_RIGIDITY)
 
 
 def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecipe:

@@ -20,6 +20,7 @@ from dream4d_engine.training.config import (
     MESH_RIGIDITY,
     TOY_MOTION,
     TOY_STATIC,
+    for_mesh_scene,
     with_rigidity,
 )
 from dream4d_engine.training.loop import Interrupted, RunControl
@@ -102,16 +103,17 @@ def test_thin_parts_stay_occupied_and_the_open_empty() -> None:
 
 
 def test_scenes_from_meshes_move_more_rigidly() -> None:
-    assert with_rigidity(TOY_MOTION, True).regularizers.rigidity == MESH_RIGIDITY
-    assert with_rigidity(TOY_MOTION, False).regularizers.rigidity == 0
-    assert with_rigidity(TOY_MOTION, True, 0.0).regularizers.rigidity == 0
-    own = replace(TOY_MOTION, regularizers=replace(TOY_MOTION.regularizers, rigidity=7.0))
-    assert with_rigidity(own, True) == replace(own, densest=MESH_DENSEST)
-    assert with_rigidity(own, False, 3.0).regularizers.rigidity == 3 and with_rigidity(own, False).densest is None
+    assert TOY_MOTION.regularizers.rigidity == 0 and TOY_MOTION.densest is None
+    suited = for_mesh_scene(TOY_MOTION)
+    assert suited == replace(with_rigidity(TOY_MOTION, MESH_RIGIDITY), densest=MESH_DENSEST)
+    assert with_rigidity(suited, 0.0).regularizers.rigidity == 0
+    own = with_rigidity(TOY_MOTION, 7.0)
+    assert own.regularizers.rigidity == 7 and for_mesh_scene(own) == replace(own, densest=MESH_DENSEST)
+    assert for_mesh_scene(replace(own, densest=9.0)).densest == 9
     with pytest.raises(ValueError, match=r"densest must be above 0"):
         check_recipe(replace(own, densest=-1.0))
     with pytest.raises(ValueError, match=r"regularizers\.rigidity must be at least 0"):
-        check_recipe(with_rigidity(own, False, -1.0))
+        check_recipe(with_rigidity(own, -1.0))
     still = replace(TOY_STATIC, regularizers=replace(TOY_STATIC.regularizers, rigidity=1.0))
     with pytest.raises(ValueError, match="about motion"):
         check_recipe(still)
