@@ -7,15 +7,18 @@ it at rest. No mesh is made, and nothing beyond PyTorch is needed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from ..rays import RayBundle, rays_from_cameras
+from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..rendering import RenderOptions, View, render_view
+from ..rendering.march import is_visible, points_of, sample_rays
 from ..scene import Scene
-from .look import Progress, require_finite
+from .look import AT_ONCE, Progress, require_finite
 from .silhouettes import silhouette_cameras
 from .tracks import Precision, track_points
 
@@ -23,13 +26,14 @@ N_TIMES = 25
 """Moments, as far apart as tracks are followed in one go."""
 MOVES = 0.02
 """Displacement, in sizes, from which on a point counts as moving: a pixel of an object that is drawn 50 pixels tall."""
-_IMAGE_SIZE = 40  # pixels a side of a view: more than one to a cell where the object fills half of the frame
-_FINE = 512  # samples along the box's diagonal, at least, by which a point is put where the surface is
-_RAYS_AT_ONCE = 2**21  # times their samples, so that fog takes no more memory than a solid
-_CELLS = 16  # along the object's longest side
+_IMAGE_SIZE = 32  # pixels a side of a view: about one to a cell where the object fills half of the frame
+_HALF = math.log(2)  # optical depth behind which half of the light is left
+_FINE = 12  # pieces of one and a half samples, by which a point is put where the surface is
+_CELLS = 14  # along the object's longest side
 _NEIGHBOURS = 8
 _PRECISION = Precision(5e-5, 6, 20)  # of the box: some thousandth of the distance of neighbours, whose changes are told
-_RESTING = 256  # points that flicker is looked for at, at most
+_RESTING = 128  # points that flicker is looked for at, at most
+_RAYS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,18 @@ class MotionReadout:
         """One line for people."""
         if not self.n_points:
             return "empty: there is nothing to be seen that could move"
-        if self.peak_displacement < 5e-4:  # what would read as 0.00
-            return "still: nothing of it moves"
-        parts = [
-            f"moves {self.mean_displacement:.2f} of its size on average, {self.peak_displacement:.2f} at most",
-            f"{self.moving_share:.0%}".replace("%", " % of the surface"),
-            f"distances kept to {100 * self.strain:.1f} %",
-            f"first and last moment {self.loop_gap:.2f} apart",
-        ]
+        if self.moving_share:
+            parts = [
+                f"moves {self.mean_displacement:.2f} of its size on average, {self.peak_displacement:.2f} at most",
+                f"{100 * self.moving_share:.0f} % of the surface",
+                f"distances kept to {100 * self.strain:.1f} %",
+                f"first and last moment {self.loop_gap:.2f} apart",
+            ]
+        else:
+            much = self.peak_displacement >= 5e-4  # what would not read as 0.000
+            parts = [f"still: moves {self.peak_displacement:.3f} of its size at most" if much else "still"]
         if self.folded >= 5e-4:  # what would read as 0.0
-            parts.append(f"{100 * self.folded:.1f} % of it has no inverse (it folds there)")
+            parts.append(f"folds or tears in {100 * self.folded:.1f} % of places and moments")
         if self.flicker is not None and self.flicker >= 5e-4:
             parts.append(f"what rests flickers by {self.flicker:.3f}")
         return "; ".join(parts)
@@ -162,30 +168,65 @@ def follow_surface(scene: Scene, n_times: int = N_TIMES, on_progress: Progress =
     report = on_progress or (lambda share: None)
     device, times = scene.device, torch.linspace(0, 1, n_times)
     rays = rays_from_cameras(silhouette_cameras(scene, 0.0, _IMAGE_SIZE).to(device))
-    _, depth = _look(scene, rays, None, lambda share: report(0.25 * share))
-    rays, points = _ends(rays, depth)
-    if len(points):
-        rays = _some(rays, _spread(points))
-        rays, points = _ends(rays, _look(scene, rays, max(_FINE, scene.config.n_samples))[1])
+    rays, points = _hits(scene, rays)
     if not len(points):
         none = points.expand(n_times, 0, 3)
         pairs = torch.zeros(0, 2, dtype=torch.int64, device=device)
         report(1.0)
         return SurfaceMotion(times, none, points, pairs, none[..., 0] > 0, points, points)
     near = _near_pairs(points)
-    tracks, rest = track_points(scene, points, near, times, _PRECISION, lambda share: report(0.3 + 0.7 * share))
+    tracks, rest = track_points(scene, points, near, times, _PRECISION, lambda share: report(0.2 + 0.8 * share))
     return SurfaceMotion(times, tracks.positions, rest, near, tracks.carried, rays.origins, rays.directions)
+
+
+def _hits(scene: Scene, rays: RayBundle) -> tuple[RayBundle, Tensor]:
+    """Return some rays that end, spread over what they end at, and the points [S, 3] where half of their light is gone.
+
+    A sample is as dense as its middle: the surface lies where the light goes after a closer look around it.
+    """
+    samples = sample_rays(scene, rays)
+    hit, index, before = _crossings(scene, rays, samples, torch.zeros_like(rays.times), RenderOptions().alpha_threshold)
+    rays, starts, ends = _some(rays, hit), samples.t_starts[index], samples.t_ends[index]
+    if not len(hit):
+        return rays, rays.origins
+    chosen = _spread(rays.origins + starts[:, None] * rays.directions)
+    rays, starts, ends, before = _some(rays, chosen), starts[chosen], ends[chosen], before[chosen]
+    # from the middle of the sample before on
+    edges = torch.linspace(-0.5, 1, _FINE + 1, device=starts.device)
+    edges = starts[:, None] + (ends - starts)[:, None] * edges
+    ray = torch.arange(len(starts), device=starts.device).repeat_interleave(_FINE)
+    pieces = RaySamples(ray, edges[:, :-1].reshape(-1), edges[:, 1:].reshape(-1), len(starts))
+    hit, index, _ = _crossings(scene, rays, pieces, before, 0.0)
+    depth = ends.index_copy(0, hit, 0.5 * (pieces.t_starts + pieces.t_ends)[index])
+    return rays, rays.origins + depth[:, None] * rays.directions
+
+
+def _crossings(
+    scene: Scene, rays: RayBundle, samples: RaySamples, begun: Tensor, alpha_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the sample of each ray in which half of its light is gone, if `begun` [N] optical depth lies before them.
+
+    Samples less opaque than the threshold are empty, as in images. Returns the rays that have one [H], which it is
+    [H], and the optical depth up to the middle of the one before [H].
+    """
+    parts = [scene.density(*points_of(rays, piece)) for piece in samples.split(AT_ONCE)]
+    density = require_finite(torch.cat(parts)) if parts else samples.t_starts
+    density = density.double() * is_visible(density, samples, alpha_threshold)
+    ray, thick = samples.ray_indices, density * (samples.t_ends - samples.t_starts)
+    own = torch.zeros(samples.n_rays, dtype=thick.dtype, device=thick.device).index_add_(0, ray, thick)
+    after = begun[ray] + thick.cumsum(0) - (own.cumsum(0) - own)[ray]
+    crosses = (after > _HALF).nonzero()[:, 0]
+    first = torch.full_like(own, len(ray), dtype=torch.int64).scatter_reduce_(0, ray[crosses], crosses, "amin")
+    hit = (first < len(ray)).nonzero()[:, 0]
+    index = first[hit]
+    last = (index - 1).clamp_min(0)
+    joins = (ray[last] == ray[index]) & (samples.t_starts[index] - samples.t_ends[last] < 1e-5) & (last < index)
+    before = after[index] - thick[index] - torch.where(joins, thick[last] / 2, 0.0)
+    return hit, index, before.float()
 
 
 def _some(rays: RayBundle, index: Tensor) -> RayBundle:
     return RayBundle(rays.origins[index], rays.directions[index], rays.times[index], (1, 1, 1, len(index)))
-
-
-def _ends(rays: RayBundle, depth: Tensor) -> tuple[RayBundle, Tensor]:
-    """Return the rays that end somewhere, and where they do [S, 3]."""
-    hits = depth.isfinite().nonzero()[:, 0]
-    rays = _some(rays, hits)
-    return rays, rays.origins + depth[hits, None] * rays.directions
 
 
 def _spread(points: Tensor) -> Tensor:
@@ -208,38 +249,8 @@ def _near_pairs(points: Tensor) -> Tensor:
     return torch.unique(torch.stack((own, nearest), -1).view(-1, 2).sort(-1).values, dim=0)
 
 
-def _look(scene: Scene, rays: RayBundle, n_samples: int | None, on_progress: Progress = None) -> tuple[Tensor, Tensor]:
-    """Return what rays see: colours [N, 3], and how far each goes until half of its light is gone [N], or infinity.
-
-    n_samples: along the box's diagonal, None for the scene's own.
-    """
-    options, cameras = RenderOptions(n_samples=n_samples), silhouette_cameras(scene, 0.0, n_views=1)
-    colors, depths = [], []
-    at_once = max(1, _RAYS_AT_ONCE // (n_samples or scene.config.n_samples))
-    rows = torch.arange(len(rays.origins), device=scene.device).split(at_once)
-    for number, index in enumerate(rows, 1):
-        output = render_view(scene, View(cameras, options, _some(rays, index), None, None))
-        samples, weights = output.samples, output.weights
-        assert samples is not None and weights is not None  # all rays went at once
-        colors.append(require_finite(output.rgb).view(-1, 3))
-        weights, ray = weights.double(), samples.ray_indices
-        own = torch.zeros(len(index), dtype=torch.float64, device=weights.device).index_add_(0, ray, weights)
-        after = 1 - (weights.cumsum(0) - (own.cumsum(0) - own)[ray])  # what light is left behind each sample
-        before = (after + weights).clamp_min(0.5)
-        crosses = (after < 0.5).nonzero()[:, 0]
-        # the density is the same all over the sample, so the light falls exponentially
-        share = (2 * before).log() / (before.log() - after.clamp_min(1e-12).log()).clamp_min(1e-12)
-        starts, ends = samples.t_starts.double(), samples.t_ends.double()
-        place = starts + (ends - starts) * share.clamp(0, 1)
-        depth = torch.full_like(own, torch.inf).scatter_reduce_(0, ray[crosses], place[crosses], "amin")
-        depths.append(depth.float())
-        if on_progress is not None:
-            on_progress(number / len(rows))
-    return torch.cat(colors), torch.cat(depths)
-
-
 @torch.no_grad()
-def _flicker(scene: Scene, motion: SurfaceMotion, rests: Tensor, on_progress: Progress) -> float | None:
+def _flicker(scene: Scene, motion: SurfaceMotion, rests: Tensor, on_progress: Callable[[float], None]) -> float | None:
     """Look along the rays of the points that rest [V] at each moment; see MotionReadout.flicker.
 
     A moment at which something else has come in front of a point doesn't count.
@@ -252,9 +263,14 @@ def _flicker(scene: Scene, motion: SurfaceMotion, rests: Tensor, on_progress: Pr
     origins, directions = motion.origins[looked_at], motion.directions[looked_at]
     times = motion.times.to(origins).repeat_interleave(n)
     rays = RayBundle(origins.repeat(n_times, 1), directions.repeat(n_times, 1), times, (1, 1, 1, n * n_times))
-    colors, depths = _look(scene, rays, None, on_progress)
-    colors, depths = colors.view(n_times, n, 3), depths.view(n_times, n)
-    there = depths > depths[0] - 2 * MOVES * motion.size
+    cameras, parts = silhouette_cameras(scene, 0.0, n_views=1), []
+    for number, index in enumerate(torch.arange(n * n_times, device=scene.device).split(_RAYS_AT_ONCE), 1):
+        output = render_view(scene, View(cameras, RenderOptions(), _some(rays, index), None, None))
+        distance = output.depth / output.opacity.clamp_min(1e-6)
+        parts.append(torch.cat((require_finite(output.rgb), distance), -1).view(-1, 4))
+        on_progress(min(1.0, number * _RAYS_AT_ONCE / (n * n_times)))
+    colors, distances = torch.cat(parts).view(n_times, n, 4).split((3, 1), -1)
+    there = (distances > distances[0] - 2 * MOVES * motion.size)[..., 0]
     both = there[1:] & there[:-1]
     change = colors.diff(dim=0).abs().mean(-1)[both]
     return float(change.mean()) if len(change) else None
