@@ -118,8 +118,7 @@ def track_points(
     if scene.deformation is None:
         return _still(points, times), points
     radius, field = scene.config.radius, scene.deformation
-    start = (points / radius + 1) / 2
-    canonical = _Warp(field, scene.kernels, float(times[0]), precision)(start)
+    canonical, start = scene.looked_up(points, float(times[0])), (points / radius + 1) / 2
     places, residuals, carried = _follow(scene, canonical, edges, times, start, precision, on_progress)
     rest = _at_rest(canonical, field)
     return Tracks((places * 2 - 1) * radius, residuals, carried), (rest * 2 - 1) * radius
