@@ -211,18 +211,21 @@ def _crossings(
     """
     parts = [scene.density(*points_of(rays, piece)) for piece in samples.split(AT_ONCE)]
     density = require_finite(torch.cat(parts)) if parts else samples.t_starts
-    density = density.double() * is_visible(density, samples, alpha_threshold)
-    ray, thick = samples.ray_indices, density * (samples.t_ends - samples.t_starts)
-    own = torch.zeros(samples.n_rays, dtype=thick.dtype, device=thick.device).index_add_(0, ray, thick)
+    density = density * is_visible(density, samples, alpha_threshold)
+    # on the CPU: not every device has numbers precise enough for sums over all rays
+    ray, begun = samples.ray_indices.cpu(), begun.cpu()
+    starts, ends = samples.t_starts.cpu(), samples.t_ends.cpu()
+    thick = density.cpu().double() * (ends - starts)
+    own = torch.zeros(samples.n_rays, dtype=thick.dtype).index_add_(0, ray, thick)
     after = begun[ray] + thick.cumsum(0) - (own.cumsum(0) - own)[ray]
     crosses = (after > _HALF).nonzero()[:, 0]
     first = torch.full_like(own, len(ray), dtype=torch.int64).scatter_reduce_(0, ray[crosses], crosses, "amin")
     hit = (first < len(ray)).nonzero()[:, 0]
     index = first[hit]
     last = (index - 1).clamp_min(0)
-    joins = (ray[last] == ray[index]) & (samples.t_starts[index] - samples.t_ends[last] < 1e-5) & (last < index)
+    joins = (ray[last] == ray[index]) & (starts[index] - ends[last] < 1e-5) & (last < index)
     before = after[index] - thick[index] - torch.where(joins, thick[last] / 2, 0.0)
-    return hit, index, before.float()
+    return hit.to(scene.device), index.to(scene.device), before.float().to(scene.device)
 
 
 def _some(rays: RayBundle, index: Tensor) -> RayBundle:
