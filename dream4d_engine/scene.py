@@ -114,6 +114,10 @@ class Scene(nn.Module):
         u, _ = self._canonical_points(points, times)
         return self.canonical.density(u, self.kernels)
 
+    def looked_up(self, points: Tensor, time: float) -> Tensor:
+        """Points [S, 3] of the world -> the places [S, 3] of the canonical [0, 1] box that they show at a time."""
+        return self._canonical_points(points, points.new_full((len(points),), time))[0]
+
     def is_solid(self, density: Tensor) -> Tensor:
         """Whether a quarter of the radius of such density [S] would be half opaque: 1 - exp(-d t) > 1/2."""
         return density * (self.config.radius / 4) > math.log(2)

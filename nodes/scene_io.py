@@ -14,6 +14,7 @@ from ..dream4d_engine.assets import AssetError, Provenance, load_scene, read_inf
 from ..dream4d_engine.dream_in_4d import import_checkpoint
 from .doors import DoorError, check_choice
 from .places import PlaceError, changed_at, check_prefix, files_below, new_file, path_below
+from .readout import with_motion
 from .session import gradients, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -131,7 +132,7 @@ class SceneInfo(io.ComfyNode):
             node_id="Dream4DSceneInfo",
             display_name="Scene Info",
             category=f"{CATEGORY}/files",
-            description="Says what a scene is and where it comes from.",
+            description="Says what a scene is, how much it moves, and where it comes from.",
             search_aliases=["describe scene", "metadata", "provenance", "dream4d"],
             inputs=[ScenePort.Input("scene", tooltip="The scene to describe.")],
             outputs=[io.String.Output("text", display_name="text", tooltip="The description.")],
@@ -143,6 +144,9 @@ class SceneInfo(io.ComfyNode):
     def execute(cls, scene: SceneValue) -> io.NodeOutput:
         """Describe the scene, on the node too."""
         text = describe(scene)
+        if scene.scene.deformation is not None:
+            kind, _, rest = text.partition("\n")
+            text = f"{kind}\n{with_motion(scene, cls.hidden.unique_id)[1]}\n{rest}"
         say_on_node(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..dream4d_engine.assets import Provenance
 from ..dream4d_engine.scene import Scene
+from ..dream4d_engine.surface import MotionReadout
 
 CATEGORY = "Dream4D"
 
@@ -23,6 +24,7 @@ class SceneValue:
 
     scene: Scene
     provenance: Provenance
+    motion: MotionReadout | None = None  # how much it moves, where that was measured (see readout.py)
 
     def fingerprint(self) -> str:
         """Change when a number of the scene does."""

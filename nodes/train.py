@@ -38,7 +38,8 @@ from .checks import (
     require,
 )
 from .images import reference_of
-from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_priors, show_taken
+from .readout import with_motion
+from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_priors, say_on_node, show_taken
 from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
@@ -344,7 +345,10 @@ class AnimateScene(io.ComfyNode):
             return train_motion(scene.scene, settings, guidance, seed=seed, deformation_scale=scale, **given)
 
         node_id = cls.hidden.unique_id
-        return io.NodeOutput(carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds))
+        moving = carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds)
+        moving, line = with_motion(moving, node_id)
+        say_on_node(line, node_id)
+        return io.NodeOutput(moving)
 
 
 def check_zoom(scale: float | None) -> bool | str:

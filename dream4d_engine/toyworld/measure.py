@@ -59,7 +59,7 @@ from ..training.motion import train_motion
 from ..training.reference import Reference, prepare_reference
 from ..training.static import train_static
 from .captions import as_caption
-from .evaluate import Images, change_error, evaluate_scene, frame_error, reference_match
+from .evaluate import Evaluation, Images, change_error, evaluate_scene, frame_error, reference_match
 from .models import write_json
 from .samples import CAPTIONS, sheet
 from .subject import SUBJECT_PROMPT, scene_likeness
@@ -136,6 +136,7 @@ def measure_image(case: Case) -> Result:
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
+        **_surface(found),
         "seconds": first.seconds + second.seconds,
     }
     return case, measures, torch.cat((_around(still), _over_time(moving)))
@@ -233,6 +234,7 @@ def measure_steadiness(case: Case) -> Result:
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
+        **_surface(found),
         "steps_per_second": 1 / summary.seconds_per_step,
     }
     return case, measures, _over_time(moving, 16)
@@ -254,6 +256,7 @@ def measure_path(case: Case) -> Result:
         "iou": mean(found.iou_per_view),
         "colors_right": found.colors_right,
         "clip_iou": found.clip_iou,
+        **_surface(found),
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "seconds": first.seconds + second.seconds,
@@ -282,6 +285,7 @@ def measure_prior(case: Case) -> Result:
         "motion_amplitude": found.motion_amplitude,
         "stray_motion": found.stray_motion,
         "clip_iou": found.clip_iou,
+        **_surface(found),
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
         "seconds": summary.seconds,
     }
@@ -307,6 +311,7 @@ def measure_autoencoder(case: Case) -> Result:
         "motion_correlation": found.motion_correlation,
         "motion_amplitude": found.motion_amplitude,
         "clip_iou": found.clip_iou,
+        **_surface(found),
         "frame_error": frame_error(lambda cameras: _render(moving, cameras, 0.0), case.caption),
         "gradient_cosine": float(functional.cosine_similarity(gradients["full"], gradients[case.way], dim=0)),
         "steps_per_second": 1 / summary.seconds_per_step,
@@ -420,6 +425,12 @@ def _around(scene: Scene) -> Tensor:
 
 def _over_time(scene: Scene, n_times: int = 8) -> Tensor:
     return _render(scene, fixed_take(n_times, _SHEET_SIZE, _SHEET_SIZE), _SHEET_GREY).rgb[0]
+
+
+def _surface(found: Evaluation) -> dict[str, float | None]:
+    """How far the surface is from where the truth has it, in sizes; None where nothing was to be seen."""
+    errors = found.surface
+    return {name: None if errors is None else getattr(errors, name) for name in ("place_error", "rigidity_error")}
 
 
 def _measure(case: Case) -> Result:

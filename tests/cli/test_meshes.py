@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import tensors_of
+from exact_scene import exact_scene
 from gltf_files import Builder, arm
 from scene_cases import CONFIG, PROVENANCE, tiny_scene
 
@@ -192,5 +193,12 @@ def test_motion_is_not_for_just_any_mesh(tmp_path, capsys, moved) -> None:
 def test_a_mesh_is_not_judged_by_the_truth_of_a_toy() -> None:
     scene = tiny_scene()
     assert "truth" in measure(scene, "a red cube")[0]
-    found, line = measure(scene, "a red cube", of_a_mesh=True)
-    assert "truth" not in found and "covers" in line
+    found, lines = measure(scene, "a red cube", of_a_mesh=True)
+    assert "truth" not in found and "covers" in lines[0]
+
+
+def test_a_motion_that_cannot_be_followed_costs_no_other_measure() -> None:
+    broken = exact_scene("sphere", lambda points, times: points / (times < 0.5)[:, None].float())
+    found, lines = measure(broken, "a fox")
+    assert found["motion"] is None and found["scene"]["coverage"] > 0
+    assert len(lines) == 2 and "can't be told: the scene's deformation is not a finite number" in lines[1]

@@ -85,7 +85,12 @@ def test_text_to_4d_from_the_priors_to_a_video(server):
         assert len(files) == 16 and all(path.exists() for path in files)
     assert len(output_files(server, outputs["14"])) == 16
     assert ("text", outputs["8"]["text"][0]) in events, "it is shown on the node"
-    assert "moving scene" in outputs["8"]["text"][0] and f"prompt: {PROMPT}" in outputs["8"]["text"][0]
+    kind, motion, *history = outputs["8"]["text"][0].splitlines()
+    assert kind.startswith("moving scene") and f"prompt: {PROMPT}" in history
+    assert ("text", motion) in events, "training's node says it at its end"
+    looks = [content for kind, content in events if kind == "text" and content.startswith("looking how much it moves")]
+    assert 0 < len(looks) < 40, "it is measured once"
+    assert re.match("moves 0|still|empty", motion)
     (scene,) = output_files(server, outputs["7"], "scenes")
     with safe_open(scene, "pt") as file:
         header = file.metadata()

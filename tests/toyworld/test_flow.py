@@ -200,4 +200,5 @@ def test_video_priors_are_compared_on_the_same_still_object(tmp_path):
     save_scene(tmp_path / "a_blue_sphere_0_0.004.safetensors", solid_ball(0.4))
     _, found, images = measure.measure_prior(case)
     assert found["iou"] > 0.9 and found["colors_right"] == 0, "a grey ball"
+    assert found["place_error"] == pytest.approx(0.17, abs=0.06), "after one step it is still: 0.3 |sin| of 1.1"
     assert images.shape == (8, 64, 64, 3)
