@@ -17,6 +17,7 @@ from ..dream4d_engine.training.config import (
     StaticRecipe,
     find_recipe,
     with_hifa_steps,
+    with_loop,
     with_rigidity,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
@@ -280,6 +281,13 @@ class AnimateScene(io.ComfyNode):
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
                 *how_it_runs([_negative()]),
+                io.Boolean.Input(
+                    "loop",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Let the motion end where it begins, so that it can be played again and again.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -318,11 +326,13 @@ class AnimateScene(io.ComfyNode):
         resume: str,
         preview_seconds: float,
         memory_budget: float = 0.0,
+        loop: bool = False,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
+        settings = with_loop(settings) if loop else settings
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None

@@ -78,7 +78,7 @@ class _Warp:
 def track_vertices(
     scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None, smoothing: int = 2
 ) -> Tracks:
-    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through ascending times [T].
+    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through times [T].
 
     `smoothing`: rounds by which the displacements are smoothed over the surface in the end. Where the warp folds,
     neighbours part; this takes half of that away and moves the others by less than the residual that is allowed.
@@ -94,20 +94,22 @@ def track_vertices(
     canonical = (vertices / radius + 1) / 2
     rest = (canonical - 0.5) * scale + 0.5  # where it was, were there no displacement
     x = rest.clamp(0, 1)
+    # each once: of a loop 1 is 0, and found anew places would be off by what residuals may be
+    moments, row = (times.remainder(1) if scene.loops else times).unique(return_inverse=True)
     rows, moment = [], None
-    for number, goal in enumerate(times.tolist(), 1):
+    for number, goal in enumerate(moments.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
             x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, both)
         moment = goal
         rows.append((x, residual, carried))
         if on_progress is not None:
-            on_progress(number / len(times))
+            on_progress(number / len(moments))
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
     if not places.isfinite().all():
         raise MeshError("the scene's deformation is not a finite number everywhere: animate it anew")
     places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
-    return Tracks((places * 2 - 1) * radius, residuals, carried)
+    return Tracks(((places * 2 - 1) * radius)[row], residuals[row], carried[row])
 
 
 def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:

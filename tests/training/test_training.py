@@ -491,6 +491,9 @@ def test_differences_are_found_where_they_are():
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}).startswith("a[1].b is 2")
     assert first_difference({"a": 1}, {}).startswith("a is 1")
+    assert first_difference({"a": [{"b": 2, "new": False, "weight": 0.0}]}, {"a": [{"b": 2}]}) is None
+    assert first_difference({"b": 2, "new": True}, {"b": 2}).startswith("new is True")
+    assert first_difference({"b": 2}, {"b": 2, "new": False}).startswith("new is")
 
 
 # ---- stage 1 -----------------------------------------------------------------------------------------------------
