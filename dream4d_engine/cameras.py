@@ -183,6 +183,13 @@ def sample_views(
     return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
 
 
+def film_times(n_frames: int, loop: bool = False, device: torch.device | str | None = None) -> Tensor:
+    """The moments [n_frames] of a film of the whole animation: 0 to 1, of a loop without the 1, which is 0 again."""
+    if loop:
+        return torch.arange(n_frames, device=device) / n_frames
+    return torch.linspace(0, 1, n_frames, device=device)
+
+
 def sample_takes(
     ranges: CameraRanges,
     n_groups: int,
@@ -191,13 +198,20 @@ def sample_takes(
     width: int,
     source: Source,
     time_span: tuple[float, float] = (0.8, 1.0),
+    starts: tuple[float, float] | None = None,
 ) -> CameraBatch:
-    """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1]."""
+    """Draw fixed cameras that film the animation: frames over an interval of random length inside [0, 1].
+
+    `starts`: of a loop, between which moments a take begins; it goes on past 1, where 0 follows.
+    """
     azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
     length = _uniform(time_span, n_groups, source)
-    start = draw_rows(torch.rand, (n_groups,), source) * (1 - length)  # so that it ends within the animation
+    place = draw_rows(torch.rand, (n_groups,), source)
+    # so that it ends within the animation; a loop has no end
+    start = place * (1 - length) if starts is None else starts[0] + (starts[1] - starts[0]) * place
     time = start[:, None] + length[:, None] * torch.linspace(0, 1, n_frames)
-    return make_cameras(azimuth, elevation, distance, fov_y, time.clamp(0, 1), height, width)
+    time = time.clamp(0, 1) if starts is None else time.remainder(1)
+    return make_cameras(azimuth, elevation, distance, fov_y, time, height, width)
 
 
 def orbit(
@@ -225,14 +239,15 @@ def fixed_take(
     elevation_deg: float = 15.0,
     distance: float = 3.0,
     fov_y_deg: float = 40.0,
+    loop: bool = False,
 ) -> CameraBatch:
-    """One still camera that films the whole animation, [1, n_frames] with times from 0 to 1."""
+    """One still camera that films the whole animation, [1, n_frames] at `film_times`."""
     return make_cameras(
         math.radians(azimuth_deg),
         math.radians(elevation_deg),
         distance,
         math.radians(fov_y_deg),
-        torch.linspace(0, 1, n_frames)[None],
+        film_times(n_frames, loop)[None],
         height,
         width,
     )
@@ -246,8 +261,9 @@ def final_path(
     elevation_deg: float = 15.0,
     distance: float = 3.0,
     fov_y_deg: float = 40.0,
+    loop: bool = False,
 ) -> CameraBatch:
-    """The path of the final video: each part plays the animation once, times 0 to 1.
+    """The path of the final video: each part plays the animation once, at `film_times`.
 
     Even parts hold the camera still; odd parts orbit to the place of the next one. All parts together are one
     full turn. Returns [1, n_parts * frames_per_part].
@@ -255,7 +271,7 @@ def final_path(
     if n_parts < 2 or n_parts % 2:
         raise ValueError(f"the final path alternates still and orbiting parts: n_parts must be even, got {n_parts}")
     turn = 2 * math.pi / (n_parts // 2)
-    progress = torch.linspace(0, 1, frames_per_part)
+    progress = film_times(frames_per_part, loop)
     azimuth = [turn * (part // 2) + (part % 2) * turn * progress for part in range(n_parts)]
     return make_cameras(
         torch.cat(azimuth)[None],

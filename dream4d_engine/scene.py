@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .cameras import film_times
 from .fields.background import Background, BackgroundConfig
 from .fields.deformation import DeformationConfig, DeformationField
 from .fields.encodings import require_range
@@ -84,6 +85,11 @@ class Scene(nn.Module):
         """Where the parameters are."""
         return self.canonical.grid.table.device
 
+    @property
+    def loops(self) -> bool:
+        """Whether its last moment is its first one."""
+        return self.deformation is not None and self.deformation.config.loop
+
     def reset(self, generator: torch.Generator) -> None:
         """Start afresh: draw all parameters, call every cell occupied."""
         self.canonical.reset(generator)
@@ -133,7 +139,7 @@ class Scene(nn.Module):
         """The times [T] at which occupancy looks at the scene."""
         if self.deformation is None:
             return torch.zeros(1, device=self.device)
-        return torch.linspace(0, 1, N_TIMES, device=self.device)
+        return film_times(N_TIMES, self.loops, self.device)
 
     def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:
         """Update the occupancy grid in training, all of its cells or a random quarter."""

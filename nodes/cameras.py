@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..dream4d_engine.cameras import CameraBatch, final_path, fixed_take, orbit
+from ..dream4d_engine.cameras import CameraBatch, film_times, final_path, fixed_take, orbit
 from ..dream4d_engine.documents import describe
 
 FINAL_PATH, ORBIT, FIXED, CONNECTED = "final path", "orbit", "fixed view", "connected camera"
@@ -21,7 +21,7 @@ _FROM_VIEWER = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 """The viewer's y is up and its front is +z; ours are +z and +x."""
 
 
-def viewer_cameras(camera: Mapping, n_frames: int, height: int, width: int) -> CameraBatch:
+def viewer_cameras(camera: Mapping, n_frames: int, height: int, width: int, loop: bool = False) -> CameraBatch:
     """Return the 3D viewer's camera filming the whole animation, [1, n_frames].
 
     Raises ValueError for what can't be rendered: orthographic cameras, numbers that are missing or not finite.
@@ -50,7 +50,7 @@ def viewer_cameras(camera: Mapping, n_frames: int, height: int, width: int) -> C
         azimuth=same(math.atan2(float(place[1]), float(place[0]))),
         elevation=same(math.asin(max(-1.0, min(1.0, float(place[2]) / distance)))),
         distance=same(distance),
-        time=torch.linspace(0, 1, n_frames)[None],
+        time=film_times(n_frames, loop)[None],
         height=height,
         width=width,
     )
@@ -66,15 +66,16 @@ def path_cameras(
     elevation_deg: float,
     distance: float,
     fov_deg: float,
+    loop: bool = False,
 ) -> CameraBatch:
     """Return one of the paths, [1, frames]; every one of them plays the animation."""
     if name == FINAL_PATH:
-        return final_path(height, width, FINAL_PARTS, n_frames, elevation_deg, distance, fov_deg)
+        return final_path(height, width, FINAL_PARTS, n_frames, elevation_deg, distance, fov_deg, loop)
     if name == ORBIT:
-        times = torch.linspace(0, 1, n_frames)[None]
+        times = film_times(n_frames, loop)[None]
         return orbit(n_frames, height, width, elevation_deg, distance, fov_deg, times, azimuth_deg)
     if name == FIXED:
-        return fixed_take(n_frames, height, width, azimuth_deg, elevation_deg, distance, fov_deg)
+        return fixed_take(n_frames, height, width, azimuth_deg, elevation_deg, distance, fov_deg, loop)
     raise ValueError(f"unknown cameras {name!r}: choose one of {', '.join(CAMERAS)}")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..dream4d_engine.cameras import make_cameras
+from ..dream4d_engine.cameras import film_times, make_cameras
 from ..dream4d_engine.export.images import to_bytes
 from ..dream4d_engine.rendering import RenderOptions, render_chunked
 from ..dream4d_engine.scene import Scene
@@ -36,7 +36,7 @@ def preview_frames(scene: Scene, number: int, size: int) -> torch.Tensor:
     moving = scene.deformation is not None
     if moving:
         size = max(_SMALLEST, round(size / math.sqrt(_CLIP_FRAMES)))
-    times = torch.linspace(0, 1, _CLIP_FRAMES)[None] if moving else torch.zeros(1, 1)
+    times = film_times(_CLIP_FRAMES, scene.loops)[None] if moving else torch.zeros(1, 1)
     turn = math.radians(_TURN_DEG * number)
     cameras = make_cameras(turn, math.radians(15.0), 3.0, math.radians(40.0), times, size, size)
     samples = min(_SAMPLES, scene.config.n_samples)

@@ -17,7 +17,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dream4d_engine.cameras import CameraBatch, make_cameras
+from ..dream4d_engine.cameras import CameraBatch, film_times, make_cameras
 from ..dream4d_engine.export.images import save_image
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.rendering import RenderOptions
@@ -80,10 +80,10 @@ class ViewGrid:
         return make_cameras(azimuth[None], elevation, _DISTANCE, _FIELD_OF_VIEW, time, self.size, self.size)
 
 
-def view_grid(views: int, heights: int, times: int, size: int, moving: bool) -> ViewGrid:
+def view_grid(views: int, heights: int, times: int, size: int, scene: Scene) -> ViewGrid:
     """Return the grid that the widgets ask for; a still scene needs one moment."""
     between = torch.linspace(_LOWEST_DEG, _HIGHEST_DEG, heights).tolist() if heights > 1 else [_ONLY_DEG]
-    moments = torch.linspace(0, 1, times).tolist() if moving and times > 1 else [0.0]
+    moments = film_times(1 if scene.deformation is None else times, scene.loops).tolist()
     return ViewGrid(views, tuple(round(e, 2) for e in between), tuple(round(t, 4) for t in moments), size)
 
 
@@ -152,7 +152,7 @@ class Preview4D(io.ComfyNode):
         checked = check_grid(views, heights, times, size)
         if checked is not True:
             raise RunError(checked)
-        grid = view_grid(views, heights, times, size, scene.scene.deformation is not None)
+        grid = view_grid(views, heights, times, size, scene.scene)
         view = show(scene, grid, cls.hidden.unique_id)
         return io.NodeOutput(ui={RESULT: [view]})
 

@@ -186,7 +186,7 @@ class Render(io.ComfyNode):
         if cameras == CONNECTED:
             if camera is None:
                 raise RunError(_NO_CAMERA)
-            batch = viewer_cameras(camera, frames, height, width)
+            batch = viewer_cameras(camera, frames, height, width, scene.scene.loops)
         else:
             batch = path_cameras(
                 cameras,
@@ -197,6 +197,7 @@ class Render(io.ComfyNode):
                 elevation_deg=elevation,
                 distance=distance,
                 fov_deg=field_of_view,
+                loop=scene.scene.loops,
             )
         output = render_passes(scene, batch, normals, cls.hidden.unique_id)
         images = image_of(output, "rgb")[0]

@@ -158,7 +158,7 @@ def describe(value: SceneValue) -> str:
     occupied = float(scene.occupancy.occupied.float().mean())
     kind = "still scene" if config.deformation is None else f"moving scene, zoom {config.deformation.scale:.2f}"
     lines = [
-        kind,
+        f"{kind}, a loop" if scene.loops else kind,
         f"{n_numbers:,} parameters, {n_numbers * 4 / 2**20:.1f} MiB",
         f"{occupied:.0%} of the box may be occupied",
         *_history(value.provenance),

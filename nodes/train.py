@@ -18,6 +18,7 @@ from ..dream4d_engine.training.config import (
     find_recipe,
     for_mesh_scene,
     with_hifa_steps,
+    with_loop,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
 from ..dream4d_engine.training.motion import train_motion
@@ -281,6 +282,13 @@ class AnimateScene(io.ComfyNode):
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
                 *how_it_runs([_negative()]),
+                io.Boolean.Input(
+                    "loop",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Let the motion end where it begins, so that it can be played again and again.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -319,11 +327,13 @@ class AnimateScene(io.ComfyNode):
         resume: str,
         preview_seconds: float,
         memory_budget: float = 0.0,
+        loop: bool = False,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
+        settings = with_loop(settings) if loop else settings
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_frames_of(settings, priors)
         settings = settings if scene.provenance.first_mesh is None else for_mesh_scene(settings)

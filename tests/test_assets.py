@@ -64,6 +64,20 @@ def test_round_trip_renders_the_same(tmp_path: Path, config: SceneConfig) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_an_asset_knows_whether_it_loops_and_one_of_before_does_not(asset: Path, tmp_path: Path) -> None:
+    assert CONFIG.deformation is not None
+    looped = tiny_scene(replace(CONFIG, deformation=replace(CONFIG.deformation, loop=True)))
+    again, _ = load_scene(save_scene(tmp_path / "looped.safetensors", looped))
+    assert again.loops
+    config = asdict(CONFIG)
+    del config["deformation"]["loop"]
+    of_before, _ = load_scene(with_metadata(asset, tmp_path / "before.safetensors", config=json.dumps(config)))
+    now, _ = load_scene(asset)
+    assert not of_before.loops and of_before.config == now.config
+    points, times = torch.rand(30, 3) * 2 - 1, torch.rand(30)
+    assert torch.equal(of_before.density(points, times), now.density(points, times))
+
+
 def test_info_reads_the_header_alone(asset: Path) -> None:
     info = read_info(asset)
     assert info.format_version == 1 and info.config == CONFIG and info.provenance == PROVENANCE

@@ -93,6 +93,29 @@ def test_takes_hold_the_camera_still_over_a_random_interval():
     assert takes.time[:, 0].max() > 0.1, "the interval's place is random too"
 
 
+def test_a_loops_takes_are_the_same_drawn_elsewhere_and_go_on_past_its_end():
+    ranges = cam.CameraRanges()
+    takes, looped = (cam.sample_takes(ranges, 40, 8, 4, 4, seeded(), starts=s) for s in (None, (-0.1, 0.1)))
+    assert torch.equal(takes.c2w, looped.c2w)
+    assert 0 <= looped.time.min() and looped.time.max() < 1
+    start = (looped.time[:, 0] + 0.5).remainder(1) - 0.5
+    assert -0.1 <= start.min() < -0.08 and 0.08 < start.max() <= 0.1
+    steps = looped.time.diff(dim=1).remainder(1)
+    assert torch.allclose(steps, takes.time.diff(dim=1), atol=1e-6), "of the same length, each"
+    assert (looped.time.diff(dim=1) < 0).any(1).float().mean() > 0.4, "many of them past the end"
+
+
+def test_a_loops_film_shows_no_moment_twice():
+    assert cam.film_times(4, loop=True).tolist() == [0, 0.25, 0.5, 0.75]
+    assert cam.film_times(5).tolist() == [0, 0.25, 0.5, 0.75, 1] and cam.film_times(1).tolist() == [0]
+    assert torch.equal(cam.fixed_take(6, 8, 8, loop=True).time[0], cam.film_times(6, loop=True))
+    path = cam.final_path(8, 8, 4, 6, loop=True)
+    turned = (path.time[0].roll(-1) - path.time[0]).remainder(1)
+    assert torch.allclose(turned, torch.full((24,), 1 / 6)), "from part to part, and from the end to the beginning"
+    away = path.azimuth[0].diff().reshape(-1)
+    assert torch.allclose(away[6:12], torch.full((6,), math.pi / 6), atol=1e-5), "nor does the camera stop between"
+
+
 def test_the_final_path_alternates_still_parts_and_orbits_and_closes_the_turn():
     path = cam.final_path(8, 8)
     assert path.shape == (1, 192)

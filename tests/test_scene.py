@@ -138,6 +138,14 @@ def test_occupancy_follows_the_density() -> None:
     assert len(scene.moments()) == 1 and len(moving_scene().moments()) == 12
 
 
+def test_occupancy_looks_at_every_moment_of_a_loop_once() -> None:
+    scene = build_scene(CONFIG, generator())
+    assert not scene.loops and not moving_scene().loops
+    looped = scene.with_deformation(replace(MOTION, loop=True), generator(1))
+    assert looped.loops and looped.clone().loops
+    assert torch.equal(looped.moments(), torch.arange(12) / 12)
+
+
 def test_absurd_scenes_are_refused() -> None:
     with pytest.raises(ValueError, match="radius must lie in"):
         SceneConfig(radius=-1.0)

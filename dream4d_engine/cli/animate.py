@@ -37,6 +37,7 @@ class Animate:
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
     not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
+    loop: shared.Loop = False
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()
     images: shared.Images = shared.ImageOptions()
@@ -64,7 +65,7 @@ def run(options: Animate, motion: MotionRecipe) -> int:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")
         path, begin = session.run.path / SCENE, lambda: new_motion(session, motion, still)
         scene, _ = train_stage(session, motion, handles, prompt, path, begin, parent=parent)
-        film(session, VIDEO, scene, final_cameras(options.images), prompt)
+        film(session, VIDEO, scene, final_cameras(options.images, scene), prompt)
         show(session, scene, prompt, of_a_mesh=parent.first_mesh is not None)
     return 0
 

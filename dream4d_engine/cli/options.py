@@ -73,6 +73,9 @@ DeformationScale = Annotated[
     float | None,
     optional("FLOAT", "Zoom of the object into the frame (default: chosen from the object's size)."),
 ]
+Loop = Annotated[
+    bool, arg(help="Let the motion end where it begins, so that video and GLB can be played again and again.")
+]
 
 MultiviewPrior = Annotated[
     str | None, optional("MODEL", "Multi-view model (default with the recipe toy: the one in the package).")

@@ -17,7 +17,7 @@ import tyro
 from ..assets import config_from_dict
 from ..documents import describe, is_text, text_fault
 from ..training.checkpoint import first_difference
-from ..training.config import with_hifa_steps, with_view_limit
+from ..training.config import with_hifa_steps, with_loop, with_view_limit
 from ..training.loop import ResumeMismatch
 from .command import Command, find_command
 from .errors import UsageError
@@ -127,7 +127,7 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
 
 
 def _with_shorthands(call: Any) -> Any:
-    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps) into the recipes they stand for."""
+    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --loop) into the recipes they mean."""
     options = call.options
     steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
     view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)
@@ -142,9 +142,11 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
     if hifa is not None:
         call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    if getattr(options, "loop", False):
+        call = replace(call, motion=with_loop(call.motion))
     # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
-    names = ("steps", "motion_steps", "sd_view", "hifa_steps")
-    return replace(call, options=replace(options, **{key: None for key in names if hasattr(options, key)}))
+    said = {"steps": None, "motion_steps": None, "sd_view": None, "hifa_steps": None, "loop": False}
+    return replace(call, options=replace(options, **{key: no for key, no in said.items() if hasattr(options, key)}))
 
 
 def _peek(words: Sequence[str], flag: str) -> str | None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
 from ..assets import load_scene
-from ..cameras import CameraBatch, final_path, fixed_take, orbit
+from ..cameras import CameraBatch, film_times, final_path, fixed_take, orbit
 from ..export import VideoWriter, save_image
 from ..machine import check_folder, check_memory, pick_device
 from ..rendering import RenderOptions
@@ -81,7 +79,7 @@ def run(options: Render) -> int:
     render_options = RenderOptions(
         n_samples=options.samples, normals="normals" in passes, displacement="displacement" in passes
     )
-    cameras = _cameras(options, height, width)
+    cameras = _cameras(options, height, width, scene.loops)
     n_frames = cameras.shape[1]
     check_memory(film_bytes(height, width), f"a frame of {width}x{height}", "lower --size")
     out = options.out or options.scene.parent / "renders"
@@ -115,13 +113,13 @@ def run(options: Render) -> int:
     return 0
 
 
-def _cameras(options: Render, height: int, width: int) -> CameraBatch:
+def _cameras(options: Render, height: int, width: int, loop: bool) -> CameraBatch:
     place = (options.elevation_deg, options.distance, options.fov_y_deg)
     if options.path == "fixed":
-        return fixed_take(options.frames, height, width, options.azimuth_deg, *place)
+        return fixed_take(options.frames, height, width, options.azimuth_deg, *place, loop=loop)
     if options.path == "final":
-        return final_path(height, width, results.FINAL_PARTS, options.frames, *place)
-    time = torch.linspace(0, 1, options.frames)[None] if options.animate else options.time
+        return final_path(height, width, results.FINAL_PARTS, options.frames, *place, loop=loop)
+    time = film_times(options.frames, loop)[None] if options.animate else options.time
     return orbit(options.frames, height, width, *place, time=time, start_deg=options.azimuth_deg)
 
 

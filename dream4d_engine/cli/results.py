@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cameras import CameraBatch, final_path, make_cameras, orbit
+from ..cameras import CameraBatch, film_times, final_path, make_cameras, orbit
 from ..export import contact_sheet, save_image, write_video
 from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
@@ -23,7 +23,7 @@ from .errors import UsageError
 from .options import ImageOptions
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
-SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), (0.0, 0.25, 0.5, 0.75, 1.0), 96
+SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), 5, 96
 FINAL_PARTS = 8
 _PREVIEW_FRAMES, _PREVIEW_SIZE = 12, 64
 
@@ -92,27 +92,28 @@ def orbit_cameras(images: ImageOptions) -> CameraBatch:
     return orbit(images.orbit_frames, images.size, images.size, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
 
 
-def final_cameras(images: ImageOptions) -> CameraBatch:
+def final_cameras(images: ImageOptions, scene: Scene) -> CameraBatch:
     """The final video's path."""
-    return final_path(images.size, images.size, FINAL_PARTS, images.part_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
+    place, n_frames = (ELEVATION_DEG, DISTANCE, FOV_Y_DEG), images.part_frames
+    return final_path(images.size, images.size, FINAL_PARTS, n_frames, *place, loop=scene.loops)
 
 
 def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None) -> None:
     """Write a sheet of views (rows, by azimuth) and times (columns; one for a scene that doesn't move)."""
-    times = SHEET_TIMES if scene.deformation is not None else (0.0,)
+    times = film_times(SHEET_TIMES if scene.deformation is not None else 1, scene.loops)
     azimuths = torch.tensor(SHEET_AZIMUTHS_DEG).float().deg2rad()[:, None]  # [B, 1] against times [1, F]
     cameras = make_cameras(
         azimuths,
         math.radians(ELEVATION_DEG),
         DISTANCE,
         math.radians(FOV_Y_DEG),
-        torch.tensor([times]),
+        times[None],
         SHEET_SIZE,
         SHEET_SIZE,
     )
     images = render_chunked(scene, cameras, RenderOptions(n_samples=samples)).rgb
     rows = [f"azimuth {azimuth}°" for azimuth in SHEET_AZIMUTHS_DEG]
-    save_image(path, contact_sheet(images, rows, [f"time {t:g}" for t in times], title))
+    save_image(path, contact_sheet(images, rows, [f"time {t:g}" for t in times.tolist()], title))
 
 
 def measure(
@@ -148,7 +149,7 @@ def _scene_measures(scene: Scene) -> dict:
     """How much of the images the object covers, and the zoom of its deformation."""
     cameras = orbit(8, 64, 64, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
     moving, deformation = scene.deformation is not None, scene.config.deformation
-    times = torch.linspace(0, 1, 8)[None] if moving else cameras.time
+    times = film_times(8, scene.loops)[None] if moving else cameras.time
     opacity = render_chunked(scene, cameras.at_time(times)).opacity
     return {
         "coverage": float((opacity > 0.5).float().mean()),

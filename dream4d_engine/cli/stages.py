@@ -224,6 +224,6 @@ def both_stages(
         path, begin = session.run.path / SCENE, lambda: new_motion(session, motion, still)
         scene, _ = train_stage(session, motion, motion_priors, prompt, path, begin, parent=parent)
         film(session, ORBIT, still, results.orbit_cameras(options.images), prompt)
-        film(session, VIDEO, scene, results.final_cameras(options.images), prompt)
+        film(session, VIDEO, scene, results.final_cameras(options.images, scene), prompt)
         show(session, scene, prompt, still, reference, static.reference)
     return 0

@@ -29,6 +29,7 @@ class TextTo4D:
     sd_view: shared.SdView = None
     hifa_steps: shared.HifaSteps = None
     deformation_scale: shared.DeformationScale = None
+    loop: shared.Loop = False
     multiview_prior: shared.MultiviewPrior = None
     image_prior: shared.ImagePrior = None
     video_prior: shared.VideoPrior = None

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..cameras import film_times
 from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
@@ -81,6 +82,16 @@ class ExportReport:
     made: SceneMesh
 
 
+def clip_times(scene: Scene, n_times: int) -> Tensor:
+    """The moments [n_times] of an animated mesh: 0 and 1 among them, which of a loop are one. MeshError for too few."""
+    if scene.loops and n_times < 3:
+        raise MeshError(
+            f"the motion is a loop, whose first and last moment are one, so {n_times} moments show nothing of it: "
+            "follow it through 3 or more"
+        )
+    return film_times(n_times, device=scene.device)
+
+
 def scene_mesh(
     scene: Scene, options: ExportOptions, moving: bool = True, on_progress: Callable[[float], None] | None = None
 ) -> SceneMesh:
@@ -93,7 +104,7 @@ def scene_mesh(
     surface = extract_surface(scene, frame, options.surface, partial(_between, report, 0.0, first))
     mesh, tracks = surface.mesh, None
     if moving:
-        times = torch.linspace(0, 1, options.n_times, device=scene.device)
+        times = clip_times(scene, options.n_times)
         on_track = partial(_between, report, first, second)
         tracks = track_vertices(scene, mesh.vertices, mesh.faces, times, on_track)
     order = torch.arange(len(mesh.vertices), device=mesh.vertices.device)

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..fields.encodings import require_range
 from ..mesh import MeshError
 from ..meshes import GltfOptions, MeshOrigin, Model, moving_glb
 from ..meshes.container import read_bytes
 from ..scene import Scene
 from ..surface import track_own_vertices
+from .meshes import clip_times
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ def own_mesh_glb(
     """
     origin = require_own(model, origin)
     require_range("n_times", n_times, 2, 1000)
-    tracks = track_own_vertices(scene, model, origin.placement, torch.linspace(0, 1, n_times), on_progress)
+    times = clip_times(scene, n_times)
+    tracks = track_own_vertices(scene, model, origin.placement, times, on_progress)
     made = moving_glb(model, tracks.positions, tracks.times, options, origin.placement)
     return OwnMesh(made.data, made.n_keys, (*model.notes, *tracks.notes, *made.notes))

@@ -14,6 +14,10 @@ from ..kernels import Kernels
 from .encodings import HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
+SEAM = 0.25
+"""Of a loop, the last share of time, over which its end becomes its beginning. A longer one would cost more, a shorter
+one would be steeper."""
+
 
 @dataclass(frozen=True)
 class DeformationConfig:
@@ -23,6 +27,7 @@ class DeformationConfig:
     hidden_width: int = 64
     hidden_layers: int = 4
     scale: float = 1.0  # above 1 it enlarges the canonical object in the frame
+    loop: bool = False  # time is a circle: 1 is 0 again
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
@@ -61,9 +66,29 @@ class DeformationField(nn.Module):
             self._n_active = int(self.active_levels)
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
-        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1)."""
-        features = self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
+        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1). A loop's times may be any."""
+        features = self._features(u, times, kernels)
         return 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
+
+    def _features(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
+        """What the grid holds at u [S, 3] and times [S]; of a loop, a function of period 1, smooth where it closes.
+
+        A loop's grid holds the times from -SEAM to 1. Over the last SEAM of them, what it holds at t goes over into
+        what it holds at t - 1: (1 - b) F(t) + b F(t - 1), where b and its slope are 0 and 0 in the beginning, 1 and 0
+        in the end.
+        """
+        if not self.config.loop:
+            return self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
+        phase = times.remainder(1)
+        late = ((phase - 1) / SEAM + 1).clamp(0, 1)
+        blend = late.square() * (3 - 2 * late)
+        # a GPU looks all of them up twice: to be told which are late it would have to be waited for
+        rows = slice(None) if u.is_cuda else blend.nonzero()[:, 0]
+        held = torch.cat((phase, (phase[rows] - 1).clamp_min(-SEAM)))
+        places = torch.cat((torch.cat((u, u[rows])), ((held + SEAM) / (1 + SEAM))[:, None]), -1)
+        here, before = self.grid(places, kernels, self._n_active).tensor_split((len(u),))
+        change = blend[rows, None].to(here) * (before - here[rows])
+        return here + change if isinstance(rows, slice) else here.index_add(0, rows, change)
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
         """Return the places [S, 3] in [0, 1] where the canonical field is queried."""

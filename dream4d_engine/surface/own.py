@@ -52,7 +52,7 @@ class OwnTracks:
 def track_own_vertices(
     scene: Scene, model: Model, placement: Placement, times: Tensor, on_progress: Progress = None
 ) -> OwnTracks:
-    """Follow a model's vertices through ascending times [T] of the scene that was made from it, placed as it was then.
+    """Follow a model's vertices through times [T] of the scene that was made from it, placed as it was then.
 
     The zoom of the scene's deformation is taken out: the motion is that of the model itself. Raises MeshError for a
     scene that doesn't move.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..cameras import CameraBatch, make_cameras
+from ..cameras import CameraBatch, film_times, make_cameras
 from ..mesh import MeshError
 from ..rays import rays_from_cameras
 from ..rendering import render_chunked
@@ -24,7 +24,7 @@ def silhouette_cameras(scene: Scene, time: float | None, size: int = IMAGE_SIZE,
     """Cameras [1, n_views] all around and from above and below; `time` None: over all moments."""
     views = torch.arange(n_views)
     elevation = torch.tensor([15.0, -20.0, 45.0])[views % 3]
-    times = torch.linspace(0, 1, n_views) if time is None else torch.full((n_views,), time)
+    times = film_times(n_views, scene.loops) if time is None else torch.full((n_views,), time)
     return make_cameras(
         (views * (2 * math.pi / n_views))[None],
         torch.deg2rad(elevation)[None],

@@ -90,7 +90,7 @@ class _Warp:
 def track_vertices(
     scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None, smoothing: int = 2
 ) -> Tracks:
-    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through ascending times [T].
+    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through times [T].
 
     `smoothing`: rounds by which the displacements are smoothed over the surface in the end. Where the warp folds,
     neighbours part; this takes half of that away and moves the others by less than the residual that is allowed.
@@ -149,17 +149,20 @@ def _follow(
     field = copy.deepcopy(scene.deformation).requires_grad_(False)  # slopes are wanted in x alone
     both = torch.cat((edges, edges.flip(-1)))
     x = start.clamp(0, 1)
+    rest = _at_rest(canonical, field)
+    # each once: of a loop 1 is 0, and found anew places would be off by what residuals may be
+    moments, row = (times.remainder(1) if scene.loops else times).unique(return_inverse=True)
     rows, moment = [], None
-    for number, goal in enumerate(times.tolist(), 1):
+    for number, goal in enumerate(moments.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
             x, residual, carried = _solve(_Warp(field, scene.kernels, stop, precision), canonical, x, rest, both)
         moment = goal
         rows.append((x, residual, carried))
         if on_progress is not None:
-            on_progress(number / len(times))
+            on_progress(number / len(moments))
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
-    return places, residuals, carried
+    return places[row], residuals[row], carried[row]
 
 
 def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:

@@ -147,6 +147,8 @@ class MotionRecipe:
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
     time_span: tuple[float, float] = (0.8, 1.0)  # shortest and longest share of the animation that a take films
+    # of a loop: between which moments takes begin, which go on past 1; None: they end within, as without a loop
+    loop_starts: tuple[float, float] | None = None
     target_extent: float = 0.65  # the object's radius (share of the box's) that the automatic deformation scale aims at
     min_scale: float = 1.2  # where the automatic scale would be less than this, it is 1
     max_scale: float = 2.0  # of the automatic scale
@@ -167,7 +169,8 @@ class MotionRecipe:
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_frames] of a step."""
         size = (phase.height, phase.width)
-        return sample_takes(self.cameras, phase.n_groups, self.n_frames, *size, source, self.time_span)
+        spans = (self.time_span, self.loop_starts)
+        return sample_takes(self.cameras, phase.n_groups, self.n_frames, *size, source, *spans)
 
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
@@ -527,6 +530,15 @@ def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecip
         for term in recipe.guidance
     )
     return replace(recipe, guidance=tuple(terms))
+
+
+def with_loop(recipe: MotionRecipe) -> MotionRecipe:
+    """Return the recipe with a motion whose last moment is its first one, filmed from any moment on.
+
+    But for the toy prior, which is told its frames' times: all films that it knows begin in the first fifth of them.
+    """
+    starts = recipe.loop_starts or (None if is_toy(recipe) else (0.0, 1.0))
+    return replace(recipe, deformation=replace(recipe.deformation, loop=True), loop_starts=starts)
 
 
 def with_hifa_steps(recipe: MotionRecipe, n_steps: int) -> MotionRecipe:

@@ -91,10 +91,21 @@ def _check_reference(reference: ReferenceConfig, where: str) -> None:
     _at_least(0, reference, where, "ray_jitter", *weights)
 
 
+def _check_loop(recipe: MotionRecipe, where: str) -> None:
+    if recipe.loop_starts is None:
+        return
+    if not recipe.deformation.loop:
+        raise ValueError(f"{where}.loop_starts is about loops: make the motion one by {where}.deformation.loop, too")
+    low, high = recipe.loop_starts
+    if not -1 <= low <= high <= 1:
+        raise ValueError(f"{where}.loop_starts must keep to -1 <= first <= last <= 1, got {recipe.loop_starts}")
+
+
 def _check_motion(recipe: MotionRecipe, where: str) -> None:
     low, high = recipe.time_span
     if not 0 < low <= high <= 1:
         raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
+    _check_loop(recipe, where)
     _at_least(0, recipe, where, "first_levels", "level_rate")
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:

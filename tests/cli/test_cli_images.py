@@ -166,13 +166,15 @@ def test_mistakes_get_one_line(words, expected, tmp_path, capsys, monkeypatch):
 
 
 def test_recipes_and_shorthands_arrive():
-    call = parse("image-to-4d", ["x.png", "--recipe", "image-to-3d", "--hifa-steps", "4", "--steps", "7"])
+    call = parse("image-to-4d", ["x.png", "--recipe", "image-to-3d", "--hifa-steps", "4", "--steps", "7", "--loop"])
+    assert call.motion.deformation.loop and not call.options.loop, "the recipe alone says it"
     assert call.static.reference == IMAGE_RECIPES["image-to-3d"].reference and call.static.steps == 7
     assert call.motion.name == "zeroscope-144x80"
     assert (call.motion.guidance[0].distillation.loss, call.motion.guidance[0].distillation.n_steps) == ("multistep", 4)
     call = parse("image-to-3d", ["x.png", "--static.reference.elevation-deg", "12", "--static.reference.normal", "3"])
     assert (call.static.reference.elevation_deg, call.static.reference.normal) == (12, 3)
-    assert parse("animate", ["s", "x", "--hifa-steps", "2"]).motion.guidance[0].distillation.n_steps == 2
+    motion = parse("animate", ["s", "x", "--hifa-steps", "2", "--loop"]).motion
+    assert motion.guidance[0].distillation.n_steps == 2 and motion.deformation.loop
     call = parse("text-to-4d", ["x", "--recipe", "personalised-3d", "--sd-view", "145"])
     assert [term.distillation.max_azimuth_deg for term in call.static.guidance] == [180, 145]
     assert call.motion == MOTION_RECIPES["zeroscope-144x80"]

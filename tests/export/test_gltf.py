@@ -12,7 +12,7 @@ from browsers import why_no_module
 from exact_scene import exact_scene, jump, sway
 from glb import Glb, issues_of
 
-from dream4d_engine.export import ExportOptions, GltfOptions, export_scene, glb_bytes, save_mesh
+from dream4d_engine.export import ExportOptions, GltfOptions, export_scene, glb_bytes, save_mesh, scene_mesh
 from dream4d_engine.export.gltf import y_up
 from dream4d_engine.mesh import Mesh, MeshError, vertex_normals
 from dream4d_engine.meshes.glb import key_frames
@@ -115,6 +115,21 @@ def test_a_motion_that_comes_back_closes_its_loop() -> None:
     file = Glb(glb_bytes(mesh)[0])
     seconds, weights = file.weights()
     assert (weights[0] == 0).all() and (weights[-1] == 0).all() and seconds[0] == 0 and seconds[-1] == 2
+
+
+def test_a_loops_last_key_is_its_first() -> None:
+    """A sway that is at none of its ends, nor at rest, where time begins: a loop that the file must close itself."""
+    scene = exact_scene("cone", lambda points, times: sway(points, times + 0.1))
+    scene.deformation.config = replace(scene.deformation.config, loop=True)
+    options = ExportOptions(9, surface=SurfaceOptions(24, 30.0, 600))
+    mesh = scene_mesh(scene, options).mesh
+    assert torch.equal(mesh.tracks[0], mesh.tracks[-1]) and mesh.times.tolist() == torch.linspace(0, 1, 9).tolist()
+    file = Glb(glb_bytes(mesh)[0])
+    seconds, weights = file.weights()
+    assert np.array_equal(weights[0], weights[-1]) and seconds[-1] == 2
+    assert np.array_equal(file.at(0.0), file.at(2.0)) and np.abs(file.at(1.0) - file.at(0.0)).max() > 0.2
+    with pytest.raises(MeshError, match="first and last moment are one, so 2 moments show nothing"):
+        scene_mesh(scene, replace(options, n_times=2))
 
 
 def test_bouncing_plays_forwards_and_back() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from places import GOLDEN
 
 from dream4d_engine.fields.background import Background, BackgroundConfig
-from dream4d_engine.fields.deformation import DeformationConfig, DeformationField
+from dream4d_engine.fields.deformation import SEAM, DeformationConfig, DeformationField
 from dream4d_engine.fields.encodings import HashGrid, HashGridConfig, spherical_harmonics
 from dream4d_engine.fields.mlp import MLP
 from dream4d_engine.fields.radiance import RadianceConfig, RadianceField
@@ -104,6 +106,54 @@ def test_no_displacement_at_the_start_but_a_gradient() -> None:
     assert torch.equal(field.warp(u, displacement), (u - 0.5) + 0.5)
     displacement.sum().backward()
     assert (field.mlp.layers[-1].grad != 0).any()
+
+
+def drawn_field(loop: bool) -> DeformationField:
+    """A field of random numbers, in float64: its slopes are to be measured.
+
+    Between cells slopes jump, at any time; no level of this grid has a border where a loop closes.
+    """
+    grid = replace(GRID, growth=1.4)
+    field = DeformationField(DeformationConfig(grid, hidden_width=8, hidden_layers=1, loop=loop)).double()
+    field.reset(generator())
+    with torch.no_grad():
+        for number, parameter in enumerate(field.parameters()):
+            parameter.normal_(generator=generator(number))
+    return field
+
+
+def test_a_loop_closes_in_value_and_in_slope() -> None:
+    u, moment = torch.rand(40, 3, generator=generator(1)).double(), torch.linspace(0, 1, 40).double()
+
+    @torch.no_grad()
+    def gap(field: DeformationField, step: float = 1e-4) -> tuple[float, float]:
+        """How far values and slopes at time 1 are from those at time 0."""
+        at = [field.displacement(u, torch.full((40,), t).double(), KERNELS) for t in (0, step, 1 - step, 1)]
+        slopes = (at[1] - at[0]) / step, (at[3] - at[2]) / step
+        return float((at[3] - at[0]).abs().max()), float((slopes[1] - slopes[0]).abs().max())
+
+    field = drawn_field(loop=True)
+    value, slope = gap(field)
+    # over the step before the end b is still 3 (step / SEAM)^2 from 1
+    assert value == 0 and slope < 0.5
+    assert min(gap(drawn_field(loop=False))) > 1, "which no other field does"
+    for turns in (-1, 1, 2):
+        assert torch.allclose(field.displacement(u, moment + turns, KERNELS), field.displacement(u, moment, KERNELS))
+    (field.displacement(u, moment, KERNELS).square().sum()).backward()
+    assert field.grid.table.grad.isfinite().all() and (field.grid.table.grad != 0).float().mean() > 0.1
+
+
+def test_what_a_loop_goes_over_to_is_what_it_holds_before_its_beginning() -> None:
+    field, u = drawn_field(loop=True), torch.rand(4, 3, generator=generator(1)).double()
+    times = torch.tensor([0.0, 1 - SEAM, 1 - SEAM / 2, 1 - SEAM / 4]).double()  # b: 0, 0, 1/2, 27/32
+
+    def held(at: torch.Tensor) -> torch.Tensor:
+        return field.grid(torch.cat((u, (at[:, None] + SEAM) / (1 + SEAM)), -1), KERNELS)
+
+    blend = torch.tensor([0, 0, 1 / 2, 27 / 32])[:, None].double()
+    features = (1 - blend) * held(times) + blend * held((times - 1).clamp_min(-SEAM))
+    expected = 2 * torch.sigmoid(field.mlp(features).float()) - 1
+    assert torch.allclose(field.displacement(u, times, KERNELS), expected, atol=1e-6)
 
 
 def test_scale_enlarges_and_the_warp_stays_in_the_box() -> None:

@@ -23,7 +23,7 @@ from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC
 FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-MOST_WIDGETS = 10
+MOST_SHOWN, MOST_WIDGETS = 10, 12
 SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO", "MESH"}
 
 
@@ -87,6 +87,18 @@ def test_the_viewers_camera_sees_what_ours_does():
         torch.testing.assert_close(seen.azimuth, ours.azimuth, atol=1e-5, rtol=0)
         torch.testing.assert_close(seen.elevation, ours.elevation, atol=1e-5, rtol=0)
         torch.testing.assert_close(seen.time, ours.time)
+
+
+def test_every_way_of_filming_shows_a_loop_once():
+    cameras = part_of_the_pack("cameras")
+    place = {"azimuth_deg": 0.0, "elevation_deg": 15.0, "distance": 3.0, "fov_deg": 40.0}
+    films = [cameras.path_cameras(name, 4, 8, 8, **place, loop=True) for name in cameras.CAMERAS[:3]]
+    films.append(
+        cameras.viewer_cameras({"position": {"x": 0, "y": 0, "z": 9}, "target": dict.fromkeys("xyz", 0)}, 4, 8, 8, True)
+    )
+    for film in films:
+        assert film.time[0, :4].tolist() == [0, 0.25, 0.5, 0.75] and film.time.shape[1] % 4 == 0
+    assert cameras.path_cameras("orbit", 3, 8, 8, **place).time.tolist() == [[0, 0.5, 1]]
 
 
 def test_a_quaternion_turns_the_viewers_camera():
@@ -529,6 +541,8 @@ def test_no_node_is_crowded(schemas):
         plain = {n for n in widgets if "." not in n}
         below = Counter(n.rpartition(".")[0] for n in widgets - plain)  # one choice's are shown at a time
         assert len(plain) + max(below.values(), default=0) <= MOST_WIDGETS, f"{name}: {sorted(plain)}"
+        shown = sorted(n for n in plain if not inputs[n][1].get("advanced"))
+        assert len(shown) + max(below.values(), default=0) <= MOST_SHOWN, f"{name}: {shown}"
 
 
 def test_defaults_are_the_recipes(schemas):

@@ -105,14 +105,18 @@ def test_a_saved_scene_is_loaded_animated_and_rendered(server):
     listed = f"dream4d/{first['7']['scenes'][0]['filename']} [output]"
     options = server.get("/object_info/Dream4DLoadScene")["Dream4DLoadScene"]["input"]["required"]["file"][1]["options"]
     assert listed in options and not any("/runs/" in option for option in options)
-    graph = motion_nodes(3, seed=3) | {
+    graph = motion_nodes(3, seed=3, loop=True) | {
         "2": node("Dream4DLoadScene", file=listed),
         "5": render_node(["4", 0]),
         "6": node("PreviewImage", images=["5", 4]),
         "8": node("Dream4DSceneInfo", scene=["2", 0]),
+        "9": node("Dream4DSceneInfo", scene=["4", 0]),
+        "10": node("Dream4DPreview4D", scene=["4", 0], views=4, times=4, heights=1, size=32),
     }
     outputs = server.run(graph)
     assert "still scene" in outputs["8"]["text"][0]
+    assert re.match(r"moving scene, zoom 1\.00, a loop\n", outputs["9"]["text"][0])
+    assert outputs["10"]["dream4d_view"][0]["times"] == [0, 0.25, 0.5, 0.75], "it plays without showing a moment twice"
     assert len(outputs["6"]["images"]) == 4
 
 

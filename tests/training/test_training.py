@@ -40,6 +40,7 @@ from dream4d_engine.training.config import (
     OptimizerConfig,
     Phase,
     find_recipe,
+    with_loop,
 )
 from dream4d_engine.training.guidance import load_guidance
 from dream4d_engine.training.history import all_answered
@@ -55,6 +56,8 @@ from dream4d_engine.training.motion import choose_deformation_scale, train_motio
 from dream4d_engine.training.stages import Stage, current_phase
 from dream4d_engine.training.static import object_extent, static_groups, static_stage, train_static
 from dream4d_engine.training.validate import check_recipe
+
+LOOPED = replace(TOY_MOTION.deformation, loop=True)
 
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
@@ -491,6 +494,9 @@ def test_differences_are_found_where_they_are():
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}).startswith("a[1].b is 2")
     assert first_difference({"a": 1}, {}).startswith("a is 1")
+    assert first_difference({"a": [{"b": 2, "new": False, "weight": 0.0}]}, {"a": [{"b": 2}]}) is None
+    assert first_difference({"b": 2, "new": True}, {"b": 2}).startswith("new is True")
+    assert first_difference({"b": 2}, {"b": 2, "new": False}).startswith("new is")
 
 
 # ---- stage 1 -----------------------------------------------------------------------------------------------------
@@ -617,6 +623,20 @@ def test_every_recipe_keeps_to_the_limits(recipe):
     check_recipe(recipe)
 
 
+@pytest.mark.parametrize("name", MOTION_RECIPES)
+def test_a_loop_is_filmed_from_any_moment_on_but_for_the_toy_prior(name):
+    recipe, phase = MOTION_RECIPES[name], Phase(0.0, 200, 4, 4)
+    takes, looped = (r.sample_cameras(phase, seeded(3)) for r in (recipe, with_loop(recipe)))
+    assert torch.equal(takes.c2w, looped.c2w)
+    if name == "toy":  # all that its prior knows begin in the first fifth
+        assert torch.equal(takes.time.remainder(1), looped.time.remainder(1))
+    else:
+        assert looped.time[:, 0].histc(10, 0, 1).min() > 5
+    check_recipe(with_loop(recipe))
+    given = with_loop(replace(recipe, loop_starts=(0.0, 0.1)))
+    assert given.sample_cameras(phase, seeded(3)).time[:, 0].max() <= 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -627,6 +647,11 @@ def test_every_recipe_keeps_to_the_limits(recipe):
         ({"phases": (Phase(0.0, 1, 8, 0),)}, "motion.phases.0.width must be at least 1"),
         ({"phases": (Phase(0.0, 1, 8, 8), Phase(-1.0, 1, 8, 8))}, "motion.phases.1.start"),
         ({"time_span": (0.9, 0.2)}, "motion.time_span"),
+        ({"loop_starts": (0.0, 1.0)}, "motion.loop_starts is about loops"),
+        (
+            {"loop_starts": (0.5, 0.2), "deformation": LOOPED},
+            "motion.loop_starts must keep to -1 <= first <= last <= 1",
+        ),
         ({"max_scale": 0.0}, "motion.max_scale must be above 0"),
         ({"level_rate": math.nan}, "motion.level_rate must be a finite number, got nan"),
         ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, "motion.optimizer.betas"),
