@@ -6,12 +6,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .fields.background import Background, BackgroundConfig
 from .fields.deformation import DeformationConfig, DeformationField
+from .fields.edit import UNCHANGED, MotionEdit
 from .fields.encodings import require_range
 from .fields.radiance import RadianceConfig, RadianceField
 from .kernels import Kernels, select_kernels
@@ -92,26 +94,37 @@ class Scene(nn.Module):
         self.background.reset(generator)
         self.occupancy.fill()
 
-    def _canonical_points(self, points: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Points [S, 3] of the world -> (places in the canonical [0, 1] box, displacements or None)."""
+    @property
+    def edit(self) -> MotionEdit:
+        """What is changed of the motion as it was trained."""
+        return UNCHANGED if self.deformation is None else self.deformation.config.edit or UNCHANGED
+
+    def _canonical_points(self, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Points [S, 3] of the world at trained moments [S] -> (places in the canonical [0, 1] box, displacements)."""
         u = ((points / self.config.radius + 1) / 2).clamp(0, 1)  # rounding, and the offsets of normals, leave the box
-        if self.deformation is None:
+        field = self.deformation
+        if field is None:
             return u, None
-        displacement = self.deformation.displacement(u, times, self.kernels)
-        return self.deformation.warp(u, displacement), displacement
+        trained = partial(field.displacement, kernels=self.kernels)
+        displacement = self.edit.displacement(trained, u, moments, self.config.radius)
+        return field.warp(u, displacement), displacement
 
     def query(self, points: Tensor, times: Tensor, normals: bool = False) -> FieldOutput:
         """Evaluate the scene at points [S, 3] of the world and times [S] in [0, 1]; differentiable in all parameters.
 
         Normals cost six more density queries.
         """
-        u, displacement = self._canonical_points(points, times)
+        u, displacement = self._canonical_points(points, self.edit.moments(times))
         density, rgb = self.canonical(u, self.kernels)
         return FieldOutput(density, rgb, self.normals(points, times) if normals else None, displacement)
 
     def density(self, points: Tensor, times: Tensor) -> Tensor:
         """Evaluate the density [S] alone."""
-        u, _ = self._canonical_points(points, times)
+        return self._density_then(points, self.edit.moments(times))
+
+    def _density_then(self, points: Tensor, moments: Tensor) -> Tensor:
+        """The density [S] at moments [S] of the trained motion."""
+        u, _ = self._canonical_points(points, moments)
         return self.canonical.density(u, self.kernels)
 
     def is_solid(self, density: Tensor) -> Tensor:
@@ -126,22 +139,49 @@ class Scene(nn.Module):
         return nn.functional.normalize(-torch.stack(slopes, -1), dim=-1, eps=1e-9)
 
     def moments(self) -> Tensor:
-        """The times [T] at which occupancy looks at the scene."""
+        """The moments [T] of the trained motion at which occupancy looks at the scene."""
         if self.deformation is None:
             return torch.zeros(1, device=self.device)
-        return torch.linspace(0, 1, N_TIMES, device=self.device)
+        # things that go farther pass more cells between two moments
+        return torch.linspace(0, 1, math.ceil(N_TIMES * max(1.0, self.edit.strength)), device=self.device)
 
     def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:
         """Update the occupancy grid in training, all of its cells or a random quarter."""
-        self.occupancy.update(self.density, generator, all_cells, self.moments(), self.config.step_size())
+        self.occupancy.update(self._density_then, generator, all_cells, self.moments(), self.config.step_size())
 
     def refresh_occupancy(self) -> None:
         """Compute the occupancy grid anew, repeatably, from the scene as it is; for evaluation."""
-        self.occupancy.refresh(self.density, self.moments(), self.config.step_size())
+        self.occupancy.refresh(self._density_then, self.moments(), self.config.step_size())
 
     def clone(self) -> Scene:
         """An independent copy."""
         return copy.deepcopy(self)
+
+    def edited(self, edit: MotionEdit) -> Scene:
+        """Return a copy whose motion is changed, on top of what is changed already.
+
+        Raises ValueError for a scene that doesn't move, and where the motion would become too strong.
+        """
+        if self.deformation is None:
+            raise ValueError("the scene doesn't move, so there is no motion to change: animate it first")
+        whole, scene = self.edit.then(edit), self.clone()
+        assert scene.deformation is not None
+        changed = replace(scene.deformation.config, edit=None if whole.is_nothing else whole)
+        scene.deformation.config = changed
+        scene.config = replace(scene.config, deformation=changed)
+        if not edit.keeps_places:
+            moments = scene.moments() if whole.strength else scene.moments()[:1]  # still: one is as all
+            scene.occupancy.move(partial(self._moved, edit), moments, self.config.step_size())
+        return scene
+
+    def _moved(self, edit: MotionEdit, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Where an edit has what is at points [S, 3] at moments [S] instead, and its density [S]."""
+        radius = self.config.radius
+        canonical, displacement = self._canonical_points(points, moments)
+        assert displacement is not None  # a scene that is edited moves
+        u = (points / radius + 1) / 2
+        goes = edit.places(u + displacement, u, radius)
+        return (2 * goes - 1) * radius, self.canonical.density(canonical, self.kernels)
 
     def with_deformation(
         self,

@@ -1,7 +1,8 @@
 """Where points of the canonical surface are over time: the inverse of the field's backward warp.
 
 The field says where a place x of the world at time t is looked up: w(x, t) = c. A vertex c of the canonical surface is
-sought: x with w(x, t) = c, from where it was at the moment before. Lengths are in units of the [0, 1] box.
+sought: x with w(x, t) = c, from where it was at the moment before. Lengths are in units of the [0, 1] box. What was
+changed of the motion (`fields.edit`) is written down for things at rest, so it is applied to the ways found.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class _Warp:
 def track_vertices(
     scene: Scene, vertices: Tensor, faces: Tensor, times: Tensor, on_progress: Progress = None, smoothing: int = 2
 ) -> Tracks:
-    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through ascending times [T].
+    """Follow vertices [V, 3] of the canonical surface (see `extract_surface`) through times [T].
 
     `smoothing`: rounds by which the displacements are smoothed over the surface in the end. Where the warp folds,
     neighbours part; this takes half of that away and moves the others by less than the residual that is allowed.
@@ -88,26 +89,30 @@ def track_vertices(
         still = vertices.expand(len(times), -1, -1).clone()
         return Tracks(still, vertices.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=vertices.device))
     field = copy.deepcopy(scene.deformation).requires_grad_(False)  # slopes are wanted in x alone
-    radius, scale = scene.config.radius, field.config.scale
+    radius, scale, edit = scene.config.radius, field.config.scale, scene.edit
     edges = edges_of(faces)
     both = torch.cat((edges, edges.flip(-1)))
     canonical = (vertices / radius + 1) / 2
     rest = (canonical - 0.5) * scale + 0.5  # where it was, were there no displacement
     x = rest.clamp(0, 1)
-    rows, moment = [], None
-    for number, goal in enumerate(times.tolist(), 1):
+    # in their order, and each once: edited times go back and forth
+    moments, row = edit.moments(times).unique(return_inverse=True)
+    rows, moment = [], 0.0 if edit.times else None  # then the first may be far from rest
+    for number, goal in enumerate(moments.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
             x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, both)
         moment = goal
         rows.append((x, residual, carried))
         if on_progress is not None:
-            on_progress(number / len(times))
+            on_progress(number / len(moments))
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
     if not places.isfinite().all():
         raise MeshError("the scene's deformation is not a finite number everywhere: animate it anew")
     places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
-    return Tracks((places * 2 - 1) * radius, residuals, carried)
+    places = edit.places(rest, places, radius)
+    carried = carried & (edit.share((2 * rest - 1) * radius) > 0)
+    return Tracks(((places * 2 - 1) * radius)[row], residuals[row], carried[row])
 
 
 def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:
