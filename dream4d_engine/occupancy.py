@@ -16,6 +16,9 @@ N_TIMES = 12
 MOMENTS_AT_ONCE = 2**21
 """Points times moments that a GPU is asked for together, at most."""
 
+POINTS_AT_ONCE = 2**18
+"""Points that are followed together."""
+
 DensityFunction = Callable[[Tensor, Tensor], Tensor]
 """(points [S, 3] in the world, times [S]) -> density [S]."""
 MovedDensity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -93,9 +96,10 @@ class OccupancyGrid(nn.Module):
         ticks = (torch.arange(per_side, device=device) + 0.5) / per_side
         halves = torch.tensor([-0.5, 0.5], device=device)
         strides = torch.tensor([n * n, n, 1], device=device)
+        places = torch.cartesian_prod(ticks, ticks, ticks)
+        everywhere = self._points(cells.repeat_interleave(len(places)), places.repeat(len(cells), 1))
         best = torch.zeros(self.values.numel(), device=device)
-        for place in torch.cartesian_prod(ticks, ticks, ticks):
-            points = self._points(cells, place.expand(len(cells), 3))
+        for points in everywhere.split(POINTS_AT_ONCE):
             for time in times:
                 goes, density = look(points, time.to(points).expand(len(points)))
                 at = (goes / self.radius + 1) / 2 * n
