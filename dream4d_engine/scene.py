@@ -160,10 +160,18 @@ class Scene(nn.Module):
     def edited(self, edit: MotionEdit) -> Scene:
         """Return a copy whose motion is changed, on top of what is changed already.
 
-        Raises ValueError for a scene that doesn't move, and where the motion would become too strong.
+        Raises ValueError for a scene that doesn't move, for a frozen box that lies outside of the scene's, and where
+        the motion would become too strong.
         """
         if self.deformation is None:
             raise ValueError("the scene doesn't move, so there is no motion to change: animate it first")
+        radius = self.config.radius
+        for box in edit.frozen:
+            if max(box.low) >= radius or min(box.high) <= -radius:
+                raise ValueError(
+                    f"the frozen box from {box.low} to {box.high} lies outside of the scene, which reaches from "
+                    f"-{radius:g} to {radius:g}"
+                )
         whole, scene = self.edit.then(edit), self.clone()
         assert scene.deformation is not None
         changed = replace(scene.deformation.config, edit=None if whole.is_nothing else whole)

@@ -217,6 +217,7 @@ def test_what_can_not_be_an_edit_is_refused() -> None:
         (lambda: stencil(torch.ones(8)), "shape"),
         (lambda: replace(stencil(torch.ones(8, 8)), pixels="AAAA"), f"3 pixels, expected {SIDE**2}"),
         (lambda: replace(stencil(torch.ones(8, 8)), pixels="?"), "no base64"),
+        (lambda: tiny_scene().edited(MotionEdit(frozen=(Box((0, 0, 1.5), (1, 1, 2)),))), "lies outside of the scene"),
         (lambda: exact_scene("cube").edited(MotionEdit(0.5)), "doesn't move"),
     ]:
         with pytest.raises(ValueError, match=said.replace("(", r"\(")):
