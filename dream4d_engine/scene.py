@@ -140,7 +140,7 @@ class Scene(nn.Module):
 
     def moments(self) -> Tensor:
         """The moments [T] of the trained motion at which occupancy looks at the scene."""
-        if self.deformation is None:
+        if self.deformation is None or self.edit.strength == 0:
             return torch.zeros(1, device=self.device)
         # things that go farther pass more cells between two moments
         return torch.linspace(0, 1, math.ceil(N_TIMES * max(1.0, self.edit.strength)), device=self.device)
@@ -177,9 +177,10 @@ class Scene(nn.Module):
         changed = replace(scene.deformation.config, edit=None if whole.is_nothing else whole)
         scene.deformation.config = changed
         scene.config = replace(scene.config, deformation=changed)
-        if not edit.keeps_places:
-            moments = scene.moments() if whole.strength else scene.moments()[:1]  # still: one is as all
-            scene.occupancy.move(partial(self._moved, edit), moments, self.config.step_size())
+        if whole.strength == 0:  # then it is the still scene's own, to the bit
+            scene.refresh_occupancy()
+        elif not edit.keeps_places:
+            scene.occupancy.move(partial(self._moved, edit), scene.moments(), self.config.step_size())
         return scene
 
     def _moved(self, edit: MotionEdit, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,11 +69,18 @@ def test_nothing_is_changed_where_nothing_is_asked_for() -> None:
     again = scene.edited(MotionEdit(times=(TimeMap(0.5),)))
     before, after = scene.query(points, times * 0.5), again.query(points, times)
     assert torch.equal(before.displacement, after.displacement) and torch.equal(before.density, after.density)
-    still, rest = scene.edited(MotionEdit(0.0)), scene.clone()
-    rest.deformation = None
-    at_rest = rest.density(((points / CONFIG.deformation.scale).clamp(-1, 1)), times)
-    assert torch.allclose(still.density(points, times), at_rest, rtol=1e-4)
-    assert not still.query(points, times).displacement.any()
+
+
+def test_strength_0_is_the_still_scene() -> None:
+    config = replace(CONFIG, deformation=replace(CONFIG.deformation, scale=1.0))
+    scene, rest = tiny_scene(config), tiny_scene(replace(config, deformation=None))
+    rest.canonical.load_state_dict(scene.canonical.state_dict())
+    rest.background.load_state_dict(scene.background.state_dict())
+    rest.refresh_occupancy()
+    still, cameras = scene.edited(MotionEdit(0.0)), fixed_take(3, 16, 16)
+    assert torch.equal(still.occupancy.values, rest.occupancy.values)
+    assert torch.equal(render_chunked(still, cameras).rgb, render_chunked(rest, cameras).rgb)
+    assert not still.query(torch.rand(9, 3), torch.rand(9)).displacement.any()
 
 
 @pytest.mark.parametrize("motion", [sway, stretch])
