@@ -10,6 +10,7 @@ from typing import Annotated
 
 from .. import locks
 from ..assets import AssetError, opened, read_info
+from ..documents import shortened
 from ..kernels import kernel_status
 from ..machine import pick_device
 from ..training.checkpoint import load_checkpoint
@@ -18,6 +19,8 @@ from .errors import UsageError
 from .options import Machine, MachineOptions, Positional, arg
 from .run_folder import LOCK, RECORD, read_record, state_of
 from .terminal import say, say_json
+
+_MOST_LETTERS = 1000  # of a value, shown to people: a mask has thousands
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _tree_lines(name: str, value: object, depth: int = 0) -> list[str]:
     pad = "  " * depth
     if isinstance(value, dict) and value:
         return [f"{pad}{name}:", *(line for key, part in value.items() for line in _tree_lines(key, part, depth + 1))]
-    return [f"{pad}{name}: {value}"]
+    return [f"{pad}{name}: {shortened(str(value), _MOST_LETTERS)}"]
 
 
 COMMAND = Command(Info, run)

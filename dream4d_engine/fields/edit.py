@@ -160,15 +160,18 @@ class MotionEdit:
         def share(rest: Tensor) -> Tensor:
             return self.share((2 * rest - 1) * radius)[:, None]
 
-        def seen(p: Tensor, rows: Tensor) -> Tensor:
+        def seen(p: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            """Where what the trained motion has at p is seen now, and how far that is from where it lies at rest."""
             d = trained(p.clamp(0, 1), moments[rows])
-            return p + (1 - share(p + d)) * d
+            way = share(p + d) * d
+            return p + d - way, way
 
         with torch.no_grad():
-            p = _inverse(seen, u)
-        d = trained(p.clamp(0, 1), moments)
-        # share(x) d, not x - u: the same where p was found, and less far off where not; what is frozen stays exactly
-        return torch.where(share(u) > 0, share(p + d) * d, torch.zeros_like(d))
+            p, way = _inverse(seen, u)
+        if torch.is_grad_enabled():
+            _, way = seen(p, torch.arange(len(p), device=p.device))
+        # the way, not x - u: the same where p was found, and less far off where not; what is frozen stays exactly
+        return torch.where(share(u) > 0, way, torch.zeros_like(way))
 
     def in_words(self) -> str:
         """In words, for people."""
@@ -218,19 +221,21 @@ UNCHANGED = MotionEdit()
 """The motion as it was trained."""
 
 
-def _inverse(function: Callable[[Tensor, Tensor], Tensor], goals: Tensor) -> Tensor:
-    """Find p [S, 3] with function(p, rows) = goals, from p = goals on; those that aren't found as near as they came.
+def _inverse(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], goals: Tensor) -> tuple[Tensor, Tensor]:
+    """Find p [S, 3] with function(p, rows)[0] = goals, from p = goals on, or as near to them as it comes.
 
-    Broyden's first method (1965): a slope per point, learnt from the steps.
+    Broyden's first method (1965): a slope per point, learnt from the steps. Returns p, and function(p, rows)[1].
     """
-    best, least = goals.clone(), torch.full_like(goals[:, 0], math.inf)
+    best, said, least = goals.clone(), goals.clone(), torch.full_like(goals[:, 0], math.inf)
     rows, p = torch.arange(len(goals), device=goals.device), goals
-    off = function(p, rows) - goals
+    found, also = function(p, rows)
+    off = found - goals
     inverse = torch.eye(3, device=goals.device, dtype=goals.dtype).expand(len(goals), 3, 3)  # of the slope
     for round_ in range(_ROUNDS + 1):
         size = off.norm(dim=-1)
-        better = size < least[rows]
-        best[rows[better]], least[rows[better]] = p[better], size[better]
+        better = ~(size >= least[rows])  # what is not a number is taken, too, and seen by all
+        which = rows[better]
+        best[which], said[which], least[which] = p[better], also[better], size[better]
         open_ = (size > _CLOSE).nonzero()[:, 0]
         if not len(open_) or round_ == _ROUNDS:
             break
@@ -238,7 +243,8 @@ def _inverse(function: Callable[[Tensor, Tensor], Tensor], goals: Tensor) -> Ten
         step = -_times(inverse, off)
         step = step * (_LONGEST / step.norm(dim=-1, keepdim=True).clamp_min(_LONGEST))
         p = p + step
-        now = function(p, rows) - goals[rows]
+        found, also = function(p, rows)
+        now = found - goals[rows]
         change = _times(inverse, now - off)
         known = _times(inverse.mT, step)[:, None]
         scale = (step * change).sum(-1)
@@ -246,7 +252,7 @@ def _inverse(function: Callable[[Tensor, Tensor], Tensor], goals: Tensor) -> Ten
         update = (step - change)[..., None] * known / torch.where(safe, scale, torch.ones_like(scale))[:, None, None]
         inverse = inverse + torch.where(safe[:, None, None], update, torch.zeros_like(update))
         off = now
-    return best
+    return best, said
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
