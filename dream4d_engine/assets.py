@@ -57,6 +57,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)  # of what it was made with, by package
     parent: Provenance | None = None  # of the static scene that a moving one was made from
     mesh: MeshOrigin | None = None  # that a static scene was made from
+    edits: tuple[str, ...] = ()  # of its motion after it was trained, in words, in their order
 
     @property
     def first_mesh(self) -> MeshOrigin | None:

@@ -242,7 +242,7 @@ def _imported_deformation(
         options.deformation_growth,
     )
     scale = float(options.deformation_scale or geometry.get("deformation_scale", 1.0))
-    return DeformationConfig(grid, **_hidden(network), scale=scale, loop=False)
+    return DeformationConfig(grid, **_hidden(network), scale=scale, loop=False, edit=None)
 
 
 def _imported_background(state: Mapping[str, Tensor], settings: _Settings) -> BackgroundConfig:

@@ -16,8 +16,13 @@ N_TIMES = 12
 MOMENTS_AT_ONCE = 2**21
 """Points times moments that a GPU is asked for together, at most."""
 
+POINTS_AT_ONCE = 2**18
+"""Points that are followed together."""
+
 DensityFunction = Callable[[Tensor, Tensor], Tensor]
 """(points [S, 3] in the world, times [S]) -> density [S]."""
+MovedDensity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(points [S, 3] in the world, times [S]) -> (where what is there goes instead [S, 3], its density [S])."""
 
 
 class OccupancyGrid(nn.Module):
@@ -76,6 +81,31 @@ class OccupancyGrid(nn.Module):
         for place in torch.cartesian_prod(ticks, ticks, ticks):
             seen = self._max_density(density, self._points(cells, place.expand(len(cells), 3)), times)
             best = torch.maximum(best, seen * step_size)
+        self.values.copy_(best.view_as(self.values))
+        self._threshold()
+
+    @torch.no_grad()
+    def move(self, look: MovedDensity, times: Tensor, step_size: float, per_side: int = 2) -> None:
+        """Set every value to the maximum of what was in occupied cells and is seen in this one from now on.
+
+        Points evenly spaced in the occupied cells are followed, per_side^3 each; each counts for a cell's width around
+        it, so that what is stretched to per_side times its length has no gaps.
+        """
+        n, device = self.resolution, self.values.device
+        cells = self.occupied.view(-1).nonzero()[:, 0]
+        ticks = (torch.arange(per_side, device=device) + 0.5) / per_side
+        halves = torch.tensor([-0.5, 0.5], device=device)
+        strides = torch.tensor([n * n, n, 1], device=device)
+        places = torch.cartesian_prod(ticks, ticks, ticks)
+        everywhere = self._points(cells.repeat_interleave(len(places)), places.repeat(len(cells), 1))
+        best = torch.zeros(self.values.numel(), device=device)
+        for points in everywhere.split(POINTS_AT_ONCE):
+            for time in times:
+                goes, density = look(points, time.to(points).expand(len(points)))
+                at = (goes / self.radius + 1) / 2 * n
+                for aside in torch.cartesian_prod(halves, halves, halves):
+                    cell = ((at + aside).floor().long().clamp(0, n - 1) * strides).sum(-1)
+                    best.scatter_reduce_(0, cell, density.float() * step_size, "amax")
         self.values.copy_(best.view_as(self.values))
         self._threshold()
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .cameras import film_times
 from .fields.background import Background, BackgroundConfig
 from .fields.deformation import DeformationConfig, DeformationField
+from .fields.edit import UNCHANGED, MotionEdit
 from .fields.encodings import require_range
 from .fields.radiance import RadianceConfig, RadianceField
 from .kernels import Kernels, select_kernels
@@ -88,7 +90,10 @@ class Scene(nn.Module):
     @property
     def loops(self) -> bool:
         """Whether its last moment is its first one."""
-        return self.deformation is not None and self.deformation.config.loop
+        if self.deformation is None:
+            return False
+        first, last = self.edit.moments(torch.tensor([0.0, 1.0])).tolist()
+        return first == last or (self.deformation.config.loop and (last - first) % 1 == 0)
 
     def reset(self, generator: torch.Generator) -> None:
         """Start afresh: draw all parameters, call every cell occupied."""
@@ -98,26 +103,37 @@ class Scene(nn.Module):
         self.background.reset(generator)
         self.occupancy.fill()
 
-    def _canonical_points(self, points: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Points [S, 3] of the world -> (places in the canonical [0, 1] box, displacements or None)."""
+    @property
+    def edit(self) -> MotionEdit:
+        """What is changed of the motion as it was trained."""
+        return UNCHANGED if self.deformation is None else self.deformation.config.edit or UNCHANGED
+
+    def _canonical_points(self, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Points [S, 3] of the world at trained moments [S] -> (places in the canonical [0, 1] box, displacements)."""
         u = ((points / self.config.radius + 1) / 2).clamp(0, 1)  # rounding, and the offsets of normals, leave the box
-        if self.deformation is None:
+        field = self.deformation
+        if field is None:
             return u, None
-        displacement = self.deformation.displacement(u, times, self.kernels)
-        return self.deformation.warp(u, displacement), displacement
+        trained = partial(field.displacement, kernels=self.kernels)
+        displacement = self.edit.displacement(trained, u, moments, self.config.radius)
+        return field.warp(u, displacement), displacement
 
     def query(self, points: Tensor, times: Tensor, normals: bool = False) -> FieldOutput:
         """Evaluate the scene at points [S, 3] of the world and times [S] in [0, 1]; differentiable in all parameters.
 
         Normals cost six more density queries.
         """
-        u, displacement = self._canonical_points(points, times)
+        u, displacement = self._canonical_points(points, self.edit.moments(times))
         density, rgb = self.canonical(u, self.kernels)
         return FieldOutput(density, rgb, self.normals(points, times) if normals else None, displacement)
 
     def density(self, points: Tensor, times: Tensor) -> Tensor:
         """Evaluate the density [S] alone."""
-        u, _ = self._canonical_points(points, times)
+        return self._density_then(points, self.edit.moments(times))
+
+    def _density_then(self, points: Tensor, moments: Tensor) -> Tensor:
+        """The density [S] at moments [S] of the trained motion."""
+        u, _ = self._canonical_points(points, moments)
         return self.canonical.density(u, self.kernels)
 
     def looked_up(self, points: Tensor, time: float) -> Tensor:
@@ -136,22 +152,59 @@ class Scene(nn.Module):
         return nn.functional.normalize(-torch.stack(slopes, -1), dim=-1, eps=1e-9)
 
     def moments(self) -> Tensor:
-        """The times [T] at which occupancy looks at the scene."""
-        if self.deformation is None:
+        """The moments [T] of the trained motion at which occupancy looks at the scene."""
+        if self.deformation is None or self.edit.strength == 0:
             return torch.zeros(1, device=self.device)
-        return film_times(N_TIMES, self.loops, self.device)
+        # things that go farther pass more cells between two moments
+        n_times = math.ceil(N_TIMES * max(1.0, self.edit.strength))
+        return film_times(n_times, self.deformation.config.loop, self.device)
 
     def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:
         """Update the occupancy grid in training, all of its cells or a random quarter."""
-        self.occupancy.update(self.density, generator, all_cells, self.moments(), self.config.step_size())
+        self.occupancy.update(self._density_then, generator, all_cells, self.moments(), self.config.step_size())
 
     def refresh_occupancy(self) -> None:
         """Compute the occupancy grid anew, repeatably, from the scene as it is; for evaluation."""
-        self.occupancy.refresh(self.density, self.moments(), self.config.step_size())
+        self.occupancy.refresh(self._density_then, self.moments(), self.config.step_size())
 
     def clone(self) -> Scene:
         """An independent copy."""
         return copy.deepcopy(self)
+
+    def edited(self, edit: MotionEdit) -> Scene:
+        """Return a copy whose motion is changed, on top of what is changed already.
+
+        Raises ValueError for a scene that doesn't move, for a frozen box that lies outside of the scene's, and where
+        the motion would become too strong.
+        """
+        if self.deformation is None:
+            raise ValueError("the scene doesn't move, so there is no motion to change: animate it first")
+        radius = self.config.radius
+        for box in edit.frozen:
+            if max(box.low) >= radius or min(box.high) <= -radius:
+                raise ValueError(
+                    f"the frozen box from {box.low} to {box.high} lies outside of the scene, which reaches from "
+                    f"-{radius:g} to {radius:g}"
+                )
+        whole, scene = self.edit.then(edit), self.clone()
+        assert scene.deformation is not None
+        changed = replace(scene.deformation.config, edit=None if whole.is_nothing else whole)
+        scene.deformation.config = changed
+        scene.config = replace(scene.config, deformation=changed)
+        if whole.strength == 0:  # then it is the still scene's own, to the bit
+            scene.refresh_occupancy()
+        elif not edit.keeps_places:
+            scene.occupancy.move(partial(self._moved, edit), scene.moments(), self.config.step_size())
+        return scene
+
+    def _moved(self, edit: MotionEdit, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Where an edit has what is at points [S, 3] at moments [S] instead, and its density [S]."""
+        radius = self.config.radius
+        canonical, displacement = self._canonical_points(points, moments)
+        assert displacement is not None  # a scene that is edited moves
+        u = (points / radius + 1) / 2
+        goes = edit.places(u + displacement, u, radius)
+        return (2 * goes - 1) * radius, self.canonical.density(canonical, self.kernels)
 
     def with_deformation(
         self,

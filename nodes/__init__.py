@@ -13,6 +13,7 @@ from .full_priors import LOADERS, ApplyLora
 from .graph_nodes import ImagePriorFromModel, NovelViewPriorFromModel, VideoPriorFromModel
 from .mesh_scenes import LoadMesh, MeshToScene
 from .meshes import ExportAnimatedGLB, ExtractMesh
+from .motion import Motion
 from .preview4d import Preview4D
 from .priors import LoadPrior, LoadToyPrior
 from .render import Render
@@ -29,6 +30,7 @@ _ALL: list[type[io.ComfyNode]] = [
     VideoPriorFromModel,
     OptimizeStaticScene,
     AnimateScene,
+    Motion,
     Render,
     Preview4D,
     LoadMesh,

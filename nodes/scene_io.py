@@ -173,6 +173,7 @@ def _history(provenance: Provenance) -> list[str]:
     mesh = None if provenance.mesh is None else f"a mesh: {provenance.mesh.source.name}"
     told = mesh or f"prompt: {provenance.prompt or '(unknown)'}"
     lines = [told, ", ".join(parts) or "(no recipe known)"]
+    lines += [f"motion changed: {edit}" for edit in provenance.edits]
     if provenance.parent is not None:
         lines += ["made from:", *(f"  {line}" for line in _history(provenance.parent))]
     return lines

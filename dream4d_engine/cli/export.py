@@ -27,7 +27,19 @@ from . import results
 from .command import Command
 from .errors import UsageError
 from .interrupts import stop_on_interrupt
-from .options import FILE, FLOAT, Machine, MachineOptions, Positional, arg, check_numbers, optional
+from .options import (
+    FILE,
+    FLOAT,
+    Edit,
+    EditOptions,
+    Machine,
+    MachineOptions,
+    Positional,
+    arg,
+    check_numbers,
+    edited,
+    optional,
+)
 from .progress import make_progress
 from .terminal import say
 
@@ -72,6 +84,7 @@ class Export:
     """A material that takes the viewer's light, instead of colours as they are."""
     overwrite: bool = False
     """Replace a file of the same name."""
+    edit: Edit = EditOptions()
     machine: Machine = MachineOptions()
 
     def __post_init__(self) -> None:
@@ -100,7 +113,7 @@ def run(options: Export) -> int:
         surface=SurfaceOptions(options.resolution, options.threshold, options.faces, options.smoothing),
         gltf=_gltf(options),
     )
-    scene, _ = load_scene(options.scene, pick_device(options.machine.device))
+    scene, _ = edited(load_scene(options.scene, pick_device(options.machine.device))[0], options.edit)
     check_folder(out.parent, _MOST_BYTES)
     with _progress() as on_progress:
         report = export_scene(scene, out, export_options, form, on_progress)
@@ -134,6 +147,7 @@ def _run_own(options: Export, mesh: Path) -> int:
     origin = require_own_file(mesh, provenance.first_mesh)
     model = read_model(mesh, origin.source.clip, origin.source.time)
     check_folder(out.parent, mesh.stat().st_size + _MOST_BYTES)
+    scene, _ = edited(scene, options.edit)
     with _progress() as on_progress:
         made = own_mesh_glb(scene, origin, model, options.times, _gltf(options), on_progress)
     write_atomically(out, made.data)

@@ -12,7 +12,7 @@ import torch
 
 from .. import locks
 from ..assets import AssetError, config_from_dict, load_scene, opened, read_info
-from ..documents import as_object, read_document
+from ..documents import as_object, read_document, shortened
 from ..kernels import kernel_status
 from ..machine import pick_device
 from ..surface import MotionReadout, measure_motion
@@ -24,6 +24,8 @@ from .progress import Quiet, make_progress, patient
 from .run_folder import LOCK, RECORD, read_record, state_of
 from .runs import METRICS, SCENE
 from .terminal import say, say_json
+
+_MOST_LETTERS = 1000  # of a value, shown to people: a mask has thousands
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _tree_lines(name: str, value: object, depth: int = 0) -> list[str]:
     pad = "  " * depth
     if isinstance(value, dict) and value:
         return [f"{pad}{name}:", *(line for key, part in value.items() for line in _tree_lines(key, part, depth + 1))]
-    return [f"{pad}{name}: {value}"]
+    return [f"{pad}{name}: {shortened(str(value), _MOST_LETTERS)}"]
 
 
 COMMAND = Command(Info, run)

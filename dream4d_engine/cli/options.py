@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
+from ..fields.edit import MOST_STRENGTH, Box, MotionEdit, TimeMap, parse_box, parse_keys
+from ..fields.stencil import stencil
 from ..machine import pick_device
-from ..scene import MAX_SAMPLES
+from ..scene import MAX_SAMPLES, Scene
 from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
@@ -21,6 +24,8 @@ from ..training.config import (
     find_recipe,
     is_toy,
 )
+from ..training.reference.masks import read_mask
+from ..training.reference.pixels import file_pixels
 from .errors import UsageError
 
 
@@ -122,6 +127,9 @@ _RANGES = {
     "texture": (0, 8192),
     "duration": (0.01, 3600),
     "error": (1e-6, 1),
+    "motion_strength": (0, MOST_STRENGTH),
+    "freeze_border": (0.001, 1000),
+    "speed": (0.01, 100),
 }
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
 
@@ -145,6 +153,53 @@ class MachineOptions:
     """CPU threads (default: one for each core)."""
     debug: bool = False
     """Show the whole traceback of an error."""
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """What is changed of a scene's motion."""
+
+    motion_strength: float = 1.0
+    """How far things go: 0 is still, 1 as trained, up to 2. Beyond 1.5 the motion may tear."""
+    freeze: Annotated[tuple[str, ...], arg(metavar="X0,Y0,Z0,X1,Y1,Z1"), UseAppendAction] = ()
+    """A box of the scene at rest that keeps still, by its lower and its upper corner."""
+    freeze_mask: Annotated[Path | None, FILE] = None
+    """An image: what lies behind its white keeps still, seen from the front as `render --path fixed` shows it."""
+    freeze_border: float = Box.border
+    """How far beside what is frozen the motion sets in."""
+    speed: float = 1.0
+    """Plays of the animation in the time of one."""
+    ping_pong: bool = False
+    """A play goes there and back."""
+    remap: Annotated[str | None, optional("OUT:IN,...")] = None
+    """Which moments of the animation a play shows when: pairs of times from 0 to 1, linear between, as
+    0:0,0.5:0.2,1:1."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        _of_flag("--freeze", lambda: [parse_box(text, self.freeze_border) for text in self.freeze])
+        _of_flag("--remap", lambda: TimeMap(keys=parse_keys(self.remap or "")))
+        if self.freeze_border != Box.border and not self.freeze and self.freeze_mask is None:
+            raise ValueError("--freeze-border means nothing without --freeze or --freeze-mask: leave it out")
+
+    def edit(self) -> MotionEdit:
+        """The change. ValueError where the mask can't be one."""
+        masks = []
+        if self.freeze_mask is not None:
+            with file_pixels(self.freeze_mask, "mask") as pixels:
+                masks.append(stencil(read_mask(pixels).white, self.freeze_border))
+        boxes = tuple(parse_box(text, self.freeze_border) for text in self.freeze)
+        time = TimeMap(self.speed, self.ping_pong, parse_keys(self.remap or ""))
+        times = () if time == TimeMap() else (time,)
+        return MotionEdit(self.motion_strength, boxes, tuple(masks), times)
+
+
+def _of_flag(flag: str, make: Callable[[], object]) -> None:
+    """Name the flag in what is wrong with its value."""
+    try:
+        make()
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -235,6 +290,7 @@ Priors = Annotated[PriorOptions, Flat]
 Images = Annotated[ImageOptions, Flat]
 Folders = Annotated[FolderOptions, Flat]
 Gpu = Annotated[GpuOptions, Flat]
+Edit = Annotated[EditOptions, Flat]
 Machine = Annotated[MachineOptions, Flat]
 
 RunOptions = Any
@@ -251,6 +307,16 @@ def use_machine(options: MachineOptions) -> None:
     if not 1 <= options.threads <= most:
         raise ValueError(f"--threads must lie in [1, {most}], got {options.threads}: one for each core is best")
     torch.set_num_threads(options.threads)
+
+
+def edited(scene: Scene, options: EditOptions) -> tuple[Scene, str]:
+    """The scene with its motion changed, and in words what was changed, "" for nothing."""
+    edit = options.edit()
+    if edit.is_nothing:
+        return scene, ""
+    if scene.deformation is None:
+        raise UsageError("the scene doesn't move, so there is no motion to change: animate it first")
+    return scene.edited(edit), edit.in_words()
 
 
 def text_recipe(name: str) -> StaticRecipe:

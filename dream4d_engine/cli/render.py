@@ -18,7 +18,7 @@ from . import results
 from .command import Command
 from .errors import UsageError
 from .interrupts import stop_on_interrupt
-from .options import FOLDER, INT, Machine, MachineOptions, Positional, arg, check_numbers
+from .options import FOLDER, INT, Edit, EditOptions, Machine, MachineOptions, Positional, arg, check_numbers, edited
 from .progress import make_progress
 from .terminal import say
 
@@ -61,6 +61,7 @@ class Render:
     """Samples along a ray (default: the scene's own)."""
     overwrite: bool = False
     """Replace files of the same names."""
+    edit: Edit = EditOptions()
     machine: Machine = MachineOptions()
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ def run(options: Render) -> int:
     if not passes or not (options.video or options.png):
         raise UsageError("nothing to render: give --passes, and leave --no-video away or add --png")
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
+    scene, _ = edited(scene, options.edit)
     if "displacement" in passes and scene.deformation is None:
         raise UsageError("the scene doesn't move: it has no displacement to show; leave that pass out")
     render_options = RenderOptions(

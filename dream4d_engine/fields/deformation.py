@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Kernels
+from .edit import MotionEdit
 from .encodings import HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
@@ -28,6 +29,7 @@ class DeformationConfig:
     hidden_layers: int = 4
     scale: float = 1.0  # above 1 it enlarges the canonical object in the frame
     loop: bool = False  # time is a circle: 1 is 0 again
+    edit: MotionEdit | None = None  # of what was trained; the scene sees to it, the field stays as it is
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)

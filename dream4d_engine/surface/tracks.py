@@ -1,13 +1,14 @@
 """Where points of the canonical surface are over time: the inverse of the field's backward warp.
 
 The field says where a place x of the world at time t is looked up: w(x, t) = c. A vertex c of the canonical surface is
-sought: x with w(x, t) = c, from where it was at the moment before. Lengths are in units of the [0, 1] box.
+sought: x with w(x, t) = c, from where it was at the moment before. Lengths are in units of the [0, 1] box. What was
+changed of the motion (`fields.edit`) is written down for things at rest, so it is applied to the ways found.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,12 +98,11 @@ def track_vertices(
     """
     if scene.deformation is None:
         return _still(vertices, times)
-    radius = scene.config.radius
-    canonical = (vertices / radius + 1) / 2
+    canonical = (vertices / scene.config.radius + 1) / 2
     rest = _at_rest(canonical, scene.deformation)
-    places, residuals, carried = _follow(scene, canonical, edges_of(faces), times, rest, Precision(), on_progress)
-    places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
-    return Tracks((places * 2 - 1) * radius, residuals, carried)
+    found, row = _follow(scene, canonical, edges_of(faces), times, rest, Precision(), on_progress)
+    places = torch.stack([_calmed(place, rest, faces, smoothing) for place in found.positions])
+    return _shown(scene, replace(found, positions=places), rest, row)
 
 
 @torch.inference_mode(False)
@@ -110,18 +110,20 @@ def track_vertices(
 def track_points(
     scene: Scene, points: Tensor, edges: Tensor, times: Tensor, precision: Precision, on_progress: Progress = None
 ) -> tuple[Tracks, Tensor]:
-    """Follow points [V, 3] of the world, where they are at the first of ascending times [T], to the others.
+    """Follow points [V, 3] of the world, where they are at the first of times [T], to the others.
 
     edges: [E, 2], whom a point that has no inverse goes with. Nothing is smoothed. Returns the tracks, and where each
     point would be if nothing but the zoom displaced it, [V, 3].
     """
     if scene.deformation is None:
         return _still(points, times), points
-    radius, field = scene.config.radius, scene.deformation
-    canonical, start = scene.looked_up(points, float(times[0])), (points / radius + 1) / 2
-    places, residuals, carried = _follow(scene, canonical, edges, times, start, precision, on_progress)
-    rest = _at_rest(canonical, field)
-    return Tracks((places * 2 - 1) * radius, residuals, carried), (rest * 2 - 1) * radius
+    radius = scene.config.radius
+    canonical = scene.looked_up(points, float(times[0]))
+    rest = _at_rest(canonical, scene.deformation)
+    # an edit shows the points elsewhere than the trained motion has them: then they are sought from rest on
+    start = (points / radius + 1) / 2 if scene.edit.is_nothing else rest
+    found, row = _follow(scene, canonical, edges, times, start, precision, on_progress)
+    return _shown(scene, found, rest, row), (rest * 2 - 1) * radius
 
 
 def _still(points: Tensor, times: Tensor) -> Tracks:
@@ -143,16 +145,18 @@ def _follow(
     start: Tensor,
     precision: Precision,
     on_progress: Progress,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where places of the field [V, 3] are in the box [T, V, 3], residuals and who was carried [T, V]."""
+) -> tuple[Tracks, Tensor]:
+    """Follow places of the field [V, 3] through the trained motion: tracks in the box [M, V, 3], and of times [T]
+    which of its M moments each shows."""
     assert scene.deformation is not None  # a still scene has nothing to follow
     field = copy.deepcopy(scene.deformation).requires_grad_(False)  # slopes are wanted in x alone
-    both = torch.cat((edges, edges.flip(-1)))
+    both, rest = torch.cat((edges, edges.flip(-1))), _at_rest(canonical, field)
+    shown = scene.edit.moments(times)
+    # in their order, and each once: edited times go back and forth, of a loop 1 is 0, and found anew places would be
+    # off by what residuals may be
+    moments, row = (shown.remainder(1) if field.config.loop else shown).unique(return_inverse=True)
     x = start.clamp(0, 1)
-    rest = _at_rest(canonical, field)
-    # each once: of a loop 1 is 0, and found anew places would be off by what residuals may be
-    moments, row = (times.remainder(1) if scene.loops else times).unique(return_inverse=True)
-    rows, moment = [], None
+    rows, moment = [], 0.0 if scene.edit.times else None  # then the first may be far from rest
     for number, goal in enumerate(moments.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
@@ -162,7 +166,15 @@ def _follow(
         if on_progress is not None:
             on_progress(number / len(moments))
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
-    return places[row], residuals[row], carried[row]
+    return Tracks(places, residuals, carried), row
+
+
+def _shown(scene: Scene, found: Tracks, rest: Tensor, row: Tensor) -> Tracks:
+    """Bring tracks of the trained motion, in the box, to what is shown of it, in the world."""
+    radius, edit = scene.config.radius, scene.edit
+    places = (edit.places(rest, found.positions, radius) * 2 - 1) * radius
+    carried = found.carried & (edit.share((2 * rest - 1) * radius) > 0)
+    return Tracks(places[row], found.residual[row], carried[row])
 
 
 def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:

@@ -253,7 +253,7 @@ def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path,
 def doors(monkeypatch, run, tmp_path):
     """Commands end where the work would begin; the fixture is a function that says how: what was refused, or None."""
     from dream4d_engine import cli
-    from dream4d_engine.cli import bench, export, import_scene, render, results, runs, stages
+    from dream4d_engine.cli import bench, export, import_scene, motion, render, results, runs, stages
 
     class Begun(Exception):
         pass
@@ -268,6 +268,7 @@ def doors(monkeypatch, run, tmp_path):
     monkeypatch.setattr(render, "check_folder", lambda *_: None)
     monkeypatch.setattr(export, "export_scene", begin)
     monkeypatch.setattr(import_scene, "read_model", begin)
+    monkeypatch.setattr(motion, "load_scene", begin)
     said: list[str] = []
     monkeypatch.setattr(cli, "report", lambda error, **_: said.append(f"{type(error).__name__}: {error}") or 2)
     places = {"SCENE": str(run[0] / "scene.safetensors"), "OUT": str(tmp_path / "out")}
@@ -291,6 +292,11 @@ NUMBERS = {
     ("animate", "SCENE", PROMPT, "--out", "OUT"): {"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0"},
     ("import", "mesh.glb", "--out", "OUT"): {"--seed": "0", "--time": "0", "--fill": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},
+    ("motion", "SCENE", "--out", "OUT", "--ping-pong"): {
+        "--motion-strength": "0",
+        "--freeze-border": "",
+        "--speed": "",
+    },
     ("export", "SCENE", "--out", "OUT", "--format", "glb"): {
         **{"--times": "", "--time": "0", "--resolution": "", "--faces": "0", "--threshold": "", "--smoothing": "0"},
         **{"--texture": "0", "--duration": "", "--error": ""},

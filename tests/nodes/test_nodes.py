@@ -518,7 +518,7 @@ def given_inputs(schema: dict) -> dict[str, tuple[str, dict]]:
 
 def test_every_node_is_there(schemas):
     expected = {f"Load{kind}Prior" for kind in ("Toy", "Multiview", "Image", "NovelView", "Pixel", "Video", "")}
-    expected |= {"ApplyLora", "OptimizeStaticScene", "AnimateScene", "Render", "Preview4D"}
+    expected |= {"ApplyLora", "OptimizeStaticScene", "AnimateScene", "Motion", "Render", "Preview4D"}
     expected |= {"LoadMesh", "MeshToScene", "ExtractMesh", "ExportAnimatedGLB"}
     expected |= {"SaveScene", "LoadScene", "SceneInfo", "ImagePriorFromModel"}
     expected |= {"NovelViewPriorFromModel", "VideoPriorFromModel"}

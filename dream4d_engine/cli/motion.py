@@ -1,0 +1,43 @@
+"""Change how a scene moves: its strength, what keeps still, its times; write that as another scene file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from ..assets import load_scene, save_scene
+from ..machine import check_folder, pick_device
+from . import results
+from .command import Command
+from .errors import UsageError
+from .options import FILE, Edit, EditOptions, Machine, MachineOptions, Positional, arg, edited
+from .terminal import say
+
+
+@dataclass(frozen=True)
+class Motion:
+    scene: Annotated[Positional[Path], arg(metavar="SCENE")]
+    """The scene file."""
+    out: Annotated[Path, FILE]
+    """The scene file to write."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+    edit: Edit = EditOptions()
+    machine: Machine = MachineOptions()
+
+
+def run(options: Motion) -> int:
+    """Write a scene whose motion is changed."""
+    if options.edit == EditOptions():
+        raise UsageError("nothing to change: give --motion-strength, --freeze, --speed, --ping-pong or --remap")
+    results.require_new([options.out], options.overwrite)
+    scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
+    check_folder(options.out.parent, options.scene.stat().st_size)
+    scene, said = edited(scene, options.edit)
+    save_scene(options.out, scene, replace(provenance, edits=(*provenance.edits, said)))
+    say(f"{options.out}: {said}")
+    return 0
+
+
+COMMAND = Command(Motion, run)
