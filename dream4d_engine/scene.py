@@ -129,7 +129,8 @@ class Scene(nn.Module):
         """The times [T] at which occupancy looks at the scene."""
         if self.deformation is None:
             return torch.zeros(1, device=self.device)
-        return torch.linspace(0, 1, N_TIMES, device=self.device)
+        n = math.ceil(N_TIMES * (self.deformation.config.length or 1))  # as close together in every animation
+        return torch.linspace(0, 1, n, device=self.device)
 
     def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:
         """Update the occupancy grid in training, all of its cells or a random quarter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
 from ..toyworld.captions import parse_caption
-from ..toyworld.evaluate import evaluate_scene
+from ..toyworld.evaluate import evaluate_later, evaluate_scene
+from ..training.config import MotionRecipe
 from .errors import UsageError
 from .options import ImageOptions
 
@@ -90,9 +91,11 @@ def orbit_cameras(images: ImageOptions) -> CameraBatch:
     return orbit(images.orbit_frames, images.size, images.size, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
 
 
-def final_cameras(images: ImageOptions) -> CameraBatch:
-    """The final video's path."""
-    return final_path(images.size, images.size, FINAL_PARTS, images.part_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
+def final_cameras(images: ImageOptions, motion: MotionRecipe) -> CameraBatch:
+    """The final video's path; a longer animation is filmed at the same pace."""
+    length = 1.0 if motion.windows is None else motion.windows.length
+    n_frames = round(images.part_frames * length)
+    return final_path(images.size, images.size, FINAL_PARTS, n_frames, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
 
 
 def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None) -> None:
@@ -127,7 +130,12 @@ def measure(scene: Scene, prompt: str, of_a_mesh: bool = False) -> tuple[dict, s
     if caption is None:  # no truth to compare with
         return found, f"the object covers {found['scene']['coverage']:.0%} of the image"
     truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
-    return found | {"truth": truth.to_dict()}, truth.summary()
+    found, line = found | {"truth": truth.to_dict()}, truth.summary()
+    later = evaluate_later(scene, truth)
+    if later:
+        found["later"] = [asdict(one) for one in later]
+        line += "; " + "; ".join(f"take {i}: {one.summary()}" for i, one in enumerate(later, 2))
+    return found, line
 
 
 def _scene_measures(scene: Scene) -> dict:

@@ -449,15 +449,49 @@ def evaluate(
 def evaluate_scene(
     scene: Scene, caption: Caption | str, size: int = 64, n_views: int = 8, n_times: int = 8, n_azimuths: int = 24
 ) -> Evaluation:
-    """`evaluate` for a scene."""
+    """`evaluate` for a scene; of an animation that lasts several takes, for the first of them."""
     return evaluate(scene_renderer(scene), caption, size, n_views, n_times, n_azimuths)
 
 
-def scene_renderer(scene: Scene) -> Renderer:
-    """A scene as a result, rendered over black on its own device."""
-    options = RenderOptions(background=torch.zeros(3, device=scene.device))
+@dataclass(frozen=True)
+class Later:
+    """The measures of one more take of a long animation; see Evaluation."""
+
+    motion_correlation: float | None
+    motion_amplitude: float
+    clip_iou: float
+
+    def summary(self) -> str:
+        """Some words for people."""
+        correlation = "" if self.motion_correlation is None else f"correlation {self.motion_correlation:.2f}, "
+        return f"{correlation}amplitude {self.motion_amplitude:.2f}, clip IoU {self.clip_iou:.2f}"
+
+
+def evaluate_later(scene: Scene, first: Evaluation, size: int = 64, n_times: int = 8) -> tuple[Later, ...]:
+    """Measure the takes after the first that an animation has whole; none where it lasts one.
+
+    The toy world's motions are over after one take, and begin anew.
+    """
+    caption, cameras = as_caption(first.caption), fixed_take(n_times, size, size)
+    clips = (
+        _evaluate_clip(scene_renderer(scene, part), caption, cameras, first.scale)
+        for part in range(1, int(scene_length(scene) + 1e-9))
+    )
+    return tuple(Later(clip.correlation, clip.amplitude, float(clip.iou.mean())) for clip in clips)
+
+
+def scene_length(scene: Scene) -> float:
+    """How many takes of a prior's own length a scene's animation lasts."""
+    return 1.0 if scene.deformation is None else scene.deformation.config.length or 1.0
+
+
+def scene_renderer(scene: Scene, part: int = 0) -> Renderer:
+    """A scene as a result, rendered over black on its own device; times 0 to 1 are those of so many-th a take."""
+    options, length = RenderOptions(background=torch.zeros(3, device=scene.device)), scene_length(scene)
 
     def renderer(cameras: CameraBatch) -> Images:
+        if length > 1:
+            cameras = cameras.at_time(((cameras.time + part) / length).clamp(0, 1))
         output = render_chunked(scene, cameras, options)
         return Images(output.rgb, output.opacity)
 
