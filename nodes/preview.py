@@ -37,6 +37,10 @@ def preview_frames(scene: Scene, number: int, size: int) -> torch.Tensor:
     if moving:
         size = max(_SMALLEST, round(size / math.sqrt(_CLIP_FRAMES)))
     times = torch.linspace(0, 1, _CLIP_FRAMES)[None] if moving else torch.zeros(1, 1)
+    if scene.deformation is not None and scene.deformation.config.length is not None:
+        times = (
+            times / scene.deformation.config.length
+        )  # its beginning: a few moments of the whole would show no motion
     turn = math.radians(_TURN_DEG * number)
     cameras = make_cameras(turn, math.radians(15.0), 3.0, math.radians(40.0), times, size, size)
     samples = min(_SAMPLES, scene.config.n_samples)

@@ -19,7 +19,7 @@ from ..dream4d_engine.training.config import (
     with_hifa_steps,
     with_rigidity,
 )
-from ..dream4d_engine.training.guidance import with_frames_of
+from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
@@ -42,7 +42,7 @@ from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients,
 from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
-_MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
+_MOST_STEPS, _MOST_SEED, _MOST_FRAMES = 1_000_000, 2**63 - 1, 10_000
 _GOES_ON = "Cancel keeps what is done: queue again to go on."
 _ALIASES = ("dream4d", "score distillation", "sds")
 
@@ -280,6 +280,17 @@ class AnimateScene(io.ComfyNode):
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
                 *how_it_runs([_negative()]),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=_MOST_FRAMES,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Frames of the animation that is trained; 0: as many as the video model makes. More (3 "
+                    "times as many, say) are seen through windows of time that overlap, and take as many times the "
+                    "work and more.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -294,6 +305,7 @@ class AnimateScene(io.ComfyNode):
         deformation_scale: float | None = None,
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
+        frames: int | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         return first_complaint(
@@ -301,7 +313,7 @@ class AnimateScene(io.ComfyNode):
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds),
+            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds, frames=frames),
             check_zoom(deformation_scale),
         )
 
@@ -318,13 +330,20 @@ class AnimateScene(io.ComfyNode):
         resume: str,
         preview_seconds: float,
         memory_budget: float = 0.0,
+        frames: int = 0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
-        require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
+        require(
+            check_prompt(prompt),
+            check_zoom(deformation_scale),
+            check_budget(cls, memory_budget),
+            check_ranges(cls, frames=frames),
+        )
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         priors = pick_priors(settings, {"video": video_prior})
-        settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
+        settings = with_longer_takes(with_frames_of(settings, priors), priors, frames or None)
+        settings = with_rigidity(settings, scene.provenance.first_mesh is not None)
         scale = deformation_scale or None
         run = Run(
             "motion",
