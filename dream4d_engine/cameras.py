@@ -13,6 +13,7 @@ view.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -74,6 +75,10 @@ class CameraBatch:
     def frames(self, start: int, stop: int) -> CameraBatch:
         """The frames start..stop-1 of every group."""
         return self._map(lambda tensor: tensor[:, start:stop])
+
+    def windows(self, starts: Sequence[int], n_frames: int) -> CameraBatch:
+        """So many frames from each start on as groups of their own, [B * n, n_frames]; those of a group together."""
+        return self._map(lambda tensor: torch.stack([tensor[:, s : s + n_frames] for s in starts], 1).flatten(0, 1))
 
     def groups(self, index: Tensor | slice) -> CameraBatch:
         """The groups that `index` (a slice, bool or int64 over B) picks."""

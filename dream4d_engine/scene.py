@@ -95,6 +95,11 @@ class Scene(nn.Module):
         first, last = self.edit.moments(torch.tensor([0.0, 1.0])).tolist()
         return first == last or (self.deformation.config.loop and (last - first) % 1 == 0)
 
+    @property
+    def length(self) -> float:
+        """How many takes of a prior's own length its animation lasts."""
+        return 1.0 if self.deformation is None else self.deformation.config.length or 1.0
+
     def reset(self, generator: torch.Generator) -> None:
         """Start afresh: draw all parameters, call every cell occupied."""
         self.canonical.reset(generator)
@@ -155,8 +160,8 @@ class Scene(nn.Module):
         """The moments [T] of the trained motion at which occupancy looks at the scene."""
         if self.deformation is None or self.edit.strength == 0:
             return torch.zeros(1, device=self.device)
-        # things that go farther pass more cells between two moments
-        n_times = math.ceil(N_TIMES * max(1.0, self.edit.strength))
+        # things that go farther pass more cells between two moments, and long animations are as dense in them
+        n_times = math.ceil(N_TIMES * max(1.0, self.edit.strength) * self.length)
         return film_times(n_times, self.deformation.config.loop, self.device)
 
     def update_occupancy(self, generator: torch.Generator, all_cells: bool) -> None:

@@ -71,6 +71,11 @@ class GraphPrior:
         """Its family's."""
         return self.family.kind
 
+    @property
+    def frame_step(self) -> int:
+        """Its family's."""
+        return self.family.frame_step
+
     def fingerprint(self) -> str:
         """Change when weights, patches, noise levels or sizes do; a sample of the numbers is looked at."""
         levels = self.noise.sigma_of(torch.linspace(0.1, 0.9, 5))

@@ -36,7 +36,8 @@ def preview_frames(scene: Scene, number: int, size: int) -> torch.Tensor:
     moving = scene.deformation is not None
     if moving:
         size = max(_SMALLEST, round(size / math.sqrt(_CLIP_FRAMES)))
-    times = film_times(_CLIP_FRAMES, scene.loops)[None] if moving else torch.zeros(1, 1)
+    # of a long animation its beginning: a few moments of the whole would show no motion
+    times = film_times(_CLIP_FRAMES, scene.loops)[None] / scene.length if moving else torch.zeros(1, 1)
     turn = math.radians(_TURN_DEG * number)
     cameras = make_cameras(turn, math.radians(15.0), 3.0, math.radians(40.0), times, size, size)
     samples = min(_SAMPLES, scene.config.n_samples)

@@ -331,7 +331,10 @@ class Run:
         return memory_bytes(self.recipe, self.start)
 
     def statement(self) -> str:
-        """What was taken from an image."""
+        """What was taken from an image, or how a long animation is seen."""
+        windows = getattr(self.recipe, "windows", None)
+        if windows is not None:
+            return windows.describe()
         return "" if self.reference is None else self.reference.statement
 
     def ways_to_less(self) -> str:
@@ -339,6 +342,8 @@ class Run:
         families = (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES)
         family = next(known for known in families if self.recipe.name in known)
         smaller = [r.name for r in family.values() if memory_bytes(r, self.start) < self.needed_bytes()]
+        if getattr(self.recipe, "windows", None) is not None:
+            return "the frames that are asked for"
         if smaller:
             return f"the recipe (smaller ones: {', '.join(smaller)})"
         return "the sizes of the models (load smaller priors)"

@@ -20,7 +20,7 @@ from ..dream4d_engine.training.config import (
     with_hifa_steps,
     with_loop,
 )
-from ..dream4d_engine.training.guidance import with_frames_of
+from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
@@ -44,7 +44,7 @@ from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients,
 from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
-_MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
+_MOST_STEPS, _MOST_SEED, _MOST_FRAMES = 1_000_000, 2**63 - 1, 10_000
 _GOES_ON = "Cancel keeps what is done: queue again to go on."
 _ALIASES = ("dream4d", "score distillation", "sds")
 
@@ -289,6 +289,17 @@ class AnimateScene(io.ComfyNode):
                     advanced=True,
                     tooltip="Let the motion end where it begins, so that it can be played again and again.",
                 ),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=_MOST_FRAMES,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Frames of the animation that is trained; 0: as many as the video model makes. More (3 "
+                    "times as many, say) are seen through windows of time that overlap, and take as many times the "
+                    "work and more.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -303,6 +314,7 @@ class AnimateScene(io.ComfyNode):
         deformation_scale: float | None = None,
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
+        frames: int | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         return first_complaint(
@@ -310,7 +322,7 @@ class AnimateScene(io.ComfyNode):
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds),
+            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds, frames=frames),
             check_zoom(deformation_scale),
         )
 
@@ -328,14 +340,20 @@ class AnimateScene(io.ComfyNode):
         preview_seconds: float,
         memory_budget: float = 0.0,
         loop: bool = False,
+        frames: int = 0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
-        require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
+        require(
+            check_prompt(prompt),
+            check_zoom(deformation_scale),
+            check_budget(cls, memory_budget),
+            check_ranges(cls, frames=frames),
+        )
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         settings = with_loop(settings) if loop else settings
         priors = pick_priors(settings, {"video": video_prior})
-        settings = with_frames_of(settings, priors)
+        settings = with_longer_takes(with_frames_of(settings, priors), priors, frames or None)
         settings = settings if scene.provenance.first_mesh is None else for_mesh_scene(settings)
         scale = deformation_scale or None
         run = Run(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from ..assets import load_scene
 from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, for_mesh_scene, with_rigidity
-from ..training.guidance import with_frames_of
+from ..training.guidance import with_frames_of, with_longer_takes
 from ..training.loop import ResumeMismatch
 from . import options as shared
 from .command import Command
@@ -17,7 +17,7 @@ from .errors import UsageError
 from .models import prior_handles
 from .results import final_cameras
 from .runs import SCENE, VIDEO, open_run
-from .stages import film, new_motion, said, show, train_stage
+from .stages import film, new_motion, said, say_windows, show, train_stage
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Animate:
     """Training steps (default: the recipe's)."""
     hifa_steps: Annotated[int | None, shared.INT] = None
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
+    frames: shared.Frames = None
     deformation_scale: shared.DeformationScale = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
@@ -59,10 +60,11 @@ def run(options: Animate, motion: MotionRecipe) -> int:
     motion = motion if options.rigidity is None else with_rigidity(motion, options.rigidity)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
     handles = prior_handles(motion, options, prompt)
-    motion = with_frames_of(motion, handles)
+    motion = with_longer_takes(with_frames_of(motion, handles), handles, options.frames)
     with open_run("animate", options, (motion,), still.config) as session:
         if session.run.record.setdefault("source", source) != source:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")
+        say_windows(session, motion)
         path, begin = session.run.path / SCENE, lambda: new_motion(session, motion, still)
         scene, _ = train_stage(session, motion, handles, prompt, path, begin, parent=parent)
         film(session, VIDEO, scene, final_cameras(options.images, scene), prompt)

@@ -30,6 +30,7 @@ class ImageTo4D:
     motion_steps: Annotated[int | None, shared.INT] = None
     """Training steps of the second stage (default: the recipe's)."""
     hifa_steps: shared.HifaSteps = None
+    motion_frames: shared.Frames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
     novel_view_prior: shared.NovelViewPrior = None

@@ -82,6 +82,15 @@ Loop = Annotated[
     bool, arg(help="Let the motion end where it begins, so that video and GLB can be played again and again.")
 ]
 
+Frames = Annotated[
+    int | None,
+    optional(
+        "INT",
+        "Frames of the animation that is trained. More than the video model's own (toy: 8) are seen through overlapping"
+        "\nwindows of time: 24 last three times as long, and take four times the work (default: the model's own).",
+    ),
+]
+
 MultiviewPrior = Annotated[
     str | None, optional("MODEL", "Multi-view model (default with the recipe toy: the one in the package).")
 ]
@@ -110,6 +119,7 @@ _RANGES = {
     "image_lora_strength": (-10, 10),
     "size": (1, MOST_SIDE),
     "frames": (1, MOST_FRAMES),
+    "motion_frames": (1, MOST_FRAMES),
     "orbit_frames": (1, MOST_FRAMES),
     "part_frames": (1, MOST_FRAMES // 8),
     "fps": (0.1, 1000),
@@ -274,7 +284,8 @@ class ImageOptions:
     orbit_frames: int = 48
     """Frames of the turn around the still object."""
     part_frames: int = 24
-    """Frames of each of the final video's 8 parts: still and orbiting camera in turns, the animation once in each."""
+    """Frames of each of the final video's 8 parts: still and orbiting camera in turns, the animation once in each. A
+    longer animation has as many times more."""
     fps: float = 24.0
     """Frames per second."""
     samples: Annotated[int | None, INT] = None

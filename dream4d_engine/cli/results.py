@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
 from ..surface import SurfaceMotion, follow_surface, measure_motion
 from ..toyworld.captions import parse_caption
-from ..toyworld.evaluate import evaluate_scene
+from ..toyworld.evaluate import evaluate_later, evaluate_scene
 from .errors import UsageError
 from .options import ImageOptions
 
@@ -93,8 +93,8 @@ def orbit_cameras(images: ImageOptions) -> CameraBatch:
 
 
 def final_cameras(images: ImageOptions, scene: Scene) -> CameraBatch:
-    """The final video's path."""
-    place, n_frames = (ELEVATION_DEG, DISTANCE, FOV_Y_DEG), images.part_frames
+    """The final video's path; a longer animation is filmed at the same pace."""
+    place, n_frames = (ELEVATION_DEG, DISTANCE, FOV_Y_DEG), round(images.part_frames * scene.length)
     return final_path(images.size, images.size, FINAL_PARTS, n_frames, *place, loop=scene.loops)
 
 
@@ -142,7 +142,11 @@ def measure(
     if caption is None:  # no truth to compare with
         return found, [f"the object covers {found['scene']['coverage']:.0%} of the image", *said]
     truth = evaluate_scene(scene, caption, n_times=0 if motion is None else 8, motion=motion)
-    return found | {"truth": truth.to_dict()}, [truth.summary(), *said]
+    found, lines = found | {"truth": truth.to_dict()}, [truth.summary()]
+    if later := evaluate_later(scene, truth):
+        found["later"] = [asdict(one) for one in later]
+        lines += [f"take {i}: {one.summary()}" for i, one in enumerate(later, 2)]
+    return found, [*lines, *said]
 
 
 def _scene_measures(scene: Scene) -> dict:

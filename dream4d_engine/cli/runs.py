@@ -184,6 +184,9 @@ def _open(
             way_out = (
                 f"lower --{recipe.stage}.phases.N.height and .width, the scene's n-samples or its grids' log2-entries"
             )
+            windows = getattr(recipe, "windows", None)
+            if windows is not None:
+                way_out = f"ask for fewer than {windows.n_frames} frames; or {way_out}"
             check_memory(memory_bytes(recipe, scene), f"training by the recipe {recipe.name!r}", way_out)
     size = options.images.size
     check_memory(film_bytes(size, size), f"filming at --size {size}", "lower --size")

@@ -17,7 +17,7 @@ from ..scene import Scene
 from ..toyworld.evaluate import reference_match
 from ..training.checkpoint import set_aside
 from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe
-from ..training.guidance import Handles, explain_silence, load_guidance, runtime_for, with_frames_of
+from ..training.guidance import Handles, explain_silence, load_guidance, runtime_for, with_frames_of, with_longer_takes
 from ..training.loop import PriorSilent, ResumeMismatch, train
 from ..training.motion import motion_stage
 from ..training.reference import Reference, check_reference, load_reference
@@ -83,6 +83,12 @@ def new_motion(session: Session, recipe: MotionRecipe, still: Scene) -> Stage:
     """Stage 2 at its beginning."""
     options = session.options
     return motion_stage(still.clone().to(session.device), recipe, options.seed, options.deformation_scale)
+
+
+def say_windows(session: Session, recipe: MotionRecipe) -> None:
+    """Say how a long animation is seen."""
+    if recipe.windows is not None:
+        session.progress.say(recipe.windows.describe())
 
 
 def train_stage(
@@ -213,10 +219,11 @@ def both_stages(
     object_prompt = prompt if options.object_prompt is None else said(options.object_prompt, "--object-prompt")
     static_priors = prior_handles(static, options, object_prompt)
     motion_priors = prior_handles(motion, options, prompt)
-    motion = with_frames_of(motion, motion_priors)
+    motion = with_longer_takes(with_frames_of(motion, motion_priors), motion_priors, options.motion_frames)
     with open_run(command, options, (static, motion), static.scene) as session:
         if reference is not None:
             keep_reference(session, reference)
+        say_windows(session, motion)
         session.progress.begin("static", static.steps)  # both bars from the beginning
         session.progress.begin("motion", motion.steps)
         path, begin = session.run.unfinished / "static.safetensors", lambda: new_still(session, static, reference)

@@ -28,6 +28,7 @@ class TextTo4D:
     """Training steps of the second stage (default: the recipe's)."""
     sd_view: shared.SdView = None
     hifa_steps: shared.HifaSteps = None
+    motion_frames: shared.Frames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
     multiview_prior: shared.MultiviewPrior = None

@@ -5,19 +5,22 @@ It is a *backward* warp (observed -> canonical), one function for all times, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Kernels
 from .edit import MotionEdit
-from .encodings import HashGrid, HashGridConfig, require_range
+from .encodings import MAX_LOG2_ENTRIES, HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
 SEAM = 0.25
 """Of a loop, the last share of time, over which its end becomes its beginning. A longer one would cost more, a shorter
 one would be steeper."""
+MAX_LENGTH = 64.0
+"""Of an animation, in takes."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,22 @@ class DeformationConfig:
     scale: float = 1.0  # above 1 it enlarges the canonical object in the frame
     loop: bool = False  # time is a circle: 1 is 0 again
     edit: MotionEdit | None = None  # of what was trained; the scene sees to it, the field stays as it is
+    length: float | None = None  # of the animation, in takes of a prior's own length; None: it is one
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
         require_range("hidden_layers", self.hidden_layers, 0, 16)
         require_range("scale", self.scale, 0.05, 20.0)
+        if self.length is not None:
+            require_range("length", self.length, 1.0, MAX_LENGTH)
+
+    def lasting(self, length: float) -> DeformationConfig:
+        """The same for an animation of so many takes: as fine in each of them as it is in one."""
+        grid = self.grid
+        # as many cells a take as before, and as many entries for a cell
+        resolution, entries = round(grid.base_resolution * length), grid.log2_entries + round(math.log2(length))
+        longer = replace(grid, base_resolution=resolution, log2_entries=min(entries, MAX_LOG2_ENTRIES))
+        return replace(self, grid=longer, length=length)
 
 
 class DeformationField(nn.Module):
@@ -69,7 +83,9 @@ class DeformationField(nn.Module):
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1). A loop's times may be any."""
-        features = self._features(u, times, kernels)
+        # a grid is as fine along all its axes: a long animation's has the cells of time, of which space takes a part
+        place = u if self.config.length is None else u / self.config.length
+        features = self._features(place, times, kernels)
         return 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
 
     def _features(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:

@@ -17,6 +17,10 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
+MAX_LOG2_ENTRIES = 24
+"""Of a level."""
+
+
 @dataclass(frozen=True)
 class HashGridConfig:
     """A multiresolution hash grid (Mueller et al. 2022, 2201.05989)."""
@@ -30,7 +34,7 @@ class HashGridConfig:
     def __post_init__(self) -> None:
         require_range("n_levels", self.n_levels, 1, 32)
         require_range("n_features", self.n_features, 1, 8)
-        require_range("log2_entries", self.log2_entries, 3, 24)
+        require_range("log2_entries", self.log2_entries, 3, MAX_LOG2_ENTRIES)
         require_range("base_resolution", self.base_resolution, 1, 1024)
         require_range("growth", self.growth, 1.0, 4.0)
         finest = math.log2(self.base_resolution) + (self.n_levels - 1) * math.log2(self.growth)

@@ -34,6 +34,7 @@ class PriorFiles:
     lora: Path | None = None  # added to its weights
     lora_strength: float = 1.0
     n_frames: int | None = None
+    frame_step: int = 1
     tiny_vae: Path | None = None  # folder of an AutoencoderTiny that takes the place of its autoencoder
 
     def fingerprint(self) -> str:
@@ -141,7 +142,8 @@ def prior_files(path: Path | str, kind: PriorKind | None = None) -> PriorFiles:
     metadata = (pipeline or open_loader(path)).metadata(kind)
     # one of today's models of videos says how many frames it makes; of the older ones the recipes do
     n_frames = None if pipeline is None else metadata.n_frames
-    return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames)
+    step = 1 if pipeline is None else pipeline.family.frame_step
+    return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames, frame_step=step)
 
 
 def read_metadata(path: Path | str, kind: PriorKind | None = None) -> Metadata:

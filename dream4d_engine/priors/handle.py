@@ -68,6 +68,10 @@ class PriorHandle(Protocol):
     def n_frames(self) -> int | None:
         """Of the takes that it must have; None where the recipe may choose."""
 
+    @property
+    def frame_step(self) -> int:
+        """Frames that its autoencoder puts into one, after the first."""
+
     def fingerprint(self) -> str:
         """Change when what `load` gives does."""
         ...

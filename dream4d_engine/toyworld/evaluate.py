@@ -419,11 +419,11 @@ def _evaluate_clip(renderer: Renderer, caption: Caption, cameras: CameraBatch, s
     return _Clip(match, amplitude, max(stray.values()), signals[shown], truth[shown], iou)
 
 
-def surface_errors(motion: SurfaceMotion, caption: Caption | str) -> SurfaceErrors | None:
+def surface_errors(motion: SurfaceMotion, caption: Caption | str, length: float = 1.0) -> SurfaceErrors | None:
     """Compare points of a scene's surface with where the caption's motion carries them; None where there are none.
 
     A point's true way starts at its rest, where it would be if only the zoom of the deformation displaced it, and is
-    the toy world's own: nothing is scaled or shifted to fit.
+    the toy world's own: nothing is scaled or shifted to fit. In an animation of `length` takes it begins anew in each.
     """
     n = len(motion.rest)
     if not n:
@@ -433,7 +433,7 @@ def surface_errors(motion: SurfaceMotion, caption: Caption | str) -> SurfaceErro
         torch.full_like(times, index, dtype=torch.int64)
         for index in (MOTIONS.index(caption.motion), SHAPES.index(caption.shape))
     )
-    affine = world_from_canonical(moves, shape, times)
+    affine = world_from_canonical(moves, shape, times if length == 1 else (times * length).remainder(1))
     # summed by hand: a matrix product may be rounded to fewer digits on a GPU
     truth = (affine[:, None, :3, :3] * motion.rest[None, :, None]).sum(-1) + affine[:, None, :3, 3]
     off = (motion.positions - truth).norm(dim=-1).mean(1) / motion.size
@@ -512,18 +512,51 @@ def evaluate_scene(
     n_azimuths: int = 24,
     motion: SurfaceMotion | None = None,
 ) -> Evaluation:
-    """`evaluate` for a scene, and its surface's errors; `motion`: the surface's, if it was followed before."""
+    """`evaluate` for a scene, and its surface's errors; `motion`: the surface's, if it was followed before.
+
+    Of an animation that lasts several takes, images are compared in the first of them.
+    """
     found = evaluate(scene_renderer(scene), caption, size, n_views, n_times, n_azimuths)
     if not n_times:
         return found
-    return replace(found, surface=surface_errors(follow_surface(scene) if motion is None else motion, caption))
+    motion = follow_surface(scene) if motion is None else motion
+    return replace(found, surface=surface_errors(motion, caption, scene.length))
 
 
-def scene_renderer(scene: Scene) -> Renderer:
-    """A scene as a result, rendered over black on its own device."""
-    options = RenderOptions(background=torch.zeros(3, device=scene.device))
+@dataclass(frozen=True)
+class Later:
+    """The measures of one more take of a long animation; see Evaluation."""
+
+    motion_correlation: float | None
+    motion_amplitude: float
+    clip_iou: float
+
+    def summary(self) -> str:
+        """Some words for people."""
+        correlation = "" if self.motion_correlation is None else f"correlation {self.motion_correlation:.2f}, "
+        return f"{correlation}amplitude {self.motion_amplitude:.2f}, clip IoU {self.clip_iou:.2f}"
+
+
+def evaluate_later(scene: Scene, first: Evaluation, size: int = 64, n_times: int = 8) -> tuple[Later, ...]:
+    """Measure the takes after the first that an animation has whole; none where it lasts one.
+
+    The toy world's motions are over after one take, and begin anew.
+    """
+    caption, cameras = as_caption(first.caption), fixed_take(n_times, size, size)
+    clips = (
+        _evaluate_clip(scene_renderer(scene, part), caption, cameras, first.scale)
+        for part in range(1, int(scene.length + 1e-9))
+    )
+    return tuple(Later(clip.correlation, clip.amplitude, float(clip.iou.mean())) for clip in clips)
+
+
+def scene_renderer(scene: Scene, part: int = 0) -> Renderer:
+    """A scene as a result, rendered over black on its own device; times 0 to 1 are those of so many-th a take."""
+    options, length = RenderOptions(background=torch.zeros(3, device=scene.device)), scene.length
 
     def renderer(cameras: CameraBatch) -> Images:
+        if length > 1:
+            cameras = cameras.at_time(((cameras.time + part) / length).clamp(0, 1))
         output = render_chunked(scene, cameras, options)
         return Images(output.rgb, output.opacity)
 

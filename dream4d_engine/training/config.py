@@ -18,6 +18,7 @@ from ..fields.radiance import RadianceConfig
 from ..guidance.combine import published_scale
 from ..guidance.distillation import DistillationConfig
 from ..guidance.prompts import NEGATIVE_PROMPT
+from ..guidance.windows import Windows
 from ..priors.handle import PriorKind
 from ..randomness import Source
 from ..scene import SceneConfig
@@ -161,6 +162,7 @@ class MotionRecipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
+    windows: Windows | None = None  # how the prior sees takes that are longer than its own
 
     stage: ClassVar[Literal["motion"]] = "motion"
     group_field: ClassVar[str] = "n_frames"  # the field that holds F
@@ -174,7 +176,8 @@ class MotionRecipe:
 
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
-        return replace(scene, deformation=self.deformation)
+        longer = None if self.windows is None else self.deformation.lasting(self.windows.length)
+        return replace(scene, deformation=longer or self.deformation)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import TypeVar
 
 import torch
 
+from ..fields.deformation import MAX_LENGTH
 from ..guidance.distillation import Guidance
+from ..guidance.windows import Windows
 from ..machine import has_own_allocator
 from ..priors.handle import Prior, PriorHandle, PriorKind, ReferenceView
 from ..priors.networks.execution import PLAIN, Capture, GraphCapture, Runtime
@@ -37,6 +39,26 @@ def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
         return recipe
     n = wanted.pop()
     return replace(recipe, n_frames=n) if isinstance(recipe, MotionRecipe) else replace(recipe, n_views=n)
+
+
+def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | None) -> MotionRecipe:
+    """Return the recipe with takes of so many frames, which its prior sees through windows of as many as it has itself.
+
+    `n_frames` None, or as many as those: the recipe as it is. Raises a ValueError where no windows reach so far.
+    """
+    window = recipe.n_frames if recipe.windows is None else recipe.windows.window
+    if n_frames is None or n_frames == window:
+        return recipe
+    steps = {handle.frame_step for handle in handles.values()}
+    if len(steps) > 1:
+        raise ValueError("the priors' autoencoders don't agree on frames: only takes of their own length can be made")
+    windows = Windows(n_frames, window, *steps)
+    if windows.length > MAX_LENGTH:
+        raise ValueError(
+            f"{n_frames} frames are {windows.length:.0f} times as long as the {window} of the model, and at most "
+            f"{MAX_LENGTH:.0f} times can be trained: ask for less"
+        )
+    return replace(recipe, n_frames=n_frames, windows=windows)
 
 
 def load_guidance(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from ..guidance.distillation import Guidance
+from ..guidance.windows import windowed
 from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..scene import Scene
 from ..schedules import stepped
+from ..supervision import Supervision
 from .config import MotionRecipe, OptimizerConfig
 from .loop import FitSummary, RunControl, train
-from .stages import ParameterGroup, Stage, seen_by_priors
+from .stages import GuidanceOf, ParameterGroup, Stage, seen_by_priors
 from .static import object_extent
 
 
@@ -55,7 +56,9 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     if deformation_scale is not None:
         check_scale(deformation_scale)
     scale = choose_deformation_scale(scene, recipe) if deformation_scale is None else deformation_scale
-    deformation, fresh = replace(recipe.deformation, scale=scale), recipe.fresh_background
+    trained = recipe.trained(scene.config).deformation
+    assert trained is not None  # it is what stage 2 trains
+    deformation, fresh = replace(trained, scale=scale), recipe.fresh_background
     moving = scene.with_deformation(deformation, Draw(seed).for_("deformation"), background=fresh).to(scene.device)
     field = moving.deformation
     assert field is not None  # what `with_deformation` is for
@@ -66,13 +69,18 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
         # coarse to fine: the grid's levels are set free one after the other
         field.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
 
+    def supervisions(guidance: GuidanceOf, rays_at_once: int | None) -> tuple[Supervision, ...]:
+        if recipe.windows is not None:
+            guidance = {kind: windowed(one, recipe.windows) for kind, one in guidance.items()}
+        return seen_by_priors(recipe, guidance, rays_at_once)
+
     def finish() -> None:
         moving.canonical.requires_grad_(True)
         moving.canonical.densest = None
         moving.refresh_occupancy()
 
     groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]
-    return Stage("motion", moving, groups, recipe, partial(seen_by_priors, recipe), starts, begin, finish)
+    return Stage("motion", moving, groups, recipe, supervisions, starts, begin, finish)
 
 
 def train_motion(

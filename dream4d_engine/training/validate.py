@@ -106,6 +106,12 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
     if not 0 < low <= high <= 1:
         raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
     _check_loop(recipe, where)
+    if recipe.deformation.length is not None:
+        raise ValueError(f"{where}.deformation.length follows from the frames that are asked for: leave it away")
+    if recipe.windows is not None and recipe.windows.n_frames != recipe.n_frames:
+        raise ValueError(
+            f"{where}.windows cut takes of {recipe.windows.n_frames} frames, and {where}.n_frames is {recipe.n_frames}"
+        )
     _at_least(0, recipe, where, "first_levels", "level_rate")
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:

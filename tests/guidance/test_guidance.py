@@ -42,6 +42,7 @@ from dream4d_engine.guidance.prompts import (
     view_prompts,
     without_word,
 )
+from dream4d_engine.guidance.windows import WindowedDenoiser
 from dream4d_engine.priors.networks.denoisers import UNetDenoiser, predicted_clean
 from dream4d_engine.priors.networks.transformers import TransformerDenoiser
 from dream4d_engine.randomness import Draw
@@ -101,7 +102,7 @@ class RecordedDenoiser:
 # --- the protocol -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [UNetDenoiser, TransformerDenoiser, IdealDenoiser])
+@pytest.mark.parametrize("kind", [UNetDenoiser, TransformerDenoiser, IdealDenoiser, WindowedDenoiser])
 def test_a_denoiser_keeps_all_that_is_promised(kind: type) -> None:
     promised = {name for name in vars(Denoiser) if not name.startswith("_")}
     assert {"denoise", "encode", "decode", "run_as", "forget", "noise"} <= promised

@@ -11,6 +11,7 @@ from pipeline_folders import MAKERS, SIZES, flux, pipeline_folder, sd3
 
 from dream4d_engine.cameras import make_cameras
 from dream4d_engine.guidance.distillation import DistillationConfig, distill
+from dream4d_engine.guidance.windows import Windows, windowed
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.files import prior_files
 from dream4d_engine.priors.formats.identify import identify
@@ -133,6 +134,19 @@ def test_a_gradient_reaches_the_images(name, folders):
     found.loss.backward()
     assert images.grad.isfinite().all()
     assert (images.grad.flatten(2).norm(dim=-1) > 0).all(), "every frame gets one"
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_takes_longer_than_the_models_own_are_seen_through_windows_of_latents(name, folders):
+    handle, ((height, width), n_frames) = prior_files(folders(name)[1]), SIZES[name]
+    assert handle.frame_step == {"wan": 4, "ltx": 8}[name]
+    windows = Windows(n_frames + 8, n_frames, handle.frame_step)
+    guidance = windowed(handle.load(Runtime(CPU)).guide(PROMPT, None, CONFIG), windows)
+    images = torch.rand(1, windows.n_frames, 3, height // 2, width // 2, requires_grad=True)
+    found = distill(guidance, images, cameras(windows.n_frames, height, width), 0.5, Draw(0))
+    assert found.x0.shape[1] == windows.n_encoded == {"wan": 5, "ltx": 3}[name] and len(windows.starts) == 2
+    found.loss.backward()
+    assert images.grad.isfinite().all() and (images.grad.flatten(2).norm(dim=-1) > 0).all(), "every frame gets one"
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx"])
