@@ -233,7 +233,7 @@ def test_a_vertex_that_was_carried_to_a_wrong_place_comes_back() -> None:
     rest, middle = (sheet + 1) / 2, int(at[10, 10])
     before = rest.clone()
     before[middle, 2] += 0.2  # of the box: a spike
-    warp = tracks._Warp(ExactMotion(holed, 1.0, 1.0), None, 0.0)
+    warp = tracks._Warp(ExactMotion(holed, 1.0, 1.0), None, 0.0, tracks.Precision())
     places, _, carried = tracks._solve(warp, rest, before, rest, torch.cat((edges, edges.flip(-1))))
     assert carried[middle] and not carried[sheet.norm(dim=-1) > 0.13].any()
     assert (places - rest).norm(dim=-1).max() < 0.03  # a cell is 0.025
