@@ -30,6 +30,7 @@ class ImageTo4D:
     motion_steps: Annotated[int | None, shared.INT] = None
     """Training steps of the second stage (default: the recipe's)."""
     hifa_steps: shared.HifaSteps = None
+    gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     novel_view_prior: shared.NovelViewPrior = None
     pixel_prior: shared.PixelPrior = None

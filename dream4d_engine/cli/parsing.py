@@ -127,7 +127,8 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
 
 
 def _with_shorthands(call: Any) -> Any:
-    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps) into the recipes they stand for."""
+    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --gradient-frames) into the recipes that
+    they stand for."""
     options = call.options
     steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
     view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)
@@ -142,8 +143,10 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
     if hifa is not None:
         call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    if (frames := getattr(options, "gradient_frames", None)) is not None:
+        call = replace(call, motion=replace(call.motion, gradient_frames=frames or None))
     # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
-    names = ("steps", "motion_steps", "sd_view", "hifa_steps")
+    names = ("steps", "motion_steps", "sd_view", "hifa_steps", "gradient_frames")
     return replace(call, options=replace(options, **{key: None for key in names if hasattr(options, key)}))
 
 

@@ -28,6 +28,7 @@ class TextTo4D:
     """Training steps of the second stage (default: the recipe's)."""
     sd_view: shared.SdView = None
     hifa_steps: shared.HifaSteps = None
+    gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     multiview_prior: shared.MultiviewPrior = None
     image_prior: shared.ImagePrior = None

@@ -125,6 +125,7 @@ class StaticRecipe:
 
     stage: ClassVar[Literal["static"]] = "static"
     group_field: ClassVar[str] = "n_views"  # the field that holds F
+    gradient_frames: ClassVar[None] = None  # every view carries gradient
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
@@ -146,6 +147,9 @@ class MotionRecipe:
     n_frames: int  # of one take, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
+    # Frames of a take, at most, that carry gradient in a step; one part of the take after the other is as likely to be
+    # drawn, and counts for the others. Fewer take less memory and make the gradient noisier. None: all.
+    gradient_frames: int | None = None
     time_span: tuple[float, float] = (0.8, 1.0)  # shortest and longest share of the animation that a take films
     target_extent: float = 0.65  # the object's radius (share of the box's) that the automatic deformation scale aims at
     min_scale: float = 1.2  # where the automatic scale would be less than this, it is 1

@@ -95,6 +95,10 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
     low, high = recipe.time_span
     if not 0 < low <= high <= 1:
         raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
+    if recipe.gradient_frames is not None and recipe.gradient_frames < 1:
+        raise ValueError(
+            f"{where}.gradient_frames must be at least 1, got {recipe.gradient_frames}: leave it away for all frames"
+        )
     _at_least(0, recipe, where, "first_levels", "level_rate")
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:

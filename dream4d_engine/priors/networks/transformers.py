@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
-from .checkpointing import checkpointing
+from .checkpointing import checkpointing, frames_asked_for
 from .denoisers import WORTH_COMPILING, flow_input, predicted_clean
 from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
 from .frozen import speed_up
@@ -64,15 +64,17 @@ class TransformerDenoiser:
         )
         return mean[:, None, None, None], (deviation / factor)[:, None, None, None]
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable. The mean of the autoencoder's guess."""
         dtype = next(self.vae.parameters()).dtype
         with without_autocast(self.device):
             if self.n_frames is None:
-                z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture)
+                each = None if carried is None else carried.flatten()
+                z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture, each)
                 return z.unflatten(0, images.shape[:2])
             videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
-            z = torch.cat([self._encode_video(one) for one in videos]).float()
+            asked = frames_asked_for(carried, len(videos))
+            z = torch.cat([self._encode_video(*one) for one in zip(videos, asked, strict=True)]).float()
         mean, deviation = self._scaling(z)
         return ((z - mean) / deviation).movedim(2, 1)
 
@@ -82,13 +84,13 @@ class TransformerDenoiser:
         config = self.vae.config  # numbers: a CUDA graph can't copy tensors from the CPU
         return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
-    def _encode_video(self, video: Tensor) -> Tensor:
-        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled."""
+    def _encode_video(self, video: Tensor, asked: range | None) -> Tensor:
+        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled. `asked`: see `checkpointing`."""
         checkpointed, at_once = self.execution.images_kept is not None, self.execution.images_at_once
         if self.fused and (at_once is None or at_once > FEW_AT_ONCE):
             return encode_whole(self.vae, video, checkpointed)
         try:
-            with checkpointing(self.vae, checkpointed):
+            with checkpointing(self.vae, checkpointed, asked):
                 return self.vae.encode(video).latent_dist.mode()
         finally:
             if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
@@ -215,9 +217,9 @@ def _run_flux(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tens
 _RUNS: dict[str, Callable[..., Tensor]] = {
     "WanTransformer3DModel": _run_wan,
     "LTXVideoTransformer3DModel": _run_ltx,
+    "HunyuanVideoTransformer3DModel": _run_hunyuan,
     "SD3Transformer2DModel": _run_sd3,
     "FluxTransformer2DModel": _run_flux,
-    "HunyuanVideoTransformer3DModel": _run_hunyuan,
 }
 """By the class's name."""
 
