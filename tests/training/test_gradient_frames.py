@@ -10,10 +10,13 @@ import torch
 from training_cases import kept_bytes, motion_case
 
 from dream4d_engine.fields.background import BackgroundConfig
+from dream4d_engine.guidance.distillation import distill
 from dream4d_engine.randomness import Draw
 from dream4d_engine.rendering import RenderOptions, prepare_view, render_view
 from dream4d_engine.supervision import gather, heaviest, rendered, views_of, with_gradient_in
+from dream4d_engine.toyworld.ideal import IdealDenoiser
 from dream4d_engine.training.config import Phase
+from dream4d_engine.training.estimate import memory_bytes
 from dream4d_engine.training.motion import motion_stage
 from dream4d_engine.training.validate import check_recipe
 
@@ -25,7 +28,7 @@ def case(gradient_frames):
     """A stage whose scene already moves before a background of its own, and its guidance."""
     recipe, guidance, _, still, _ = motion_case(10)
     weights = replace(recipe.regularizers, displacement_tv=1.0, opacity=2.0, rigidity=0.01)
-    recipe = replace(recipe, phases=(Phase(0.0, 1, 12, 12),))
+    recipe = replace(recipe, phases=(Phase(0.0, 1, 10, 10),))
     recipe = replace(recipe, gradient_frames=gradient_frames, regularizers=weights, fresh_background=BackgroundConfig())
     stage = motion_stage(still, recipe, seed=0, deformation_scale=1.0)
     with torch.no_grad():
@@ -53,7 +56,7 @@ def cameras_and_options(stage):
     return recipe.sample_cameras(recipe.phases[0], DRAW.groups("cameras", 1)), RenderOptions()
 
 
-@pytest.mark.parametrize("rays_at_once", [None, 500])
+@pytest.mark.parametrize("rays_at_once", [None, 200])
 def test_the_mean_over_the_draws_is_the_whole_gradient(rays_at_once):
     stage, guidance = case(2)
     loss, whole, none = gradients(stage, guidance, rays_at_once, lambda view: with_gradient_in(view, None, None))
@@ -110,8 +113,35 @@ def test_rendering_keeps_what_its_frames_need():
     assert kept < 0.5 * most  # a third, and what is summed along all rays
 
 
+def test_a_prior_of_single_images_is_asked_for_the_gradient_of_those_it_sees():
+    """Images at the back are left out; of the others it is told which carry gradient."""
+    told = []
+
+    class Told(IdealDenoiser):
+        def encode(self, images, carried=None):
+            told.append(carried)
+            return super().encode(images)
+
+    stage, guidance = case(2)
+    cameras, _ = cameras_and_options(stage)
+    azimuth = torch.tensor([[0.0, 3.1, 0.1, 0.2, 3.0, 0.3]])
+    config = replace(stage.recipe.guidance[0].distillation, max_azimuth_deg=90.0)
+    denoiser = Told(torch.rand(1, 1, 3, 4, 4))
+    single = replace(guidance["video"], denoiser=denoiser, config=config)
+    carried = torch.tensor([[False, False, True, True, True, False]])
+    images = torch.rand(1, 6, 3, 4, 4)
+    distill(single, images, replace(cameras, azimuth=azimuth), 0.5, DRAW, carried)
+    assert told[0].tolist() == [[False], [True], [True], [False]]
+    told.clear()
+    distill(single, images, replace(cameras, azimuth=azimuth), 0.5, DRAW)
+    assert told and not any(one is not None for one in told)
+
+
 def test_a_recipe_says_how_many():
     stage, _ = case(3)
     assert stage.recipe.gradient_frames == 3
+    scene = stage.scene.config
+    less, most = (memory_bytes(replace(stage.recipe, gradient_frames=n), scene) for n in (3, None))
+    assert less < most == memory_bytes(replace(stage.recipe, gradient_frames=99), scene)
     with pytest.raises(ValueError, match=r"gradient_frames must be at least 1, got 0"):
         check_recipe(replace(stage.recipe, gradient_frames=0))
