@@ -42,7 +42,7 @@ from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients,
 from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
 STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
-_MOST_STEPS, _MOST_SEED, _MOST_GRADIENT_FRAMES = 1_000_000, 2**63 - 1, 10_000
+_MOST_STEPS, _MOST_SEED = 1_000_000, 2**63 - 1
 _GOES_ON = "Cancel keeps what is done: queue again to go on."
 _ALIASES = ("dream4d", "score distillation", "sds")
 
@@ -280,16 +280,6 @@ class AnimateScene(io.ComfyNode):
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
                 *how_it_runs([_negative()]),
-                io.Int.Input(
-                    "gradient_frames",
-                    default=0,
-                    min=0,
-                    max=_MOST_GRADIENT_FRAMES,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Frames of a take, at most, that carry gradient in a step: fewer take less memory and make "
-                    "the steps noisier. 0: all.",
-                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -304,7 +294,6 @@ class AnimateScene(io.ComfyNode):
         deformation_scale: float | None = None,
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
-        gradient_frames: int | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         return first_complaint(
@@ -312,12 +301,7 @@ class AnimateScene(io.ComfyNode):
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(
-                cls,
-                deformation_scale=deformation_scale,
-                preview_seconds=preview_seconds,
-                gradient_frames=gradient_frames,
-            ),
+            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds),
             check_zoom(deformation_scale),
         )
 
@@ -334,13 +318,11 @@ class AnimateScene(io.ComfyNode):
         resume: str,
         preview_seconds: float,
         memory_budget: float = 0.0,
-        gradient_frames: int = 0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
-        settings = replace(settings, gradient_frames=gradient_frames or None)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None
