@@ -28,15 +28,18 @@ _NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 _NAMES |= {int: "a whole number", float: "a number"}
 
 
-def parse_document(text: str | bytes, where: object, error: type[ValueError], form: str = "JSON") -> Any:
+def parse_document(
+    text: str | bytes, where: object, error: type[ValueError], form: str = "JSON", most_bytes: int | None = None
+) -> Any:
     """Parse JSON or YAML. What is too large, too deep, or grows by references without end is refused.
 
     Args:
         text: UTF-8 with or without a mark at its beginning. where: the file, and the place in it, for the message.
-        error: what is raised. form: "JSON" or "YAML".
+        error: what is raised. form: "JSON" or "YAML". most_bytes: None: MOST_BYTES.
     """
-    if len(text) > MOST_BYTES[form]:
-        raise error(f"{where} holds {len(text):,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
+    most = most_bytes or MOST_BYTES[form]
+    if len(text) > most:
+        raise error(f"{where} holds {len(text):,} bytes of {form}, more than {most:,}: it can't be meant")
     if form == "JSON" and MOST_NODES < (
         text.count(b",") + text.count(b"[") if isinstance(text, bytes) else text.count(",") + text.count("[")
     ):
@@ -77,21 +80,21 @@ def _check_size(content: Any, where: object, error: type[ValueError]) -> None:
             waiting += [(value, depth + 1) for value in node]
 
 
-def read_document(path: Path | str, error: type[ValueError]) -> Any:
-    """Read a .json, .yaml or .yml file."""
+def read_document(path: Path | str, error: type[ValueError], most_bytes: int | None = None) -> Any:
+    """Read a .json, .yaml or .yml file; `most_bytes` None: of at most MOST_BYTES."""
     path = Path(path)
     form = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES[form]:
-            raise error(f"{path} holds {size:,} bytes of {form}, more than {MOST_BYTES[form]:,}: it can't be meant")
+        size, most = path.stat().st_size, most_bytes or MOST_BYTES[form]
+        if size > most:
+            raise error(f"{path} holds {size:,} bytes of {form}, more than {most:,}: it can't be meant")
         text = path.read_bytes()
     except OSError as reason:
         raise error(f"{path} can't be read: {reason.strerror or reason}") from reason
     strange = disguise(text[:512])
     if strange is not None:
         raise error(f"{path} {strange}")
-    return parse_document(text, path, error, form)
+    return parse_document(text, path, error, form, most_bytes)
 
 
 def as_object(content: object, where: object, error: type[ValueError]) -> dict[str, Any]:

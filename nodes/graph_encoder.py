@@ -69,11 +69,14 @@ class Encoder:
         in_time, *in_space = ratio
         return (1, self.vae.latent_channels, in_time(n_frames), size[0] // in_space[0], size[1] // in_space[1])
 
-    def encode(self, pixels: Tensor, checkpointed: bool = False) -> Tensor:
-        """Encode [n, 3, (F,) H, W] in [0, 1]; differentiable. `checkpointed`: in less memory, with more work."""
+    def encode(self, pixels: Tensor, checkpointed: bool = False, frames: range | None = None) -> Tensor:
+        """Encode [n, 3, (F,) H, W] in [0, 1]; differentiable. `checkpointed`: in less memory, with more work.
+
+        `frames`: those of a video that a gradient is asked for; None: all.
+        """
         device, dtype = self._place
         scaled = self.vae.process_input(pixels).to(device, dtype)
-        with torch.autocast(device.type, enabled=False), checkpointing(self.network, checkpointed):
+        with torch.autocast(device.type, enabled=False), checkpointing(self.network, checkpointed, frames):
             z = self.network.encode(scaled)
         return self.latents.process_in(z.float())
 

@@ -29,6 +29,7 @@ from ..dream4d_engine.priors.conditioning import check_prompt, pose_vector, view
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import digest
 from ..dream4d_engine.priors.handle import Prior, PriorKind, ReferenceView
+from ..dream4d_engine.priors.networks.checkpointing import frames_asked_for
 from ..dream4d_engine.priors.networks.execution import Runtime, in_slices, without_autocast
 from .graph_encoder import Encoder
 from .graph_families import WHOLE, Family, in_its_range, is_flow, noise_schedule
@@ -330,13 +331,14 @@ class GraphDenoiser:
     flow: bool
     execution: Execution
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
         if self.encoder.of_videos:
             checkpointed = self.execution.images_kept is not None
-            videos = [self.encoder.encode(one, checkpointed) for one in images.movedim(1, 2).split(1)]
-            return torch.cat(videos).movedim(2, 1)
-        z = in_slices(self.encoder.encode, images.flatten(0, 1), self.execution)
+            takes = zip(images.movedim(1, 2).split(1), frames_asked_for(carried, len(images)), strict=True)
+            return torch.cat([self.encoder.encode(one, checkpointed, asked) for one, asked in takes]).movedim(2, 1)
+        each = None if carried is None else carried.flatten()
+        z = in_slices(self.encoder.encode, images.flatten(0, 1), self.execution, carried=each)
         return z.unflatten(0, images.shape[:2])
 
     def decode(self, z: Tensor) -> Tensor:

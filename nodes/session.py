@@ -374,7 +374,8 @@ class Run:
 
         tree = {
             "stage": self.stage,
-            "recipe": asdict(self.recipe),
+            # what is left at all frames is of no run: those from before there was a choice are found again
+            "recipe": {k: v for k, v in asdict(self.recipe).items() if (k, v) != ("gradient_frames", None)},
             "prompt": self.prompt,
             "negative": self.negative,
             "seed": self.seed,

@@ -96,6 +96,34 @@ def ltx() -> Any:
     )
 
 
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    size = {"hidden_size": WIDE, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return LlamaModel(LlamaConfig(vocab_size=16, num_key_value_heads=2, rope_theta=500.0, **size)).eval()
+
+
+def hunyuan() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "rope_axes_dim": (4, 4, 4), "num_refiner_layers": 1}
+    words = {"text_embed_dim": WIDE, "pooled_projection_dim": POOLED, "num_layers": 1, "num_single_layers": 1}
+    return lambda: HunyuanVideoPipeline(
+        text_encoder=llama(),
+        tokenizer=tokenizer("</s>", "<pad>", 4096),
+        transformer=HunyuanVideoTransformer3DModel(**sizes, **words).eval(),
+        vae=AutoencoderKLHunyuanVideo(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip(False),
+        tokenizer_2=clip_tokenizer(),
+    )
+
+
 def sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -152,9 +180,9 @@ def flux(guided: bool = False) -> Any:
     )
 
 
-MAKERS = {"wan": wan, "ltx": ltx, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+MAKERS = {"wan": wan, "ltx": ltx, "hunyuan": hunyuan, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 SIZES = {"wan": ([32, 48], 9), "ltx": ([64, 96], 9), "sdxl": ([64, 64], None), "sd3": ([64, 64], None)}
-SIZES["flux"] = ([64, 96], None)
+SIZES |= {"flux": ([64, 96], None), "hunyuan": ([32, 48], 9)}
 
 
 def pipeline_folder(name: str, place: Path, made: Any = None) -> tuple[Any, Path]:

@@ -108,3 +108,16 @@ def motion_case(steps):
     frames = [torch.roll(m, -shift, 0) for m, shift in zip(mask[0], rise, strict=True)]
     clip = 0.5 * torch.stack(frames).expand(-1, -1, -1, 3)  # a fresh field is grey
     return recipe, {"video": ideal_guidance(clip, config)}, cameras, still, rise
+
+
+def kept_bytes(ask) -> tuple[torch.Tensor, int]:
+    """What `ask` returns, and how much is kept for its backward pass."""
+    sizes: dict[int, int] = {}
+
+    def keep(t):
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        found = ask()
+    return found, sum(sizes.values())

@@ -34,6 +34,7 @@ class Animate:
     hifa_steps: Annotated[int | None, shared.INT] = None
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     frames: shared.Frames = None
+    gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does

@@ -31,6 +31,7 @@ class ImageTo4D:
     """Training steps of the second stage (default: the recipe's)."""
     hifa_steps: shared.HifaSteps = None
     motion_frames: shared.Frames = None
+    gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
     novel_view_prior: shared.NovelViewPrior = None

@@ -74,6 +74,14 @@ HifaSteps = Annotated[
         "\nrecipe's).",
     ),
 ]
+GradientFrames = Annotated[
+    int | None,
+    optional(
+        "INT",
+        "Frames of a take, at most, that carry gradient in a step of the second stage: fewer take less memory and make"
+        "\nthe steps noisier; 0 is all (default: the recipe's).",
+    ),
+]
 DeformationScale = Annotated[
     float | None,
     optional("FLOAT", "Zoom of the object into the frame (default: chosen from the object's size)."),
@@ -115,6 +123,7 @@ _RANGES = {
     "warmup": (0, 10**9),
     "sd_view": (0.1, 180),
     "hifa_steps": (1, 1000),
+    "gradient_frames": (0, 10**6),
     "rigidity": (0, 10**9),
     "image_lora_strength": (-10, 10),
     "size": (1, MOST_SIDE),

@@ -127,7 +127,8 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
 
 
 def _with_shorthands(call: Any) -> Any:
-    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --loop) into the recipes they mean."""
+    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --gradient-frames, --loop) into the recipes
+    that they stand for."""
     options = call.options
     steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
     view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)
@@ -142,10 +143,13 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, steps=motion_steps))
     if hifa is not None:
         call = replace(call, motion=with_hifa_steps(call.motion, hifa))
+    if (frames := getattr(options, "gradient_frames", None)) is not None:
+        call = replace(call, motion=replace(call.motion, gradient_frames=frames or None))
     if getattr(options, "loop", False):
         call = replace(call, motion=with_loop(call.motion))
     # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
-    said = {"steps": None, "motion_steps": None, "sd_view": None, "hifa_steps": None, "loop": False}
+    names = ("steps", "motion_steps", "sd_view", "hifa_steps", "gradient_frames")
+    said = dict.fromkeys(names) | {"loop": False}
     return replace(call, options=replace(options, **{key: no for key, no in said.items() if hasattr(options, key)}))
 
 

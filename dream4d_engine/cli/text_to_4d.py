@@ -29,6 +29,7 @@ class TextTo4D:
     sd_view: shared.SdView = None
     hifa_steps: shared.HifaSteps = None
     motion_frames: shared.Frames = None
+    gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
     multiview_prior: shared.MultiviewPrior = None

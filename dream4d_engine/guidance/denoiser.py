@@ -48,8 +48,12 @@ class Denoiser(Protocol):
     def noise(self) -> NoiseSchedule:
         """The noise levels that it was trained on."""
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
+        """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable.
+
+        `carried`: [B, F] bool, on the CPU, which images a gradient is asked for; None: all. The gradient on the others
+        may be anything, and what only it needs may be left out.
+        """
         ...
 
     def decode(self, z: Tensor) -> Tensor:

@@ -262,16 +262,18 @@ def distill_at(
     cameras: CameraBatch,
     share: Tensor,
     noise: Callable[[torch.Size], Tensor],
+    carried: Tensor | None = None,
 ) -> DistillationOutput:
     """Distil at given noise levels, with given noise; nothing else is random.
 
     Args:
         images: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. share: [B] of the schedule, on the CPU.
         noise: shape of z -> standard normal noise; called for x first, then once for each step of a walk.
+        carried: [B, F] bool, on the CPU: see Denoiser.encode.
     """
     denoiser, config = guidance.denoiser, guidance.config
     resized = resize_images(images, denoiser.image_size)
-    z = denoiser.encode(resized)
+    z = denoiser.encode(resized) if carried is None else denoiser.encode(resized, carried)
     sigma = send(denoiser.noise.sigma_of(share), z.device)
     predict = guided_prediction(guidance, cameras)
     with torch.no_grad():
@@ -300,19 +302,27 @@ def distill_at(
 
 
 def distill(
-    guidance: Guidance, images: Tensor, cameras: CameraBatch, progress: float, draw: Draw
+    guidance: Guidance,
+    images: Tensor,
+    cameras: CameraBatch,
+    progress: float,
+    draw: Draw,
+    carried: Tensor | None = None,
 ) -> DistillationOutput:
     """Score images by a prior; the gradient reaches them through the encoder only, never through the denoiser.
 
     Args:
         images: [B, F, 3, H, W] in [0, 1], with gradient, of any size: they are resized for the encoder.
         cameras: [B, F]. draw: of this step; noise level and noise of each group that the denoiser sees are its own.
+        carried: [B, F] bool, on the CPU: which of the images have gradient; None: all.
     """
     if images.ndim != 5 or images.shape[2] != 3 or tuple(images.shape[:2]) != cameras.shape:
         raise ValueError(
             f"images must be [B, F, 3, H, W] with the cameras' B, F = {cameras.shape}, got {tuple(images.shape)}"
         )
     seen, cameras, keep = _group_for(guidance, images, cameras)
+    if carried is not None and guidance.denoiser.n_frames is None:
+        carried = carried.reshape(-1, 1)
     if keep is not None and not keep.any():  # a loss of 0 that still has a gradient, of 0
         zero, empty = images.new_zeros(()), images.new_zeros((0, 1, 1, 1, 1))
         terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
@@ -328,4 +338,5 @@ def distill(
 
     if keep is not None:
         seen, cameras, share = seen[send(keep, seen.device)], cameras.groups(keep), share[keep]
-    return distill_at(guidance, seen, cameras, share, noise)
+        carried = None if carried is None else carried[keep]
+    return distill_at(guidance, seen, cameras, share, noise, carried)

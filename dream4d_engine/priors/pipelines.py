@@ -26,6 +26,22 @@ from .networks.transformers import TransformerDenoiser, prepared_transformer
 
 WAN_TOKENS, LTX_TOKENS, SD3_TOKENS = 512, 128, 256
 """Of T5, as the models were trained."""
+HUNYUAN_TOKENS = 256
+"""Of Llama, without those of its instruction."""
+_INSTRUCTION = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"
+)  # fmt: skip
+"""What HunyuanVideo was trained to have said to its Llama before and after a prompt (2412.03603)."""
+_INSTRUCTION_TOKENS = 95
+"""How many of the first of Llama's tokens are the instruction's, and are left out."""
+_LLAMA_LAYER = -3
+"""Of Llama's hidden states: two layers before the last."""
 FLUX_TOKENS = {True: 512, False: 256}
 """By whether guidance was distilled into the model, which is dev; schnell read fewer."""
 
@@ -140,6 +156,19 @@ def _clip(texts: Sequence[str]) -> Callable[[Tokenizer, Any], tuple[Tensor, Tens
     return read
 
 
+def _llama(texts: Sequence[str]) -> Callable[[Tokenizer, Any], tuple[Tensor, Tensor]]:
+    """Hidden states [n, HUNYUAN_TOKENS, D] of the prompts in their instruction, and mask."""
+
+    def read(tokenizer: Tokenizer, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        before, after = _INSTRUCTION
+        told = [f"{before}{text}{after}" for text in texts]
+        ids, mask = token_rows(tokenizer, encoder, told, HUNYUAN_TOKENS + _INSTRUCTION_TOKENS)
+        states = encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return states[_LLAMA_LAYER][:, _INSTRUCTION_TOKENS:].float(), mask[:, _INSTRUCTION_TOKENS:]
+
+    return read
+
+
 def _wan(_folder: PipelineFolder, texts: Sequence[str], through: Through) -> Told:
     # as its pipeline cleans them: white space, and what was escaped for HTML
     clean = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
@@ -150,6 +179,12 @@ def _wan(_folder: PipelineFolder, texts: Sequence[str], through: Through) -> Tol
 def _ltx(_folder: PipelineFolder, texts: Sequence[str], through: Through) -> Told:
     hidden, mask = through("text_encoder", _t5(texts, LTX_TOKENS))
     return Told(hidden, mask=mask.float())
+
+
+def _hunyuan(_folder: PipelineFolder, texts: Sequence[str], through: Through) -> Told:
+    hidden, mask = through("text_encoder", _llama(texts))
+    _, pooled = through("text_encoder_2", _clip(texts))
+    return Told(hidden, pooled, mask.float())
 
 
 def _sdxl(_folder: PipelineFolder, texts: Sequence[str], through: Through) -> Told:
@@ -180,6 +215,7 @@ def _flux(folder: PipelineFolder, texts: Sequence[str], through: Through) -> Tol
 _ENCODERS: dict[str, Callable[[PipelineFolder, Sequence[str], Through], Told]] = {
     "WanPipeline": _wan,
     "LTXPipeline": _ltx,
+    "HunyuanVideoPipeline": _hunyuan,
     "StableDiffusionXLPipeline": _sdxl,
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,

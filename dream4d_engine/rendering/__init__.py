@@ -2,6 +2,7 @@
 
 from .march import PrefetchedSamples
 from .render import (
+    GradientFrames,
     RenderOptions,
     RenderOutput,
     View,
@@ -13,6 +14,7 @@ from .render import (
 )
 
 __all__ = [
+    "GradientFrames",
     "RenderOptions",
     "RenderOutput",
     "PrefetchedSamples",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ _IMAGES = tuple(f.name for f in fields(RenderOutput) if f.name not in ("samples"
 
 
 @dataclass(frozen=True)
+class GradientFrames:
+    """Frames of takes through which a step's gradient goes, and how much more that counts for those left out.
+
+    Where every frame is drawn as often, `factor` is one over how often: the mean over the draws is the whole gradient,
+    whatever the loss. What is rendered stays the same.
+    """
+
+    frames: Tensor  # [B, F] bool, on the CPU
+    rays: Tensor  # [N] bool, of their rays
+    factor: float
+
+
+@dataclass(frozen=True)
 class View:
     """What cameras [B, F] are going to see: all that is random about it has been drawn."""
 
@@ -85,6 +99,12 @@ class View:
     jitter: Tensor | None  # [N] in [0, 1), of each ray's lattice
     apparent_area: float = 1.0  # of the cameras, see there: the number of samples is about proportional to it
     samples: RaySamples | None = None  # what is on the rays, if that is known already
+    gradient: GradientFrames | None = None  # None: all frames carry it
+
+    @property
+    def carried(self) -> Tensor | None:
+        """[B, F] bool, on the CPU: which frames carry gradient; None: all."""
+        return None if self.gradient is None else self.gradient.frames
 
 
 def prepare_view(scene: Scene, cameras: CameraBatch, options: RenderOptions, source: Source | None = None) -> View:
@@ -187,13 +207,14 @@ def _render_checkpointed(scene: Scene, view: View, rays_at_once: int) -> RenderO
 
 def _slice(view: View, rows: slice) -> View:
     """Some of a view's rays; their samples are to be found."""
-    rays, background, jitter = view.rays, view.background, view.jitter
+    rays, background, jitter, gradient = view.rays, view.background, view.jitter, view.gradient
     return replace(
         view,
         rays=replace(rays, origins=rays.origins[rows], directions=rays.directions[rows], times=rays.times[rows]),
         background=None if background is None else background[rows],
         jitter=None if jitter is None else jitter[rows],
         samples=None,
+        gradient=None if gradient is None else replace(gradient, rays=gradient.rays[rows]),
     )
 
 
@@ -222,19 +243,54 @@ def _render_rays(scene: Scene, view: View) -> RenderOutput:
         samples = sample_rays(scene, rays, options.n_samples, view.jitter, options.prune)
         if look_first:
             samples = cull_invisible(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
-    found = _query(scene, rays, samples, options)
+    gradient = view.gradient if torch.is_grad_enabled() else None
+    points, times = points_of(rays, samples)
+
+    def query(rows: slice | Tensor) -> dict[str, Tensor | None]:
+        found = _query(scene, points[rows], times[rows], options)
+        return {f.name: getattr(found, f.name) for f in fields(FieldOutput)}
+
+    carried = None if gradient is None else gradient.rays.index_select(0, samples.ray_indices)
+    found = FieldOutput(**_where_carried(query, carried, gradient))
     density = found.density
     if thin_out and not look_first:  # one look is enough: what is too transparent becomes empty
         density = density * is_visible(density, samples, options.alpha_threshold)
     background = view.background
     if background is None:
-        background = scene.background(rays.directions, scene.kernels)
+
+        def behind(rows: slice | Tensor) -> dict[str, Tensor | None]:
+            return {"rgb": scene.background(rays.directions[rows], scene.kernels)}
+
+        background = _where_carried(behind, None if gradient is None else gradient.rays, gradient)["rgb"]
     return _composite(scene, samples, replace(found, density=density), background, options)
 
 
-def _query(scene: Scene, rays: RayBundle, samples: RaySamples, options: RenderOptions) -> FieldOutput:
-    """Query the scene at the samples, in pieces where no gradient is kept."""
-    points, times = points_of(rays, samples)
+def _where_carried(
+    ask: Callable[[slice | Tensor], dict[str, Tensor | None]], carried: Tensor | None, gradient: GradientFrames | None
+) -> dict[str, Any]:
+    """Ask for all rows, keeping gradient, times its factor, for those that are `carried` [n] alone."""
+    if carried is None or gradient is None:
+        return ask(slice(None))
+    rows, rest = carried.nonzero().flatten(), (~carried).nonzero().flatten()
+    if not len(rows):
+        with torch.no_grad():
+            return ask(rest)
+    moved, together = ask(rows), {}  # first: autocast keeps the weights that it casts, with or without gradient
+    with torch.no_grad():
+        still = ask(rest)
+    for name, value in moved.items():
+        other = still[name]
+        if value is not None and other is not None:
+            if value.requires_grad:
+                value = value.view_as(value)  # the others may depend on what it was: displacements move densities
+                value.register_hook(lambda grad: grad * gradient.factor)
+            whole = value.new_empty(len(carried), *value.shape[1:])
+            together[name] = whole.index_copy(0, rest, other.to(value.dtype)).index_copy(0, rows, value)
+    return together
+
+
+def _query(scene: Scene, points: Tensor, times: Tensor, options: RenderOptions) -> FieldOutput:
+    """Query the scene at points [S, 3] and times [S], in pieces where no gradient is kept."""
     at_once = _samples_at_once(scene)
     if torch.is_grad_enabled() or len(points) <= at_once:
         return scene.query(points, times, options.normals)

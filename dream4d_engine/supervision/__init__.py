@@ -5,7 +5,7 @@ from .record import Supervision, Terms, ViewFunction, Views, gather, rendered, v
 from .regularise import RegularizerWeights, regularisers
 from .sight import Sightings, SightWeights, known_in_space, seen_along_rays
 from .targets import PhotometricWeights, Targets, photometric
-from .views import RandomBackground, draw_background, training_view
+from .views import RandomBackground, draw_background, heaviest, training_view, with_gradient_in
 
 __all__ = [
     "PhotometricWeights",
@@ -21,6 +21,7 @@ __all__ = [
     "distillation",
     "draw_background",
     "gather",
+    "heaviest",
     "known_in_space",
     "photometric",
     "regularisers",
@@ -28,4 +29,5 @@ __all__ = [
     "seen_along_rays",
     "training_view",
     "views_of",
+    "with_gradient_in",
 ]

@@ -13,7 +13,7 @@ def distillation(name: str, weight: float, guidance: Guidance, view: ViewFunctio
     """Return the supervision of a prior, told by `guidance` what to look for. `name`: of its terms."""
 
     def loss(scene: Scene, output: RenderOutput, view: View, progress: float, draw: Draw) -> Terms:
-        found = distill(guidance, output.rgb.movedim(-1, 2), view.cameras, progress, draw)
+        found = distill(guidance, output.rgb.movedim(-1, 2), view.cameras, progress, draw, view.carried)
         return Terms({name: weight * found.loss}, {f"{name}.{part}": value for part, value in found.terms.items()})
 
     return Supervision(name, view, loss)

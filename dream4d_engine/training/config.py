@@ -126,6 +126,7 @@ class StaticRecipe:
 
     stage: ClassVar[Literal["static"]] = "static"
     group_field: ClassVar[str] = "n_views"  # the field that holds F
+    gradient_frames: ClassVar[None] = None  # every view carries gradient
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
@@ -147,6 +148,9 @@ class MotionRecipe:
     n_frames: int  # of one take, F
     phases: tuple[Phase, ...]
     guidance: tuple[GuidanceTerm, ...]
+    # Frames of a take, at most, that carry gradient in a step; one part of the take after the other is as likely to be
+    # drawn, and counts for the others. Fewer take less memory and make the gradient noisier. None: all.
+    gradient_frames: int | None = None
     time_span: tuple[float, float] = (0.8, 1.0)  # shortest and longest share of the animation that a take films
     # of a loop: between which moments takes begin, which go on past 1; None: they end within, as without a loop
     loop_starts: tuple[float, float] | None = None

@@ -49,7 +49,8 @@ def memory_bytes(recipe: StaticRecipe | MotionRecipe, scene: SceneConfig) -> int
 
     reference = recipe.reference
     seen = 0 if reference is None else max((phase.size**2 for phase in reference.phases), default=0)
-    per_ray = 100 + config.n_samples * _SHARE_OF_SAMPLES * _sample_bytes(n_levels)
+    carried = min(recipe.gradient_frames or n_images, n_images) / n_images  # the others keep nothing of their samples
+    per_ray = 100 + carried * config.n_samples * _SHARE_OF_SAMPLES * _sample_bytes(n_levels)
     # parameters, gradient and two moments
     return 4 * scene_bytes(config) + int((max(map(rays, recipe.phases), default=0) + seen) * per_ray)
 

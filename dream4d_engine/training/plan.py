@@ -16,7 +16,7 @@ from ..guidance.execution import Execution
 from ..machine import has_own_allocator, limit_memory
 from ..priors.handle import PriorKind
 from ..randomness import Draw
-from ..supervision import Supervision, gather, rendered, views_of
+from ..supervision import Supervision, gather, heaviest, rendered, views_of
 from .control import RunControl
 from .prefetch import Prefetch
 from .stages import GuidanceOf, Stage
@@ -167,6 +167,7 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
         for attempt in range(2):  # the first one may have to ask for memory, the second is as all others will be
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
             views = prefetch.take() or views_of(supervisions, scene, start, draw)
+            views = {key: heaviest(view) for key, view in views.items()}
             with torch.autocast("cuda", dtype=torch.float16):
                 seen = rendered(supervisions, scene, views)
                 terms = gather([one.loss(scene, output, view, start, draw) for one, view, output in seen])

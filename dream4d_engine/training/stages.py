@@ -74,6 +74,6 @@ def seen_by_priors(
             rays_at_once=rays_at_once,
         )
 
-    view = training_view(cameras, options, recipe.background)
+    view = training_view(cameras, options, recipe.background, recipe.gradient_frames)
     priors = (distillation(term.prior, term.weight, guidance[term.prior], view) for term in wanted)
     return (*priors, regularisers(weights_at, view))

@@ -112,6 +112,10 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
         raise ValueError(
             f"{where}.windows cut takes of {recipe.windows.n_frames} frames, and {where}.n_frames is {recipe.n_frames}"
         )
+    if recipe.gradient_frames is not None and recipe.gradient_frames < 1:
+        raise ValueError(
+            f"{where}.gradient_frames must be at least 1, got {recipe.gradient_frames}: leave it away for all frames"
+        )
     _at_least(0, recipe, where, "first_levels", "level_rate")
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:

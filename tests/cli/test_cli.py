@@ -289,7 +289,9 @@ NUMBERS = {
     },
     ("text-to-3d", PROMPT, "--recipe", "toy-personalised", "--out", "OUT"): {"--sd-view": ""},
     ("text-to-4d", PROMPT, "--out", "OUT"): {"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": ""},
-    ("animate", "SCENE", PROMPT, "--out", "OUT"): {"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0"},
+    ("animate", "SCENE", PROMPT, "--out", "OUT"): {
+        **{"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0", "--gradient-frames": "0"},
+    },
     ("import", "mesh.glb", "--out", "OUT"): {"--seed": "0", "--time": "0", "--fill": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},
     ("motion", "SCENE", "--out", "OUT", "--ping-pong"): {

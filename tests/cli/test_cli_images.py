@@ -175,6 +175,9 @@ def test_recipes_and_shorthands_arrive():
     assert (call.static.reference.elevation_deg, call.static.reference.normal) == (12, 3)
     motion = parse("animate", ["s", "x", "--hifa-steps", "2", "--loop"]).motion
     assert motion.guidance[0].distillation.n_steps == 2 and motion.deformation.loop
+    for words, frames in ((["--gradient-frames", "3"], 3), (["--gradient-frames", "0"], None), ([], None)):
+        assert parse("animate", ["s", "x", *words]).motion.gradient_frames == frames
+    assert parse("text-to-4d", ["x", "--gradient-frames", "4"]).motion.gradient_frames == 4
     call = parse("text-to-4d", ["x", "--recipe", "personalised-3d", "--sd-view", "145"])
     assert [term.distillation.max_azimuth_deg for term in call.static.guidance] == [180, 145]
     assert call.motion == MOTION_RECIPES["zeroscope-144x80"]

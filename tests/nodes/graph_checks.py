@@ -599,6 +599,13 @@ def encoder(name: str) -> dict:
             weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(6))
             gradients.append(torch.autograd.grad((z * weights).sum(), pixels)[0])
             encoded.append(z.detach())
+        if frames:  # the second half alone is asked for
+            half = shape[2] // 2
+            late = private.encode(pixels, False, range(half, shape[2]))
+            (pulled,) = torch.autograd.grad((late * weights).sum(), pixels)
+            found["late latents"] = difference(late.detach(), encoded[0])
+            found["late gradient"] = difference(pulled[:, :, half:], gradients[0][:, :, half:])
+            assert max(found.values()) < ENCODING_TOLERANCE, found
         expected = private.latent_shape(size, shape[2] if frames else None)
         assert tuple(z.shape[1:]) == tuple(expected[1:]), (z.shape, expected)
     traces()
@@ -1014,6 +1021,12 @@ def fingerprints() -> dict:
         sigma = noise.sigma_of(torch.tensor(0.5))
         time_of.append(float(sigma / (1 + sigma)))
         prior.release()
+    run, recipes = pack("nodes.session").Run, pack("dream4d_engine.training.config")
+    motion, start = recipes.TOY_MOTION, recipes.TOY_STATIC.scene
+    made = [run("motion", replace(motion, gradient_frames=n), {}, "x", "", 0, {}, start) for n in (None, 3)]
+    identity = [one.identity(torch.device("cpu")) for one in made]
+    # a run of before there was a choice is found again
+    assert [one["recipe"].get("gradient_frames", "not there") for one in identity] == ["not there", 3]
     assert abs(time_of[0] - 8 / 9) < 1e-5 and abs(time_of[1] - 3 / 4) < 1e-5, time_of  # s / (1 + s) at a half
     return {"seconds": seconds}
 

@@ -176,7 +176,7 @@ WRONG = {
     "no layers": (TEXT, {"num_hidden_layers": 0}, "num_hidden_layers is 0, it must be 1 or more"),
     "activation": (TEXT, {"hidden_act": "os.system"}, "hidden_act 'os.system' is no function that is known"),
     "no heads of encoder": (TEXT, {"num_attention_heads": 7}, "text_encoder/config.json"),
-    "class of tokenizer": (TOKENIZER, {"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class is 'LlamaTokenizer'"),
+    "class of tokenizer": (TOKENIZER, {"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class is 'GPT2Tokenizer'"),
     "tokenizer null": (TOKENIZER, {"tokenizer_class": 3}, "tokenizer_class must be text, got 3"),
     "length": (TOKENIZER, {"model_max_length": -5}, "model_max_length is -5"),
     "length in text": (TOKENIZER, {"model_max_length": "77"}, "model_max_length must be a whole number, got '77'"),

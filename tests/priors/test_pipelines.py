@@ -77,7 +77,7 @@ def unpacked(pipeline, name: str, latents):
     if name == "ltx":
         f = (n_frames - 1) // 8 + 1
         return pipeline._unpack_latents(latents, f, height // 32, width // 32).movedim(2, 1)
-    return latents.movedim(2, 1) if name == "wan" else latents[:, None]
+    return latents.movedim(2, 1) if name in ("wan", "hunyuan") else latents[:, None]
 
 
 @pytest.mark.parametrize("name", [*MAKERS, "sd3 without t5", "flux dev"])
@@ -87,7 +87,8 @@ def test_answers_are_those_of_the_pipeline_at_every_noise_level(name, folders, t
     name = name.split()[0]
     pipeline, folder = folders(name) if made is None else pipeline_folder(name, tmp_path, made())
     more = {"wan": {"max_sequence_length": 512}, "flux": {"max_sequence_length": 256 if made is None else 512}}
-    guided = {"true_cfg_scale": 3.0} if name == "flux" else {"guidance_scale": 3.0}
+    # what these are told of guidance is a number of their own
+    guided = {"true_cfg_scale": 3.0} if name in ("flux", "hunyuan") else {"guidance_scale": 3.0}
     if name == "flux" and made is not None:
         guided |= {"guidance_scale": 3.5}
     calls = asked(pipeline, name, negative_prompt=NEGATIVE, **more.get(name, {}), **guided)
@@ -194,7 +195,10 @@ def changed(folder, place, file, **changes):
         ("wan", "model_index.json", {"dream4d": {"image_size": [33, 48]}}, "multiples of 16"),
         ("wan", "model_index.json", {"transformer_2": ["diffusers", "W"], "boundary_ratio": 0.9}, "two experts"),
         ("wan", "model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "made to continue an image"),
-        ("wan", "model_index.json", {"_class_name": "HunyuanVideoPipeline"}, "Llama"),
+        ("hunyuan", "model_index.json", {"_class_name": "HunyuanVideo15Pipeline"}, "another model"),
+        ("hunyuan", "transformer/config.json", {"image_condition_type": "latent_concat"}, "for continuing images"),
+        ("hunyuan", "transformer/config.json", {"in_channels": 33}, "inpainting, editing or continuing images"),
+        ("hunyuan", "transformer/config.json", {"text_embed_dim": 64}, "not of one model"),
         ("flux", "transformer/config.json", {"in_channels": 384}, "inpainting, editing or continuing images"),
     ],
 )
@@ -223,3 +227,44 @@ def test_loras_and_tiny_autoencoders_are_not_taken(folders, tmp_path):
     handle = replace(prior_files(folders("wan")[1]), tiny_vae=tmp_path)
     with pytest.raises(PriorError, match="a tiny autoencoder in ComfyUI only"):
         handle.load(Runtime(CPU))
+
+
+def test_hunyuan_videos_longer_than_a_part_are_encoded_in_one_piece(folders):
+    """The library cuts takes of more than 16 frames into parts that overlap, and blends them."""
+    vae = open_pipeline(folders("hunyuan")[1]).vae(torch.float32, "cpu")
+    video = torch.rand(1, 3, 21, 16, 16)
+    expected = vae.quant_conv(vae.encoder(video))[:, :16]
+    torch.testing.assert_close(vae.encode(video).latent_dist.mode(), expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        (
+            "text_encoder/config.json",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_parameters is of type 'llama3'",
+        ),
+        (
+            "text_encoder/config.json",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is of type 'linear'",
+        ),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left'"),
+        ("tokenizer/tokenizer_config.json", {"add_bos_token": True, "bos_token": "<unk>"}, "puts no bos_token before"),
+    ],
+)
+def test_llamas_that_would_read_otherwise_are_refused(file, changes, said, folders, tmp_path):
+    folder = changed(folders("hunyuan")[1], tmp_path / "changed", file, **changes)
+    with pytest.raises(PriorError, match=said):
+        open_pipeline(folder).text_encoder("text_encoder", torch.float32, "cpu")
+
+
+def test_older_and_newer_ways_to_write_the_turns_of_places_mean_the_same(folders, tmp_path):
+    from dream4d_engine.priors.formats.configurations import encoder_config
+
+    config = json.loads((folders("hunyuan")[1] / "text_encoder/config.json").read_text())
+    config.pop("rope_parameters", None)
+    old, new = config | {"rope_theta": 500.0}, config | {"rope_parameters": {"rope_theta": 500.0}}
+    found = [encoder_config("LlamaConfig", one, 100, "config.json").to_dict() for one in (old, new)]
+    assert found[0] == found[1] and "500.0" in str(found[0])

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training_cases import kept_bytes
 
 from dream4d_engine.cameras import make_cameras
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, distill
 from dream4d_engine.guidance.execution import Execution
-from dream4d_engine.guidance.noise import rectified_flow
+from dream4d_engine.guidance.noise import rectified_flow, variance_preserving
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.networks import video_encoders
+from dream4d_engine.priors.networks.denoisers import UNetDenoiser
 from dream4d_engine.priors.networks.execution import GraphCapture, Runtime
 from dream4d_engine.priors.networks.transformers import TransformerDenoiser, prepared_transformer
 from dream4d_engine.randomness import Draw
@@ -182,3 +184,51 @@ def test_checkpointed_activations_change_memory_and_nothing_else(denoiser, monke
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
     assert kept[1] < 0.7 * kept[0], "what is kept for the backward pass"
+
+
+def wan() -> TransformerDenoiser:
+    vae = architectures.random_network("AutoencoderKLWan", VAES["AutoencoderKLWan"], CPU, torch.float32)
+    return TransformerDenoiser(torch.nn.Linear(1, 1), vae, rectified_flow(3.0), (16, 16), n_frames=9)
+
+
+def of_images() -> UNetDenoiser:
+    """An autoencoder of single images, as video models of before have."""
+    vae = architectures.random_network(
+        "AutoencoderKL", {"block_out_channels": (8,), "norm_num_groups": 4}, CPU, torch.float32
+    )
+    return UNetDenoiser(torch.nn.Linear(1, 1), variance_preserving(torch.linspace(0.99, 0.01, 10)), "epsilon",
+                        (32, 32), n_frames=9, vae=vae)  # fmt: skip
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution(images_at_once=2, images_kept=0)])
+@pytest.mark.parametrize("make", [wan, of_images])
+def test_encoders_give_the_frames_that_are_asked_for_their_gradient(make, execution):
+    denoiser = make().run_as(execution)
+    images = torch.rand(2, 9, 3, 16, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    z, most = kept_bytes(lambda: denoiser.encode(images))
+    pull = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
+    (whole,) = torch.autograd.grad(z, images, pull)
+    carried = torch.zeros(2, 9, dtype=torch.bool)
+    carried[0, 1:4] = carried[1, 6:9] = True
+    found, kept = kept_bytes(lambda: denoiser.encode(images, carried))
+    torch.testing.assert_close(found, z)
+    (some,) = torch.autograd.grad(found, images, pull)
+    assert (some - whole)[carried].norm() < 1e-5 * whole[carried].norm()
+    # Wan keeps four of nine frames, the other one three
+    assert kept < (0.6 if make is wan else 0.45) * most or execution.images_kept is not None
+    assert not denoiser.encode(images, torch.zeros(2, 9, dtype=torch.bool)).requires_grad
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_which_pieces_of_a_video_are_computed_again(checkpointed):
+    way = Execution(images_kept=0 if checkpointed else None)
+    denoiser, calls = wan().run_as(way), []
+    denoiser.vae.encoder.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    # pieces of 1, 4 and 4 frames: those before what is asked for never, those after always
+    for asked, expected in (((1, 4), 5 if checkpointed else 4), ((5, 9), 4 if checkpointed else 3)):
+        calls.clear()
+        carried = torch.zeros(1, 9, dtype=torch.bool)
+        carried[:, slice(*asked)] = True
+        denoiser.encode(torch.rand(1, 9, 3, 16, 16).requires_grad_(), carried).sum().backward()
+        assert len(calls) == expected, asked
+    assert "forward" not in vars(denoiser.vae.encoder), "given back"

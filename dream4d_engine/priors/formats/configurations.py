@@ -165,6 +165,14 @@ _FIELDS: dict[str, dict[str, type]] = {
     },
 }
 _FIELDS["UMT5Config"] = _FIELDS["T5Config"]
+_FIELDS["LlamaConfig"] = {
+    **_TOKENS,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"), int),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), int),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), bool),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), float),
+    "hidden_act": str,
+}
 _INSIDE = {"CLIPTextConfig": "text_config", "CLIPVisionConfig": "vision_config"}
 _MAY_BE_NOTHING = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
 
@@ -179,6 +187,8 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
     inside = _INSIDE.get(class_name, "")
     if config.get("model_type") == "clip" and inside in config:  # the configuration of both of CLIP's towers
         config = as_object(config[inside], f"{where}: {inside}", PriorError)
+    if class_name == "LlamaConfig":
+        config = _with_rope(config, where)
     given: dict[str, Any] = {}
     for name, kind in _FIELDS[class_name].items():
         if config.get(name) is not None:
@@ -193,6 +203,17 @@ def encoder_config(class_name: str, config: Mapping[str, Any], n_tensors: int, w
         return getattr(transformers, class_name)(**given)
     except Exception as error:  # whatever the class finds wrong
         raise PriorError(f"{where}: {reason(error)}") from error
+
+
+def _with_rope(config: Mapping[str, Any], where: object) -> Mapping[str, Any]:
+    """Llama's configuration with its rope_theta where older versions of transformers have it."""
+    for name in ("rope_scaling", "rope_parameters"):  # of an older and of a newer version
+        rope = field(config, name, dict, where, PriorError, {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise PriorError(f"{where}: {name} is of type {describe(kind)}; places that are not stretched are known")
+        config = {"rope_theta": rope["rope_theta"], **config} if "rope_theta" in rope else config
+    return config
 
 
 # ---- Schedules of noise ------------------------------------------------------------------------------------------

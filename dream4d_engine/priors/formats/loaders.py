@@ -148,7 +148,9 @@ def empty_network(class_name: str, config: Mapping[str, Any], n_tensors: int, wh
     """
     import diffusers
 
-    network_class = getattr(diffusers, class_name)
+    network_class = getattr(diffusers, class_name, None)
+    if network_class is None:
+        raise PriorError(f"{where}: diffusers {diffusers.__version__} has no {class_name}: pip install -U diffusers")
     arguments = network_arguments(network_class, config, n_tensors, where)
     return built(lambda: network_class(**arguments), class_name, where)
 
@@ -177,6 +179,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 _REMADE: dict[str, Callable[[Any], nn.Module]] = {
     "WanRotaryPosEmbed": lambda m: type(m)(m.attention_head_dim, m.patch_size, m.max_seq_len),
+    "LlamaRotaryEmbedding": lambda m: type(m)(config=m.config),
 }
 """Layers whose buffers are never stored, and how they are made."""
 _COUNTING = "position_ids"  # a buffer of CLIP's embeddings

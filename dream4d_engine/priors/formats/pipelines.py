@@ -1,4 +1,4 @@
-"""Today's models in diffusers' format: folders of WanPipeline, LTXPipeline, Stable Diffusion XL, 3 and Flux.
+"""Today's models in diffusers' format: folders of Wan, LTX-Video, HunyuanVideo, Stable Diffusion XL, 3 and Flux.
 
 They differ from the older ones (folders.py) in their networks, in several text encoders and in the noise that they were
 trained on. What a folder leaves open is its family's (families.py), unless the entry `dream4d` of its model_index.json
@@ -37,12 +37,13 @@ from .folders import (
 )
 from .loaders import Device, Metadata, PriorKind, declared
 
-TextKind = Literal["clip", "clip projection", "t5", "umt5"]
+TextKind = Literal["clip", "clip projection", "t5", "umt5", "llama"]
 _CLASSES: dict[TextKind, tuple[str, str]] = {
     "clip": ("CLIPTextModel", "CLIPTextConfig"),
     "clip projection": ("CLIPTextModelWithProjection", "CLIPTextConfig"),
     "t5": ("T5EncoderModel", "T5Config"),
     "umt5": ("UMT5EncoderModel", "UMT5Config"),
+    "llama": ("LlamaModel", "LlamaConfig"),
 }
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 _SHARED_SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # of flows where they say so
@@ -67,6 +68,12 @@ class Layout:
 LAYOUTS = {
     "WanPipeline": Layout(families.WAN, "WanTransformer3DModel", "AutoencoderKLWan", {"text_encoder": "umt5"}),
     "LTXPipeline": Layout(families.LTX, "LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo", {"text_encoder": "t5"}),
+    "HunyuanVideoPipeline": Layout(
+        families.HUNYUAN,
+        "HunyuanVideoTransformer3DModel",
+        "AutoencoderKLHunyuanVideo",
+        {"text_encoder": "llama", "text_encoder_2": "clip"},
+    ),
     "StableDiffusionXLPipeline": Layout(
         families.SDXL,
         "UNet2DConditionModel",
@@ -85,8 +92,11 @@ LAYOUTS = {
     ),
 }
 _NOT_SO = {
-    "HunyuanVideoPipeline": "its prompts go through a Llama of 8 billion parameters, which is not read here: load it "
-    "in ComfyUI and connect it to Video Prior from Model",
+    "HunyuanVideoImageToVideoPipeline": "it is made to continue an image",
+    "HunyuanSkyreelsImageToVideoPipeline": "it is made to continue an image",
+    "HunyuanVideoFramepackPipeline": "it is made to continue images",
+    "HunyuanVideo15Pipeline": "HunyuanVideo 1.5 is another model, which is not known here",
+    "HunyuanVideo15ImageToVideoPipeline": "it is made to continue an image",
     "WanImageToVideoPipeline": "it is made to continue an image",
     "LTXImageToVideoPipeline": "it is made to continue an image",
     "LTXConditionPipeline": "it is made to continue images",
@@ -195,6 +205,11 @@ class PipelineFolder:
         """Refuse a denoiser that reads other latents or other words than it will get."""
         network, where = part_config(self.path, self.layout.part)
         vae, place = part_config(self.path, "vae")
+        if network.get("image_condition_type") is not None:  # of HunyuanVideo
+            raise PriorError(
+                f"{where}: image_condition_type is {describe(network['image_condition_type'])}: a model for continuing "
+                "images can't be used"
+            )
         latents = vae.get("z_dim", vae.get("latent_channels"))
         packed = 4 if self.family == families.FLUX else 1  # squares of 2x2 places are one token
         read = network.get("in_channels")
@@ -203,11 +218,12 @@ class PipelineFolder:
                 f"{where}: in_channels is {read}, but {place} gives {packed * latents}: a model for inpainting, "
                 "editing or continuing images can't be used"
             )
-        wide = next((n for n in ("text_dim", "caption_channels", "joint_attention_dim") if n in network), None)
+        names = ("text_dim", "caption_channels", "joint_attention_dim", "text_embed_dim")
+        wide = next((n for n in names if n in network), None)
         for part, kind in self.texts.items():
             encoder, origin = part_config(self.path, part)
-            made = encoder.get("d_model")
-            if "t5" in kind and wide and isinstance(made, int) and made != network[wide]:
+            made = encoder.get("hidden_size" if kind == "llama" else "d_model")
+            if "clip" not in kind and wide and isinstance(made, int) and made != network[wide]:
                 raise PriorError(
                     f"{where}: {wide} is {describe(network[wide])}, {origin} says that the text encoder's tokens are "
                     f"{made} wide: they are not of one model"
@@ -251,7 +267,10 @@ class PipelineFolder:
         """Load the autoencoder; what overflows in half precision in bfloat16."""
         if dtype == torch.float16 and self.config("vae").get("force_upcast"):
             dtype = torch.bfloat16
-        return load_network(self.path, "vae", self.layout.vae, dtype, device)
+        vae = load_network(self.path, "vae", self.layout.vae, dtype, device)
+        if self.family == families.HUNYUAN:  # over 16 frames the library would encode overlapping parts and blend them
+            vae.use_framewise_encoding = False  # type: ignore[assignment]
+        return vae
 
     def text_encoder(self, part: str, dtype: torch.dtype, device: Device) -> tuple[Tokenizer, nn.Module]:
         """Load one of the tokenizers and its text encoder."""

@@ -172,6 +172,17 @@ WEIGHTS = (
         license="LTXV open weights (commercial use by revenue)",
         checked=f"licence: others' pages; sizes: its parameters in half precision; {_UNSEEN}, its files may be wider",
     ),
+    KnownWeights(
+        id="hunyuan-video",
+        kind="video",
+        name="HunyuanVideo, 13B",
+        home="hunyuanvideo-community/HunyuanVideo",
+        download=41_390_000_000,
+        memory=26_130_000_000,
+        license="Tencent Hunyuan community licence (not for the EU, the UK and South Korea)",
+        checked=f"licence: pages of others and of its makers' other models; sizes: its parameters in half precision; "
+        f"{_UNSEEN}, its files may be wider",
+    ),
 )
 
 _LONGEST = 1000  # letters of a name; the longest path of most systems has no more than four times as many

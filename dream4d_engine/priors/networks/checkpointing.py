@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # parts of the class names of an encoder's blocks: what they are given is kept, what they compute is computed again
@@ -17,11 +18,18 @@ _TINY = ("Block", "MemBlock")  # the whole names of tiny autoencoders' blocks
 
 
 @contextmanager
-def checkpointing(network: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """While inside, compute an encoder's activations again in the backward pass instead of keeping them."""
-    changed = list(_pieces(network)) if wanted else []
+def checkpointing(network: nn.Module, wanted: bool = True, frames: range | None = None) -> Iterator[None]:
+    """While inside, compute an encoder's activations again in the backward pass instead of keeping them.
+
+    `frames`: those of a video that a gradient is asked for; None: all. Of an encoder that is called for a few frames at
+    a time the calls before keep nothing. Those after hand the gradient on, as their features depend on what was before:
+    they are computed again even where that is not `wanted`.
+    """
+    asked = frames if _goes_on(network) else None
+    changed = list(_pieces(network)) if wanted or asked is not None else []
     for module in changed:
-        module.forward = _computed_again(module)
+        again = _computed_again(module)
+        module.forward = again if asked is None else _asked_for(asked, again if wanted else module.forward, again)
     try:
         yield
     finally:
@@ -29,11 +37,41 @@ def checkpointing(network: nn.Module, wanted: bool = True) -> Iterator[None]:
             del module.forward
 
 
+def frames_asked_for(carried: Tensor | None, n_groups: int) -> list[range | None]:
+    """Of each of so many takes, the span of frames of `carried` [B, F] bool; None: all of them."""
+    if carried is None:
+        return [None] * n_groups
+    each = [row.nonzero().flatten().tolist() for row in carried]
+    return [range(found[0], found[-1] + 1) if found else range(carried.shape[1], carried.shape[1]) for found in each]
+
+
+def _encoder(network: Any) -> Any:
+    return getattr(network, "encoder", network)
+
+
+def _goes_on(network: Any) -> bool:
+    """Whether an encoder is called for a few frames at a time, and hands features on in a list: Wan's."""
+    return "feat_cache" in inspect.signature(_encoder(network).forward).parameters
+
+
+def _asked_for(frames: range, plain: Callable, again: Callable) -> Callable:
+    """The forward of an encoder that goes on from call to call: `plain` where a call has some of the frames, `again`
+    after them, without gradient before."""
+    seen = 0
+
+    def forward(x: Tensor, *given: Any, **named: Any) -> Any:
+        nonlocal seen
+        begin, seen = seen, seen + x.shape[2]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and seen > frames.start):
+            return (again if begin >= frames.stop else plain)(x, *given, **named)
+
+    return forward
+
+
 def _pieces(network: nn.Module) -> Iterator[nn.Module]:
     """The modules whose calls are each computed again as a whole."""
-    encoder = getattr(network, "encoder", network)
-    if "feat_cache" in inspect.signature(encoder.forward).parameters:
-        # Wan's is called for a few frames at a time: a call is small enough
+    encoder = _encoder(network)
+    if _goes_on(network):  # a call is small enough
         yield encoder
         return
 

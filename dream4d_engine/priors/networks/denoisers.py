@@ -99,12 +99,13 @@ class UNetDenoiser:
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1]; differentiable. With a VAE: the mean, times its scaling factor."""
         if self.vae is None:
             return 2 * images - 1
         with without_autocast(self.device):
-            z = in_slices(self._encode, images.flatten(0, 1), self.execution, self.capture)
+            each = None if carried is None else carried.flatten()
+            z = in_slices(self._encode, images.flatten(0, 1), self.execution, self.capture, each)
         return z.unflatten(0, images.shape[:2])
 
     def _encode(self, images: Tensor) -> Tensor:

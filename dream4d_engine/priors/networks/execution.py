@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...guidance.execution import Execution
 from ...kernels.triton_kernels import first_line
+from ...transfers import send
 from .fused_norm import has_triton
 
 logger = logging.getLogger(__name__)
@@ -222,8 +223,22 @@ def _pulled_back(network: Network) -> Callable[[Tensor, Tensor], Tensor]:
     return pull_back
 
 
-def in_slices(network: Network, images: Tensor, execution: Execution, capture: Capture = PLAIN) -> Tensor:
-    """Apply a network to images [n, ...], slice by slice; the result and its gradient are those of one pass."""
+def in_slices(
+    network: Network, images: Tensor, execution: Execution, capture: Capture = PLAIN, carried: Tensor | None = None
+) -> Tensor:
+    """Apply a network to images [n, ...], slice by slice; the result and its gradient are those of one pass.
+
+    `carried`: [n] bool, on the CPU: the images that a gradient is asked for; None: all.
+    """
+    if carried is not None and torch.is_grad_enabled() and not carried.all():
+        rows, rest = (send(mask.nonzero().flatten(), images.device) for mask in (carried, ~carried))
+        with torch.no_grad():
+            still = in_slices(network, images.index_select(0, rest), execution, capture)
+        if not len(rows):
+            return still
+        moved = in_slices(network, images.index_select(0, rows), execution, capture)
+        whole = moved.new_empty(len(images), *moved.shape[1:])
+        return whole.index_copy(0, rest, still).index_copy(0, rows, moved)
     at_once, kept = execution.images_at_once or len(images), execution.images_kept
     if not (torch.is_grad_enabled() and images.requires_grad):
         return _joined([capture(network, part) for part in images.split(at_once)])

@@ -1,4 +1,4 @@
-"""Prompts to tokens: CLIP's and T5's text encoders, loaded for one call and freed afterwards."""
+"""Prompts to tokens: CLIP's, T5's and Llama's text encoders, loaded for one call and freed afterwards."""
 
 from __future__ import annotations
 
@@ -157,16 +157,17 @@ _KEPT = {
 _CLASSES = {
     "CLIPTokenizer": ("CLIPTokenizerFast", "CLIPTokenizer"),
     "T5Tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
-    **dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend"), ("PreTrainedTokenizerFast",)),
+    # Llama's as its tokenizer.json has it: the class of that name is of Llama 2 in newer versions
+    **dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer"), ("PreTrainedTokenizerFast",)),
 }
 """By the name in the folder, without "Fast": those of transformers, of which a version has the first or the second."""
-_MOST_BYTES = 2**24  # of one file; T5's tokenizer.json, the largest that is known, has a seventh
+_MOST_BYTES = 2**25  # of one file; Llama 3's tokenizer.json, the largest that is known, has half
 _MOST_GROWTH = 64  # letters that the replacements may make of one
 LEAST_LENGTH, MOST_LENGTH = 4, 10**30  # what transformers writes where there is no limit is a little more than that
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder: one of CLIP's, T5's or the tokenizers library's, by its files of data alone.
+    """Load the tokenizer of a folder: CLIP's, T5's or the tokenizers library's (Llama's), by its data alone.
 
     A folder may name programs of its own (`auto_map`), which transformers offers to run, and other places to load
     from. So the class is chosen here, and reads a copy of the known files with the known settings.
@@ -186,6 +187,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     # every version of transformers reads that. Where it is read, "!" becomes a mark that is cut out of every word (a
     # prompt's "!!" is then two paddings, which the model never saw in training), and what such a version saves has it
     # among the added tokens, too: so it is kept out of the tokenizer.
+    side = field(settings, "padding_side", str, folder / _SETTINGS, PriorError, "right")
+    if side != "right":
+        raise PriorError(f"{folder / _SETTINGS}: padding_side is {describe(side)}; models are told words first")
     pads = [_content_of(content.get("pad_token")) for content in (special, settings)]
     plain = {"pad_token": END} if _OPEN_CLIP_PAD in pads else {}
     left_out = _OPEN_CLIP_PAD if plain else None
@@ -197,6 +201,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         _copy_data(folder, Path(place), left_out)
         (Path(place) / _SETTINGS).write_text(json.dumps(kept), encoding="utf-8")
         words = _load_words(class_name, Path(place), folder, plain)
+    if settings.get("add_bos_token") is True and words("a").input_ids[:1] != [words.bos_token_id]:
+        raise PriorError(
+            f"{folder / 'tokenizer.json'} puts no bos_token before a text, which {_SETTINGS} asks for (add_bos_token): "
+            "its files are not of one model"
+        )
     pad = 0 if plain else words.pad_token_id
     if pad is None:  # a tokenizer.json alone doesn't say it
         known = words.get_vocab()
@@ -207,7 +216,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return as_object(read_document(path, PriorError), path, PriorError) if path.is_file() else {}
+    most = _MOST_BYTES if path.name == "tokenizer.json" else None
+    return as_object(read_document(path, PriorError, most), path, PriorError) if path.is_file() else {}
 
 
 def _class_of(folder: Path, settings: dict[str, Any]) -> str:
@@ -220,7 +230,7 @@ def _class_of(folder: Path, settings: dict[str, Any]) -> str:
         program = (
             "; it comes with a program of its own (auto_map), which is never run" if "auto_map" in settings else ""
         )
-        raise PriorError(f"{where}: {said}{program}: the tokenizers of CLIP and T5 can be used")
+        raise PriorError(f"{where}: {said}{program}: the tokenizers of CLIP, T5 and Llama can be used")
     here = {file for file in _FILES if (folder / file).is_file()}
     if _CLASSES.get(name) == _CLASSES["PreTrainedTokenizer"] and "tokenizer.json" not in here:
         raise PriorError(f"{folder} is not a complete tokenizer: tokenizer.json is missing")

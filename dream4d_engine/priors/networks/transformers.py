@@ -1,4 +1,4 @@
-"""Diffusers' transformers of videos (Wan, LTX-Video) and images (Stable Diffusion 3, Flux), seen as
+"""Diffusers' transformers of videos (Wan, LTX-Video, HunyuanVideo) and images (Stable Diffusion 3, Flux), seen as
 `denoise(x, sigma, conditions) -> x0`.
 
 They are rectified flows (2209.03003): they see (1 - t) z + t eps = x / (1 + sigma), with t = sigma / (1 + sigma), and
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
-from .checkpointing import checkpointing
+from .checkpointing import checkpointing, frames_asked_for
 from .denoisers import WORTH_COMPILING, flow_input, predicted_clean
 from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
 from .frozen import speed_up
@@ -26,6 +26,8 @@ from .video_encoders import encode_whole, encodes_whole, lay_out
 LTX_FRAMES_A_SECOND = 25  # of the videos that LTX-Video was trained on; its positions in time are seconds
 FLUX_GUIDANCE = 3.5
 """What a Flux that was distilled from guided answers is told of how much they were guided: its pipeline's own."""
+HUNYUAN_GUIDANCE = 6.0
+"""Likewise, a HunyuanVideo."""
 FEW_AT_ONCE = 4
 """Frames: where no more are to be encoded at once, they are as the library does it, Wan's four by four."""
 
@@ -56,18 +58,23 @@ class TransformerDenoiser:
         config = self.vae.config
         factor = getattr(config, "scaling_factor", None) or 1.0
         source = config if "latents_mean" in config else self.vae  # numbers of Wan, buffers of LTX-Video
-        mean, deviation = (torch.as_tensor(getattr(source, f"latents_{name}")).to(z) for name in ("mean", "std"))
+        mean, deviation = (  # HunyuanVideo's has neither
+            torch.as_tensor(getattr(source, f"latents_{name}", otherwise)).to(z).expand(z.shape[1])
+            for name, otherwise in (("mean", 0.0), ("std", 1.0))
+        )
         return mean[:, None, None, None], (deviation / factor)[:, None, None, None]
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable. The mean of the autoencoder's guess."""
         dtype = next(self.vae.parameters()).dtype
         with without_autocast(self.device):
             if self.n_frames is None:
-                z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture)
+                each = None if carried is None else carried.flatten()
+                z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture, each)
                 return z.unflatten(0, images.shape[:2])
             videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
-            z = torch.cat([self._encode_video(one) for one in videos]).float()
+            asked = frames_asked_for(carried, len(videos))
+            z = torch.cat([self._encode_video(*one) for one in zip(videos, asked, strict=True)]).float()
         mean, deviation = self._scaling(z)
         return ((z - mean) / deviation).movedim(2, 1)
 
@@ -77,13 +84,13 @@ class TransformerDenoiser:
         config = self.vae.config  # numbers: a CUDA graph can't copy tensors from the CPU
         return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
-    def _encode_video(self, video: Tensor) -> Tensor:
-        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled."""
+    def _encode_video(self, video: Tensor, asked: range | None) -> Tensor:
+        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled. `asked`: see `checkpointing`."""
         checkpointed, at_once = self.execution.images_kept is not None, self.execution.images_at_once
         if self.fused and (at_once is None or at_once > FEW_AT_ONCE):
             return encode_whole(self.vae, video, checkpointed)
         try:
-            with checkpointing(self.vae, checkpointed):
+            with checkpointing(self.vae, checkpointed, asked):
                 return self.vae.encode(video).latent_dist.mode()
         finally:
             if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
@@ -121,15 +128,15 @@ class TransformerDenoiser:
         inputs = [noisy.to(self.dtype), time, conditions.tokens[:, 0].to(self.dtype)]
         if conditions.vector is not None:
             inputs.append(conditions.vector[:, 0].to(self.dtype))
-        elif conditions.mask is not None:
+        if conditions.mask is not None:
             inputs.append(conditions.mask[:, 0])
         velocity = self.capture(self._forward, *inputs).float()
         velocity = velocity[:, None] if self.n_frames is None else velocity.movedim(2, 1)
         return predicted_clean(velocity, x.float(), sigma.to(x.device).float(), "flow")
 
-    def _forward(self, noisy: Tensor, time: Tensor, tokens: Tensor, more: Tensor | None = None) -> Tensor:
-        """Run the network; `more`: pooled words [B, K], or a mask of the tokens [B, L]."""
-        return _RUNS[type(self.transformer).__name__](self.transformer, self.vae, noisy, time, tokens, more)
+    def _forward(self, noisy: Tensor, time: Tensor, tokens: Tensor, *more: Tensor) -> Tensor:
+        """Run the network; `more`: pooled words [B, K], then a mask of the tokens [B, L], as far as it reads them."""
+        return _RUNS[type(self.transformer).__name__](self.transformer, self.vae, noisy, time, tokens, *more)
 
     def run_as(self, execution: Execution) -> TransformerDenoiser:
         """Return the denoiser run in this way. Weights stay where they are: an `offload` is left out."""
@@ -143,11 +150,11 @@ class TransformerDenoiser:
 # ---- How each is called: noisy [B, c, (f,) h, w], time [B] in [0, 1000], tokens [B, L, D] -> velocity ----
 
 
-def _run_wan(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, _more: Tensor | None) -> Tensor:
+def _run_wan(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, *_more: Tensor) -> Tensor:
     return network(noisy, time, tokens, return_dict=False)[0]
 
 
-def _run_ltx(network: Any, vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+def _run_ltx(network: Any, vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     _, _, f, h, w = noisy.shape
     side, frames = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     # a token for every place of the latents, which are that much smaller than the video
@@ -165,11 +172,27 @@ def _run_ltx(network: Any, vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor
     return velocity.transpose(1, 2).unflatten(2, (f, h, w))
 
 
-def _run_sd3(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+def _run_hunyuan(
+    network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor, mask: Tensor
+) -> Tensor:
+    # a thousand times as much in the network's own numbers, as its pipeline has it
+    guidance = noisy.new_full((len(noisy),), HUNYUAN_GUIDANCE) * 1000
+    return network(
+        hidden_states=noisy,
+        timestep=time,
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=mask,
+        pooled_projections=pooled,
+        guidance=guidance if network.config.guidance_embeds else None,
+        return_dict=False,
+    )[0]
+
+
+def _run_sd3(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
     return network(noisy, tokens, pooled, time, return_dict=False)[0]
 
 
-def _run_flux(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+def _run_flux(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
     n, c, h, w = noisy.shape
     rows, columns = torch.meshgrid(
         torch.arange(h // 2, device=noisy.device), torch.arange(w // 2, device=noisy.device), indexing="ij"
@@ -191,9 +214,10 @@ def _run_flux(network: Any, _vae: Any, noisy: Tensor, time: Tensor, tokens: Tens
     return squares.reshape(n, c, h, w)
 
 
-_RUNS: dict[str, Callable[[Any, Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+_RUNS: dict[str, Callable[..., Tensor]] = {
     "WanTransformer3DModel": _run_wan,
     "LTXVideoTransformer3DModel": _run_ltx,
+    "HunyuanVideoTransformer3DModel": _run_hunyuan,
     "SD3Transformer2DModel": _run_sd3,
     "FluxTransformer2DModel": _run_flux,
 }

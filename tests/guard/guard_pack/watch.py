@@ -69,14 +69,14 @@ def _module(name: str):
 
 
 def _watched(plain):
-    def encode(self, pixels, checkpointed=False):
+    def encode(self, pixels, *how):
         _watch.encodings += 1
         if pixels.requires_grad:
             pixels.register_hook(lambda gradient: _watch.pending.append(float(gradient.norm())))
         if _watch.shortage_after is not None and _watch.encodings > _watch.shortage_after:
             with _filled(pixels.device):
-                return plain(self, pixels, checkpointed)
-        return plain(self, pixels, checkpointed)
+                return plain(self, pixels, *how)
+        return plain(self, pixels, *how)
 
     encode.plain = plain
     return encode
