@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from ..machine import pick_device
+from ..machine import keep_freed_memory, pick_device
 from ..scene import MAX_SAMPLES
 from ..training.config import (
     IMAGE_RECIPES,
@@ -240,8 +240,9 @@ Recipe = StaticRecipe | MotionRecipe
 
 
 def use_machine(options: MachineOptions) -> None:
-    """Refuse a device that is not there, whatever the command; set the number of threads."""
+    """Refuse a device that is not there, whatever the command; set the number of threads, keep freed memory."""
     pick_device(options.device)
+    keep_freed_memory()
     most = max(64, os.cpu_count() or 1)  # torch takes any number, and dies where the system has no more threads
     if options.threads is None:
         return
