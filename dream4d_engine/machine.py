@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import platform
@@ -74,6 +75,20 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def keep_freed_memory(n_bytes: int = 2**29) -> None:
+    """Let the C library hold up to so much of what is freed for who asks next, where it can be told to (glibc).
+
+    A step frees and asks for the same tens of MiB again and again. Else they go back to the system each time, which
+    clears every page that it lends: a tenth of a denoiser's time on a CPU (measured).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another system, or another C library
+        return
+    mallopt(-1, n_bytes)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest: what is larger goes back in any case
 
 
 def limit_memory(device: torch.device, n_bytes: float | None) -> None:

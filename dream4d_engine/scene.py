@@ -61,14 +61,14 @@ class FieldOutput:
 class Scene(nn.Module):
     """A static scene is one whose `deformation` is None; everything else treats both alike.
 
-    `kernels` None: the fastest that run on the device the scene is on, chosen when it is built and when it is moved.
+    `kernels` None: the fastest that run on the device the scene is on, chosen when they are first needed there: a scene
+    that is built to be moved to a GPU asks no compiler for a CPU.
     """
 
     def __init__(self, config: SceneConfig, kernels: Kernels | None = None) -> None:
         super().__init__()
         self.config = config
-        self._given_kernels = kernels
-        self.kernels = kernels or select_kernels("cpu")
+        self._given_kernels = self._kernels = kernels
         self.canonical = RadianceField(config.radiance, config.radius)
         self.deformation = None if config.deformation is None else DeformationField(config.deformation)
         self.background = Background(config.background)
@@ -79,8 +79,19 @@ class Scene(nn.Module):
         before = self.device
         super()._apply(fn, recurse)
         if self._given_kernels is None and self.device != before:
-            self.kernels = select_kernels(self.device)
+            self._kernels = None
         return self
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the scene is looked at with."""
+        if self._kernels is None:
+            self._kernels = select_kernels(self.device)
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        self._kernels = kernels
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 11))  # that all of the lowest versions have wheels for
 ROOM = 12 * 10**9
-TESTS = ("test_assets.py", "export/test_export.py", "nodes/test_nodes.py")
+TESTS = ("test_assets.py", "export/test_export.py", "nodes/test_nodes.py", "kernels/test_kernels.py")
 TESTS = (*TESTS, *(f"priors/test_{name}.py" for name in ("folders", "folder_faults", "weights", "lora")))
 TIMING = "not small_share_of_the_time"  # measured in the main run, of today's versions
 _ONE = re.compile(r"([A-Za-z][\w.-]*)>=([\w.]+)")
@@ -79,7 +79,7 @@ def _has(place: Path, name: str, version: str) -> bool:
 
 def main() -> int:
     """Try the lowest versions; return the exit code."""
-    versions, start = of_the_project(), time.monotonic()
+    versions, start = of_the_project() | of_the_project("cpu"), time.monotonic()
     print("lowest versions:", ", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

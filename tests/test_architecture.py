@@ -50,9 +50,10 @@ SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "tr
 SAME_LEVEL |= {("meshes", "fields")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
-HEAVY |= {"tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
+HEAVY |= {"numba", "tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
 HEAVY |= {"skimage", "fast_simplification", "xatlas", "trimesh"}
 LIBRARY_CODE = {
+    "kernels/numba_source.py": "numba",
     "kernels/triton_source.py": "triton",
     "kernels/triton_mlp_source.py": "triton",
     "priors/networks/fused_norm_source.py": "triton",

@@ -165,6 +165,7 @@ def test_kernels_are_those_of_the_device_a_scene_is_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("dream4d_engine.scene.select_kernels", select)
     scene = moving_scene()
+    assert not asked, "a scene that goes on to a GPU needs none for a CPU"
     assert scene.kernels.name == "for cpu"
     n_asked = len(asked)
     assert scene.double().float().to("cpu").kernels.name == "for cpu" and len(asked) == n_asked

@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from ..fields.edit import MOST_STRENGTH, Box, MotionEdit, TimeMap, parse_box, parse_keys
 from ..fields.stencil import stencil
-from ..machine import pick_device
+from ..machine import keep_freed_memory, pick_device
 from ..scene import MAX_SAMPLES, Scene
 from ..training.config import (
     IMAGE_RECIPES,
@@ -319,8 +319,9 @@ Recipe = StaticRecipe | MotionRecipe
 
 
 def use_machine(options: MachineOptions) -> None:
-    """Refuse a device that is not there, whatever the command; set the number of threads."""
+    """Refuse a device that is not there, whatever the command; set the number of threads, keep freed memory."""
     pick_device(options.device)
+    keep_freed_memory()
     most = max(64, os.cpu_count() or 1)  # torch takes any number, and dies where the system has no more threads
     if options.threads is None:
         return

@@ -127,8 +127,7 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
 
 
 def _with_shorthands(call: Any) -> Any:
-    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --gradient-frames, --loop) into the recipes
-    that they stand for."""
+    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --gradient-frames, --loop) to recipes."""
     options = call.options
     steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
     view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)

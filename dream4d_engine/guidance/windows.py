@@ -134,9 +134,9 @@ class WindowedDenoiser:
         """The model's."""
         return self.model.noise
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode whole takes [B, F, 3, H, W] to [B, f, c, h, w]; differentiable."""
-        return self.model.encode(images)
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
+        """Encode whole takes [B, F, 3, H, W] to [B, f, c, h, w]; differentiable. `carried`: see Denoiser.encode."""
+        return self.model.encode(images, carried)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode whole takes."""

@@ -59,6 +59,14 @@ def _cuda_kernels(device: torch.device) -> Kernels:
     return Kernels("cuda", c.hash_encode, t.march_rays, t.march_into, c.composite, c.accumulate, t.mlp)
 
 
+def _numba_kernels(device: torch.device) -> Kernels:
+    from . import numba_kernels as n
+    from . import torch_kernels as t
+
+    n.check(device)  # the networks stay PyTorch's: its matrix products are as fast as a CPU can do them
+    return Kernels("numba", n.hash_encode, n.march_rays, t.march_into, n.composite, n.accumulate, t.mlp)
+
+
 def _torch_kernels(device: torch.device) -> Kernels:
     from . import torch_kernels as t
 
@@ -68,6 +76,7 @@ def _torch_kernels(device: torch.device) -> Kernels:
 _BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {
     "triton": _triton_kernels,
     "cuda": _cuda_kernels,
+    "numba": _numba_kernels,
     "torch": _torch_kernels,
 }
 """Preferred first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
@@ -121,6 +130,8 @@ def _why(reason: ImportError | RuntimeError) -> str:
     missing = (reason.name or "").partition(".")[0] if isinstance(reason, ImportError) else ""
     if missing == "triton":
         return f"triton is not installed; with it a step takes a fraction of the time: {triton_command()}"
+    if missing == "numba":
+        return "numba is not installed; with it a step on a CPU takes a fraction of the time: pip install numba"
     return str(reason)
 
 

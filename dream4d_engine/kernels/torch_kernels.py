@@ -17,6 +17,8 @@ from .layout import PRIMES, GridLayout, GridLevel
 
 _CHUNK = 2**14
 """Samples handled at once on CPU: the work arrays then stay in the second-level cache (measured)."""
+_ROWS = 2**12
+"""Samples that a network is asked for together on CPU where no gradient is kept, likewise: a third of the time."""
 _SIGNED_PRIMES = tuple(prime - 2**32 if prime >= 2**31 else prime for prime in PRIMES)
 """The hash's factors as int32."""
 _MAX_CANDIDATES = 2**22
@@ -351,6 +353,8 @@ def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
     Returns:
         [S, n_outputs of the last], in the type of a matrix product (autocast's, where that is on).
     """
+    if x.device.type == "cpu" and len(x) > _ROWS and not torch.is_grad_enabled():
+        return torch.cat([mlp(part, layers) for part in x.split(_ROWS)])
     *hidden, last = layers
     for weight in hidden:
         x = F.relu(F.linear(x, weight), inplace=True)

@@ -45,7 +45,7 @@ class Recording:
     shown: list[Tensor] = field(default_factory=list)
     noise = IdealDenoiser(frames_of(2)).noise
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         return 2 * images - 1
 
     def decode(self, z: Tensor) -> Tensor:

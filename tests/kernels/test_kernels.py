@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from places import GOLDEN
 from dream4d_engine.kernels import Kernels, grid_layout, kernel_status, select_kernels, torch_kernels
 from dream4d_engine.kernels.layout import PRIMES
 from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
+
+BEST_ON_CPU = "numba" if find_spec("numba") else "torch"
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
@@ -220,6 +225,17 @@ def test_composite_of_a_slab_is_its_closed_form() -> None:
     assert torch.allclose(torch.zeros(n_rays).index_add(0, ray_indices, weights), sums[:, 0], atol=1e-6)
 
 
+def test_networks_asked_in_pieces_say_the_same(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(shape, generator=generator) for shape in ((16, 5), (16, 16), (3, 16))]
+    x = torch.randn(1000, 5, generator=generator)
+    whole = torch_kernels.mlp(x, layers)
+    monkeypatch.setattr(torch_kernels, "_ROWS", 300)
+    with torch.no_grad():
+        pieces = torch_kernels.mlp(x, layers)
+    assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_composite_of_nothing() -> None:
     nothing = torch.zeros(0)
     weights, sums = composite(nothing, torch.zeros(0, 4), nothing.long(), nothing, nothing, 3)
@@ -238,8 +254,8 @@ def a_new_process() -> None:
 @pytest.mark.usefixtures("a_new_process")
 def test_selection_is_loud_when_asked_for_what_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert select_kernels("cpu").name == "torch"
-    assert "torch kernels chosen on cpu" in caplog.text
+        assert select_kernels("cpu").name == BEST_ON_CPU
+    assert f"{BEST_ON_CPU} kernels chosen on cpu" in caplog.text
     assert select_kernels("cpu", "torch").name == "torch"
     with pytest.raises(ValueError, match="unknown kernels 'warp'"):
         select_kernels("cpu", "warp")
@@ -253,8 +269,9 @@ def test_every_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             select_kernels("cpu")
             select_kernels(torch.device("cpu"))
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == len(set(lines)) == 3, lines
-    assert [line.split(" kernels ")[0] for line in lines] == ["triton", "cuda", "torch"]
+    assert len(lines) == len(set(lines)), lines
+    tried = ["triton", "cuda", "numba"] + ["torch"] * (BEST_ON_CPU == "torch")
+    assert [line.split(" kernels ")[0] for line in lines] == tried
     assert {record.levelno for record in caplog.records} == {logging.INFO}, "nobody expects them on a CPU"
 
 
@@ -331,7 +348,7 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(kernels, "_BACKENDS", {"fast": broken, **kernels._BACKENDS})
     with caplog.at_level(logging.INFO):
-        assert select_kernels("cpu").name == "torch"
+        assert select_kernels("cpu").name == BEST_ON_CPU
     assert "no such compiler" in caplog.text
     with pytest.raises(ValueError, match="fast kernels cannot run on cpu: no such compiler"):
         select_kernels("cpu", "fast")
@@ -340,9 +357,12 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 # ---- the other backends against the plain one -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numba", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.device]:
-    """A backend and where it runs: on a GPU, or triton's code interpreted on the CPU."""
+    """A backend and where it runs: on the CPU, on a GPU, or triton's code interpreted on the CPU."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="numba is not installed")
+        return select_kernels("cpu", "numba"), torch.device("cpu")
     if torch.cuda.is_available():
         try:
             return select_kernels("cuda", request.param), torch.device("cuda")
@@ -477,6 +497,139 @@ def test_triton_refuses_what_it_does_not_know(fast) -> None:
         kernels.hash_encode(torch.zeros(5, 3).to(device), torch.zeros(layout.n_parameters).double().to(device), layout)
     with pytest.raises(ValueError, match="3 dimensions"):
         kernels.hash_encode(torch.zeros(5, 4).to(device), torch.zeros(layout.n_parameters).to(device), layout)
+
+
+# ---- numba's own -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_fresh_look_at_numba():
+    """Whether it can compile is found out again, and once more afterwards."""
+    from dream4d_engine.kernels import numba_kernels
+
+    numba_kernels._fault.cache_clear()
+    yield
+    numba_kernels._fault.cache_clear()
+
+
+@pytest.mark.usefixtures("a_new_process", "a_fresh_look_at_numba")
+def test_a_cpu_without_numba_is_told_what_to_type(monkeypatch, caplog) -> None:
+    monkeypatch.delitem(sys.modules, "dream4d_engine.kernels.numba_source", raising=False)
+    monkeypatch.delattr("dream4d_engine.kernels.numba_source", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)  # as if it weren't there
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cpu").name == "torch"
+    (line,) = [record.getMessage() for record in caplog.records if "numba" in record.getMessage()]
+    assert line.startswith("numba kernels passed over on cpu: numba is not installed") and "pip install numba" in line
+    with pytest.raises(ValueError, match="numba kernels cannot run on cpu: numba is not installed"):
+        select_kernels("cpu", "numba")
+
+
+@pytest.mark.usefixtures("a_new_process", "a_fresh_look_at_numba")
+def test_a_numba_that_cannot_compile_is_passed_over(monkeypatch, caplog) -> None:
+    source = pytest.importorskip("dream4d_engine.kernels.numba_source", reason="numba is not installed")
+
+    def broken(*given):
+        raise OSError("no room for code\nand much more")
+
+    monkeypatch.setattr(source, "sum_rays", broken)
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cpu").name == "torch"
+    assert "numba kernels passed over on cpu: a first kernel failed: OSError: no room for code" in caplog.text
+    with pytest.raises(ValueError, match="cannot run on cpu: a first kernel failed"):
+        select_kernels("cpu", "numba")
+
+
+def test_numba_is_for_cpus() -> None:
+    (status,) = [status for status in kernel_status("meta") if status.name == "numba"]
+    assert status.reason == "they are for CPUs"
+
+
+def test_numba_works_where_nothing_compiled_can_be_kept(monkeypatch) -> None:
+    source = pytest.importorskip("dream4d_engine.kernels.numba_source", reason="numba is not installed")
+    compiler = source.njit
+
+    def without_a_folder(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return compiler(**options)
+
+    monkeypatch.setattr(source, "njit", without_a_folder)
+
+    def double(x):
+        return 2 * x
+
+    assert source._compiled(double)(21) == 42
+
+
+@pytest.fixture
+def numba_kernels() -> Kernels:
+    pytest.importorskip("numba", reason="numba is not installed")
+    return select_kernels("cpu", "numba")
+
+
+@pytest.fixture
+def threads():
+    """Sets how many PyTorch uses, and brings the number back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything(kernels: Kernels) -> list[torch.Tensor]:
+    """All that the kernels give for one case, gradients too."""
+    layout, random = grid_layout(3, 5, 2, 9, 4, 1.5), torch.Generator().manual_seed(0)
+    origins, directions = rays(2000)
+    occupied = torch.rand(8, 8, 8, generator=random) < 0.6
+    ray, starts, ends = kernels.march_rays(origins, directions, 1.0, 0.05, occupied, torch.rand(2000, generator=random))
+    x = ((origins[ray] + starts[:, None] * directions[ray]) / 2 + 0.5).clamp(0, 1).requires_grad_()
+    table = torch.randn(layout.n_parameters, generator=random).requires_grad_()
+    features = kernels.hash_encode(x, table, layout)
+    weights, sums = kernels.composite(features[:, 0].square(), features, ray, starts, ends, 2000)
+    again = kernels.accumulate(features * weights[:, None], ray, 2000)
+    loss = (weights.square().sum() + sums.square().sum()) + again.sum()
+    return [ray, starts, ends, features, weights, sums, again, *torch.autograd.grad(loss, (x, table))]
+
+
+def test_numba_gives_the_same_on_any_number_of_threads(numba_kernels, threads) -> None:
+    """A resumed run must end as an unbroken one, on whatever machine."""
+    threads(1)
+    alone = everything(numba_kernels)
+    for n in (2, 5):
+        threads(n)
+        for a, b in zip(alone, everything(numba_kernels), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_numba_serves_several_callers_at_once(numba_kernels, threads) -> None:
+    alone = everything(numba_kernels)
+    with ThreadPoolExecutor(3) as callers:
+
+        def call(_) -> list[torch.Tensor]:
+            torch.set_num_threads(2)
+            return everything(numba_kernels)
+
+        for found in callers.map(call, range(3)):
+            assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_numba_leaves_what_is_not_float32_to_torch(numba_kernels) -> None:
+    layout = grid_layout(3, 4, 2, 8, 4, 1.5)
+    x = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table = torch.rand(layout.n_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(numba_kernels.hash_encode(x, table, layout), hash_encode(x, table, layout))
+    with pytest.raises(ValueError, match="3 dimensions"):
+        numba_kernels.hash_encode(torch.zeros(5, 4), table.float(), layout)
+
+
+def test_numba_reads_no_memory_but_the_table_for_points_that_are_none(numba_kernels) -> None:
+    layout = grid_layout(3, 5, 2, 9, 4, 1.5)
+    x = torch.tensor([[float("nan")] * 3, [1e30, -1e30, 0.5], [float("inf"), 0.5, 0.5], [0.3, 0.4, 0.5]])
+    table = torch.ones(layout.n_parameters, requires_grad=True)
+    features = numba_kernels.hash_encode(x, table, layout)
+    assert features[0].isnan().all() and torch.allclose(features[3], torch.ones(layout.n_outputs))
+    features.sum().backward()
+    assert table.grad.shape == table.shape
 
 
 def test_the_status_of_backends_gives_reasons() -> None:
