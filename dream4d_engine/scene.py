@@ -154,7 +154,7 @@ class Scene(nn.Module):
 
     def looked_up(self, points: Tensor, time: float) -> Tensor:
         """Points [S, 3] of the world -> the places [S, 3] of the canonical [0, 1] box that they show at a time."""
-        return self._canonical_points(points, points.new_full((len(points),), time))[0]
+        return self._canonical_points(points, self.edit.moments(points.new_full((len(points),), time)))[0]
 
     def is_solid(self, density: Tensor) -> Tensor:
         """Whether a quarter of the radius of such density [S] would be half opaque: 1 - exp(-d t) > 1/2."""
