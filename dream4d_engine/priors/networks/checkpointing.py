@@ -23,7 +23,7 @@ def checkpointing(network: nn.Module, wanted: bool = True, frames: range | None 
 
     `frames`: those of a video that a gradient is asked for; None: all. Of an encoder that is called for a few frames at
     a time the calls before keep nothing. Those after hand the gradient on, as their features depend on what was before:
-    they are computed again even where that is not `wanted`.
+    they are computed again even where that is not `wanted`, as are calls that have some other frames, too.
     """
     asked = frames if _goes_on(network) else None
     changed = list(_pieces(network)) if wanted or asked is not None else []
@@ -55,15 +55,16 @@ def _goes_on(network: Any) -> bool:
 
 
 def _asked_for(frames: range, plain: Callable, again: Callable) -> Callable:
-    """The forward of an encoder that goes on from call to call: `plain` where a call has some of the frames, `again`
-    after them, without gradient before."""
+    """The forward of an encoder that goes on from call to call: `plain` where a call has none but these frames, `again`
+    where it has others and after them, without gradient before."""
     seen = 0
 
     def forward(x: Tensor, *given: Any, **named: Any) -> Any:
         nonlocal seen
         begin, seen = seen, seen + x.shape[2]
         with torch.set_grad_enabled(torch.is_grad_enabled() and seen > frames.start):
-            return (again if begin >= frames.stop else plain)(x, *given, **named)
+            inside = frames.start <= begin and seen <= frames.stop
+            return (plain if inside else again)(x, *given, **named)
 
     return forward
 
