@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +19,7 @@ from dream4d_engine.machine import pick_device
 from dream4d_engine.rendering import RenderOptions, render
 from dream4d_engine.scene import Scene, build_scene
 from dream4d_engine.supervision import losses
-from dream4d_engine.training.config import TEXT_TO_3D, ZEROSCOPE
+from dream4d_engine.training.config import TEXT_TO_3D, TOY_MOTION, TOY_STATIC, ZEROSCOPE
 
 DEVICE = pick_device()
 CUDA = DEVICE.type == "cuda"
@@ -91,6 +91,39 @@ def milliseconds(run: Callable[[], object], repeats: int = 10 if CUDA else 3) ->
         wait()
         found.append(1e3 * (time.perf_counter() - began))
     return median(found)
+
+
+def in_turns(runs: Sequence[Callable[[], object]], repeats: int = 11) -> list[float]:
+    """Medians of what each takes of the processor, on one thread, in ms: other programs may be running."""
+    torch.set_num_threads(1)
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, times in zip(runs, found, strict=True):
+            began = time.process_time()
+            run()
+            times.append(1e3 * (time.process_time() - began))
+    return [median(times[1:]) for times in found]  # the first time, some compile
+
+
+def toy_scenes() -> tuple[Scene, Scene]:
+    """Fresh scenes of both stages; the second moves a little, so that every gradient is one."""
+    still = build_scene(TOY_STATIC.scene, generator(0))
+    still.update_occupancy(generator(0), all_cells=True)
+    moving = still.with_deformation(TOY_MOTION.deformation, generator(1))
+    with torch.no_grad():
+        moving.deformation.mlp.layers[-1].normal_(0, 0.02, generator=generator(2))
+        moving.deformation.grid.table.normal_(0, 0.05, generator=generator(3))
+    moving.canonical.requires_grad_(False)
+    moving.update_occupancy(generator(0), all_cells=True)
+    return still, moving
+
+
+def toy_cameras() -> tuple[CameraBatch, CameraBatch]:
+    """What a step of either stage is seen by."""
+    size, groups = TOY_STATIC.phases[0].height, TOY_STATIC.phases[0].n_groups
+    still = sample_views(TOY_STATIC.cameras, groups, TOY_STATIC.n_views, size, size, generator(4))
+    span = TOY_MOTION.time_span
+    return still, sample_takes(TOY_MOTION.cameras, groups, TOY_MOTION.n_frames, size, size, generator(3), span)
 
 
 def views(n_groups: int, size: int) -> CameraBatch:

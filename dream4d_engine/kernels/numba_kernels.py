@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
-from .layout import PRIMES, GridLayout
+from .layout import PRIMES, GridLayout, grid_layout
 from .torch_kernels import _lattice, _lattice_range
 from .triton_kernels import first_line
 
@@ -41,15 +41,27 @@ def _fault() -> ImportError | RuntimeError | None:
     """Why no function can be compiled, found out once a process."""
     logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it tells all that its compiler thinks
     try:
-        from . import numba_source
-
-        total = np.zeros((1, 1), np.float32)
-        numba_source.sum_rays(np.ones((4, 1), np.float32), np.array([0, 4]), total, 0, 1)
+        # under ComfyUI, inference mode is on
+        with torch.inference_mode(False), torch.enable_grad():
+            found = _trial()
     except ModuleNotFoundError as error:
         return error
     except Exception as error:  # whatever a compiler may raise, or a numba that doesn't know this numpy
         return RuntimeError(f"a first kernel failed: {type(error).__name__}: {first_line(error)}")
-    return None if total == 4 else RuntimeError(f"a first kernel gave {float(total)} instead of 4")
+    return None if found == (8, 8, 0) else RuntimeError(f"a first kernel gave {found} instead of (8, 8, 0)")
+
+
+def _trial() -> tuple[float, ...]:
+    """Run all the loops on two rays of two samples: what can't be compiled, kept or read fails here, before a run."""
+    layout = grid_layout(3, 1, 2, 6, 2, 1.5)
+    x, table = torch.full((4, 3), 0.5, requires_grad=True), torch.ones(layout.n_parameters, requires_grad=True)
+    directions, occupied = torch.eye(3)[:2], torch.ones(2, 2, 2, dtype=torch.bool)
+    ray, t_starts, t_ends = march_rays(torch.zeros(2, 3), directions, 1.0, 0.5, occupied)
+    features = hash_encode(x, table, layout)
+    weights, _ = composite(torch.zeros(4), features, ray, t_starts, t_ends, 2)
+    sums = accumulate(features, ray, 2).sum()
+    grad_table, grad_x = torch.autograd.grad(sums + weights.sum(), (table, x))
+    return float(sums.detach()), float(grad_table.sum()), float(grad_x.sum())
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------

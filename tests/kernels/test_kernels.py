@@ -532,7 +532,7 @@ def test_a_numba_that_cannot_compile_is_passed_over(monkeypatch, caplog) -> None
     def broken(*given):
         raise OSError("no room for code\nand much more")
 
-    monkeypatch.setattr(source, "sum_rays", broken)
+    monkeypatch.setattr(source, "composite_gradient", broken)
     with caplog.at_level(logging.INFO):
         assert select_kernels("cpu").name == "torch"
     assert "numba kernels passed over on cpu: a first kernel failed: OSError: no room for code" in caplog.text
