@@ -31,7 +31,7 @@ class Windows:
     n_frames: int  # of the take, F
     window: int  # frames that the prior sees at once, W
     frame_step: int = 1  # frames that its autoencoder puts into one, after the first
-    overlap: float = 0.25  # share of a window that neighbours have in common, at the least
+    overlap: float = 0.25  # share of a window that neighbours have in common: rounded, and at the least
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.75:  # of more than that, most would be seen four times and oftener

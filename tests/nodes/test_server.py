@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from server_runs import PROMPT, assert_same_scene, ended, image_file, image_nodes, output_files, steps_in
 
 from dream4d_engine import locks
+from dream4d_engine.assets import read_info
 from dream4d_engine.export.video import read_video
 
 AS_IT_IS = {"kind": "as the folder says"}
@@ -105,8 +106,9 @@ def test_a_saved_scene_is_loaded_animated_and_rendered(server):
     listed = f"dream4d/{first['7']['scenes'][0]['filename']} [output]"
     options = server.get("/object_info/Dream4DLoadScene")["Dream4DLoadScene"]["input"]["required"]["file"][1]["options"]
     assert listed in options and not any("/runs/" in option for option in options)
-    graph = motion_nodes(3, seed=3, loop=True) | {
+    graph = motion_nodes(3, seed=3, loop=True, frames=9) | {
         "2": node("Dream4DLoadScene", file=listed),
+        "7": node("Dream4DSaveScene", scene=["4", 0], filename_prefix="dream4d/longer"),
         "5": render_node(["4", 0]),
         "6": node("PreviewImage", images=["5", 4]),
         "8": node("Dream4DSceneInfo", scene=["2", 0]),
@@ -118,6 +120,8 @@ def test_a_saved_scene_is_loaded_animated_and_rendered(server):
     assert re.match(r"moving scene, zoom 1\.00, a loop\n", outputs["9"]["text"][0])
     assert outputs["10"]["dream4d_view"][0]["times"] == [0, 0.25, 0.5, 0.75], "it plays without showing a moment twice"
     assert len(outputs["6"]["images"]) == 4
+    (moving,) = output_files(server, outputs["7"], "scenes")
+    assert read_info(moving).config.deformation.length == 8 / 7, "steps of time, to those of 8 frames"
 
 
 def test_a_model_folder_is_found_and_used(server):
