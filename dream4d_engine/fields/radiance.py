@@ -5,6 +5,7 @@ Points are handled in two frames: p in the world's box [-radius, radius]^3, u = 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +54,9 @@ class RadianceField(nn.Module):
     def __init__(self, config: RadianceConfig, radius: float) -> None:
         super().__init__()
         self.config, self.radius = config, radius
-        self.densest: float | None = None  # while set, what densities are bent to stay below; no part of what is saved
+        # while set, what densities are bent to stay below, and how they are blurred; no part of what is saved
+        self.densest: float | None = None
+        self.softened: Tensor | None = None
         self.grid = HashGrid(config.grid, 3)
         n_inputs = self.grid.layout.n_outputs
         self.density_mlp = MLP(n_inputs, 1, config.hidden_width, config.hidden_layers)
@@ -72,7 +75,26 @@ class RadianceField(nn.Module):
             return config.blob_scale * (1 - squared.clamp_min(1e-12).sqrt() / config.blob_std)
         return config.blob_scale * torch.exp(-squared / (2 * config.blob_std**2))  # DreamFusion, 2209.14988
 
+    @torch.no_grad()
+    def soften(self, densest: float | None, softness: float | None, kernels: Kernels) -> None:
+        """Take the solid for softer than it is, until told otherwise: a hard one hardly says which way to move.
+
+        Args:
+            densest: what densities are bent to stay below; the same where they are low. None: as they are.
+            softness: standard deviation of a blur of these, in shares of the box; it needs `densest`. None: none.
+        """
+        self.densest, self.softened = densest, None
+        if densest is None or softness is None:
+            return
+        ticks = torch.linspace(0, 1, round(1 / softness) + 1, device=self.grid.table.device)
+        rows = [self.density(torch.cartesian_prod(x[None], ticks, ticks), kernels) for x in ticks]
+        solid = _blurred(torch.stack(rows).view([len(ticks)] * 3) / densest, softness * (len(ticks) - 1))
+        # squared, the outline of what is opaque stays where it was
+        self.softened = densest * solid.square()
+
     def _density(self, u: Tensor, features: Tensor, kernels: Kernels) -> Tensor:
+        if self.softened is not None:
+            return _between(self.softened, u)
         density = F.softplus(self.density_mlp(features, kernels).float()[:, 0] + self.blob(u))
         if self.densest is None:
             return density
@@ -86,3 +108,29 @@ class RadianceField(nn.Module):
         """[S, 3] in [0, 1] -> density [S], rgb [S, 3] in (0, 1)."""
         features = self.grid(u, kernels)
         return self._density(u, features, kernels), torch.sigmoid(self.color_mlp(features, kernels).float())
+
+
+def _blurred(lattice: Tensor, deviation: float) -> Tensor:
+    """Blur a lattice [X, Y, Z] by a Gaussian of so many cells; there is nothing beyond it."""
+    reach = math.ceil(3 * deviation)
+    offsets = torch.arange(-reach, reach + 1, device=lattice.device)
+    weights = torch.exp(-offsets.square() / (2 * deviation**2))
+    weights = (weights / weights.sum())[None, None]
+    for _ in range(3):  # along the last axis, which then becomes the first
+        lines = F.conv1d(lattice.reshape(-1, 1, lattice.shape[-1]), weights, padding=reach)
+        lattice = lines.view_as(lattice).movedim(-1, 0)
+    return lattice
+
+
+def _between(lattice: Tensor, u: Tensor) -> Tensor:
+    """Interpolate a lattice [N, N, N] of points over the unit cube at u [S, 3], linearly along each axis: [S]."""
+    n = len(lattice)
+    at = u.clamp(0, 1) * (n - 1)
+    low = at.detach().floor().clamp_max(n - 2)
+    share, (i, j, k) = at - low, low.long().unbind(-1)
+    step = torch.arange(2, device=u.device)
+    corners = step[:, None, None] * n * n + step[:, None] * n + step  # [2, 2, 2], from a cell's first point on
+    values = lattice.flatten()[((i * n + j) * n + k)[:, None, None, None] + corners]
+    for axis in range(3):
+        values = torch.lerp(values[:, 0], values[:, 1], share[:, axis].view(-1, *[1] * (2 - axis)))
+    return values

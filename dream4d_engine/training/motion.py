@@ -63,7 +63,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     field = moving.deformation
     assert field is not None  # what `with_deformation` is for
     moving.canonical.requires_grad_(False)  # the optimiser has none of it: its gradient need not be computed
-    moving.canonical.densest = recipe.densest
+    moving.canonical.soften(recipe.densest, recipe.softness, moving.kernels)
 
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
@@ -76,7 +76,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
 
     def finish() -> None:
         moving.canonical.requires_grad_(True)
-        moving.canonical.densest = None
+        moving.canonical.soften(None, None, moving.kernels)
         moving.refresh_occupancy()
 
     groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]

@@ -120,3 +120,7 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
             raise ValueError(f"{where}.{name} must be above 0, got {getattr(recipe, name)}")
+    if recipe.softness is not None and not 0.004 <= recipe.softness <= 0.1:
+        raise ValueError(f"{where}.softness must lie in [0.004, 0.1], got {recipe.softness}")
+    if recipe.softness is not None and recipe.densest is None:
+        raise ValueError(f"{where}.softness blurs what {where}.densest bends: give that, too, or neither")

@@ -18,6 +18,7 @@ from dream4d_engine.training.config import (
     MESH_DENSEST,
     MESH_QUICK,
     MESH_RIGIDITY,
+    MESH_SOFTNESS,
     TOY_MOTION,
     TOY_STATIC,
     for_mesh_scene,
@@ -105,13 +106,18 @@ def test_thin_parts_stay_occupied_and_the_open_empty() -> None:
 def test_scenes_from_meshes_move_more_rigidly() -> None:
     assert TOY_MOTION.regularizers.rigidity == 0 and TOY_MOTION.densest is None
     suited = for_mesh_scene(TOY_MOTION)
-    assert suited == replace(with_rigidity(TOY_MOTION, MESH_RIGIDITY), densest=MESH_DENSEST)
+    assert suited == replace(with_rigidity(TOY_MOTION, MESH_RIGIDITY), densest=MESH_DENSEST, softness=MESH_SOFTNESS)
     assert with_rigidity(suited, 0.0).regularizers.rigidity == 0
     own = with_rigidity(TOY_MOTION, 7.0)
-    assert own.regularizers.rigidity == 7 and for_mesh_scene(own) == replace(own, densest=MESH_DENSEST)
-    assert for_mesh_scene(replace(own, densest=9.0)).densest == 9
+    assert own.regularizers.rigidity == 7 and for_mesh_scene(own).regularizers.rigidity == 7
+    assert for_mesh_scene(replace(own, densest=9.0)) == replace(own, densest=9.0)
     with pytest.raises(ValueError, match=r"densest must be above 0"):
         check_recipe(replace(own, densest=-1.0))
+    for softness in (0.001, 0.5):
+        with pytest.raises(ValueError, match=r"softness must"):
+            check_recipe(replace(suited, softness=softness))
+    with pytest.raises(ValueError, match=r"softness blurs what recipe\.densest bends"):
+        check_recipe(replace(suited, densest=None))
     with pytest.raises(ValueError, match=r"regularizers\.rigidity must be at least 0"):
         check_recipe(with_rigidity(own, -1.0))
     still = replace(TOY_STATIC, regularizers=replace(TOY_STATIC.regularizers, rigidity=1.0))
@@ -132,3 +138,22 @@ def test_a_hard_surface_is_bent_to_a_soft_one_only_while_it_learns_to_move() -> 
     assert before.max() > 4 and torch.allclose(during, 2 * (1 - torch.exp(-before / 2)), atol=1e-6)
     assert torch.equal(after, before) and torch.equal(there, before)
     assert "densest" not in " ".join(stage.scene.state_dict())
+
+
+def test_a_hard_skin_is_blurred_where_it_is() -> None:
+    ball = replace(SMALL.scene, radiance=replace(SMALL.scene.radiance, blob_scale=1e4, blob_std=0.5))
+    scene = build_scene(ball, torch.Generator().manual_seed(0))
+    names = set(scene.state_dict())
+    r = torch.tensor([0.3, 0.47, 0.49, 0.5, 0.51, 0.53, 0.6])
+    u = (r[:, None] * torch.tensor([2.0, -1.0, 2.0]) / 3 + 1) / 2
+    stage = motion_stage(scene, replace(TOY_MOTION, densest=30.0, softness=0.01), 0, 1.0)
+    found = stage.scene.canonical.density(u, scene.kernels)
+    # of a wall where the bent density is at its half, blurred by 0.02 of the world and between the lattice's points
+    inside = 0.5 * (1 + torch.erf((0.4985 - r) / 0.0216 / math.sqrt(2)))
+    assert found == pytest.approx(30 * inside.square(), abs=1.0)
+    shown = stage.scene.query(2 * u - 1, torch.zeros(7))
+    assert torch.allclose(shown.density, found, atol=1e-3)
+    assert set(stage.scene.canonical.state_dict()) == {n.removeprefix("canonical.") for n in names if "canonical" in n}
+    stage.finish()
+    hard = stage.scene.canonical.density(u, scene.kernels)
+    assert torch.equal(hard, scene.canonical.density(u, scene.kernels)) and hard[4] < 1 < 30 < hard[2]
