@@ -13,10 +13,12 @@ from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
+    TRAINED_STRENGTHS,
     MotionRecipe,
     StaticRecipe,
     find_recipe,
     with_hifa_steps,
+    with_motion_strength,
     with_rigidity,
 )
 from ..dream4d_engine.training.guidance import with_frames_of
@@ -280,6 +282,17 @@ class AnimateScene(io.ComfyNode):
                     tooltip="Zoom of the object into the frame; 0 chooses it from the object's size, 1 leaves it.",
                 ),
                 *how_it_runs([_negative()]),
+                io.Float.Input(
+                    "motion_strength",
+                    default=1.0,
+                    min=TRAINED_STRENGTHS[0],
+                    max=TRAINED_STRENGTHS[1],
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many times as far things go as the video model is shown: above 1 more than it asks "
+                    "for, below 1 less. The preview shows what the model is shown.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -294,6 +307,7 @@ class AnimateScene(io.ComfyNode):
         deformation_scale: float | None = None,
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
+        motion_strength: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         return first_complaint(
@@ -301,7 +315,12 @@ class AnimateScene(io.ComfyNode):
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds),
+            check_ranges(
+                cls,
+                deformation_scale=deformation_scale,
+                preview_seconds=preview_seconds,
+                motion_strength=motion_strength,
+            ),
             check_zoom(deformation_scale),
         )
 
@@ -318,11 +337,13 @@ class AnimateScene(io.ComfyNode):
         resume: str,
         preview_seconds: float,
         memory_budget: float = 0.0,
+        motion_strength: float = 1.0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         require(check_prompt(prompt), check_zoom(deformation_scale), check_budget(cls, memory_budget))
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
+        settings = with_motion_strength(settings, motion_strength)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_rigidity(with_frames_of(settings, priors), scene.provenance.first_mesh is not None)
         scale = deformation_scale or None

@@ -34,6 +34,7 @@ class Animate:
     hifa_steps: Annotated[int | None, shared.INT] = None
     """Denoising steps of the targets: 4 move more steadily, at several times the cost (default: the recipe's)."""
     deformation_scale: shared.DeformationScale = None
+    motion_strength: shared.MotionStrength = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
     not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
@@ -45,7 +46,7 @@ class Animate:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: Animate, motion: MotionRecipe) -> int:

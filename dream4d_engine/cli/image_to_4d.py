@@ -31,6 +31,7 @@ class ImageTo4D:
     """Training steps of the second stage (default: the recipe's)."""
     hifa_steps: shared.HifaSteps = None
     deformation_scale: shared.DeformationScale = None
+    motion_strength: shared.MotionStrength = None
     novel_view_prior: shared.NovelViewPrior = None
     pixel_prior: shared.PixelPrior = None
     video_prior: shared.VideoPrior = None
@@ -41,7 +42,7 @@ class ImageTo4D:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: ImageTo4D, static: StaticRecipe, motion: MotionRecipe) -> int:

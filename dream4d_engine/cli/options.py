@@ -16,6 +16,7 @@ from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
+    TRAINED_STRENGTHS,
     MotionRecipe,
     StaticRecipe,
     find_recipe,
@@ -66,6 +67,14 @@ HifaSteps = Annotated[
     optional(
         "INT",
         "Denoising steps of the second stage's targets: 4 move more steadily, at several times the cost (default: the"
+        "\nrecipe's).",
+    ),
+]
+MotionStrength = Annotated[
+    float | None,
+    optional(
+        "FLOAT",
+        "How many times as far things go as the video model is shown: 0.25 to 2, 1 as it asks for (default: the"
         "\nrecipe's).",
     ),
 ]
@@ -121,6 +130,8 @@ _RANGES = {
     "error": (1e-6, 1),
 }
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
+WHILE_TRAINED = {"motion_strength": TRAINED_STRENGTHS}
+"""Likewise, of the commands that train a motion."""
 
 
 def check_numbers(options: object, others: Mapping[str, tuple[float, float]] | None = None) -> None:

@@ -29,6 +29,7 @@ class TextTo4D:
     sd_view: shared.SdView = None
     hifa_steps: shared.HifaSteps = None
     deformation_scale: shared.DeformationScale = None
+    motion_strength: shared.MotionStrength = None
     multiview_prior: shared.MultiviewPrior = None
     image_prior: shared.ImagePrior = None
     video_prior: shared.VideoPrior = None
@@ -40,7 +41,7 @@ class TextTo4D:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: TextTo4D, static: StaticRecipe, motion: MotionRecipe) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Kernels
+from .body import BodyMotion
 from .encodings import HashGrid, HashGridConfig, require_range
 from .mlp import MLP
 
@@ -23,11 +24,14 @@ class DeformationConfig:
     hidden_width: int = 64
     hidden_layers: int = 4
     scale: float = 1.0  # above 1 it enlarges the canonical object in the frame
+    body_knots: int = 0  # of the motion as a whole that the local one is added to, over time; 0: there is none
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
         require_range("hidden_layers", self.hidden_layers, 0, 16)
         require_range("scale", self.scale, 0.05, 20.0)
+        if self.body_knots and not 4 <= self.body_knots <= 256:
+            raise ValueError(f"body_knots must be 0, or lie in [4, 256], got {self.body_knots}")
 
 
 class DeformationField(nn.Module):
@@ -40,7 +44,9 @@ class DeformationField(nn.Module):
         self.config = config
         self.grid = HashGrid(config.grid, 4)
         self.mlp = MLP(self.grid.layout.n_outputs, 3, config.hidden_width, config.hidden_layers)
+        self.body = BodyMotion(config.body_knots) if config.body_knots else None
         self.register_buffer("active_levels", torch.tensor(config.grid.n_levels, dtype=torch.int64))
+        self.shown = 1.0  # share of the motion that is shown: while it is trained, the prior may be shown less, or more
         self._n_active = config.grid.n_levels  # the same on the host: asking a GPU for it would stop every query
 
     def reset(self, generator: torch.Generator) -> None:
@@ -49,6 +55,8 @@ class DeformationField(nn.Module):
         self.mlp.reset(generator)
         with torch.no_grad():
             self.mlp.layers[-1].zero_()
+        if self.body is not None:
+            self.body.reset()
 
     def set_active_levels(self, n_levels: int) -> None:
         """Use the coarsest `n_levels` levels of the grid only."""
@@ -61,9 +69,19 @@ class DeformationField(nn.Module):
             self._n_active = int(self.active_levels)
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
-        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1)."""
+        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3]; the local part lies in (-1, 1)."""
+        if self.body is None:
+            return self._local(u, times, kernels)
+        came_from = self.body(u, times, self.shown)
+        if not self._n_active:
+            return came_from - u
+        # in the object's own frame, so that what is local goes along
+        return came_from - u + self._local(came_from.clamp(0, 1), times, kernels)
+
+    def _local(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         features = self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
-        return 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
+        displacement = 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
+        return displacement if self.shown == 1 else self.shown * displacement
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
         """Return the places [S, 3] in [0, 1] where the canonical field is queried."""

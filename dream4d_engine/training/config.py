@@ -55,6 +55,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of AdamW
     lr_grid: float = 0.01  # of the hash grid's entries
     lr_mlp: float = 0.001  # of the networks that read it
+    lr_body: float = 0.01  # of the motion as a whole, where a deformation has one
     lr_background: float = 0.001
     milestones: tuple[float, ...] = ()  # shares of the run at which all rates are multiplied
     factor: float = 0.5  # by which, at each milestone
@@ -150,6 +151,7 @@ class MotionRecipe:
     target_extent: float = 0.65  # the object's radius (share of the box's) that the automatic deformation scale aims at
     min_scale: float = 1.2  # where the automatic scale would be less than this, it is 1
     max_scale: float = 2.0  # of the automatic scale
+    motion_strength: float | None = None  # the scene moves so many times as far as the prior is shown; None: once
     densest: float | None = None  # density that the still is bent to stay below while its motion is trained
     first_levels: int = 4  # grid levels that are trained from the beginning
     level_rate: float = 20.0  # grid levels set free over the whole run, after the first ones
@@ -493,6 +495,8 @@ def is_toy(recipe: StaticRecipe | MotionRecipe) -> bool:
     return recipe.name == "toy" or recipe.name.startswith("toy-")
 
 
+TRAINED_STRENGTHS = (0.25, 2.0)
+"""Least and largest `motion_strength`."""
 MESH_RIGIDITY = 1000.0
 """Weight of that term in the motion of scenes that were made from meshes."""
 MESH_DENSEST = 30.0
@@ -525,6 +529,11 @@ def with_view_limit(recipe: StaticRecipe, max_azimuth_deg: float) -> StaticRecip
         for term in recipe.guidance
     )
     return replace(recipe, guidance=tuple(terms))
+
+
+def with_motion_strength(recipe: MotionRecipe, strength: float) -> MotionRecipe:
+    """Return the recipe with motion that goes so many times as far as what its prior is shown, and judges."""
+    return replace(recipe, motion_strength=None if strength == 1 else strength)
 
 
 def with_hifa_steps(recipe: MotionRecipe, n_steps: int) -> MotionRecipe:

@@ -27,6 +27,7 @@ def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     return [
         ("grid", list(deformation.grid.parameters()), config.lr_grid),
         ("mlp", list(deformation.mlp.parameters()), config.lr_mlp),
+        ("body", [] if deformation.body is None else list(deformation.body.parameters()), config.lr_body),
         ("background", list(scene.background.parameters()), config.lr_background),
     ]
 
@@ -61,6 +62,8 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     assert field is not None  # what `with_deformation` is for
     moving.canonical.requires_grad_(False)  # the optimiser has none of it: its gradient need not be computed
     moving.canonical.densest = recipe.densest
+    # what the prior is content with is a motion of its own size, and so the whole one this many times as large
+    field.shown = 1 / (recipe.motion_strength or 1.0)
 
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
@@ -69,6 +72,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     def finish() -> None:
         moving.canonical.requires_grad_(True)
         moving.canonical.densest = None
+        field.shown = 1.0
         moving.refresh_occupancy()
 
     groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]

@@ -23,7 +23,7 @@ from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC
 FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-MOST_WIDGETS = 10
+MOST_SHOWN, MOST_WIDGETS = 10, 12
 SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO", "MESH"}
 
 
@@ -529,6 +529,8 @@ def test_no_node_is_crowded(schemas):
         plain = {n for n in widgets if "." not in n}
         below = Counter(n.rpartition(".")[0] for n in widgets - plain)  # one choice's are shown at a time
         assert len(plain) + max(below.values(), default=0) <= MOST_WIDGETS, f"{name}: {sorted(plain)}"
+        shown = sorted(n for n in plain if not inputs[n][1].get("advanced"))
+        assert len(shown) + max(below.values(), default=0) <= MOST_SHOWN, f"{name}: {shown}"
 
 
 def test_defaults_are_the_recipes(schemas):
