@@ -129,6 +129,7 @@ class CameraRanges:
     """The distribution that training cameras are drawn from: lowest and highest of each, uniform between them."""
 
     azimuth_deg: tuple[float, float] = (-180.0, 180.0)  # 0 is the front
+    gather: float = 0.0  # of azimuths in the range's middle: middle + half * sign(u) |u|^(1 + gather), u uniform
     elevation_deg: tuple[float, float] = (0.0, 30.0)
     fov_y_deg: tuple[float, float] = (15.0, 60.0)  # vertical
     distance: tuple[float, float] = (0.8, 1.0)
@@ -145,6 +146,8 @@ class CameraRanges:
             raise ValueError(f"elevation_deg must lie in [-90, 90], got {self.elevation_deg}")
         if not (0 < self.fov_y_deg[0] and self.fov_y_deg[1] < 180):
             raise ValueError(f"fov_y_deg must lie in (0, 180), got {self.fov_y_deg}")
+        if not 0 <= self.gather <= 10:
+            raise ValueError(f"gather must lie in [0, 10], got {self.gather}")
         if self.distance[0] <= 0:
             raise ValueError(f"distance must be positive, got {self.distance}")
 
@@ -153,9 +156,20 @@ def _uniform(bounds: tuple[float, float], n: int, source: Source) -> Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), source)
 
 
+def _azimuths(ranges: CameraRanges, n: int, source: Source) -> Tensor:
+    """Degrees [n]."""
+    low, high = ranges.azimuth_deg
+    azimuth = _uniform((low, high), n, source)
+    if not ranges.gather or low == high:
+        return azimuth
+    middle, half = (low + high) / 2, (high - low) / 2
+    aside = (azimuth - middle) / half
+    return middle + half * aside.sign() * aside.abs() ** (1 + ranges.gather)
+
+
 def _sample_pose(ranges: CameraRanges, n: int, source: Source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (azimuth, elevation, distance, fov_y), each [n, 1]."""
-    azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, source))
+    azimuth = torch.deg2rad(_azimuths(ranges, n, source))
     low, high = (math.radians(e) for e in ranges.elevation_deg)
     # all laws are drawn, so that the other numbers don't depend on which one it is
     uniform = _uniform((low, high), n, source)

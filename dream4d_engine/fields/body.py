@@ -14,8 +14,9 @@ class BodyMotion(nn.Module):
     """A backward affine map of each moment, (I + S) R (v - d) of offsets v from the box's middle.
 
     R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of
-    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). Zero knots: the
-    identity. Of a loop the knots lie on a circle.
+    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box), less what they
+    make of time 0: that moment is the object at rest, since no prior which is told no camera could say which way it
+    faces. Of a loop the knots lie on a circle.
     """
 
     def __init__(self, n_knots: int, loop: bool = False) -> None:
@@ -30,6 +31,10 @@ class BodyMotion(nn.Module):
 
     def at(self, times: Tensor) -> Tensor:
         """The twelve numbers [S, 12] of moments [S] in [0, 1]."""
+        return (self._basis(times) - self._basis(times.new_zeros(1))) @ self.knots
+
+    def _basis(self, times: Tensor) -> Tensor:
+        """What each knot has of moments [S]: [S, n_knots], in sum 1."""
         n = len(self.knots)
         place = times[:, None] * n if self.loop else times[:, None] * (n - 3) + 1
         away = (place - torch.arange(n, device=times.device)).abs()
@@ -37,7 +42,7 @@ class BodyMotion(nn.Module):
             away = torch.minimum(away, n - away)
         # the cubic B-spline: 2/3 in its middle, 1/6 a knot further, 0 from two on
         near = (4 - 6 * away**2 + 3 * away**3) / 6
-        return torch.where(away < 1, near, (2 - away).clamp_min(0) ** 3 / 6) @ self.knots
+        return torch.where(away < 1, near, (2 - away).clamp_min(0) ** 3 / 6)
 
     def forward(self, u: Tensor, times: Tensor, share: float = 1.0) -> Tensor:
         """Where u [S, 3] of the unit box come from at times [S], both in [0, 1]; it may lie outside.

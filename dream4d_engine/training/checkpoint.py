@@ -242,10 +242,14 @@ def _number(path: Path, header: dict[str, str], name: str) -> int | None:
 
 
 def first_difference(ours: object, theirs: object, path: str = "") -> str | None:
-    """Return a sentence about the first place where two JSON trees differ, or None."""
+    """Return a sentence about the first place where two JSON trees differ, or None.
+
+    What the unfinished run knows nothing of was off then, and may be off now: it was begun by a version of before.
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
-            found = first_difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+            mine = ours.get(key) if key in theirs else ours[key] or None
+            found = first_difference(mine, theirs.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found
         return None

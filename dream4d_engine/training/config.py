@@ -55,7 +55,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # of AdamW
     lr_grid: float = 0.01  # of the hash grid's entries
     lr_mlp: float = 0.001  # of the networks that read it
-    lr_body: float = 0.01  # of the motion as a whole, where a deformation has one
+    lr_body: float = 0.0  # of the motion as a whole, where a deformation has one; 0: as of the grid
     lr_background: float = 0.001
     milestones: tuple[float, ...] = ()  # shares of the run at which all rates are multiplied
     factor: float = 0.5  # by which, at each milestone
