@@ -8,15 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 from .. import locks
-from ..assets import AssetError, opened, read_info
+from ..assets import AssetError, config_from_dict, load_scene, opened, read_info
+from ..documents import as_object, read_document
 from ..kernels import kernel_status
 from ..machine import pick_device
+from ..surface import MotionReadout, measure_motion
 from ..training.checkpoint import load_checkpoint
 from .command import Command
 from .errors import UsageError
 from .options import Machine, MachineOptions, Positional, arg
+from .progress import Quiet, make_progress, patient
 from .run_folder import LOCK, RECORD, read_record, state_of
+from .runs import METRICS, SCENE
 from .terminal import say, say_json
 
 
@@ -24,6 +30,8 @@ from .terminal import say, say_json
 class Info:
     file: Annotated[Positional[Path | None], arg(metavar="FILE")] = None
     """The file."""
+    motion: bool = False
+    """How much the scene of a file moves: it is looked at for some seconds."""
     kernels: bool = False
     """Which kernels run on this machine, and why others don't."""
     json: bool = False
@@ -37,6 +45,14 @@ def run(options: Info) -> int:
         raise UsageError("name a scene file or a checkpoint, or ask for --kernels")
     found: dict = {} if options.file is None else describe(options.file)
     lines = _lines(found) if found else []
+    if options.motion:
+        if options.file is None or not str(found.get("kind")).endswith("scene"):
+            raise UsageError(f"--motion is for scene files: name one{_of_a_run(found)}")
+        read_out = _measured(options.file, pick_device(options.machine.device), quiet=options.json)
+        found["motion"] = read_out.to_dict()
+        lines.insert(1, f"motion: {read_out.line}")
+    elif found.get("kind") == "moving scene":
+        lines.insert(1, "motion: --motion measures it")
     if options.kernels:
         device = pick_device(options.machine.device)
         backends = kernel_status(device)
@@ -53,13 +69,40 @@ def run(options: Info) -> int:
     return 0
 
 
+def _of_a_run(found: dict) -> str:
+    return f", for example {Path(found['file']) / SCENE}" if str(found.get("kind")).startswith("run") else ""
+
+
+def _measured(path: Path, device: torch.device, quiet: bool) -> MotionReadout:
+    """Look at the scene; a bar, or lines, tell how far that is where it takes longer."""
+    scene, _ = load_scene(path, device)
+    with Quiet() if quiet else make_progress() as progress:
+        return measure_motion(scene, on_progress=patient(progress, "motion"))
+
+
+def _motion_of_run(folder: Path) -> dict | None:
+    """What a run wrote of how much its scene moves, if it did."""
+    path = folder / METRICS
+    if not path.is_file():
+        return None
+    found = as_object(read_document(path, AssetError), path, AssetError).get("motion")
+    if found is None:
+        return None
+    try:
+        return config_from_dict(MotionReadout, found, "motion").to_dict()
+    except ValueError as error:
+        raise AssetError(f"{path} can't be understood: {error}; remove it") from error
+
+
 def describe(path: Path) -> dict:
     """Return what a scene file, a run's checkpoint or a run's folder holds, without reading its numbers."""
     if (path / RECORD).is_file():
         record = read_record(path, way_on="name one of the files beside it instead")
         state = state_of(record, locks.holder(path / LOCK))  # whether a process works on it: run.json may be behind
         known = ("command", "prompt", "seed", "stage", "step", "error", "started", "finished", "seconds", "nonfinite")
-        return {"file": str(path), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
+        found = {"file": str(path), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
+        motion = _motion_of_run(path)
+        return found if motion is None else found | {"motion": motion}
     if not path.is_file():
         raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     header, tensors = _safetensors_header(path)
@@ -99,9 +142,11 @@ def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
 def _lines(found: dict) -> list[str]:
     """The description as text."""
     if "tensors" not in found:
-        return [f"{found['file']}: {found['kind']}"] + [
-            line for name in list(found)[2:] for line in _tree_lines(name, found[name])
-        ]
+        told = {name: value for name, value in found.items() if name not in ("file", "kind")}
+        if "motion" in told:
+            told["motion"] = MotionReadout(**told["motion"]).line
+        first = f"{found['file']}: {found['kind']}"
+        return [first, *(line for name, value in told.items() for line in _tree_lines(name, value))]
     tensors = found["tensors"]
     lines = [f"{found['file']}: {found['kind']}, {found['bytes'] / 2**20:.2f} MiB"]
     for name in ("format_version", "step", "provenance", "config", "identity"):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 5.0
+PATIENCE = 3.0
+"""Seconds that something short may take without a sign of it."""
 
 
 class Progress(AbstractContextManager, Protocol):
@@ -140,6 +142,18 @@ class Quiet:
 
     def say(self, text: str) -> None:
         pass
+
+
+def patient(progress: Progress, stage: str) -> Callable[[float], None]:
+    """Return what may be told the share done of something short: a stage of its own, if it takes longer after all."""
+    began = time.monotonic()
+
+    def on_progress(share: float) -> None:
+        if time.monotonic() - began > PATIENCE:
+            progress.begin(stage, 100)
+            progress.update(stage, round(100 * share))
+
+    return on_progress
 
 
 def make_progress() -> Progress:

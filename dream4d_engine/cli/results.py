@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..cameras import CameraBatch, final_path, make_cameras, orbit
 from ..export import contact_sheet, save_image, write_video
+from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
+from ..surface import SurfaceMotion, follow_surface, measure_motion
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_scene
 from .errors import UsageError
@@ -113,39 +115,46 @@ def save_contact_sheet(path: Path, scene: Scene, title: str, samples: int | None
     save_image(path, contact_sheet(images, rows, [f"time {t:g}" for t in times], title))
 
 
-def measure(scene: Scene, prompt: str, of_a_mesh: bool = False) -> tuple[dict, str]:
-    """Measure a result: against the truth if the prompt is a caption of the toy world, else what any scene has.
+def measure(
+    scene: Scene, prompt: str, of_a_mesh: bool = False, on_progress: Callable[[float], None] | None = None
+) -> tuple[dict, list[str]]:
+    """Measure a result: against the truth if the prompt is a caption of the toy world, how much it moves if it does.
 
-    `of_a_mesh`: it was made from somebody's mesh, which is no object of the toy world whatever the prompt says. Returns
-    the measures, ready for JSON, and a line about them for people.
+    `of_a_mesh`: it was made from somebody's mesh, which is no object of the toy world whatever the prompt says.
+    `on_progress` is told the share done of what takes longest. Returns the measures, ready for JSON, and lines about
+    them for people.
     """
     found: dict = {"prompt": prompt, "scene": _scene_measures(scene)}
+    motion: SurfaceMotion | None = None
+    said = []
+    if scene.deformation is not None:
+        try:
+            motion = follow_surface(scene, on_progress=on_progress)
+            moves = measure_motion(scene, motion)
+            found["motion"], said = moves.to_dict(), [moves.line]
+        except MeshError as error:  # all else of the run is there, and is not to be lost for it
+            found["motion"], said = None, [f"how much it moves can't be told: {error}"]
     try:
         caption = None if of_a_mesh else parse_caption(prompt)
     except ValueError:  # a prompt of the wide world
         caption = None
     if caption is None:  # no truth to compare with
-        return found, f"the object covers {found['scene']['coverage']:.0%} of the image"
-    truth = evaluate_scene(scene, caption, n_times=0 if scene.deformation is None else 8)
-    return found | {"truth": truth.to_dict()}, truth.summary()
+        return found, [f"the object covers {found['scene']['coverage']:.0%} of the image", *said]
+    truth = evaluate_scene(scene, caption, n_times=0 if motion is None else 8, motion=motion)
+    return found | {"truth": truth.to_dict()}, [truth.summary(), *said]
 
 
 def _scene_measures(scene: Scene) -> dict:
-    """How much of the images the object covers, and how far what is seen moves (in shares of the box)."""
+    """How much of the images the object covers, and the zoom of its deformation."""
     cameras = orbit(8, 64, 64, ELEVATION_DEG, DISTANCE, FOV_Y_DEG)
     moving, deformation = scene.deformation is not None, scene.config.deformation
     times = torch.linspace(0, 1, 8)[None] if moving else cameras.time
-    output = render_chunked(scene, cameras.at_time(times), RenderOptions(displacement=moving))
-    solid = output.opacity > 0.5
-    measures = {
-        "coverage": float(solid.float().mean()),
-        "mean_opacity": float(output.opacity.mean()),
+    opacity = render_chunked(scene, cameras.at_time(times)).opacity
+    return {
+        "coverage": float((opacity > 0.5).float().mean()),
+        "mean_opacity": float(opacity.mean()),
         "deformation_scale": None if deformation is None else deformation.scale,
-        "mean_displacement": None,
     }
-    if moving and output.displacement is not None and solid.any():
-        measures["mean_displacement"] = float(output.displacement.norm(dim=-1, keepdim=True)[solid].mean())
-    return measures
 
 
 def require_new(paths: Sequence[Path], overwrite: bool, folders: Sequence[Path] = ()) -> None:

@@ -28,6 +28,7 @@ from . import results
 from .errors import UsageError
 from .models import prior_handles
 from .options import Recipe, RunOptions
+from .progress import patient
 from .run_folder import REFERENCE
 from .runs import CONTACT, METRICS, ORBIT, SCENE, VIDEO, Session, open_run
 
@@ -180,16 +181,24 @@ def show(
     """Make the sheet of images and the measures; `still` is compared with the image that it was made from."""
     if not session.processes.is_main:
         return
-    with session.run.timed("measures"):
+    name = "measures"
+    told = patient(session.progress, name)
+
+    def on_progress(share: float) -> None:
+        session.pause(name, alone=True)
+        told(share)
+
+    with session.run.timed(name):
         results.save_contact_sheet(session.run.path / CONTACT, scene, prompt, session.options.images.samples)
-        session.pause("measures", alone=True)
-        measures, line = results.measure(scene, prompt, of_a_mesh)
+        session.pause(name, alone=True)
+        measures, lines = results.measure(scene, prompt, of_a_mesh, on_progress)
         if still is not None and reference is not None and config is not None:
             psnr, iou = reference_match(still, reference, config)
             measures["reference"] = {"psnr": psnr, "iou": iou}  # of the image and of the silhouettes
-            line += f", reference view {psnr:.1f} dB"
+            lines[0] += f", reference view {psnr:.1f} dB"
         write_atomically(session.run.path / METRICS, document_bytes(measures))
-    session.progress.say(line)
+    for line in lines:
+        session.progress.say(line)
 
 
 def both_stages(

@@ -2,16 +2,21 @@
 
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
+from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion
 from .own import OwnTracks, track_own_vertices
 from .tracks import Tracks, track_vertices
 
 __all__ = [
+    "MotionReadout",
     "OwnTracks",
     "Surface",
+    "SurfaceMotion",
     "SurfaceOptions",
     "Tracks",
     "bake_texture",
     "extract_surface",
+    "follow_surface",
+    "measure_motion",
     "surface_colors",
     "track_own_vertices",
     "track_vertices",

@@ -22,11 +22,11 @@ CONVERGED = 5e-4  # a residual that need not get smaller: a quarter of the cell 
 LOST = 5e-3  # a larger one: here the warp has no inverse
 _STEP = 1 / 24  # the longest stretch of time crossed at once: continuation needs its start to be near
 _FIXED_POINT, _DAMPING = 8, 0.7  # contracts where |d displacement / dx| < 1; the damping bears more of it
-_NEWTON, _LONGEST = 12, 0.05  # rounds, and the longest step that one may take
+_LONGEST = 0.05  # step of Newton's method
 _STRAY = 0.05  # off the place that its neighbours give it, a vertex has gone to another branch of a fold
 _REACH = 0.1  # off that place, an inverse that is looked for belongs to another part of the object
 _SLOPES_AT_ONCE = 2**15  # places, so that a large mesh takes no more memory than a small one
-_LATTICE, _CANDIDATES = 40, 6  # points a side, and how many of them a lost vertex starts from anew
+_CANDIDATES = 6  # places that a lost vertex starts from anew
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,24 @@ class Tracks:
         return float(self.carried.float().mean()) if self.carried.numel() else 0.0
 
 
+@dataclass(frozen=True)
+class Precision:
+    """How hard inverses are looked for."""
+
+    converged: float = CONVERGED
+    """The residual that need not get smaller, in units of the box's side."""
+    rounds: int = 12
+    """Of Newton's method, at most."""
+    lattice: int = 40
+    """Points a side of the lattice over the object that a lost vertex may start from anew."""
+
+
 class _Warp:
     """w(x, t) at one time: not clamped to the box, so that it has slopes everywhere."""
 
-    def __init__(self, field: DeformationField, kernels: Kernels, time: float) -> None:
+    def __init__(self, field: DeformationField, kernels: Kernels, time: float, precision: Precision) -> None:
         self.field, self.kernels, self.time = field, kernels, time
-        self.scale = field.config.scale
+        self.scale, self.precision = field.config.scale, precision
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = []
@@ -84,30 +96,71 @@ def track_vertices(
     neighbours part; this takes half of that away and moves the others by less than the residual that is allowed.
     """
     if scene.deformation is None:
-        shape = (len(times), len(vertices))
-        still = vertices.expand(len(times), -1, -1).clone()
-        return Tracks(still, vertices.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=vertices.device))
-    field = copy.deepcopy(scene.deformation).requires_grad_(False)  # slopes are wanted in x alone
-    radius, scale = scene.config.radius, field.config.scale
-    edges = edges_of(faces)
-    both = torch.cat((edges, edges.flip(-1)))
+        return _still(vertices, times)
+    radius = scene.config.radius
     canonical = (vertices / radius + 1) / 2
-    rest = (canonical - 0.5) * scale + 0.5  # where it was, were there no displacement
-    x = rest.clamp(0, 1)
+    rest = _at_rest(canonical, scene.deformation)
+    places, residuals, carried = _follow(scene, canonical, edges_of(faces), times, rest, Precision(), on_progress)
+    places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
+    return Tracks((places * 2 - 1) * radius, residuals, carried)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def track_points(
+    scene: Scene, points: Tensor, edges: Tensor, times: Tensor, precision: Precision, on_progress: Progress = None
+) -> tuple[Tracks, Tensor]:
+    """Follow points [V, 3] of the world, where they are at the first of ascending times [T], to the others.
+
+    edges: [E, 2], whom a point that has no inverse goes with. Nothing is smoothed. Returns the tracks, and where each
+    point would be if nothing but the zoom displaced it, [V, 3].
+    """
+    if scene.deformation is None:
+        return _still(points, times), points
+    radius, field = scene.config.radius, scene.deformation
+    start = (points / radius + 1) / 2
+    canonical = _Warp(field, scene.kernels, float(times[0]), precision)(start)
+    places, residuals, carried = _follow(scene, canonical, edges, times, start, precision, on_progress)
+    rest = _at_rest(canonical, field)
+    return Tracks((places * 2 - 1) * radius, residuals, carried), (rest * 2 - 1) * radius
+
+
+def _still(points: Tensor, times: Tensor) -> Tracks:
+    shape = (len(times), len(points))
+    still = points.expand(len(times), -1, -1).clone()
+    return Tracks(still, points.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=points.device))
+
+
+def _at_rest(canonical: Tensor, field: DeformationField) -> Tensor:
+    """Where places of the field would be seen, were there no displacement."""
+    return (canonical - 0.5) * field.config.scale + 0.5
+
+
+def _follow(
+    scene: Scene,
+    canonical: Tensor,
+    edges: Tensor,
+    times: Tensor,
+    start: Tensor,
+    precision: Precision,
+    on_progress: Progress,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where places of the field [V, 3] are in the box [T, V, 3], residuals and who was carried [T, V]."""
+    assert scene.deformation is not None  # a still scene has nothing to follow
+    field = copy.deepcopy(scene.deformation).requires_grad_(False)  # slopes are wanted in x alone
+    both = torch.cat((edges, edges.flip(-1)))
+    x = start.clamp(0, 1)
     rows, moment = [], None
     for number, goal in enumerate(times.tolist(), 1):
         between: list[float] = [] if moment is None else _stops(moment, goal)
         for stop in (*between, goal):
-            x, residual, carried = _solve(_Warp(field, scene.kernels, stop), canonical, x, both)
+            x, residual, carried = _solve(_Warp(field, scene.kernels, stop, precision), canonical, x, both)
         moment = goal
         rows.append((x, residual, carried))
         if on_progress is not None:
             on_progress(number / len(times))
     places, residuals, carried = (torch.stack(column) for column in zip(*rows, strict=True))
-    if not places.isfinite().all():
-        raise MeshError("the scene's deformation is not a finite number everywhere: animate it anew")
-    places = torch.stack([_calmed(place, rest, faces, smoothing) for place in places])
-    return Tracks((places * 2 - 1) * radius, residuals, carried)
+    return places, residuals, carried
 
 
 def _calmed(places: Tensor, rest: Tensor, faces: Tensor, rounds: int) -> Tensor:
@@ -127,6 +180,8 @@ def _stops(start: float, end: float) -> list[float]:
 def _solve(warp: _Warp, canonical: Tensor, start: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return places [V, 3], residuals [V] and who was carried [V], from the places of the moment before."""
     x, residual = _fixed_point(warp, canonical, start)
+    if not (x.isfinite().all() and residual.isfinite().all()):  # no round has found a number
+        raise MeshError("the scene's deformation is not a finite number everywhere: animate it anew")
     x, residual = _newton(warp, canonical, x, residual)
     known = residual <= LOST
     told, can = _rigid_places(x, start, both, known)
@@ -155,7 +210,7 @@ def _search(warp: _Warp, goals: Tensor, told: Tensor, around: Tensor) -> tuple[T
     to be, and whether there is one near."""
     margin = 0.05
     ticks = [
-        torch.linspace(low, high, _LATTICE, device=goals.device)
+        torch.linspace(low, high, warp.precision.lattice, device=goals.device)
         for low, high in zip(
             (around.amin(0) - margin).clamp_min(0).tolist(),
             (around.amax(0) + margin).clamp_max(1).tolist(),
@@ -188,7 +243,7 @@ def _fixed_point(warp: _Warp, goals: Tensor, start: Tensor) -> tuple[Tensor, Ten
         size = off.norm(dim=-1)
         better = size < least[open_]
         best[open_[better]], least[open_[better]] = x[better], size[better]
-        going = size > CONVERGED
+        going = size > warp.precision.converged
         open_, x, off = open_[going], x[going], off[going]
         if not len(open_):
             break
@@ -200,8 +255,8 @@ def _newton(warp: _Warp, goals: Tensor, x: Tensor, residual: Tensor) -> tuple[Te
     """Improve the places that have not converged by Newton's method; a step that makes it worse is halved."""
     x, residual = x.clone(), residual.clone()
     damp = torch.ones_like(residual)
-    for _ in range(_NEWTON):
-        open_ = ((residual > CONVERGED) & (damp > 0.1)).nonzero()[:, 0]
+    for _ in range(warp.precision.rounds):
+        open_ = ((residual > warp.precision.converged) & (damp > 0.1)).nonzero()[:, 0]
         if not len(open_):
             break
         w, slopes = warp.with_slopes(x[open_])

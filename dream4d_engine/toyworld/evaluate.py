@@ -12,7 +12,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,17 @@ from torch import Tensor
 from ..cameras import CameraBatch, fixed_take, orbit
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene
+from ..surface.motion import SurfaceMotion, follow_surface
 from ..training.config import ReferenceConfig
 from ..training.reference import Reference, reference_targets
-from .captions import COLORS, MOTIONS, Caption, as_caption
+from .captions import COLORS, MOTIONS, SHAPES, Caption, as_caption
+from .motions import world_from_canonical
 from .world import render_caption
 
 SCALES = tuple(round(0.75 + 0.025 * i, 3) for i in range(25))
 """The common scales that are tried on a result's silhouettes: 0.75 to 1.35."""
+
+_N_PAIRS = 4096  # of points whose distances are compared
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,26 @@ class Images:
 
     rgb: Tensor
     opacity: Tensor
+
+
+@dataclass(frozen=True)
+class SurfaceErrors:
+    """How far the points of a scene's surface are from where the true motion carries them; lengths in the object's
+    sizes (see `surface_errors`). The mean is over points, or pairs of them, and moments; `worst` is the mean over
+    them at the worst moment.
+
+    Args:
+        place_error, worst_place_error: |x - y|, x where a point is and y where the truth carries it from its rest.
+        rigidity_error, worst_rigidity_error: by how much the distance of two points differs from the true one,
+            ||x_i - x_j| - |y_i - y_j||, over pairs from all over the object. Where the true motion is rigid (still,
+            jumping, sliding, spinning) |y_i - y_j| is the distance at rest, and 0.03 says that distances change by
+            3 % of the size.
+    """
+
+    place_error: float
+    worst_place_error: float
+    rigidity_error: float
+    worst_rigidity_error: float
 
 
 Renderer = Callable[[CameraBatch], Images]
@@ -60,6 +84,8 @@ class Evaluation:
         signal, true_signal: the motion's signal at each time, without its mean (a still one's strongest).
         clip_iou, clip_iou_per_time: silhouette IoU over the clip from the front, by the scale of the views and the
             shift of its first frame.
+        surface: how far the points of a scene's surface are from the truth; None with n_times 0, and for what is no
+            scene or an empty one.
     """
 
     caption: str
@@ -81,6 +107,7 @@ class Evaluation:
     true_signal: tuple[float, ...]
     clip_iou: float | None
     clip_iou_per_time: tuple[float, ...]
+    surface: SurfaceErrors | None = None
 
     def to_dict(self) -> dict:
         """Plain values, ready for JSON."""
@@ -95,7 +122,11 @@ class Evaluation:
         if self.clip_iou is None:
             return line
         correlation = "" if self.motion_correlation is None else f"correlation {self.motion_correlation:.2f}, "
-        return f"{line}, motion {correlation}amplitude {self.motion_amplitude:.2f}, clip IoU {self.clip_iou:.2f}"
+        line += f", motion {correlation}amplitude {self.motion_amplitude:.2f}, clip IoU {self.clip_iou:.2f}"
+        if self.surface is None:
+            return line
+        places, distances = self.surface.place_error, 100 * self.surface.rigidity_error
+        return f"{line}, places off by {places:.2f} of the size, distances by {distances:.1f} %"
 
 
 # --- images
@@ -388,6 +419,32 @@ def _evaluate_clip(renderer: Renderer, caption: Caption, cameras: CameraBatch, s
     return _Clip(match, amplitude, max(stray.values()), signals[shown], truth[shown], iou)
 
 
+def surface_errors(motion: SurfaceMotion, caption: Caption | str) -> SurfaceErrors | None:
+    """Compare points of a scene's surface with where the caption's motion carries them; None where there are none.
+
+    A point's true way starts at its rest, where it would be if only the zoom of the deformation displaced it, and is
+    the toy world's own: nothing is scaled or shifted to fit.
+    """
+    n = len(motion.rest)
+    if not n:
+        return None
+    caption, times = as_caption(caption), motion.times.to(motion.rest)
+    moves, shape = (
+        torch.full_like(times, index, dtype=torch.int64)
+        for index in (MOTIONS.index(caption.motion), SHAPES.index(caption.shape))
+    )
+    affine = world_from_canonical(moves, shape, times)
+    # summed by hand: a matrix product may be rounded to fewer digits on a GPU
+    truth = (affine[:, None, :3, :3] * motion.rest[None, :, None]).sum(-1) + affine[:, None, :3, 3]
+    off = (motion.positions - truth).norm(dim=-1).mean(1) / motion.size
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randint(n, (_N_PAIRS,), generator=generator).to(times.device)
+    other = (one + torch.randint(1, max(n, 2), (_N_PAIRS,), generator=generator).to(times.device)) % n  # never itself
+    apart, true = ((where[:, one] - where[:, other]).norm(dim=-1) for where in (motion.positions, truth))
+    change = (apart - true).abs().mean(1) / motion.size
+    return SurfaceErrors(float(off.mean()), float(off.max()), float(change.mean()), float(change.max()))
+
+
 # --- all together
 
 
@@ -447,10 +504,19 @@ def evaluate(
 
 
 def evaluate_scene(
-    scene: Scene, caption: Caption | str, size: int = 64, n_views: int = 8, n_times: int = 8, n_azimuths: int = 24
+    scene: Scene,
+    caption: Caption | str,
+    size: int = 64,
+    n_views: int = 8,
+    n_times: int = 8,
+    n_azimuths: int = 24,
+    motion: SurfaceMotion | None = None,
 ) -> Evaluation:
-    """`evaluate` for a scene."""
-    return evaluate(scene_renderer(scene), caption, size, n_views, n_times, n_azimuths)
+    """`evaluate` for a scene, and its surface's errors; `motion`: the surface's, if it was followed before."""
+    found = evaluate(scene_renderer(scene), caption, size, n_views, n_times, n_azimuths)
+    if not n_times:
+        return found
+    return replace(found, surface=surface_errors(follow_surface(scene) if motion is None else motion, caption))
 
 
 def scene_renderer(scene: Scene) -> Renderer:

@@ -20,14 +20,16 @@ import pytest
 import torch
 from cli_runs import PROMPT, RESULTS, SMALL, fails, finish, start, tensors_of, wait_for
 from places import DATA, ROOT
+from scene_cases import CONFIG, tiny_scene
 
 from dream4d_engine import assets
 from dream4d_engine.cli import main
 from dream4d_engine.cli.command import FILES, find_command
 from dream4d_engine.cli.parsing import parse
-from dream4d_engine.cli.progress import Lines, clock_text
+from dream4d_engine.cli.progress import Lines, clock_text, patient
 from dream4d_engine.cli.run_folder import sweep
 from dream4d_engine.export import read_video
+from dream4d_engine.surface import MotionReadout, measure_motion
 from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES
 
 
@@ -608,7 +610,55 @@ def test_info_says_what_a_file_holds(run, tmp_path, capsys):
     }
     assert main(["info", str(path)]) == 0
     text = capsys.readouterr().out
-    assert PROMPT in text and "canonical.grid.table" in text
+    assert PROMPT in text and "canonical.grid.table" in text and "motion: --motion measures it" in text
+
+
+def test_a_run_and_info_say_how_much_the_scene_moves(run, tmp_path, capsys):
+    folder, output = run
+    written = json.loads((folder / "metrics.json").read_text())["motion"]
+    found = measure_motion(assets.load_scene(folder / "scene.safetensors")[0])
+    assert MotionReadout(**written).line == found.line and found.line in output
+    assert main(["info", str(folder)]) == 0
+    assert f"motion: {found.line}\n" in capsys.readouterr().out
+    assert main(["info", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["motion"] == written
+    path = tmp_path / "scene.safetensors"
+    assets.save_scene(path, tiny_scene())
+    assert main(["info", str(path), "--motion", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["motion"]
+    assert MotionReadout(**told).line == measure_motion(tiny_scene()).line and told["moving_share"] > 0.5
+    assets.save_scene(path, tiny_scene(replace(CONFIG, deformation=None)))
+    assert main(["info", str(path), "--motion"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "motion: still"
+
+
+def test_what_takes_longer_than_it_should_tells_how_far_it_is(monkeypatch):
+    written: list[str] = []
+    told = patient(Lines(written.append), "measures")
+    told(0.5)
+    assert not written
+    monkeypatch.setattr("dream4d_engine.cli.progress.PATIENCE", -1.0)
+    told(0.75)
+    told(1.0)
+    assert written == ["measures: step 75/100", "measures: step 100/100"]
+
+
+def test_info_measures_the_motion_of_scenes_alone(run, tmp_path, capsys):
+    assert "name one, for example" in fails(capsys, "info", str(run[0]), "--motion")
+    assert "--motion is for scene files" in fails(capsys, "info", "--motion", "--kernels")
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    for text, said in (
+        ("{", "metrics.json"),
+        ('{"motion": {"strain": 1}}', "lacks 'n_points'"),
+        ('{"motion": 3}', "object"),
+    ):
+        (folder / "metrics.json").write_text(text)
+        assert said in fails(capsys, "info", str(folder))
+    for text in ("{}", '{"motion": null}'):
+        (folder / "metrics.json").write_text(text)
+        assert main(["info", str(folder)]) == 0
+        assert not any(line.startswith("motion:") for line in capsys.readouterr().out.splitlines())
 
 
 def test_info_says_which_kernels_are_in_use(run, capsys):

@@ -127,5 +127,5 @@ def test_motion_is_not_for_just_any_mesh(tmp_path, capsys, moved) -> None:
 def test_a_mesh_is_not_judged_by_the_truth_of_a_toy() -> None:
     scene = tiny_scene()
     assert "truth" in measure(scene, "a red cube")[0]
-    found, line = measure(scene, "a red cube", of_a_mesh=True)
-    assert "truth" not in found and "covers" in line
+    found, lines = measure(scene, "a red cube", of_a_mesh=True)
+    assert "truth" not in found and "covers" in lines[0]

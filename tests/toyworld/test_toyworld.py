@@ -12,6 +12,7 @@ import torch
 from dream4d_engine.cameras import fixed_take, make_cameras, orbit
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.rays import rays_from_cameras
+from dream4d_engine.surface import SurfaceMotion, follow_surface
 from dream4d_engine.toyworld.captions import COLORS, MOTIONS, SHAPES, Caption, all_captions, parse_caption, vocabulary
 from dream4d_engine.toyworld.evaluate import (
     Images,
@@ -21,6 +22,7 @@ from dream4d_engine.toyworld.evaluate import (
     evaluate_scene,
     find_faces,
     nearest_color,
+    surface_errors,
     true_renderer,
 )
 from dream4d_engine.toyworld.ideal import IdealDenoiser
@@ -419,6 +421,51 @@ def test_a_fresh_scene_is_a_grey_ball():
     result = evaluate_scene(scene, "a white sphere", n_times=2, **small)
     assert result.colors == ("none", "none") and result.n_faces == 0
     assert result.iou > 0.95 and result.scale > 1 and result.motion_amplitude < 1e-3
+    assert result.surface is not None and result.surface.place_error == 0.0 and "places off by 0.00" in result.summary()
+    # it stays where it should slide by 0.3 |sin(2 pi t)|
+    motion = follow_surface(scene)
+    errors = surface_errors(motion, "a white sphere is sliding")
+    sine = torch.sin(2 * math.pi * motion.times).abs()
+    assert errors.place_error == pytest.approx(float(0.3 * sine.mean()) / motion.size, rel=1e-4)
+    assert errors.worst_place_error == pytest.approx(0.3 / motion.size, rel=1e-4)
+    assert errors.rigidity_error < 1e-6
+    assert evaluate_scene(scene, "a white sphere", n_times=0, **small).surface is None
+
+
+def ways(name: str, motion: str, change=lambda places, times: places, strength: float = 1.0) -> SurfaceMotion:
+    """Points of a shape that go where the truth carries them, but for what `change` does then."""
+    rest, times = surface_points(name), torch.linspace(0, 1, 9)
+    indices = (torch.full((9,), k) for k in (MOTIONS.index(motion), SHAPES.index(name)))
+    affine = world_from_canonical(*indices, times, strength)
+    places = rest @ affine[:, :3, :3].mT + affine[:, None, :3, 3]
+    nothing = torch.zeros(0, 2, dtype=torch.int64)
+    carried = torch.zeros(9, len(rest), dtype=torch.bool)
+    return SurfaceMotion(times, change(places, times[:, None, None]), rest, nothing, carried, rest, rest)
+
+
+@pytest.mark.parametrize("shape, motion", list(zip(SHAPES, MOTIONS, strict=True)))
+def test_a_surface_that_goes_the_true_way_has_no_error(shape, motion):
+    errors = surface_errors(ways(shape, motion), f"a red {shape} is {motion}")
+    assert max(vars(errors).values()) < 1e-6
+
+
+def test_the_errors_of_a_surface_are_those_put_in():
+    # the whole of it 0.1 aside: places are off by that, distances by nothing; sizes of a cube are 0.9
+    aside = surface_errors(ways("cube", "jumping", lambda x, t: x + torch.tensor([0.1, 0, 0])), "a red cube is jumping")
+    assert aside.place_error == pytest.approx(0.1 / 0.9, rel=1e-3) and aside.rigidity_error < 1e-6
+    # half of the way: what is left is half of the way
+    half = surface_errors(ways("cube", "jumping", strength=0.5), "a red cube is jumping")
+    assert half.worst_place_error == pytest.approx(0.175 / 0.9, rel=1e-3) and half.rigidity_error < 1e-6
+    # half of a turn is rigid, and so is another motion
+    for other in (ways("cube", "spinning", strength=0.5), ways("cube", "sliding")):
+        found = surface_errors(other, "a red cube is spinning")
+        assert found.place_error > 0.05 and found.rigidity_error < 1e-6
+    # growing by a tenth until the end changes all distances by a tenth, so their mean by a tenth of the mean distance
+    grown = ways("cube", "still", lambda x, t: x * (1 + 0.1 * t))
+    errors = surface_errors(grown, "a red cube")
+    mean = float(torch.pdist(grown.rest[:1000]).mean()) / 0.9
+    assert errors.worst_rigidity_error == pytest.approx(0.1 * mean, rel=0.03)
+    assert errors.rigidity_error == pytest.approx(0.05 * mean, rel=0.03)
 
 
 def test_bad_sizes_are_refused():
