@@ -129,13 +129,13 @@ class CameraRanges:
     """The distribution that training cameras are drawn from: lowest and highest of each, uniform between them."""
 
     azimuth_deg: tuple[float, float] = (-180.0, 180.0)  # 0 is the front
-    gather: float = 0.0  # of azimuths in the range's middle: middle + half * sign(u) |u|^(1 + gather), u uniform
     elevation_deg: tuple[float, float] = (0.0, 30.0)
     fov_y_deg: tuple[float, float] = (15.0, 60.0)  # vertical
     distance: tuple[float, float] = (0.8, 1.0)
     relative_distance: bool = True  # r means r / tan(fov_y / 2): the object keeps its size in the image
     # sphere: uniform on the sphere's surface; mixed: uniform in degrees or that, drawn for each group
     elevation_law: ElevationLaw = "mixed"
+    gather: float = 0.0  # of azimuths in the range's middle: middle + half * sign(u) |u|^(1 + gather), u uniform
 
     def __post_init__(self) -> None:
         for name in ("azimuth_deg", "elevation_deg", "fov_y_deg", "distance"):

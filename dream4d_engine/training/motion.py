@@ -27,7 +27,11 @@ def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     return [
         ("grid", list(deformation.grid.parameters()), config.lr_grid),
         ("mlp", list(deformation.mlp.parameters()), config.lr_mlp),
-        ("body", [] if deformation.body is None else list(deformation.body.parameters()), config.lr_body or config.lr_grid),
+        (
+            "body",
+            [] if deformation.body is None else list(deformation.body.parameters()),
+            config.lr_body or config.lr_grid,
+        ),
         ("background", list(scene.background.parameters()), config.lr_background),
     ]
 
