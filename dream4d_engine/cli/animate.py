@@ -37,7 +37,7 @@ class Animate:
     motion_strength: shared.MotionStrength = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
-    not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
+    not (default: the recipe's, or 1000 where it has none and the scene was made from a mesh)."""
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()
     images: shared.Images = shared.ImageOptions()

@@ -363,7 +363,7 @@ TOY_MOTION = MotionRecipe(
         body_knots=11,  # what the little world's objects do is done by the whole of them
     ),
     # half of the takes from within 14 degrees of the front: the mark, which alone tells a spin, is seen there
-    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=3.0),
+    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=2.0),
     n_frames=TOY_FRAMES,
     phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
     guidance=(
@@ -381,11 +381,13 @@ TOY_MOTION = MotionRecipe(
         ),
     ),
     target_extent=0.55,
+    # few pixels say whether an object turns or becomes thin, and it does not become thin without a reason
+    regularizers=RegularizerWeights(rigidity=300.0),
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow
     background=_TOY_GREY,
-    optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.02, milestones=(0.6, 0.8, 0.92)),
+    optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.02, milestones=(0.6, 0.75, 0.85, 0.93)),
     loop=_TOY_LOOP,
     negative_prompt="",
 )
