@@ -30,13 +30,13 @@ class BodyMotion(nn.Module):
             self.knots.zero_()
 
     def at(self, times: Tensor) -> Tensor:
-        """The twelve numbers [S, 12] of moments [S] in [0, 1]."""
+        """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
         return (self._basis(times) - self._basis(times.new_zeros(1))) @ self.knots
 
     def _basis(self, times: Tensor) -> Tensor:
         """What each knot has of moments [S]: [S, n_knots], in sum 1."""
         n = len(self.knots)
-        place = times[:, None] * n if self.loop else times[:, None] * (n - 3) + 1
+        place = times.remainder(1)[:, None] * n if self.loop else times[:, None] * (n - 3) + 1
         away = (place - torch.arange(n, device=times.device)).abs()
         if self.loop:
             away = torch.minimum(away, n - away)

@@ -30,8 +30,8 @@ class DeformationConfig:
         require_range("hidden_width", self.hidden_width, 1, 1024)
         require_range("hidden_layers", self.hidden_layers, 0, 16)
         require_range("scale", self.scale, 0.05, 20.0)
-        if self.body_knots and not 4 <= self.body_knots <= 256:
-            raise ValueError(f"body_knots must be 0, or lie in [4, 256], got {self.body_knots}")
+        if self.body_knots and not 4 <= self.body_knots <= 1024:
+            raise ValueError(f"body_knots must be 0, or lie in [4, 1024], got {self.body_knots}")
 
 
 class DeformationField(nn.Module):
