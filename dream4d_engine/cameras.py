@@ -140,6 +140,7 @@ class CameraRanges:
     relative_distance: bool = True  # r means r / tan(fov_y / 2): the object keeps its size in the image
     # sphere: uniform on the sphere's surface; mixed: uniform in degrees or that, drawn for each group
     elevation_law: ElevationLaw = "mixed"
+    gather: float = 0.0  # of azimuths in the range's middle: middle + half * sign(u) |u|^(1 + gather), u uniform
 
     def __post_init__(self) -> None:
         for name in ("azimuth_deg", "elevation_deg", "fov_y_deg", "distance"):
@@ -150,6 +151,8 @@ class CameraRanges:
             raise ValueError(f"elevation_deg must lie in [-90, 90], got {self.elevation_deg}")
         if not (0 < self.fov_y_deg[0] and self.fov_y_deg[1] < 180):
             raise ValueError(f"fov_y_deg must lie in (0, 180), got {self.fov_y_deg}")
+        if not 0 <= self.gather <= 10:
+            raise ValueError(f"gather must lie in [0, 10], got {self.gather}")
         if self.distance[0] <= 0:
             raise ValueError(f"distance must be positive, got {self.distance}")
 
@@ -158,9 +161,20 @@ def _uniform(bounds: tuple[float, float], n: int, source: Source) -> Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * draw_rows(torch.rand, (n,), source)
 
 
+def _azimuths(ranges: CameraRanges, n: int, source: Source) -> Tensor:
+    """Degrees [n]."""
+    low, high = ranges.azimuth_deg
+    azimuth = _uniform((low, high), n, source)
+    if not ranges.gather or low == high:
+        return azimuth
+    middle, half = (low + high) / 2, (high - low) / 2
+    aside = (azimuth - middle) / half
+    return middle + half * aside.sign() * aside.abs() ** (1 + ranges.gather)
+
+
 def _sample_pose(ranges: CameraRanges, n: int, source: Source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (azimuth, elevation, distance, fov_y), each [n, 1]."""
-    azimuth = torch.deg2rad(_uniform(ranges.azimuth_deg, n, source))
+    azimuth = torch.deg2rad(_azimuths(ranges, n, source))
     low, high = (math.radians(e) for e in ranges.elevation_deg)
     # all laws are drawn, so that the other numbers don't depend on which one it is
     uniform = _uniform((low, high), n, source)

@@ -13,12 +13,14 @@ from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
+    TRAINED_STRENGTHS,
     MotionRecipe,
     StaticRecipe,
     find_recipe,
     for_mesh_scene,
     with_hifa_steps,
     with_loop,
+    with_motion_strength,
 )
 from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes
 from ..dream4d_engine.training.motion import train_motion
@@ -300,6 +302,17 @@ class AnimateScene(io.ComfyNode):
                     "times as many, say) are seen through windows of time that overlap, and take as many times the "
                     "work and more.",
                 ),
+                io.Float.Input(
+                    "motion_strength",
+                    default=1.0,
+                    min=TRAINED_STRENGTHS[0],
+                    max=TRAINED_STRENGTHS[1],
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many times as far things go as the video model is shown: above 1 more than it asks "
+                    "for, below 1 less. The preview shows what the model is shown.",
+                ),
             ],
             outputs=[ScenePort.Output("moving_scene", display_name="scene", tooltip="The moving scene.")],
             hidden=[io.Hidden.unique_id],
@@ -315,6 +328,7 @@ class AnimateScene(io.ComfyNode):
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
         frames: int | None = None,
+        motion_strength: float | None = None,
     ) -> bool | str:
         """Refuse empty prompts, unknown recipes, sockets of another kind and zooms that no field has."""
         return first_complaint(
@@ -322,7 +336,13 @@ class AnimateScene(io.ComfyNode):
             check_recipe(recipe_name(recipe), MOTION_RECIPES),
             check_prompt(prompt),
             check_budget(cls, memory_budget),
-            check_ranges(cls, deformation_scale=deformation_scale, preview_seconds=preview_seconds, frames=frames),
+            check_ranges(
+                cls,
+                deformation_scale=deformation_scale,
+                preview_seconds=preview_seconds,
+                frames=frames,
+                motion_strength=motion_strength,
+            ),
             check_zoom(deformation_scale),
         )
 
@@ -341,6 +361,7 @@ class AnimateScene(io.ComfyNode):
         memory_budget: float = 0.0,
         loop: bool = False,
         frames: int = 0,
+        motion_strength: float = 1.0,
     ) -> io.NodeOutput:
         """Train a deformation on a copy of the scene."""
         require(
@@ -352,6 +373,7 @@ class AnimateScene(io.ComfyNode):
         prompt = prompt.strip()
         settings = motion_recipe(recipe["recipe"], recipe["steps"], recipe["hifa_steps"])
         settings = with_loop(settings) if loop else settings
+        settings = with_motion_strength(settings, motion_strength)
         priors = pick_priors(settings, {"video": video_prior})
         settings = with_longer_takes(with_frames_of(settings, priors), priors, frames or None)
         settings = settings if scene.provenance.first_mesh is None else for_mesh_scene(settings)

@@ -78,6 +78,22 @@ def test_an_asset_knows_whether_it_loops_and_one_of_before_does_not(asset: Path,
     assert torch.equal(of_before.density(points, times), now.density(points, times))
 
 
+def test_an_asset_keeps_the_motion_as_a_whole_and_one_of_before_has_none(asset: Path, tmp_path: Path) -> None:
+    assert CONFIG.deformation is not None
+    scene = tiny_scene(replace(CONFIG, deformation=replace(CONFIG.deformation, body_knots=5)))
+    with torch.no_grad():
+        scene.deformation.body.knots.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    again, _ = load_scene(save_scene(tmp_path / "body.safetensors", scene))
+    points, times = torch.rand(30, 3) * 2 - 1, torch.rand(30)
+    assert torch.equal(again.density(points, times), scene.density(points, times))
+    config = asdict(CONFIG)
+    del config["deformation"]["body_knots"]
+    of_before, _ = load_scene(with_metadata(asset, tmp_path / "before.safetensors", config=json.dumps(config)))
+    now, _ = load_scene(asset)
+    assert of_before.deformation.body is None and of_before.config == now.config
+    assert torch.equal(of_before.density(points, times), now.density(points, times))
+
+
 def test_info_reads_the_header_alone(asset: Path) -> None:
     info = read_info(asset)
     assert info.format_version == 1 and info.config == CONFIG and info.provenance == PROVENANCE

@@ -1,6 +1,7 @@
 """Cameras, their distributions and the rays they cast."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_the_final_path_alternates_still_parts_and_orbits_and_closes_the_turn():
     assert torch.allclose(azimuth[1::2, -1], azimuth[1::2, 0] + math.pi / 2)
     assert azimuth[-1, -1] == pytest.approx(2 * math.pi)
     assert torch.allclose(time, torch.linspace(0, 1, 24).expand(8, 24))
+
+
+def test_azimuths_gather_in_the_middle_of_their_range():
+    even = cam.CameraRanges(azimuth_deg=(-140.0, 160.0))
+    takes = [cam.sample_takes(replace(even, gather=g), 4000, 1, 8, 8, seeded()).azimuth for g in (0.0, 2.0)]
+    uniform, gathered = ((torch.rad2deg(azimuth[:, 0]) - 10) / 150 for azimuth in takes)
+    assert gathered.abs().max() <= 1
+    torch.testing.assert_close(gathered, uniform.sign() * uniform.abs() ** 3, atol=1e-5, rtol=0)
+    assert (gathered.abs() < 1 / 8).float().mean() == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(ValueError, match=r"gather must lie in \[0, 10\], got -1"):
+        cam.CameraRanges(gather=-1)
 
 
 def test_same_seed_same_cameras():

@@ -99,6 +99,8 @@ def motion_case(steps):
         phases=(Phase(0.0, 1, size, size),),
         guidance=(GuidanceTerm("video", 1.0, config),),
         time_span=(1.0, 1.0),
+        first_levels=4,  # all that is local from the beginning, and nothing else
+        optimizer=OptimizerConfig(lr_grid=0.02),
         background=SOLID,
     )
     cameras = fixed_take(n_frames, size, size)

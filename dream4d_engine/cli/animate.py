@@ -36,9 +36,10 @@ class Animate:
     frames: shared.Frames = None
     gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
+    motion_strength: shared.MotionStrength = None
     rigidity: Annotated[float | None, shared.FLOAT] = None
     """Keep the distances between near points of the object at this weight, so that it neither tears nor slips; 0 does
-    not (default: 1000 where the scene was made from a mesh, else the recipe's)."""
+    not (default: the recipe's, or 1000 where it has none and the scene was made from a mesh)."""
     loop: shared.Loop = False
     video_prior: shared.VideoPrior = None
     priors: shared.Priors = shared.PriorOptions()
@@ -48,7 +49,7 @@ class Animate:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: Animate, motion: MotionRecipe) -> int:

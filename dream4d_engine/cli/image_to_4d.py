@@ -34,6 +34,7 @@ class ImageTo4D:
     gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
+    motion_strength: shared.MotionStrength = None
     novel_view_prior: shared.NovelViewPrior = None
     pixel_prior: shared.PixelPrior = None
     video_prior: shared.VideoPrior = None
@@ -44,7 +45,7 @@ class ImageTo4D:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: ImageTo4D, static: StaticRecipe, motion: MotionRecipe) -> int:

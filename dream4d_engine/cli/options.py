@@ -19,6 +19,7 @@ from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
     STATIC_RECIPES,
+    TRAINED_STRENGTHS,
     MotionRecipe,
     StaticRecipe,
     find_recipe,
@@ -80,6 +81,14 @@ GradientFrames = Annotated[
         "INT",
         "Frames of a take, at most, that carry gradient in a step of the second stage: fewer take less memory and make"
         "\nthe steps noisier; 0 is all (default: the recipe's).",
+    ),
+]
+MotionStrength = Annotated[
+    float | None,
+    optional(
+        "FLOAT",
+        "How many times as far things go as the video model is shown: 0.25 to 2, 1 as it asks for (default: the"
+        "\nrecipe's).",
     ),
 ]
 DeformationScale = Annotated[
@@ -151,6 +160,8 @@ _RANGES = {
     "speed": (0.01, 100),
 }
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
+WHILE_TRAINED = {"motion_strength": TRAINED_STRENGTHS}
+"""Likewise, of the commands that train a motion."""
 
 
 def check_numbers(options: object, others: Mapping[str, tuple[float, float]] | None = None) -> None:

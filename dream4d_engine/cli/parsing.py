@@ -17,7 +17,7 @@ import tyro
 from ..assets import config_from_dict
 from ..documents import describe, is_text, text_fault
 from ..training.checkpoint import first_difference
-from ..training.config import with_hifa_steps, with_loop, with_view_limit
+from ..training.config import with_hifa_steps, with_loop, with_motion_strength, with_view_limit
 from ..training.loop import ResumeMismatch
 from .command import Command, find_command
 from .errors import UsageError
@@ -127,7 +127,7 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
 
 
 def _with_shorthands(call: Any) -> Any:
-    """Move the shorthands (--steps, --motion-steps, --sd-view, --hifa-steps, --gradient-frames, --loop) to recipes."""
+    """Move the shorthands (--steps, --sd-view, --hifa-steps and their like) into the recipes they stand for."""
     options = call.options
     steps, motion_steps = options.steps, getattr(options, "motion_steps", None)
     view, hifa = getattr(options, "sd_view", None), getattr(options, "hifa_steps", None)
@@ -146,8 +146,11 @@ def _with_shorthands(call: Any) -> Any:
         call = replace(call, motion=replace(call.motion, gradient_frames=frames or None))
     if getattr(options, "loop", False):
         call = replace(call, motion=with_loop(call.motion))
+    strength = getattr(options, "motion_strength", None)
+    if strength is not None:
+        call = replace(call, motion=with_motion_strength(call.motion, strength))
     # the recipe alone says it from now on, so that --steps 9 and --static.steps 9 are the same settings
-    names = ("steps", "motion_steps", "sd_view", "hifa_steps", "gradient_frames")
+    names = ("steps", "motion_steps", "sd_view", "hifa_steps", "gradient_frames", "motion_strength")
     said = dict.fromkeys(names) | {"loop": False}
     return replace(call, options=replace(options, **{key: no for key, no in said.items() if hasattr(options, key)}))
 

@@ -32,6 +32,7 @@ class TextTo4D:
     gradient_frames: shared.GradientFrames = None
     deformation_scale: shared.DeformationScale = None
     loop: shared.Loop = False
+    motion_strength: shared.MotionStrength = None
     multiview_prior: shared.MultiviewPrior = None
     image_prior: shared.ImagePrior = None
     video_prior: shared.VideoPrior = None
@@ -43,7 +44,7 @@ class TextTo4D:
     machine: shared.Machine = shared.MachineOptions()
 
     def __post_init__(self) -> None:
-        shared.check_numbers(self)
+        shared.check_numbers(self, shared.WHILE_TRAINED)
 
 
 def run(options: TextTo4D, static: StaticRecipe, motion: MotionRecipe) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Kernels
+from .body import BodyMotion
 from .edit import MotionEdit
 from .encodings import MAX_LOG2_ENTRIES, HashGrid, HashGridConfig, require_range
 from .mlp import MLP
@@ -34,6 +35,7 @@ class DeformationConfig:
     loop: bool = False  # time is a circle: 1 is 0 again
     edit: MotionEdit | None = None  # of what was trained; the scene sees to it, the field stays as it is
     length: float | None = None  # of the animation, in takes of a prior's own length; None: it is one
+    body_knots: int = 0  # of the motion as a whole that the local one is added to, over time; 0: there is none
 
     def __post_init__(self) -> None:
         require_range("hidden_width", self.hidden_width, 1, 1024)
@@ -41,6 +43,8 @@ class DeformationConfig:
         require_range("scale", self.scale, 0.05, 20.0)
         if self.length is not None:
             require_range("length", self.length, 1.0, MAX_LENGTH)
+        if self.body_knots and not 4 <= self.body_knots <= 1024:
+            raise ValueError(f"body_knots must be 0, or lie in [4, 1024], got {self.body_knots}")
 
     def lasting(self, length: float) -> DeformationConfig:
         """The same for an animation of so many takes: as fine in each of them as it is in one."""
@@ -48,7 +52,8 @@ class DeformationConfig:
         # as many cells a take as before, and as many entries for a cell
         resolution, entries = round(grid.base_resolution * length), grid.log2_entries + round(math.log2(length))
         longer = replace(grid, base_resolution=resolution, log2_entries=min(entries, MAX_LOG2_ENTRIES))
-        return replace(self, grid=longer, length=length)
+        knots = self.body_knots and round((self.body_knots - 3) * length) + 3
+        return replace(self, grid=longer, body_knots=knots, length=length)
 
 
 class DeformationField(nn.Module):
@@ -61,7 +66,9 @@ class DeformationField(nn.Module):
         self.config = config
         self.grid = HashGrid(config.grid, 4)
         self.mlp = MLP(self.grid.layout.n_outputs, 3, config.hidden_width, config.hidden_layers)
+        self.body = BodyMotion(config.body_knots, config.loop) if config.body_knots else None
         self.register_buffer("active_levels", torch.tensor(config.grid.n_levels, dtype=torch.int64))
+        self.shown = 1.0  # share of the motion that is shown: while it is trained, the prior may be shown less, or more
         self._n_active = config.grid.n_levels  # the same on the host: asking a GPU for it would stop every query
 
     def reset(self, generator: torch.Generator) -> None:
@@ -70,6 +77,8 @@ class DeformationField(nn.Module):
         self.mlp.reset(generator)
         with torch.no_grad():
             self.mlp.layers[-1].zero_()
+        if self.body is not None:
+            self.body.reset()
 
     def set_active_levels(self, n_levels: int) -> None:
         """Use the coarsest `n_levels` levels of the grid only."""
@@ -82,11 +91,24 @@ class DeformationField(nn.Module):
             self._n_active = int(self.active_levels)
 
     def displacement(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
-        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3] in (-1, 1). A loop's times may be any."""
+        """u [S, 3], times [S], all in [0, 1] -> displacements [S, 3]; the local part lies in (-1, 1).
+
+        A loop's times may be any.
+        """
+        if self.body is None:
+            return self._local(u, times, kernels)
+        came_from = self.body(u, times, self.shown)
+        if not self._n_active:
+            return came_from - u
+        # in the object's own frame, so that what is local goes along
+        return came_from - u + self._local(came_from.clamp(0, 1), times, kernels)
+
+    def _local(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         # a grid is as fine along all its axes: a long animation's has the cells of time, of which space takes a part
         place = u if self.config.length is None else u / self.config.length
         features = self._features(place, times, kernels)
-        return 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
+        displacement = 2 * torch.sigmoid(self.mlp(features, kernels).float()) - 1
+        return displacement if self.shown == 1 else self.shown * displacement
 
     def _features(self, u: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
         """What the grid holds at u [S, 3] and times [S]; of a loop, a function of period 1, smooth where it closes.

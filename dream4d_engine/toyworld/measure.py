@@ -43,6 +43,7 @@ from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
 from ..schedules import Schedule
 from ..training.config import (
+    TOY_CAMERAS,
     TOY_DISTANCE,
     TOY_FOV_DEG,
     TOY_IMAGE,
@@ -68,16 +69,34 @@ from .world import render_caption
 IMAGE_CAPTIONS = CAPTIONS[:6]
 ONE_OF_EACH = CAPTIONS[:5]
 """Captions, one of each motion."""
-STEADINESS_RECIPE = replace(
+LOCAL_MOTION = replace(
     TOY_MOTION,
+    steps=250,
+    deformation=replace(TOY_MOTION.deformation, body_knots=0),
+    cameras=replace(TOY_CAMERAS, azimuth_deg=(-150.0, 150.0)),
+    guidance=tuple(
+        replace(
+            term,
+            distillation=replace(
+                term.distillation, min_noise=Schedule(0.98, 0.40), max_noise=Schedule(0.98, 0.70), rescale=0.5
+            ),
+        )
+        for term in TOY_MOTION.guidance
+    ),
+    first_levels=4,
+    optimizer=replace(TOY_MOTION.optimizer, lr_grid=0.02, milestones=()),
+)
+"""A motion that is local alone: the toy recipe of the measurements with targets of several steps."""
+STEADINESS_RECIPE = replace(
+    LOCAL_MOTION,
     guidance=tuple(
         replace(
             term,
             distillation=replace(term.distillation, min_noise=Schedule(0.7, 0.2), max_noise=Schedule(0.7, 0.5)),
         )
-        for term in TOY_MOTION.guidance
+        for term in LOCAL_MOTION.guidance
     ),
-    optimizer=replace(TOY_MOTION.optimizer, milestones=(0.5, 0.7, 0.85, 0.95)),
+    optimizer=replace(LOCAL_MOTION.optimizer, milestones=(0.5, 0.7, 0.85, 0.95)),
 )
 """Targets begin at noise out of which more than one step leads elsewhere than one, and the walk comes to rest."""
 MOVING_CAPTIONS = [caption for caption in CAPTIONS if as_caption(caption).motion != "still"]
@@ -174,10 +193,10 @@ def measure_target(case: Case) -> Result:
 
 def measure_film(case: Case) -> Result:
     """A film distilled from the video prior alone, by targets of `n_steps` denoising steps: what is trained are the
-    pixels of a film, at rest to begin with, by Adam; all else as TOY_MOTION says."""
+    pixels of a film, at rest to begin with, by Adam; all else as LOCAL_MOTION says."""
     told, began = _told(case), time.monotonic()
     film = told.still.clone().requires_grad_()
-    optimizer, steps = torch.optim.Adam([film], lr=TOY_MOTION.optimizer.lr_grid), _shortened(TOY_MOTION, case).steps
+    optimizer, steps = torch.optim.Adam([film], lr=LOCAL_MOTION.optimizer.lr_grid), _shortened(LOCAL_MOTION, case).steps
     for step in range(steps):
         optimizer.zero_grad()
         distill(told.guidance, film, told.cameras, step / steps, Draw(case.seed, step)).loss.backward()
@@ -203,7 +222,7 @@ class _Told:
 
 
 def _told(case: Case) -> _Told:
-    recipe, device = with_hifa_steps(TOY_MOTION, case.n_steps), torch.device(case.device)
+    recipe, device = with_hifa_steps(LOCAL_MOTION, case.n_steps), torch.device(case.device)
     guidance = load_guidance(recipe, _toys(recipe), case.caption, runtime_for(recipe, device))["video"]
     height, width = guidance.denoiser.image_size
     cameras, caption = fixed_take(recipe.n_frames, width, height), as_caption(case.caption)

@@ -28,6 +28,11 @@ def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]
     return [
         ("grid", list(deformation.grid.parameters()), config.lr_grid),
         ("mlp", list(deformation.mlp.parameters()), config.lr_mlp),
+        (
+            "body",
+            [] if deformation.body is None else list(deformation.body.parameters()),
+            config.lr_body or config.lr_grid,
+        ),
         ("background", list(scene.background.parameters()), config.lr_background),
     ]
 
@@ -64,6 +69,8 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     assert field is not None  # what `with_deformation` is for
     moving.canonical.requires_grad_(False)  # the optimiser has none of it: its gradient need not be computed
     moving.canonical.soften(recipe.densest, recipe.softness, moving.kernels)
+    # what the prior is content with is a motion of its own size, and so the whole one this many times as large
+    field.shown = 1 / (recipe.motion_strength or 1.0)
 
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
@@ -77,6 +84,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     def finish() -> None:
         moving.canonical.requires_grad_(True)
         moving.canonical.soften(None, None, moving.kernels)
+        field.shown = 1.0
         moving.refresh_occupancy()
 
     groups, starts = motion_groups(moving, recipe.optimizer), [phase.start for phase in recipe.phases]

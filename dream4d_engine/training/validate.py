@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 
-from .config import MotionRecipe, Phase, ReferenceConfig, ReferencePhase, StaticRecipe
+from .config import TRAINED_STRENGTHS, MotionRecipe, Phase, ReferenceConfig, ReferencePhase, StaticRecipe
 
 
 def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> None:
@@ -37,7 +37,7 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
         raise ValueError(
             f"{where}.regularizers.rigidity is about motion, which a still scene has none of: leave it at 0"
         )
-    rates = ("lr_grid", "lr_mlp", "lr_background")
+    rates = ("lr_grid", "lr_mlp", "lr_body", "lr_background")
     _at_least(0, recipe.optimizer, f"{where}.optimizer", "eps", "weight_decay", *rates, "factor")
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise ValueError(f"{where}.optimizer.betas must lie in [0, 1), got {recipe.optimizer.betas}")
@@ -117,6 +117,12 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
             f"{where}.gradient_frames must be at least 1, got {recipe.gradient_frames}: leave it away for all frames"
         )
     _at_least(0, recipe, where, "first_levels", "level_rate")
+    least, largest = TRAINED_STRENGTHS
+    if not least <= (recipe.motion_strength or 1.0) <= largest or recipe.motion_strength == 0:
+        raise ValueError(
+            f"{where}.motion_strength must lie in [{least:g}, {largest:g}], got {recipe.motion_strength:g}: 1 moves "
+            "as the prior asks for"
+        )
     for name in ("target_extent", "min_scale", "max_scale", "densest"):
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
             raise ValueError(f"{where}.{name} must be above 0, got {getattr(recipe, name)}")

@@ -289,9 +289,12 @@ NUMBERS = {
         **{"--samples": "", "--threads": "", "--image-lora-strength": "0 -1"},
     },
     ("text-to-3d", PROMPT, "--recipe", "toy-personalised", "--out", "OUT"): {"--sd-view": ""},
-    ("text-to-4d", PROMPT, "--out", "OUT"): {"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": ""},
+    ("text-to-4d", PROMPT, "--out", "OUT"): {
+        **{"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": "", "--motion-strength": ""},
+    },
     ("animate", "SCENE", PROMPT, "--out", "OUT"): {
         **{"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0", "--gradient-frames": "0"},
+        **{"--motion-strength": ""},
     },
     ("import", "mesh.glb", "--out", "OUT"): {"--seed": "0", "--time": "0", "--fill": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},

@@ -529,6 +529,7 @@ def test_refused_before_anything_runs(server, changes, message):
     [
         ({"deformation_scale": 0.01}, "must be 0 (automatic) or at least 0.05"),
         ({"deformation_scale": 11.0}, "deformation_scale is 11.0: it must lie between 0.0 and 10.0"),
+        ({"motion_strength": 2.5}, "motion_strength is 2.5: it must lie between 0.25 and 2.0"),
         ({"recipe__hifa_steps": 0}, "smaller than min"),
         ({"prompt": ""}, "prompt is empty"),
         ({"video_prior": ["2", 0]}, "type mismatch: the socket video_prior takes DREAM4D_PRIOR"),

@@ -21,6 +21,7 @@ from dream4d_engine.training.config import (
     MESH_SOFTNESS,
     TOY_MOTION,
     TOY_STATIC,
+    ZEROSCOPE,
     for_mesh_scene,
     with_rigidity,
 )
@@ -104,10 +105,11 @@ def test_thin_parts_stay_occupied_and_the_open_empty() -> None:
 
 
 def test_scenes_from_meshes_move_more_rigidly() -> None:
-    assert TOY_MOTION.regularizers.rigidity == 0 and TOY_MOTION.densest is None
-    suited = for_mesh_scene(TOY_MOTION)
-    assert suited == replace(with_rigidity(TOY_MOTION, MESH_RIGIDITY), densest=MESH_DENSEST, softness=MESH_SOFTNESS)
+    assert ZEROSCOPE.regularizers.rigidity == 0 and ZEROSCOPE.densest is None
+    suited = for_mesh_scene(ZEROSCOPE)
+    assert suited == replace(with_rigidity(ZEROSCOPE, MESH_RIGIDITY), densest=MESH_DENSEST, softness=MESH_SOFTNESS)
     assert with_rigidity(suited, 0.0).regularizers.rigidity == 0
+    assert for_mesh_scene(TOY_MOTION).regularizers.rigidity == TOY_MOTION.regularizers.rigidity == 300
     own = with_rigidity(TOY_MOTION, 7.0)
     assert own.regularizers.rigidity == 7 and for_mesh_scene(own).regularizers.rigidity == 7
     assert for_mesh_scene(replace(own, densest=9.0)) == replace(own, densest=9.0)

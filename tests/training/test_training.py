@@ -577,6 +577,23 @@ def test_an_ideal_video_prior_is_distilled_to_its_motion():
     assert 0.6 < signal.max() / truth.max() < 1.3
 
 
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_the_motion_as_a_whole_learns_a_jump_and_goes_as_many_times_as_far_as_is_shown(strength):
+    recipe, guidance, cameras, still, rise = motion_case(steps=25)
+    deformation = replace(recipe.deformation, body_knots=6)
+    optimizer = replace(recipe.optimizer, lr_body=0.03)
+    recipe = replace(recipe, deformation=deformation, first_levels=0, level_rate=0.0, optimizer=optimizer)
+    recipe = replace(recipe, motion_strength=strength)
+    scene, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=RunControl(), deformation_scale=1.0)
+    assert scene.deformation.shown == 1 and int(scene.deformation.active_levels) == 0
+    opacity = render_chunked(scene, cameras).opacity[0, ..., 0]
+    rows = torch.arange(opacity.shape[1], dtype=torch.float32)
+    centre = -(opacity.sum(2) * rows).sum(1) / opacity.sum((1, 2))
+    signal, truth = centre - centre[0], torch.tensor(rise, dtype=torch.float32)
+    assert torch.corrcoef(torch.stack((signal, truth)))[0, 1] > 0.98
+    assert signal.max() / truth.max() == pytest.approx(strength or 1.0, abs=0.1 * (strength or 1.0))
+
+
 def test_animating_leaves_its_input_and_the_canonical_field_alone():
     recipe, guidance, _, still, _ = motion_case(steps=2)
     before = {name: value.clone() for name, value in still.state_dict().items()}
@@ -653,6 +670,9 @@ def test_a_loop_is_filmed_from_any_moment_on_but_for_the_toy_prior(name):
             "motion.loop_starts must keep to -1 <= first <= last <= 1",
         ),
         ({"max_scale": 0.0}, "motion.max_scale must be above 0"),
+        ({"motion_strength": 0.0}, "motion.motion_strength must lie in [0.25, 2], got 0"),
+        ({"motion_strength": 2.5}, "motion.motion_strength must lie in [0.25, 2], got 2.5"),
+        ({"optimizer": OptimizerConfig(lr_body=-1.0)}, "motion.optimizer.lr_body must be at least 0"),
         ({"level_rate": math.nan}, "motion.level_rate must be a finite number, got nan"),
         ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, "motion.optimizer.betas"),
         ({"optimizer": OptimizerConfig(lr_mlp=-1.0)}, "motion.optimizer.lr_mlp must be at least 0"),

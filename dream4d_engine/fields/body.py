@@ -1,0 +1,61 @@
+"""The motion of an object as a whole: how it turns, is stretched and goes, as a smooth function of time.
+
+What a local field has to learn at every point anew (that a spin goes round, that a jump is the same everywhere) is
+nine numbers of a moment here, which every pixel of a frame tells of.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BodyMotion(nn.Module):
+    """A backward affine map of each moment, (I + S) R (v - d) of offsets v from the box's middle.
+
+    R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of
+    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box), less what they
+    make of time 0: that moment is the object at rest, since no prior which is told no camera could say which way it
+    faces. Of a loop the knots lie on a circle.
+    """
+
+    def __init__(self, n_knots: int, loop: bool = False) -> None:
+        super().__init__()
+        self.loop = loop
+        self.knots = nn.Parameter(torch.zeros(n_knots, 12))
+
+    def reset(self) -> None:
+        """Start afresh: nothing moves."""
+        with torch.no_grad():
+            self.knots.zero_()
+
+    def at(self, times: Tensor) -> Tensor:
+        """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
+        return (self._basis(times) - self._basis(times.new_zeros(1))) @ self.knots
+
+    def _basis(self, times: Tensor) -> Tensor:
+        """What each knot has of moments [S]: [S, n_knots], in sum 1."""
+        n = len(self.knots)
+        place = times.remainder(1)[:, None] * n if self.loop else times[:, None] * (n - 3) + 1
+        away = (place - torch.arange(n, device=times.device)).abs()
+        if self.loop:
+            away = torch.minimum(away, n - away)
+        # the cubic B-spline: 2/3 in its middle, 1/6 a knot further, 0 from two on
+        near = (4 - 6 * away**2 + 3 * away**3) / 6
+        return torch.where(away < 1, near, (2 - away).clamp_min(0) ** 3 / 6)
+
+    def forward(self, u: Tensor, times: Tensor, share: float = 1.0) -> Tensor:
+        """Where u [S, 3] of the unit box come from at times [S], both in [0, 1]; it may lie outside.
+
+        `share`: of the turn, the stretch and the shift, so that half a turn is a turn by half the angle.
+        """
+        turn, along, across, shift = (share * self.at(times)).split(3, -1)
+        v = u - 0.5 - shift / 2
+        angle = (turn.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+        sine, half = torch.sin(angle) / angle, torch.sin(angle / 2) / angle
+        dot = (turn * v).sum(-1, keepdim=True)
+        v = torch.cos(angle) * v + sine * torch.linalg.cross(turn, v) + 2 * half**2 * dot * turn
+        x, y, z = v.unbind(-1)
+        xy, xz, yz = across.unbind(-1)
+        stretched = torch.stack((xy * y + xz * z, xy * x + yz * z, xz * x + yz * y), -1)
+        return v + along * v + stretched + 0.5

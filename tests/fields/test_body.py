@@ -1,0 +1,129 @@
+"""The motion of an object as a whole, against what can be written down."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dream4d_engine.fields.body import BodyMotion
+from dream4d_engine.fields.deformation import DeformationConfig, DeformationField
+from dream4d_engine.fields.encodings import HashGridConfig
+from dream4d_engine.kernels import select_kernels
+
+GRID = HashGridConfig(n_levels=3, log2_entries=8, base_resolution=2, growth=1.5)
+KERNELS = select_kernels("cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def body_of(*, turn=(0.0, 0.0, 0.0), along=(0.0, 0.0, 0.0), across=(0.0, 0.0, 0.0), shift=(0.0, 0.0, 0.0)):
+    """One that is there at time 1; of the moments before, time 0 is at rest."""
+    body = BodyMotion(7)
+    with torch.no_grad():
+        body.knots[4:] = torch.tensor([*turn, *along, *across, *shift])
+    return body
+
+
+def points_and_times():
+    return torch.rand(20, 3, generator=generator(1)), torch.ones(20)
+
+
+def test_it_starts_as_no_motion_with_a_gradient_to_every_number() -> None:
+    body, u = BodyMotion(6), points_and_times()[0]
+    times = torch.rand(20, generator=generator(2))
+    came_from = body(u, times)
+    torch.testing.assert_close(came_from, u, atol=1e-6, rtol=0)
+    (came_from * torch.rand(20, 3, generator=generator(3))).sum().backward()
+    assert body.knots.grad.isfinite().all() and (body.knots.grad != 0).all()
+
+
+def test_its_turn_stretch_and_shift_are_those_of_the_formula() -> None:
+    u, times = points_and_times()
+    v = u - 0.5
+    quarter = body_of(turn=(0.0, 0.0, math.pi / 2))(u, times) - 0.5
+    torch.testing.assert_close(quarter, torch.stack((-v[:, 1], v[:, 0], v[:, 2]), -1), atol=1e-6, rtol=0)
+    stretched = body_of(along=(0.5, 0.0, -0.25), across=(0.1, 0.0, 0.3))(u, times) - 0.5
+    matrix = torch.tensor([[1.5, 0.1, 0.0], [0.1, 1.0, 0.3], [0.0, 0.3, 0.75]])
+    torch.testing.assert_close(stretched, v @ matrix, atol=1e-6, rtol=0)
+    shifted = body_of(shift=(0.2, -0.4, 1.0))(u, times)
+    torch.testing.assert_close(shifted, u - torch.tensor([0.1, -0.2, 0.5]), atol=1e-6, rtol=0)
+    axis = torch.tensor([0.3, -0.5, 0.7])
+    turned = body_of(turn=axis.tolist())(u, times) - 0.5
+    cross = torch.zeros(3, 3)
+    cross[0, 1], cross[0, 2], cross[1, 2] = -axis[2], axis[1], -axis[0]
+    torch.testing.assert_close(turned, v @ torch.matrix_exp(cross - cross.T).T, atol=1e-6, rtol=0)
+
+
+def test_the_shift_is_undone_before_the_turn_and_the_stretch_comes_last() -> None:
+    body = body_of(turn=(0.0, 0.0, math.pi / 2), along=(1.0, 0.0, 0.0), shift=(0.4, 0.0, 0.0))
+    came_from = body(torch.tensor([[0.7, 0.8, 0.5]]), torch.ones(1))
+    # what is 0.2 to the right went there: back in the middle, 0.3 ahead; turned it is at -0.3, stretched at -0.6
+    torch.testing.assert_close(came_from, torch.tensor([[-0.1, 0.5, 0.5]]), atol=1e-6, rtol=0)
+
+
+def test_half_of_a_turn_is_half_the_angle() -> None:
+    u, times = points_and_times()
+    whole, half = body_of(turn=(0.0, 0.8, 0.0)), body_of(turn=(0.0, 0.4, 0.0))
+    torch.testing.assert_close(whole(u, times, 0.5), half(u, times))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_time_goes_smoothly_through_cubic_splines(loop) -> None:
+    body = BodyMotion(7, loop)
+    with torch.no_grad():
+        body.knots.normal_(generator=generator(4))
+    times = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    with torch.no_grad():
+        values = body.double().at(times)
+    second = values.diff(dim=0).diff(dim=0) * 4000**2
+    assert second.diff(dim=0).abs().max() < 5, "no jump of the curvature (thousands), so none of slope and place"
+    knots = body.knots.detach()
+    at_knot, place = values[2000], 3
+    if loop:
+        at_knot, place = body.at(torch.tensor([3 / 7], dtype=torch.float64))[0].detach(), 3
+    rest = (knots[-1] + 4 * knots[0] + knots[1]) / 6 if loop else (knots[0] + 4 * knots[1] + knots[2]) / 6
+    assert (values[0].abs() < 1e-12).all(), "time 0 is the object at rest"
+    torch.testing.assert_close(at_knot + rest, (knots[place - 1] + 4 * knots[place] + knots[place + 1]) / 6)
+    if loop:
+        torch.testing.assert_close(values[0], values[-1])
+        torch.testing.assert_close(values[1] - values[0], values[-1] - values[-2], atol=1e-4, rtol=0)
+
+
+def test_a_curve_of_degree_three_is_met_exactly() -> None:
+    body = BodyMotion(9)
+    place = (torch.arange(9, dtype=torch.float64) - 1) / 6
+    with torch.no_grad():  # the spline's coefficients of t^2: t_i^2 - h^2 / 3
+        body.double().knots.copy_((place**2 - (1 / 6) ** 2 / 3)[:, None].expand(9, 12))
+        times = torch.linspace(0, 1, 50, dtype=torch.float64)
+        torch.testing.assert_close(body.at(times)[:, 0], times**2)
+
+
+def test_what_is_local_goes_along_with_the_body() -> None:
+    field = DeformationField(DeformationConfig(GRID, hidden_width=8, hidden_layers=1, body_knots=7))
+    field.reset(generator())
+    with torch.no_grad():
+        field.mlp.layers[-1].normal_(generator=generator(5))
+        field.grid.table.normal_(0, 0.3, generator=generator(6))
+        field.body.knots[-3:, -1] = 0.4  # up by a fifth of the box in the end
+    u, times = torch.rand(30, 3, generator=generator(1)) * 0.5 + 0.25, torch.ones(30)
+    up = torch.tensor([0.0, 0.0, 0.2])
+    alone = DeformationField(DeformationConfig(GRID, hidden_width=8, hidden_layers=1))
+    alone.load_state_dict({n: v for n, v in field.state_dict().items() if not n.startswith("body.")})
+    local = alone.displacement(u - up, times, KERNELS)
+    torch.testing.assert_close(field.displacement(u, times, KERNELS), local - up, atol=1e-6, rtol=0)
+    field.set_active_levels(0)
+    torch.testing.assert_close(field.displacement(u, times, KERNELS), (-up).expand(30, 3), atol=1e-6, rtol=0)
+    field.set_active_levels(3)
+    field.shown = 0.5
+    half = alone.displacement(u - up / 2, times, KERNELS) / 2
+    torch.testing.assert_close(field.displacement(u, times, KERNELS), half - up / 2, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("n", [-1, 1, 3, 1025])
+def test_a_number_of_knots_that_makes_no_spline_is_refused(n) -> None:
+    with pytest.raises(ValueError, match=rf"body_knots must be 0, or lie in \[4, 1024\], got {n}"):
+        DeformationConfig(GRID, body_knots=n)
