@@ -4,11 +4,11 @@ compared with where the world has them: `python benchmarks/circle.py --workers 2
 Correlation and amplitude are of the motion's strength over time: how far the vertices have gone along the true motion's
 farthest reach, as a share of that reach. The error is the mean distance to the true places, in the object's size.
 
-One CPU thread, seed 0: correlation, amplitude and error of the sliding cone are 0.9995, 0.95, 0.025, of the swaying torus
-0.9991, 0.97, 0.034. With its densities bent but not blurred (`softness` None) the cone has 0.969, 0.91, 0.072: it drifts
-to the front and back as it slides, and lies half its way off at the end. With neither (211 in the middle of that cone, 25 in one from priors) it slides 0.13 of
-its way. Bent alone, the jumping cube has 0.998, 0.91, 0.038, the stretching snowman 0.997, 0.84, 0.040.
-"""
+One CPU thread, seed 0: correlation, amplitude and error of the sliding cone are 0.9995, 0.95, 0.025, of the swaying
+torus 0.9991, 0.97, 0.034. With its densities bent but not blurred (`softness` None) the cone has 0.969, 0.91, 0.072:
+it drifts to the front and back as it slides, and lies half its way off at the end. With neither (211 in the middle of
+that cone, 25 in one from priors) it slides 0.13 of its way. Bent alone, the jumping cube has 0.998, 0.91, 0.038, the
+stretching snowman 0.997, 0.84, 0.040."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dream4d_engine.meshes import place
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.surface import track_own_vertices
 from dream4d_engine.toyworld.captions import as_caption
-from dream4d_engine.training.config import MESH_QUICK, MESH_RIGIDITY, TOY_MOTION, for_mesh_scene, with_rigidity
+from dream4d_engine.training.config import MESH_QUICK, TOY_MOTION, for_mesh_scene, with_rigidity
 from dream4d_engine.training.guidance import load_guidance, runtime_for
 from dream4d_engine.training.loop import RunControl
 from dream4d_engine.training.mesh_fit import fit_mesh
@@ -46,7 +46,7 @@ CAPTIONS = (
 @dataclass(frozen=True)
 class Case:
     caption: str
-    rigidity: float
+    rigidity: float | None  # instead of the recipe's
     out: Path
     seed: int = 0
     device: str = "cpu"
@@ -84,7 +84,8 @@ def measure(case: Case) -> tuple[Case, dict[str, float]]:
     caption = as_caption(case.caption)
     model = toy_model(caption)
     still, _ = load_scene(case.out / f"{caption.shape}.safetensors")
-    recipe = with_rigidity(for_mesh_scene(TOY_MOTION), case.rigidity)
+    recipe = for_mesh_scene(TOY_MOTION)
+    recipe = recipe if case.rigidity is None else with_rigidity(recipe, case.rigidity)
     device = torch.device(case.device)
     runtime = runtime_for(recipe, device, accelerate=False)
     guidance = load_guidance(recipe, {"video": toy_prior("video")}, case.caption, runtime)
@@ -96,7 +97,7 @@ def measure(case: Case) -> tuple[Case, dict[str, float]]:
     took = time.monotonic() - began
     times = torch.linspace(0, 1, 17)
     tracks = track_own_vertices(scene, model, place(model, up="z"), times)
-    save_scene(case.out / f"{caption.shape}-{caption.motion}-{case.rigidity:g}-{case.seed}.safetensors", scene)
+    save_scene(case.out / f"{caption.shape}-{caption.motion}-{case.rigidity}-{case.seed}.safetensors", scene)
     found = compare(tracks.positions, true_tracks(caption, model.mesh.vertices, times), model.mesh.size)
     assert scene.deformation is not None
     return case, found | {
@@ -111,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the scenes; fits found there are taken")
     parser.add_argument("--captions", nargs="+", default=CAPTIONS)
-    parser.add_argument("--rigidity", type=float, nargs="+", default=[MESH_RIGIDITY])
+    parser.add_argument("--rigidity", type=float, nargs="*", default=[None], help="instead of the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--zoom", type=float, help="the deformation's scale (default: the recipe's choice)")
     parser.add_argument("--device", default="cpu")
@@ -130,7 +131,8 @@ def main() -> None:
         ]
         for case, found in pool.imap_unordered(measure, cases, chunksize=1):
             shown = {k: round(v, 4) for k, v in found.items()}
-            print(case.caption, f"rigidity {case.rigidity:g}", f"seed {case.seed}", json.dumps(shown), flush=True)
+            weight = "own" if case.rigidity is None else f"{case.rigidity:g}"
+            print(case.caption, f"rigidity {weight}", f"seed {case.seed}", json.dumps(shown), flush=True)
             with (options.out / "circle.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(case) | {"out": ""} | found) + "\n")
 
