@@ -8,7 +8,8 @@ One CPU thread, seed 0: correlation, amplitude and error of the sliding cone are
 torus 0.9991, 0.97, 0.034. With its densities bent but not blurred (`softness` None) the cone has 0.969, 0.91, 0.072:
 it drifts to the front and back as it slides, and lies half its way off at the end. With neither (211 in the middle of
 that cone, 25 in one from priors) it slides 0.13 of its way. Bent alone, the jumping cube has 0.998, 0.91, 0.038, the
-stretching snowman 0.997, 0.84, 0.040."""
+stretching snowman 0.997, 0.84, 0.040.
+"""
 
 from __future__ import annotations
 

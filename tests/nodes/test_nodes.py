@@ -23,7 +23,7 @@ from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC
 FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-MOST_SHOWN, MOST_WIDGETS = 10, 12
+MOST_SHOWN, MOST_WIDGETS = 10, 13
 SOCKETS = {"DREAM4D_SCENE", "DREAM4D_PRIOR", "LOAD3D_CAMERA", "IMAGE", "MASK", "VIDEO", "MESH"}
 
 
