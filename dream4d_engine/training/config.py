@@ -362,8 +362,8 @@ TOY_MOTION = MotionRecipe(
         hidden_layers=2,
         body_knots=11,  # what the little world's objects do is done by the whole of them
     ),
-    # half of the takes from within 14 degrees of the front: the mark, which alone tells a spin, is seen there
-    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=2.0),
+    # half of the takes from within 28 degrees of the front: the mark, which alone tells a spin, is seen there
+    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=1.0),
     n_frames=TOY_FRAMES,
     phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
     guidance=(
@@ -372,7 +372,7 @@ TOY_MOTION = MotionRecipe(
             1.0,
             DistillationConfig(
                 guidance_scale=3.0,
-                min_noise=Schedule(0.98, 0.75),  # out of less the prior's answer is content with a part of a spin
+                min_noise=Schedule(0.98, 0.50),  # out of less the prior's answer is content with a part of a spin
                 max_noise=Schedule(0.98, 0.90),
                 loss="x0",
                 rescale=1.0,  # more contrast than the object has would be met by making it larger
@@ -382,7 +382,7 @@ TOY_MOTION = MotionRecipe(
     ),
     target_extent=0.55,
     # few pixels say whether an object turns or becomes thin, and it does not become thin without a reason
-    regularizers=RegularizerWeights(rigidity=300.0),
+    regularizers=RegularizerWeights(rigidity=200.0),
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow

@@ -105,7 +105,7 @@ def test_thin_parts_stay_occupied_and_the_open_empty() -> None:
 def test_scenes_from_meshes_move_more_rigidly() -> None:
     assert with_rigidity(ZEROSCOPE, True).regularizers.rigidity == MESH_RIGIDITY
     assert with_rigidity(ZEROSCOPE, False).regularizers.rigidity == 0
-    assert with_rigidity(TOY_MOTION, True).regularizers.rigidity == TOY_MOTION.regularizers.rigidity == 300
+    assert with_rigidity(TOY_MOTION, True).regularizers.rigidity == TOY_MOTION.regularizers.rigidity == 200
     assert with_rigidity(TOY_MOTION, True, 0.0).regularizers.rigidity == 0
     own = replace(TOY_MOTION, regularizers=replace(TOY_MOTION.regularizers, rigidity=7.0))
     assert with_rigidity(own, True) == replace(own, densest=MESH_DENSEST)
