@@ -9,20 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_MOMENTS = 256  # that means over time are taken of
+
 
 class BodyMotion(nn.Module):
     """A backward affine map of each moment, (I + S) R (v - d) of offsets v from the box's middle.
 
     R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of
-    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box), less what they
-    make of time 0: that moment is the object at rest, since no prior which is told no camera could say which way it
-    faces. Of a loop the knots lie on a circle.
+    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). Turn and stretch are
+    less their mean over time, the shift is less that of time 0: a prior which is told no camera can't say which way an
+    object faces, and what it would rather have it look like at all moments is not motion. Of a loop the knots lie on a
+    circle.
     """
+
+    taken: Tensor
 
     def __init__(self, n_knots: int, loop: bool = False) -> None:
         super().__init__()
         self.loop = loop
         self.knots = nn.Parameter(torch.zeros(n_knots, 12))
+        moments = torch.linspace(0, 1, _MOMENTS + 1)[:_MOMENTS] if loop else torch.linspace(0, 1, _MOMENTS)
+        mean, start = self._basis(moments).mean(0), self._basis(torch.zeros(1))[0]
+        # [n_knots, 12], what of each knot is taken away; it follows from the rest, so it is in no file
+        taken = torch.cat((mean[:, None].expand(-1, 9), start[:, None].expand(-1, 3)), -1)
+        self.register_buffer("taken", taken, persistent=False)
 
     def reset(self) -> None:
         """Start afresh: nothing moves."""
@@ -31,7 +41,7 @@ class BodyMotion(nn.Module):
 
     def at(self, times: Tensor) -> Tensor:
         """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
-        return (self._basis(times) - self._basis(times.new_zeros(1))) @ self.knots
+        return self._basis(times) @ self.knots - (self.taken * self.knots).sum(0)
 
     def _basis(self, times: Tensor) -> Tensor:
         """What each knot has of moments [S]: [S, n_knots], in sum 1."""

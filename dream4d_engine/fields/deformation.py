@@ -52,7 +52,8 @@ class DeformationConfig:
         # as many cells a take as before, and as many entries for a cell
         resolution, entries = round(grid.base_resolution * length), grid.log2_entries + round(math.log2(length))
         longer = replace(grid, base_resolution=resolution, log2_entries=min(entries, MAX_LOG2_ENTRIES))
-        knots = self.body_knots and round((self.body_knots - 3) * length) + 3
+        ends = 0 if self.loop else 3  # knots beyond the intervals between them
+        knots = self.body_knots and round((self.body_knots - ends) * length) + ends
         return replace(self, grid=longer, body_knots=knots, length=length)
 
 

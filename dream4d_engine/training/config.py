@@ -393,7 +393,7 @@ TOY_MOTION = MotionRecipe(
     ),
     target_extent=0.55,
     # few pixels say whether an object turns or becomes thin, and it does not become thin without a reason
-    regularizers=RegularizerWeights(rigidity=300.0),
+    regularizers=RegularizerWeights(rigidity=200.0),
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow

@@ -21,8 +21,9 @@ def generator(seed=0):
 
 
 def body_of(*, turn=(0.0, 0.0, 0.0), along=(0.0, 0.0, 0.0), across=(0.0, 0.0, 0.0), shift=(0.0, 0.0, 0.0)):
-    """One that is there at time 1; of the moments before, time 0 is at rest."""
+    """One that is there at time 1, with nothing taken away of it."""
     body = BodyMotion(7)
+    body.taken.zero_()
     with torch.no_grad():
         body.knots[4:] = torch.tensor([*turn, *along, *across, *shift])
     return body
@@ -86,8 +87,10 @@ def test_time_goes_smoothly_through_cubic_splines(loop) -> None:
     if loop:
         at_knot, place = body.at(torch.tensor([3 / 7], dtype=torch.float64))[0].detach(), 3
     rest = (knots[-1] + 4 * knots[0] + knots[1]) / 6 if loop else (knots[0] + 4 * knots[1] + knots[2]) / 6
-    assert (values[0].abs() < 1e-12).all(), "time 0 is the object at rest"
-    torch.testing.assert_close(at_knot + rest, (knots[place - 1] + 4 * knots[place] + knots[place + 1]) / 6)
+    there = (knots[place - 1] + 4 * knots[place] + knots[place + 1]) / 6
+    torch.testing.assert_close(at_knot - values[0], there - rest)
+    assert (values[0, 9:].abs() < 1e-6).all(), "at time 0 it is in its place"
+    assert (values[:-1, :9].mean(0).abs() < 0.01).all(), "over time it faces nowhere else, and has no other shape"
     if loop:
         torch.testing.assert_close(values[0], values[-1])
         torch.testing.assert_close(values[1] - values[0], values[-1] - values[-2], atol=1e-4, rtol=0)
@@ -99,7 +102,10 @@ def test_a_curve_of_degree_three_is_met_exactly() -> None:
     with torch.no_grad():  # the spline's coefficients of t^2: t_i^2 - h^2 / 3
         body.double().knots.copy_((place**2 - (1 / 6) ** 2 / 3)[:, None].expand(9, 12))
         times = torch.linspace(0, 1, 50, dtype=torch.float64)
-        torch.testing.assert_close(body.at(times)[:, 0], times**2)
+        ways = body.at(times)
+    torch.testing.assert_close(ways[:, 0] - ways[0, 0], times**2)
+    torch.testing.assert_close(ways[:, 11], times**2)
+    assert abs(ways[:, 0].mean()) < 0.01
 
 
 def test_what_is_local_goes_along_with_the_body() -> None:

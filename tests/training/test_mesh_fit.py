@@ -109,7 +109,7 @@ def test_scenes_from_meshes_move_more_rigidly() -> None:
     suited = for_mesh_scene(ZEROSCOPE)
     assert suited == replace(with_rigidity(ZEROSCOPE, MESH_RIGIDITY), densest=MESH_DENSEST, softness=MESH_SOFTNESS)
     assert with_rigidity(suited, 0.0).regularizers.rigidity == 0
-    assert for_mesh_scene(TOY_MOTION).regularizers.rigidity == TOY_MOTION.regularizers.rigidity == 300
+    assert for_mesh_scene(TOY_MOTION).regularizers.rigidity == TOY_MOTION.regularizers.rigidity == 200
     own = with_rigidity(TOY_MOTION, 7.0)
     assert own.regularizers.rigidity == 7 and for_mesh_scene(own).regularizers.rigidity == 7
     assert for_mesh_scene(replace(own, densest=9.0)) == replace(own, densest=9.0)
