@@ -15,9 +15,9 @@ _MOMENTS = 256  # that means over time are taken of
 class BodyMotion(nn.Module):
     """A backward affine map of each moment, (I + S) R (v - d) of offsets v from the box's middle.
 
-    R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of
-    `knots` [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). Turn and stretch are
-    less their mean over time, the shift is less that of time 0: a prior which is told no camera can't say which way an
+    R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of `knots`
+    [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). Turn and stretch are less
+    their mean over time, the shift is less that of time 0: a prior which is told no camera can't say which way an
     object faces, and what it would rather have it look like at all moments is not motion. Of a loop the knots lie on a
     circle.
     """
