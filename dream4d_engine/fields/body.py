@@ -16,10 +16,10 @@ class BodyMotion(nn.Module):
     """A backward affine map of each moment, (I + S) R (v - d) of offsets v from the box's middle.
 
     R turns by a vector (Rodrigues), S is symmetric, d is a shift; uniform cubic B-splines of time make them of `knots`
-    [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). Turn and stretch are less
-    their mean over time, the shift is less that of time 0: a prior which is told no camera can't say which way an
-    object faces, and what it would rather have it look like at all moments is not motion. Of a loop the knots lie on a
-    circle.
+    [n_knots, 12] (turn in radians, S as xx yy zz xy xz yz, shift in half sides of the box). All but the shift upwards
+    are less their mean over time, and that is less its value at time 0: a prior which is told no camera can't say
+    which way an object faces, and what it would rather have it look like at all moments, or nearer or farther, is not
+    motion. What rises begins on its ground. Of a loop the knots lie on a circle.
     """
 
     taken: Tensor
@@ -31,7 +31,7 @@ class BodyMotion(nn.Module):
         moments = torch.linspace(0, 1, _MOMENTS + 1)[:_MOMENTS] if loop else torch.linspace(0, 1, _MOMENTS)
         mean, start = self._basis(moments).mean(0), self._basis(torch.zeros(1))[0]
         # [n_knots, 12], what of each knot is taken away; it follows from the rest, so it is in no file
-        taken = torch.cat((mean[:, None].expand(-1, 9), start[:, None].expand(-1, 3)), -1)
+        taken = torch.cat((mean[:, None].expand(-1, 11), start[:, None]), -1)
         self.register_buffer("taken", taken, persistent=False)
 
     def reset(self) -> None:
