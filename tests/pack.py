@@ -12,7 +12,7 @@ NODES = REPOSITORY / "nodes"
 HEAD = 30  # height of a node's head, which lies above its place
 # How high nodes become at a width of 340 when they show a square video or a live preview, as the page measures it
 # (test_browser.py compares).
-GROWN = {"SaveVideo": 440, "Dream4DOptimizeStaticScene": 700, "Dream4DAnimateScene": 620, "Dream4DPreview4D": 460}
+GROWN = {"SaveVideo": 440, "Dream4DOptimizeStaticScene": 700, "Dream4DAnimateScene": 700, "Dream4DPreview4D": 460}
 
 
 def part_of_the_pack(name: str) -> types.ModuleType:
