@@ -18,7 +18,7 @@ from ..dream4d_engine.rendering.shading import image_of
 from ..dream4d_engine.scene import Scene
 from ..dream4d_engine.training.estimate import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
-from .checks import check_ranges, check_types, first_complaint
+from .checks import check_ranges, check_types, first_complaint, require
 from .session import RunError, gradients, interrupt_if_asked
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -152,11 +152,10 @@ class Render(io.ComfyNode):
         """Refuse sockets of another kind, and films that no camera is there for or that don't fit into the memory."""
         # All are named, though most are only compared with their ranges: with **numbers ComfyUI would compare no input
         # of the node itself any more, and put every complaint beside scene, camera and normals too.
-        known = cameras is None or cameras in CAMERAS
         unseen = cameras == CONNECTED and "camera" not in input_types
         return first_complaint(
             check_types(cls, input_types),
-            True if known else f"cameras: {cameras!r} not in list: choose one of {', '.join(CAMERAS)}",
+            check_cameras(cameras),
             _NO_CAMERA if unseen else True,
             check_ranges(cls, frames=frames, width=width, height=height, frame_rate=frame_rate),
             check_ranges(cls, azimuth=azimuth, elevation=elevation, distance=distance, field_of_view=field_of_view),
@@ -180,9 +179,7 @@ class Render(io.ComfyNode):
         camera: Mapping | None = None,
     ) -> io.NodeOutput:
         """Render all passes."""
-        complaint = check_film(cameras, frames, width, height)
-        if complaint is not True:
-            raise RunError(complaint)
+        require(check_cameras(cameras), check_film(cameras, frames, width, height))
         if cameras == CONNECTED:
             if camera is None:
                 raise RunError(_NO_CAMERA)
@@ -212,6 +209,12 @@ class Render(io.ComfyNode):
             frame_rate,
             InputImpl.VideoFromComponents(film),
         )
+
+
+def check_cameras(cameras: str | None) -> bool | str:
+    """Refuse cameras that there are none of; None: they are linked, and not known yet."""
+    known = cameras is None or cameras in CAMERAS
+    return True if known else f"cameras: {cameras!r} not in list: choose one of {', '.join(CAMERAS)}"
 
 
 def check_film(cameras: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:

@@ -17,6 +17,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
     from dream4d_engine.guidance.distillation import DistillationConfig, Guidance
     from dream4d_engine.guidance.noise import variance_preserving
     from dream4d_engine.schedules import constant
+    from dream4d_engine.supervision import RegularizerWeights
     from dream4d_engine.training.config import GuidanceTerm, RandomBackground
 
     class Leaning:
@@ -45,7 +46,7 @@ def recipe_and_guidance(n_groups: int, stage: str):
         changes = {"scene": SMALL, "cameras": cameras}
     else:
         recipe, _, _, _, _ = motion_case(steps=6)
-        changes = {}
+        changes = {"regularizers": RegularizerWeights()}  # rigidity is a mean over what a process sees of the object
     kind = recipe.guidance[0].prior
     phases = (replace(recipe.phases[0], n_groups=n_groups, height=8, width=8),)
     terms = (GuidanceTerm(kind, 1.0, config),)

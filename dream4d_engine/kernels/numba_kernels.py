@@ -31,24 +31,29 @@ def check(device: torch.device) -> None:
     """Raise ImportError or RuntimeError, with the reason, where these kernels cannot run."""
     if device.type != "cpu":
         raise RuntimeError("they are for CPUs")
-    fault = _fault()
-    if fault is not None:
-        raise fault
+    missing, fault = _fault()
+    if missing:
+        raise ModuleNotFoundError(fault, name=missing)
+    if fault:
+        raise RuntimeError(fault)
 
 
 @lru_cache(maxsize=1)
-def _fault() -> ImportError | RuntimeError | None:
-    """Why no function can be compiled, found out once a process."""
+def _fault() -> tuple[str, str]:
+    """The module that is missing, and why no function can be compiled; empty where all is well. Once a process.
+
+    In words: an error that is kept keeps all that the functions it went through hold, models and all.
+    """
     logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it tells all that its compiler thinks
     try:
         # under ComfyUI, inference mode is on
         with torch.inference_mode(False), torch.enable_grad():
             found = _trial()
     except ModuleNotFoundError as error:
-        return error
+        return error.name or "numba", str(error)
     except Exception as error:  # whatever a compiler may raise, or a numba that doesn't know this numpy
-        return RuntimeError(f"a first kernel failed: {type(error).__name__}: {first_line(error)}")
-    return None if found == (8, 8, 0) else RuntimeError(f"a first kernel gave {found} instead of (8, 8, 0)")
+        return "", f"a first kernel failed: {type(error).__name__}: {first_line(error)}"
+    return "", "" if found == (8, 8, 0) else f"a first kernel gave {found} instead of (8, 8, 0)"
 
 
 def _trial() -> tuple[float, ...]:

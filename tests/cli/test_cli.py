@@ -291,6 +291,7 @@ NUMBERS = {
     ("text-to-3d", PROMPT, "--recipe", "toy-personalised", "--out", "OUT"): {"--sd-view": ""},
     ("text-to-4d", PROMPT, "--out", "OUT"): {
         **{"--motion-steps": "", "--hifa-steps": "", "--deformation-scale": "", "--motion-strength": ""},
+        **{"--motion-frames": ""},
     },
     ("animate", "SCENE", PROMPT, "--out", "OUT"): {
         **{"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0", "--gradient-frames": "0"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import secrets
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -637,3 +639,26 @@ def test_the_status_of_backends_gives_reasons() -> None:
     assert found["torch"].usable and not found["torch"].reason
     for name in ("triton", "cuda"):
         assert not found[name].usable and "CUDA device" in found[name].reason
+
+
+@pytest.mark.usefixtures("a_fresh_look_at_numba")
+def test_a_backend_that_cannot_run_keeps_nothing_of_who_asked(monkeypatch):
+    """An error that is kept would keep the frames that it went through, and with them a whole run's models."""
+    from dream4d_engine.kernels import numba_kernels
+
+    def no_numba():
+        raise ModuleNotFoundError("No module named 'numba'", name="numba")
+
+    class Model:
+        pass
+
+    def ask():
+        model = Model()
+        with pytest.raises(ModuleNotFoundError, match="numba"):
+            numba_kernels.check(torch.device("cpu"))
+        return weakref.ref(model)
+
+    monkeypatch.setattr(numba_kernels, "_trial", no_numba)
+    kept = [ask(), ask()]
+    gc.collect()
+    assert [one() for one in kept] == [None, None]

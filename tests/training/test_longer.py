@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scene_cases import CONFIG, tiny_scene
 from training_cases import CPU, SMALL, motion_case, solid_ball
 
 from dream4d_engine.assets import config_from_dict
@@ -88,8 +89,9 @@ def test_windows_of_another_take_are_refused():
 def test_what_it_takes_grows_with_it():
     short, long = (memory_bytes(longer(n, ZEROSCOPE), SMALL) for n in (None, 72))
     assert long > 2 * short
-    assert final_cameras(ImageOptions(part_frames=7), TOY_MOTION).shape == (1, 56)
-    assert final_cameras(ImageOptions(part_frames=7), longer(22)).shape == (1, 3 * 56)
+    assert final_cameras(ImageOptions(part_frames=7), tiny_scene(CONFIG)).shape == (1, 56)
+    lasting = replace(CONFIG, deformation=CONFIG.deformation.lasting(3.0))
+    assert final_cameras(ImageOptions(part_frames=7), tiny_scene(lasting)).shape == (1, 3 * 56)
 
 
 def test_the_command_line_knows_the_frames():
