@@ -42,6 +42,7 @@ from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked
 from ..scene import Scene, build_scene
 from ..schedules import Schedule
+from ..supervision import RegularizerWeights
 from ..training.config import (
     TOY_CAMERAS,
     TOY_DISTANCE,
@@ -84,6 +85,8 @@ LOCAL_MOTION = replace(
         for term in TOY_MOTION.guidance
     ),
     first_levels=4,
+    level_rate=20.0,
+    regularizers=RegularizerWeights(),
     optimizer=replace(TOY_MOTION.optimizer, lr_grid=0.02, milestones=()),
 )
 """A motion that is local alone: the toy recipe of the measurements with targets of several steps."""
