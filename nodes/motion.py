@@ -109,8 +109,7 @@ class Motion(io.ComfyNode):
         try:
             time = TimeMap(speed, ping_pong, parse_keys(remap))
             masks = () if freeze_mask is None else (_mask(freeze_mask, freeze_border),)
-            times = () if time == TimeMap() else (time,)
-            edit = MotionEdit(strength, parse_boxes(freeze, freeze_border), masks, times)
+            edit = MotionEdit(strength, parse_boxes(freeze, freeze_border), masks, (time,))
             if scene.scene.deformation is None:
                 say_on_node("the scene doesn't move: it is passed on as it is", cls.hidden.unique_id)
                 return io.NodeOutput(scene)

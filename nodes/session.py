@@ -332,9 +332,8 @@ class Run:
 
     def statement(self) -> str:
         """What was taken from an image, or how a long animation is seen."""
-        windows = getattr(self.recipe, "windows", None)
-        if windows is not None:
-            return windows.describe()
+        if self.recipe.windows is not None:
+            return self.recipe.windows.describe()
         return "" if self.reference is None else self.reference.statement
 
     def ways_to_less(self) -> str:
@@ -342,7 +341,7 @@ class Run:
         families = (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES)
         family = next(known for known in families if self.recipe.name in known)
         smaller = [r.name for r in family.values() if memory_bytes(r, self.start) < self.needed_bytes()]
-        if getattr(self.recipe, "windows", None) is not None:
+        if self.recipe.windows is not None:
             return "the frames that are asked for"
         if smaller:
             return f"the recipe (smaller ones: {', '.join(smaller)})"

@@ -220,8 +220,7 @@ class EditOptions:
                 masks.append(stencil(read_mask(pixels).white, self.freeze_border))
         boxes = tuple(parse_box(text, self.freeze_border) for text in self.freeze)
         time = TimeMap(self.speed, self.ping_pong, parse_keys(self.remap or ""))
-        times = () if time == TimeMap() else (time,)
-        return MotionEdit(self.motion_strength, boxes, tuple(masks), times)
+        return MotionEdit(self.motion_strength, boxes, tuple(masks), (time,))
 
 
 def _of_flag(flag: str, make: Callable[[], object]) -> None:

@@ -123,7 +123,8 @@ class MotionEdit:
                 f"the motion already has {self.strength:g} times its strength, and {later.strength:g} times that is "
                 f"{strength:g}: more than {MOST_STRENGTH:g} tears it, so ask for {most:g} at most"
             )
-        return MotionEdit(strength, self.frozen + later.frozen, self.masks + later.masks, self.times + later.times)
+        times = tuple(one for one in self.times + later.times if one != TimeMap())
+        return MotionEdit(strength, self.frozen + later.frozen, self.masks + later.masks, times)
 
     def moments(self, times: Tensor) -> Tensor:
         """Times [S] of what is shown -> moments [S] of the trained motion."""

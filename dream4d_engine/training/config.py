@@ -128,6 +128,7 @@ class StaticRecipe:
     stage: ClassVar[Literal["static"]] = "static"
     group_field: ClassVar[str] = "n_views"  # the field that holds F
     gradient_frames: ClassVar[None] = None  # every view carries gradient
+    windows: ClassVar[None] = None  # its priors see all views at once
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
