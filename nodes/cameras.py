@@ -56,6 +56,11 @@ def viewer_cameras(camera: Mapping, n_frames: int, height: int, width: int, loop
     )
 
 
+def unknown_cameras(name: object) -> str:
+    """Say that there are no cameras of this name, in ComfyUI's words for it."""
+    return f"cameras: {name!r} not in list: choose one of {', '.join(CAMERAS)}"
+
+
 def path_cameras(
     name: str,
     n_frames: int,
@@ -76,7 +81,7 @@ def path_cameras(
         return orbit(n_frames, height, width, elevation_deg, distance, fov_deg, times, azimuth_deg)
     if name == FIXED:
         return fixed_take(n_frames, height, width, azimuth_deg, elevation_deg, distance, fov_deg, loop)
-    raise ValueError(f"unknown cameras {name!r}: choose one of {', '.join(CAMERAS)}")
+    raise ValueError(unknown_cameras(name))
 
 
 def _vector(camera: Mapping, name: str) -> Tensor:

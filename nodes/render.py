@@ -17,7 +17,7 @@ from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunk
 from ..dream4d_engine.rendering.shading import image_of
 from ..dream4d_engine.scene import Scene
 from ..dream4d_engine.training.estimate import film_bytes
-from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, viewer_cameras
+from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, unknown_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint, require
 from .session import RunError, gradients, interrupt_if_asked
 from .sockets import CATEGORY, ScenePort, SceneValue
@@ -214,7 +214,7 @@ class Render(io.ComfyNode):
 def check_cameras(cameras: str | None) -> bool | str:
     """Refuse cameras that there are none of; None: they are linked, and not known yet."""
     known = cameras is None or cameras in CAMERAS
-    return True if known else f"cameras: {cameras!r} not in list: choose one of {', '.join(CAMERAS)}"
+    return True if known else unknown_cameras(cameras)
 
 
 def check_film(cameras: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:

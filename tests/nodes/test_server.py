@@ -670,7 +670,7 @@ def linked(value: str) -> dict:
         ("5.frame_rate", '"nan"', "frame_rate is 'nan': it must be a number"),
         ("5.width", "1000000000", "width is 1000000000: it must lie between 1 and 4096"),
         ("5.normals", '"yes"', "normals is 'yes': it must be true or false"),
-        ("5.cameras", '"from nowhere"', "unknown cameras 'from nowhere'"),
+        ("5.cameras", '"from nowhere"', "cameras: 'from nowhere' not in list: choose one of"),
         ("7.filename_prefix", '"' + "x" * 3000 + '"', "filename_prefix is 3,000 bytes long"),
         ("7.filename_prefix", "surrogate", "filename_prefix holds bytes that are no UTF-8"),
     ],
