@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,12 @@ _NUMBER = 40
 _ENCODED = "save it in this encoding (not in UTF-16, as some editors and PowerShell do)"
 _JOINERS = "\u200c\u200d"
 """Invisible, but part of Persian words and of many emoji."""
+_MOST_NAME = 200
+"""Bytes of a file's name: file systems take 255, and some letters may be added."""
+_FORBIDDEN = '<>:"|?*'
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in "123456789¹²³"}
 _NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 _NAMES |= {int: "a whole number", float: "a number"}
 
@@ -177,6 +184,28 @@ def text_fault(text: str) -> str | None:
     if len(text) > MOST_LETTERS:
         return f"has {len(text):,} letters, more than {MOST_LETTERS:,}: shorten it"
     return None
+
+
+def name_fault(name: str) -> str | None:
+    """Why a file or folder can't have a name on every system, as the end of a sentence; None where it can.
+
+    `name`: without separators. Names that Windows can't have are refused everywhere: files travel.
+    """
+    strange = next((letter for letter in name if letter in _FORBIDDEN or _moves(letter)), None)
+    if strange is not None:
+        return f"holds {strange!r}, which no file's name can have on every system"
+    if len(name.encode()) > _MOST_NAME:
+        return f"is longer than {_MOST_NAME} bytes"
+    if name.partition(".")[0].strip().upper() in _DEVICES:
+        return "is the name of a device on Windows"
+    if name.endswith((" ", ".")):
+        return f"ends in {name[-1]!r}, which Windows drops"
+    return None
+
+
+def _moves(letter: str) -> bool:
+    """Whether a letter is none that is seen, but starts a line, turns it, or tells a terminal something."""
+    return unicodedata.category(letter) in ("Cc", "Zl", "Zp") or letter in _TURNS
 
 
 def first_line(error: object) -> str:

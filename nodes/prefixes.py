@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 
-from ..dream4d_engine.documents import describe, text_fault
+from ..dream4d_engine.documents import describe, name_fault, text_fault
 
 _EXAMPLE = "take one such as 'dream4d/scene'"
-_MOST_BYTES, _MOST_PART, _MOST_PATH = 1000, 200, 240
-"""Of a whole prefix and of one name in it, in bytes (file systems take 255, and a number is added); of a whole path on
-Windows, in letters (which takes 260 unless told otherwise)."""
-_FORBIDDEN = '<>:"|?*'
-_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
-_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in "123456789¹²³"}
+_MOST_BYTES, _MOST_PATH = 1000, 240
+"""Of a whole prefix, in bytes; of a whole path on Windows, in letters (which takes 260 unless told otherwise)."""
 _UNSAFE = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 _DATE = {"d": "day", "M": "month", "h": "hour", "m": "minute", "s": "second"}
 
@@ -63,11 +57,6 @@ def _widget(graph: Mapping, title: str, widget: str) -> str | None:
     return None
 
 
-def _moves(letter: str) -> bool:
-    """Whether a letter is none that is seen, but starts a line, turns it, or tells a terminal something."""
-    return unicodedata.category(letter) in ("Cc", "Zl", "Zp") or letter in _TURNS
-
-
 def prefix_fault(prefix: str, root: Path, windows: bool) -> str | None:
     """Why files can't be saved under this prefix below `root`, as a sentence; None where they can.
 
@@ -85,18 +74,13 @@ def prefix_fault(prefix: str, root: Path, windows: bool) -> str | None:
         return f"{shown} is no name for a file: {_EXAMPLE}"
     if ".." in path.parts or path.is_absolute() or re.match("[A-Za-z]:", plain):
         return f"{shown} leads out of the output folder: {_EXAMPLE}"
-    strange = next((letter for letter in plain if letter in _FORBIDDEN or _moves(letter)), None)
-    if strange is not None:
-        return f"{shown} holds {strange!r}, which no file's name can have on every system: {_EXAMPLE}"
     if len(plain.encode()) > _MOST_BYTES:
         return f"filename_prefix is {len(plain.encode()):,} bytes long, more than {_MOST_BYTES:,}: shorten it"
     for part in path.parts:
-        if len(part.encode()) > _MOST_PART:
-            return f"{describe(part)} in filename_prefix is longer than {_MOST_PART} bytes: shorten it"
-        if part.partition(".")[0].strip().upper() in _DEVICES:
-            return f"{describe(part)} in filename_prefix is the name of a device on Windows: {_EXAMPLE}"
-        if part != path.name and part.endswith((" ", ".")):
-            return f"{describe(part)} in filename_prefix ends in {part[-1]!r}, which Windows drops: {_EXAMPLE}"
+        # the last one is only how the name begins: what it ends in is no end
+        fault = name_fault(part if part != path.name else part.rstrip(" ."))
+        if fault is not None:
+            return f"{describe(part)} in filename_prefix {fault}: {_EXAMPLE}"
     place = root / path
     if windows and len(str(place)) > _MOST_PATH:
         return f"filename_prefix makes a path of {len(str(place))} letters, more than Windows takes: shorten it"
