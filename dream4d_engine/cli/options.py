@@ -251,6 +251,8 @@ class FolderOptions:
     """Go on with the unfinished run in this folder; its settings need not be given again."""
     overwrite: bool = False
     """Replace the results that --out already holds."""
+    dry_run: bool = False
+    """Check the settings, files and models of the run, and stop before anything is made or written."""
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,27 @@ def _check_empty(name: str, words: Sequence[str]) -> None:
 
 def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) -> Any:
     """Parse on top of the settings of the run in `folder`; whatever is given must be equal to them."""
+    default = recorded_call(name, folder)
+    call = _with_shorthands(_tyro(kind, words, name, None, default))
+    if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
+        raise UsageError(f"--resume {folder} writes there: leave --out {call.options.folders.out} away")
+    ours, theirs = (comparable(settings_tree(*vars(one).values())) for one in (call, default))
+    difference = first_difference(ours, theirs)
+    if difference:
+        what = difference.removeprefix("options.")
+        raise ResumeMismatch(f"{what}: resume with the same settings, or start over with another --out")
+    return call
+
+
+def recorded_call(name: str, folder: Path) -> Any:
+    """What the run of the command in `folder` was begun with, by its record, to be resumed there."""
     saved = read_record(folder)
     if saved.get("command") != name:
         raise UsageError(
             f"{folder} holds a run of {describe(saved.get('command'))}: resume it with that command, not {name}, or "
             "start over with another --out"
         )
+    kind = call_type(find_command(name))
     try:
         settings = saved.get("settings")
         if isinstance(settings, dict) and isinstance(options := settings.get("options"), dict):
@@ -114,16 +129,7 @@ def _parse_resumed(name: str, kind: type, words: Sequence[str], folder: Path) ->
             f"{folder / RECORD} can't be used to resume ({error}): start over in another folder"
         ) from error
     own = FolderOptions(resume=str(folder))  # wherever it was when it began: folders may be moved
-    default = replace(default, options=replace(default.options, folders=own))
-    call = _with_shorthands(_tyro(kind, words, name, None, default))
-    if call.options.folders.out is not None and Path(call.options.folders.out) != folder:
-        raise UsageError(f"--resume {folder} writes there: leave --out {call.options.folders.out} away")
-    ours, theirs = (comparable(settings_tree(*vars(one).values())) for one in (call, default))
-    difference = first_difference(ours, theirs)
-    if difference:
-        what = difference.removeprefix("options.")
-        raise ResumeMismatch(f"{what}: resume with the same settings, or start over with another --out")
-    return call
+    return replace(default, options=replace(default.options, folders=own))
 
 
 def _with_shorthands(call: Any) -> Any:

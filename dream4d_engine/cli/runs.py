@@ -88,15 +88,32 @@ class Session:
             raise Interrupted(stage, 0, None)
 
 
+class Checked(SystemExit):
+    """The end of a run that was only to be checked: nothing was found wrong with it."""
+
+    def __init__(self, settings: dict) -> None:
+        super().__init__(0)
+        self.settings = settings  # as its record would hold them
+
+
 @contextmanager
 def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], scene: SceneConfig) -> Iterator[Session]:
-    """Check what can be checked, then open the run's folder for the work inside; ends the command if there is none."""
+    """Check what can be checked, then open the run's folder for the work inside; ends the command if there is none.
+
+    Raises Checked where no more than that was asked for.
+    """
     device = pick_device(options.machine.device)
     if options.gpu.memory_budget is not None:
         parse_bytes(options.gpu.memory_budget)
         if device.type != "cuda":
             raise UsageError(f"--memory-budget is for GPUs, and the work is done on {device.type}: leave it away")
     settings = settings_tree(options, *recipes)
+    if options.folders.dry_run:
+        _check_numbers(options, recipes, scene)
+        if options.folders.out is not None:
+            check_out(Path(options.folders.out), RESULTS, options.folders.overwrite)
+        say("nothing was found wrong with this run; nothing was made")
+        raise Checked(settings)
     head = {"command": command, "prompt": options.prompt, "seed": options.seed, "settings": settings}
     processes, device = join_processes(device)
     try:

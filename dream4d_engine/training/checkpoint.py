@@ -244,7 +244,7 @@ def _number(path: Path, header: dict[str, str], name: str) -> int | None:
 def first_difference(ours: object, theirs: object, path: str = "") -> str | None:
     """Return a sentence about the first place where two JSON trees differ, or None.
 
-    What the unfinished run knows nothing of was off then, and may be off now: it was begun by a version of before.
+    What the run knows nothing of was off then, and may be off now: it was begun by a version of before.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
@@ -258,4 +258,4 @@ def first_difference(ours: object, theirs: object, path: str = "") -> str | None
         return next((d for i, (a, b) in pairs if (d := first_difference(a, b, f"{path}[{i}]"))), None)
     if ours == theirs:
         return None
-    return f"{shortened(printable(path), 80)} is {describe(ours)}, the unfinished run has {describe(theirs)}"
+    return f"{shortened(printable(path), 80)} is {describe(ours)}, the run there has {describe(theirs)}"

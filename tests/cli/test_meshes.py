@@ -99,7 +99,7 @@ def test_what_an_import_does_not_go_on_from(tmp_path, capsys, stopped, monkeypat
     folder = tmp_path / "a.safetensors.unfinished"
     state = folder / "mesh.checkpoint"
     said = fails(capsys, *stopped, "--seed", "1")
-    assert "seed is 1, the unfinished run has 0" in said and "--overwrite" in said and state.exists()
+    assert "seed is 1, the run there has 0" in said and "--overwrite" in said and state.exists()
     held = locks.take(folder / "run.lock", "a test")
     assert "is being worked on by process" in fails(capsys, *stopped)
     held.release()

@@ -147,7 +147,7 @@ def test_resuming_with_other_settings_says_which(tmp_path):
     control = RunControl(checkpoint=tmp_path / "run.checkpoint", identity={"recipe": {"lr": 0.01}})
     train_static(recipe, guidance, seed=0, device=CPU, control=control)
     other = replace(control, identity={"recipe": {"lr": 0.02}})
-    with pytest.raises(ResumeMismatch, match=r"recipe\.lr is 0\.02, the unfinished run has 0\.01"):
+    with pytest.raises(ResumeMismatch, match=r"recipe\.lr is 0\.02, the run there has 0\.01"):
         train_static(recipe, guidance, seed=0, device=CPU, control=other)
 
 
