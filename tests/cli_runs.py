@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,3 +68,23 @@ def fails(capsys, *words: str) -> str:
     assert lines[0].startswith("dream4d: error: ")
     assert "Traceback" not in captured.err and "defect" not in lines[0]
     return lines[0]
+
+
+def stop_after(monkeypatch, name: str, step: int) -> None:
+    """Let a stage of the next run be stopped after a step, as Ctrl-C does."""
+    from dream4d_engine.cli import runs
+
+    control = runs.Session.control
+
+    def stopping(session, stage):
+        made, seen = control(session, stage), []
+        on_step = made.on_step
+
+        def count(report, scene):
+            on_step(report, scene)
+            seen.append(report.step)
+
+        stop = (lambda: len(seen) >= step) if stage == name else (lambda: False)
+        return replace(made, on_step=count, should_stop=stop)
+
+    monkeypatch.setattr(runs.Session, "control", stopping)

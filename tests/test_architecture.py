@@ -51,7 +51,7 @@ SAME_LEVEL |= {("meshes", "fields")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"numba", "tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}
-HEAVY |= {"skimage", "fast_simplification", "xatlas", "trimesh"}
+HEAVY |= {"skimage", "fast_simplification", "xatlas", "trimesh", "ray"}
 LIBRARY_CODE = {
     "kernels/numba_source.py": "numba",
     "kernels/triton_source.py": "triton",

@@ -33,7 +33,7 @@ def test_torch_reads_weights_only_safely():
 
 @pytest.mark.parametrize("room", ["dream4d_engine", "nodes"])
 def test_whatever_is_imported_is_declared(room):
-    declared = of_the_project() | of_the_project("cpu") | of_the_project("mesh")
+    declared = of_the_project() | of_the_project("cpu") | of_the_project("mesh") | of_the_project("ray")
     for path in sorted((REPOSITORY / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -14,7 +14,7 @@ from .terminal import prepare, quieten, say
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (None: the process's own words) names.
 
-    Returns the exit code: 0 done, 2 a mistake in what was asked for, 130 stopped by Ctrl-C.
+    Returns the exit code: 0 done, 1 a scene of a batch isn't, 2 a mistake in what was asked for, 130 stopped by Ctrl-C.
     """
     # Threads that wait must sleep, not spin: on a busy machine a spinning one takes the core that it waits for
     # (measured: half the time a step). OpenMP reads this when torch is imported, so it has to be here.

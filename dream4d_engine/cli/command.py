@@ -17,6 +17,7 @@ FILES = {
     "animate": "animate",
     "text-to-4d": "text_to_4d",
     "image-to-4d": "image_to_4d",
+    "batch": "batch",
     "motion": "motion",
     "render": "render",
     "export": "export",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .terminal import say
@@ -37,8 +37,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Give a function that says whether a signal asked to stop since; the old handling comes back afterwards."""
+def stop_on_interrupt(before_kill: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+    """Give a function that says whether a signal asked to stop since; the old handling comes back afterwards.
+
+    `before_kill` is called by the Ctrl-C that kills.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
         yield request
@@ -48,9 +51,16 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         if not request():  # the first signal says how the process ends
             request.code = 128 + number
             request.asked.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM goes on being heeded: batch systems send it twice
+        # SIGTERM goes on being heeded: batch systems send it twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before_kill is None else kill)
         with contextlib.suppress(OSError):  # nobody may be left to read it
             say("stopping after this step; Ctrl-C again kills", error=True)
+
+    def kill(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if before_kill is not None:
+            before_kill()
+        signal.raise_signal(number)
 
     names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one is Windows' way to end a console's processes
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]

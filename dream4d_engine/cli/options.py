@@ -158,6 +158,8 @@ _RANGES = {
     "motion_strength": (0, MOST_STRENGTH),
     "freeze_border": (0.001, 1000),
     "speed": (0.01, 100),
+    "workers": (1, 1024),
+    "retries": (0, 100),
 }
 """What the numbers of all commands keep to, by the fields' names; the recipes' own are checked with the recipe."""
 WHILE_TRAINED = {"motion_strength": TRAINED_STRENGTHS}

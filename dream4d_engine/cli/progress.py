@@ -33,6 +33,10 @@ class Progress(AbstractContextManager, Protocol):
         """A stage has `step` steps behind it; `remaining` seconds are an estimate; a `warning` goes with them."""
         ...
 
+    def end(self, stage: str) -> None:
+        """A stage is to be shown no longer."""
+        ...
+
     def say(self, text: str) -> None:
         """A line for people."""
         ...
@@ -87,6 +91,9 @@ class Lines:
             parts.append(warning)
         self._write(", ".join(parts))
 
+    def end(self, stage: str) -> None:
+        pass
+
     def say(self, text: str) -> None:
         self._write(text)
 
@@ -106,8 +113,10 @@ class Bars:
         self._bars.__exit__(*error)
 
     def begin(self, stage: str, steps: int) -> None:
+        from rich.markup import escape
+
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=steps, loss="", left="")
+            self._tasks[stage] = self._bars.add_task(escape(stage), total=steps, loss="", left="")
 
     def update(
         self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
@@ -118,6 +127,10 @@ class Bars:
         self._bars.update(
             self._tasks[stage], completed=step, loss="" if loss is None else f"loss {loss:.4g}", left=left
         )
+
+    def end(self, stage: str) -> None:
+        if stage in self._tasks:
+            self._bars.remove_task(self._tasks.pop(stage))
 
     def say(self, text: str) -> None:
         self._bars.console.print(printable(text), markup=False, highlight=False)  # "[red]" in a prompt is no color
@@ -138,6 +151,9 @@ class Quiet:
     def update(
         self, stage: str, step: int, loss: float | None = None, remaining: float | None = None, warning: str = ""
     ) -> None:
+        pass
+
+    def end(self, stage: str) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -14,7 +14,7 @@ from .meshes import (
     scene_mesh,
 )
 from .own import OwnMesh, own_mesh_glb, require_own, require_own_file
-from .video import Video, VideoWriter, read_video, write_video
+from .video import Video, VideoWriter, pick_frames, read_video, write_video
 
 __all__ = [
     "MESH_FORMATS",
@@ -31,6 +31,7 @@ __all__ = [
     "glb_bytes",
     "mesh_format",
     "own_mesh_glb",
+    "pick_frames",
     "read_video",
     "require_own",
     "require_own_file",

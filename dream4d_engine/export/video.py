@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,8 @@ from .images import to_bytes
 
 if TYPE_CHECKING:
     import numpy as np
-    from av.container import OutputContainer
+    from av.container import InputContainer, OutputContainer
+    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 _MOST_TITLE = 500
@@ -158,19 +159,47 @@ def _add_stream(container: OutputContainer, codec: _Codec, shape: tuple[int, ...
 
 def read_video(path: Path) -> Video:
     """Decode a whole video file (into memory: meant for short ones)."""
+    with _opened(path) as (container, stream):
+        images = [_pixels(frame) for frame in container.decode(stream)]
+        title = container.metadata.get("title", "")
+        fps = float(stream.average_rate or 0)
+        codec = stream.codec_context.codec.canonical_name
+    if not images:
+        raise ValueError(f"{path} holds no frames")
+    return Video(torch.stack(images), fps, title, codec)
+
+
+def pick_frames(path: Path, pick: Callable[[int], Sequence[int]]) -> Tensor:
+    """Decode some frames of a video file, uint8 [K, H, W, 3]; no others are held.
+
+    `pick` is told how many there are, and names those that are wanted, from 0.
+    """
+    found: dict[int, Tensor] = {}
+    with _opened(path) as (container, stream):
+        wanted = pick(stream.frames) if stream.frames else []
+        for index, frame in enumerate(container.decode(stream)):
+            if index in wanted:
+                found[index] = _pixels(frame)
+            if index >= max(wanted, default=0):
+                break
+    if not wanted or len(found) != len({*wanted}):
+        raise ValueError(f"{path} holds fewer frames than it says")
+    return torch.stack([found[index] for index in wanted])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video file to be decoded; ValueError where it is none."""
     import av
 
     try:
         with av.open(str(Path(path).absolute())) as container:
-            stream = container.streams.video[0]
-            # with a range asked for, PyAV before 17 takes the file's own color matrix too
-            frames = (frame.reformat(format="rgb24", dst_color_range="JPEG") for frame in container.decode(stream))
-            images = [torch.from_numpy(frame.to_ndarray()) for frame in frames]
-            title = container.metadata.get("title", "")
-            fps = float(stream.average_rate or 0)
-            codec = stream.codec_context.codec.canonical_name
+            yield container, container.streams.video[0]
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} can't be read as a video: {error}") from error
-    if not images:
-        raise ValueError(f"{path} holds no frames")
-    return Video(torch.stack(images), fps, title, codec)
+
+
+def _pixels(frame: VideoFrame) -> Tensor:
+    """A decoded frame as uint8 [H, W, 3]."""
+    # with a range asked for, PyAV before 17 takes the file's own color matrix too
+    return torch.from_numpy(frame.reformat(format="rgb24", dst_color_range="JPEG").to_ndarray())

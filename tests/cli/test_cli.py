@@ -254,7 +254,7 @@ def test_overwriting_waits_until_the_numbers_are_known_to_be_good(run, tmp_path,
 def doors(monkeypatch, run, tmp_path):
     """Commands end where the work would begin; the fixture is a function that says how: what was refused, or None."""
     from dream4d_engine import cli
-    from dream4d_engine.cli import bench, export, import_scene, motion, render, results, runs, stages
+    from dream4d_engine.cli import batch, bench, export, import_scene, motion, render, results, runs, stages
 
     class Begun(Exception):
         pass
@@ -264,6 +264,7 @@ def doors(monkeypatch, run, tmp_path):
 
     monkeypatch.setattr(runs, "start_run", begin)
     monkeypatch.setattr(stages, "prior_handles", lambda *_: {})
+    monkeypatch.setattr(batch, "read_list", begin)
     monkeypatch.setattr(bench, "_measure", begin)
     monkeypatch.setattr(results, "measure_range", begin)
     monkeypatch.setattr(render, "check_folder", lambda *_: None)
@@ -299,6 +300,7 @@ NUMBERS = {
     },
     ("import", "mesh.glb", "--out", "OUT"): {"--seed": "0", "--time": "0", "--fill": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},
+    ("batch", "prompts.jsonl", "--out", "OUT"): {"--workers": "", "--retries": "0"},
     ("motion", "SCENE", "--out", "OUT", "--ping-pong"): {
         "--motion-strength": "0",
         "--freeze-border": "",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_changes import TABLE, drop, filled, put, rewritten, say
-from cli_runs import PROMPT, SMALL, fails, start, tensors_of, wait_for
+from cli_runs import PROMPT, SMALL, fails, start, stop_after, tensors_of, wait_for
 from places import ROOT
 
 from dream4d_engine import locks
@@ -35,26 +35,6 @@ STEPS = ["--steps", "6"]
 def still(folder, priors, *more: str) -> list[str]:
     """The words of a small text-to-3d."""
     return ["text-to-3d", PROMPT, "--out", str(folder), *priors[:2], *STILL, *STEPS, *more]
-
-
-def stop_after(monkeypatch, name: str, step: int) -> None:
-    """Let a stage of the next run be stopped after a step, as Ctrl-C does."""
-    from dream4d_engine.cli import runs
-
-    control = runs.Session.control
-
-    def stopping(session, stage):
-        made, seen = control(session, stage), []
-        on_step = made.on_step
-
-        def count(report, scene):
-            on_step(report, scene)
-            seen.append(report.step)
-
-        stop = (lambda: len(seen) >= step) if stage == name else (lambda: False)
-        return replace(made, on_step=count, should_stop=stop)
-
-    monkeypatch.setattr(runs.Session, "control", stopping)
 
 
 def record_of(folder: Path) -> dict:
