@@ -58,6 +58,19 @@ class FieldOutput:
     displacement: Tensor | None = None  # [S, 3], in units of the [0, 1] box
 
 
+@dataclass(frozen=True)
+class _Lookup:
+    """Where points of a moving scene are looked up."""
+
+    places: Tensor  # [S, 3] in the canonical [0, 1] box
+    displacement: Tensor | None = None  # [S, 3]; None: nothing moves
+    outside: Tensor | None = None  # [S] bool, which came from beyond the box; None: none
+
+    def empty_outside(self, density: Tensor) -> Tensor:
+        """The density [S], and none of what came from beyond the box, where nothing is."""
+        return density if self.outside is None else density.masked_fill(self.outside, 0.0)
+
+
 class Scene(nn.Module):
     """A static scene is one whose `deformation` is None; everything else treats both alike.
 
@@ -124,24 +137,27 @@ class Scene(nn.Module):
         """What is changed of the motion as it was trained."""
         return UNCHANGED if self.deformation is None else self.deformation.config.edit or UNCHANGED
 
-    def _canonical_points(self, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Points [S, 3] of the world at trained moments [S] -> (places in the canonical [0, 1] box, displacements)."""
+    def _look_up(self, points: Tensor, moments: Tensor) -> _Lookup:
+        """What points [S, 3] of the world show at trained moments [S]."""
         u = ((points / self.config.radius + 1) / 2).clamp(0, 1)  # rounding, and the offsets of normals, leave the box
         field = self.deformation
         if field is None:
-            return u, None
+            return _Lookup(u)
         trained = partial(field.displacement, kernels=self.kernels)
         displacement = self.edit.displacement(trained, u, moments, self.config.radius)
-        return field.warp(u, displacement), displacement
+        came_from = field.warp(u, displacement)
+        outside = ((came_from < 0) | (came_from > 1)).any(-1)  # what is not a number is not outside, and stays seen
+        return _Lookup(came_from.clamp(0, 1), displacement, outside)
 
     def query(self, points: Tensor, times: Tensor, normals: bool = False) -> FieldOutput:
         """Evaluate the scene at points [S, 3] of the world and times [S] in [0, 1]; differentiable in all parameters.
 
         Normals cost six more density queries.
         """
-        u, displacement = self._canonical_points(points, self.edit.moments(times))
-        density, rgb = self.canonical(u, self.kernels)
-        return FieldOutput(density, rgb, self.normals(points, times) if normals else None, displacement)
+        found = self._look_up(points, self.edit.moments(times))
+        density, rgb = self.canonical(found.places, self.kernels)
+        normal = self.normals(points, times) if normals else None
+        return FieldOutput(found.empty_outside(density), rgb, normal, found.displacement)
 
     def density(self, points: Tensor, times: Tensor) -> Tensor:
         """Evaluate the density [S] alone."""
@@ -149,12 +165,12 @@ class Scene(nn.Module):
 
     def _density_then(self, points: Tensor, moments: Tensor) -> Tensor:
         """The density [S] at moments [S] of the trained motion."""
-        u, _ = self._canonical_points(points, moments)
-        return self.canonical.density(u, self.kernels)
+        found = self._look_up(points, moments)
+        return found.empty_outside(self.canonical.density(found.places, self.kernels))
 
     def looked_up(self, points: Tensor, time: float) -> Tensor:
         """Points [S, 3] of the world -> the places [S, 3] of the canonical [0, 1] box that they show at a time."""
-        return self._canonical_points(points, self.edit.moments(points.new_full((len(points),), time)))[0]
+        return self._look_up(points, self.edit.moments(points.new_full((len(points),), time))).places
 
     def is_solid(self, density: Tensor) -> Tensor:
         """Whether a quarter of the radius of such density [S] would be half opaque: 1 - exp(-d t) > 1/2."""
@@ -216,11 +232,11 @@ class Scene(nn.Module):
     def _moved(self, edit: MotionEdit, points: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         """Where an edit has what is at points [S, 3] at moments [S] instead, and its density [S]."""
         radius = self.config.radius
-        canonical, displacement = self._canonical_points(points, moments)
-        assert displacement is not None  # a scene that is edited moves
+        found = self._look_up(points, moments)
+        assert found.displacement is not None  # a scene that is edited moves
         u = (points / radius + 1) / 2
-        goes = edit.places(u + displacement, u, radius)
-        return (2 * goes - 1) * radius, self.canonical.density(canonical, self.kernels)
+        goes = edit.places(u + found.displacement, u, radius)
+        return (2 * goes - 1) * radius, found.empty_outside(self.canonical.density(found.places, self.kernels))
 
     def with_deformation(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def test_a_fresh_deformation_changes_nothing() -> None:
 def test_a_deformation_moves_things_in_time() -> None:
     scene, (where, times) = moving_scene(), points()
     assert not torch.equal(scene.density(where, times), scene.density(where, 1 - times))
+
+
+def test_what_comes_from_beyond_the_box_is_empty() -> None:
+    """It moves up by 0.3 of the box, so what lies in the lowest 0.3 came from below: not from the box's floor."""
+    config = replace(MOTION, body_knots=7)
+    scene, (where, times) = build_scene(CONFIG, generator()).with_deformation(config, generator(1)), points(400)
+    with torch.no_grad():
+        scene.deformation.body.doubt.zero_()
+        scene.deformation.body.knots[-3:, -1] = 0.6
+        times = torch.ones_like(times)
+        from_below = where[:, 2] < -0.4
+        there = where.clone()
+        there[:, 2] -= 0.6
+        still = scene.density(there.clamp(-1, 1), torch.zeros_like(times))
+        for density in (scene.density(where, times), scene.query(where, times).density):
+            assert (density[from_below] == 0).all() and (still[from_below] > 0).all()
+            assert torch.allclose(density[~from_below], still[~from_below], rtol=1e-3)
+        scene.deformation.body.knots[0, 0] = math.nan
+        assert scene.density(where, times).isnan().all(), "what is no number must be seen"
 
 
 def test_density_is_that_of_query() -> None:

@@ -132,6 +132,6 @@ class DeformationField(nn.Module):
         return here + change if isinstance(rows, slice) else here.index_add(0, rows, change)
 
     def warp(self, u: Tensor, displacement: Tensor) -> Tensor:
-        """Return the places [S, 3] in [0, 1] where the canonical field is queried."""
+        """Return the places [S, 3] where the canonical field is queried; those beyond [0, 1] are beyond its box."""
         # zoomed about the box's middle: places further apart in the frame show ones that lie closer in the field
-        return ((u + displacement - 0.5) / self.config.scale + 0.5).clamp(0, 1)
+        return (u + displacement - 0.5) / self.config.scale + 0.5
