@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 _MOMENTS = 256  # that means over time are taken of
+_PARTS = (3, 6, 2, 1)  # of the twelve numbers: turn, stretch, shift to the sides, shift upwards
+_DOUBT = (0.25, 0.4, 0.15, 0.15)
+"""How large, as a root mean square over time, what a prior says of a part by chance may become."""
+_LEAST = 0.03  # of a motion that is shown however small it is: of none that is shown there would be no gradient
 
 
 class BodyMotion(nn.Module):
@@ -20,9 +24,16 @@ class BodyMotion(nn.Module):
     are less their mean over time, and that is less its value at time 0: a prior which is told no camera can't say
     which way an object faces, and what it would rather have it look like at all moments, or nearer or farther, is not
     motion. What rises begins on its ground. Of a loop the knots lie on a circle.
+
+    Of each part, as large as q in its mean square over time, the share q / (q + doubt^2) is shown, as by a Wiener
+    filter: what a prior's answers do to the knots by chance hardly moves anything, what they agree on is shown almost
+    as it is, and is trained with the share in it, so that nothing of its size is lost.
     """
 
     taken: Tensor
+    doubt: Tensor
+    counted: Tensor
+    moments: Tensor
 
     def __init__(self, n_knots: int, loop: bool = False) -> None:
         super().__init__()
@@ -33,6 +44,13 @@ class BodyMotion(nn.Module):
         # [n_knots, 12], what of each knot is taken away; it follows from the rest, so it is in no file
         taken = torch.cat((mean[:, None].expand(-1, 11), start[:, None]), -1)
         self.register_buffer("taken", taken, persistent=False)
+        part = torch.tensor([number for number, n in enumerate(_PARTS) for _ in range(n)])
+        doubt = [value for value, n in zip(_DOUBT, _PARTS, strict=True) for _ in range(n)]
+        self.register_buffer("doubt", torch.tensor(doubt), persistent=False)
+        # [12, 12], which numbers' squares make a part's: of the stretch's nine, xy, xz and yz are there twice
+        twice = torch.tensor([1.0] * 6 + [2.0] * 3 + [1.0] * 3)
+        self.register_buffer("counted", (part[:, None] == part).float() * twice, persistent=False)
+        self.register_buffer("moments", moments[:: _MOMENTS // 32].clone(), persistent=False)
 
     def reset(self) -> None:
         """Start afresh: nothing moves."""
@@ -41,6 +59,11 @@ class BodyMotion(nn.Module):
 
     def at(self, times: Tensor) -> Tensor:
         """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
+        # [12], the mean square of each number's part
+        size, doubt = self.counted @ self._spline(self.moments).square().mean(0) + 1e-12, self.doubt.square()
+        return (size + _LEAST * doubt) / (size + (1 + _LEAST) * doubt) * self._spline(times)
+
+    def _spline(self, times: Tensor) -> Tensor:
         return self._basis(times) @ self.knots - (self.taken * self.knots).sum(0)
 
     def _basis(self, times: Tensor) -> Tensor:

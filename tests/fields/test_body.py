@@ -20,9 +20,16 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def undoubted(n_knots, loop=False):
+    """One whose splines are shown as they are."""
+    body = BodyMotion(n_knots, loop)
+    body.doubt.zero_()
+    return body
+
+
 def body_of(*, turn=(0.0, 0.0, 0.0), along=(0.0, 0.0, 0.0), across=(0.0, 0.0, 0.0), shift=(0.0, 0.0, 0.0)):
     """One that is there at time 1, with nothing taken away of it."""
-    body = BodyMotion(7)
+    body = undoubted(7)
     body.taken.zero_()
     with torch.no_grad():
         body.knots[4:] = torch.tensor([*turn, *along, *across, *shift])
@@ -74,7 +81,7 @@ def test_half_of_a_turn_is_half_the_angle() -> None:
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_time_goes_smoothly_through_cubic_splines(loop) -> None:
-    body = BodyMotion(7, loop)
+    body = undoubted(7, loop)
     with torch.no_grad():
         body.knots.normal_(generator=generator(4))
     times = torch.linspace(0, 1, 4001, dtype=torch.float64)
@@ -97,7 +104,7 @@ def test_time_goes_smoothly_through_cubic_splines(loop) -> None:
 
 
 def test_a_curve_of_degree_three_is_met_exactly() -> None:
-    body = BodyMotion(9)
+    body = undoubted(9)
     place = (torch.arange(9, dtype=torch.float64) - 1) / 6
     with torch.no_grad():  # the spline's coefficients of t^2: t_i^2 - h^2 / 3
         body.double().knots.copy_((place**2 - (1 / 6) ** 2 / 3)[:, None].expand(9, 12))
@@ -108,12 +115,36 @@ def test_a_curve_of_degree_three_is_met_exactly() -> None:
     assert abs(ways[:, 0].mean()) < 0.01
 
 
+def test_of_a_part_the_share_is_shown_that_its_size_deserves() -> None:
+    """A turn of root mean square a is shown times a^2 / (a^2 + 0.25^2), whatever the other parts do."""
+    times = torch.linspace(0, 1, 65)
+    body, plain = BodyMotion(11, loop=True), undoubted(11, loop=True)
+    wave = torch.sin(2 * math.pi * torch.arange(11) / 11)
+    for height in (0.02, 0.2, 2.0):
+        with torch.no_grad():
+            for one in (body, plain):
+                one.knots[:, 0], one.knots[:, 2] = 0.6 * height * wave, 0.8 * height * wave
+                one.knots[:, 6], one.knots[:, 10] = 0.3 * wave, 0.01 * wave
+            shown, whole = body.at(times), plain.at(times)
+
+        def share(number, shown=shown, whole=whole):
+            return float((shown[:, number] * whole[:, number]).sum() / whole[:, number].square().sum())
+
+        turn = float(whole[:-1, :3].square().sum(-1).mean())
+        assert share(0) == pytest.approx(share(2), abs=1e-6)
+        assert share(0) == pytest.approx((turn + 0.001875) / (turn + 0.064375), rel=0.01)
+        stretch = 2 * float(whole[:-1, 6].square().mean())
+        assert share(6) == pytest.approx((stretch + 0.0048) / (stretch + 0.1648), rel=0.01)
+        assert share(10) < 0.04
+
+
 def test_what_is_local_goes_along_with_the_body() -> None:
     field = DeformationField(DeformationConfig(GRID, hidden_width=8, hidden_layers=1, body_knots=7))
     field.reset(generator())
     with torch.no_grad():
         field.mlp.layers[-1].normal_(generator=generator(5))
         field.grid.table.normal_(0, 0.3, generator=generator(6))
+        field.body.doubt.zero_()
         field.body.knots[-3:, -1] = 0.4  # up by a fifth of the box in the end
     u, times = torch.rand(30, 3, generator=generator(1)) * 0.5 + 0.25, torch.ones(30)
     up = torch.tensor([0.0, 0.0, 0.2])
