@@ -162,6 +162,8 @@ class MotionRecipe:
     motion_strength: float | None = None  # the scene moves so many times as far as the prior is shown; None: once
     densest: float | None = None  # density that the still is bent to stay below while its motion is trained
     softness: float | None = None  # standard deviation of the blur of that density, in shares of the box
+    # of the object's size: a motion as a whole that goes less far, in the mean over points and moments, is left out
+    least_motion: float = 0.0
     first_levels: int = 4  # grid levels that are trained from the beginning
     level_rate: float = 20.0  # grid levels set free over the whole run, after the first ones
     fresh_background: BackgroundConfig | None = None  # takes the place of the scene's background, trained too
@@ -399,6 +401,7 @@ TOY_MOTION = MotionRecipe(
     regularizers=RegularizerWeights(rigidity=200.0),
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
+    least_motion=0.025,  # of still things the small prior moves 0.014 by chance; what moves goes 0.05 and more
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow
     background=_TOY_GREY,
     optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.02, milestones=(0.6, 0.75, 0.85, 0.93)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,7 +18,11 @@ from ..supervision import Supervision
 from .config import MotionRecipe, OptimizerConfig
 from .loop import FitSummary, RunControl, train
 from .stages import GuidanceOf, ParameterGroup, Stage, seen_by_priors
-from .static import object_extent
+from .static import object_extent, solid_points
+
+logger = logging.getLogger(__name__)
+
+_MOMENTS = 24  # at which a motion's size is looked at
 
 
 def motion_groups(scene: Scene, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -53,6 +58,36 @@ def choose_deformation_scale(scene: Scene, recipe: MotionRecipe) -> float:
     return scale if scale >= recipe.min_scale else 1.0
 
 
+@torch.no_grad()
+def whole_motion(scene: Scene) -> float:
+    """Return how far the motion as a whole takes the object's points, in the mean over them and all moments, in sizes
+    of the object: the longest side of the box around it. 0 where nothing does, or nothing is solid.
+    """
+    field, solid = scene.deformation, solid_points(scene)
+    if field is None or field.body is None or not len(solid):
+        return 0.0
+    u = solid * field.config.scale / 2 + 0.5  # as large as it is shown
+    size = (u.amax(0) - u.amin(0)).amax()
+    moments = torch.linspace(0, 1, _MOMENTS, device=u.device)
+    went = [(field.body(u, moment.expand(len(u)), field.shown) - u).norm(dim=-1).mean() for moment in moments]
+    return float(torch.stack(went).mean() / size)
+
+
+def _leave_chance_out(scene: Scene, least: float) -> None:
+    """Put an object at rest that moves as a whole by less than `least` of its size."""
+    body = None if scene.deformation is None else scene.deformation.body
+    if body is None or not least:
+        return
+    went = whole_motion(scene)
+    if went < least:
+        body.reset()
+        logger.warning(
+            "as a whole the object was moved by %.1f %% of its size, in the mean: that is taken for chance, and it is "
+            "at rest now. A motion as small as this is kept with --motion.least-motion 0, and more steps may find more",
+            100 * went,
+        )
+
+
 def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scale: float | None = None) -> Stage:
     """Return stage 2 on a copy of `scene`, where that is; the scale it uses is in its configuration.
 
@@ -84,6 +119,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     def finish() -> None:
         moving.canonical.requires_grad_(True)
         moving.canonical.soften(None, None, moving.kernels)
+        _leave_chance_out(moving, recipe.least_motion)
         field.shown = 1.0
         moving.refresh_occupancy()
 

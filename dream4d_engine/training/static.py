@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..guidance.distillation import Guidance
 from ..priors.handle import PriorKind
@@ -85,15 +86,19 @@ def train_static(
 
 
 @torch.no_grad()
-def object_extent(scene: Scene, resolution: int = 48, quantile: float = 0.99) -> float:
+def solid_points(scene: Scene, resolution: int = 48) -> Tensor:
+    """Return the middles [S, 3] of the box's cells in which the still object is solid, in radii."""
+    axis = (torch.arange(resolution, device=scene.device) + 0.5) / resolution * 2 - 1
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    return points[scene.is_solid(scene.canonical.density((points + 1) / 2, scene.kernels))]
+
+
+def object_extent(scene: Scene, quantile: float = 0.99) -> float:
     """Return how far the still object reaches from the vertical axis or the middle height, as a share of the radius.
 
     The furthest points, those above the `quantile`, don't count. An empty scene has extent 0.
     """
-    device = scene.device
-    axis = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1  # middles of cells, in radii
-    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    solid = points[scene.is_solid(scene.canonical.density((points + 1) / 2, scene.kernels))]
+    solid = solid_points(scene)
     if not len(solid):
         return 0.0
     # any camera may turn around the axis: sideways, a point takes its distance from that

@@ -10,6 +10,8 @@ from checkpoint_changes import TABLE, drop, filled, put, rewritten, say
 from training_cases import CPU, SMALL, ideal_guidance, motion_case, seeded, solid_ball, static_case
 
 from dream4d_engine.cameras import make_cameras
+from dream4d_engine.fields.deformation import DeformationConfig
+from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.guidance.distillation import DistillationConfig
 from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.randomness import Draw
@@ -52,7 +54,7 @@ from dream4d_engine.training.loop import (
     TrainingDiverged,
     train,
 )
-from dream4d_engine.training.motion import choose_deformation_scale, train_motion
+from dream4d_engine.training.motion import choose_deformation_scale, train_motion, whole_motion
 from dream4d_engine.training.stages import Stage, current_phase
 from dream4d_engine.training.static import object_extent, static_groups, static_stage, train_static
 from dream4d_engine.training.validate import check_recipe
@@ -579,7 +581,7 @@ def test_an_ideal_video_prior_is_distilled_to_its_motion():
 
 @pytest.mark.parametrize("strength", [None, 0.5])
 def test_the_motion_as_a_whole_learns_a_jump_and_goes_as_many_times_as_far_as_is_shown(strength):
-    recipe, guidance, cameras, still, rise = motion_case(steps=25)
+    recipe, guidance, cameras, still, rise = motion_case(steps=40)
     deformation = replace(recipe.deformation, body_knots=6)
     optimizer = replace(recipe.optimizer, lr_body=0.03)
     recipe = replace(recipe, deformation=deformation, first_levels=0, level_rate=0.0, optimizer=optimizer)
@@ -592,6 +594,30 @@ def test_the_motion_as_a_whole_learns_a_jump_and_goes_as_many_times_as_far_as_is
     signal, truth = centre - centre[0], torch.tensor(rise, dtype=torch.float32)
     assert torch.corrcoef(torch.stack((signal, truth)))[0, 1] > 0.98
     assert signal.max() / truth.max() == pytest.approx(strength or 1.0, abs=0.1 * (strength or 1.0))
+
+
+def test_how_far_an_object_goes_as_a_whole_is_told_in_its_sizes():
+    """A ball that is shown as large as the box, and is 0.3 of the box higher all the time."""
+    config = DeformationConfig(HashGridConfig(n_levels=1), scale=2.0, body_knots=7)
+    ball = solid_ball(0.5).with_deformation(config, seeded())
+    assert whole_motion(ball) == 0 == whole_motion(solid_ball(0.5))
+    with torch.no_grad():
+        ball.deformation.body.doubt.zero_()
+        ball.deformation.body.taken.zero_()
+        ball.deformation.body.knots[:, -1] = 0.6  # in half sides of the box
+    assert whole_motion(ball) == pytest.approx(0.3, rel=0.05)
+    ball.deformation.shown = 0.5
+    assert whole_motion(ball) == pytest.approx(0.15, rel=0.05)
+
+
+@pytest.mark.parametrize(("least", "is_kept"), [(0.0, True), (1e-4, True), (0.9, False)])
+def test_a_motion_that_is_smaller_than_chance_is_left_out_and_said(least, is_kept, caplog):
+    recipe, guidance, _, still, _ = motion_case(steps=3)
+    deformation = replace(recipe.deformation, body_knots=6)
+    recipe = replace(recipe, deformation=deformation, first_levels=0, level_rate=0.0, least_motion=least)
+    scene, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=RunControl(), deformation_scale=1.0)
+    assert bool((scene.deformation.body.knots != 0).any()) == is_kept
+    assert ("taken for chance" in caplog.text) != is_kept
 
 
 def test_animating_leaves_its_input_and_the_canonical_field_alone():
@@ -670,6 +696,7 @@ def test_a_loop_is_filmed_from_any_moment_on_but_for_the_toy_prior(name):
             "motion.loop_starts must keep to -1 <= first <= last <= 1",
         ),
         ({"max_scale": 0.0}, "motion.max_scale must be above 0"),
+        ({"least_motion": -0.1}, "motion.least_motion must be at least 0"),
         ({"motion_strength": 0.0}, "motion.motion_strength must lie in [0.25, 2], got 0"),
         ({"motion_strength": 2.5}, "motion.motion_strength must lie in [0.25, 2], got 2.5"),
         ({"optimizer": OptimizerConfig(lr_body=-1.0)}, "motion.optimizer.lr_body must be at least 0"),
