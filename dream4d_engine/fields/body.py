@@ -38,6 +38,7 @@ class BodyMotion(nn.Module):
     def __init__(self, n_knots: int, loop: bool = False) -> None:
         super().__init__()
         self.loop = loop
+        self.doubted = 1.0  # share of the doubt, less while nothing is known yet
         self.knots = nn.Parameter(torch.zeros(n_knots, 12))
         moments = torch.linspace(0, 1, _MOMENTS + 1)[:_MOMENTS] if loop else torch.linspace(0, 1, _MOMENTS)
         mean, start = self._basis(moments).mean(0), self._basis(torch.zeros(1))[0]
@@ -60,7 +61,10 @@ class BodyMotion(nn.Module):
     def at(self, times: Tensor) -> Tensor:
         """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
         # [12], the mean square of each number's part
-        size, doubt = self.counted @ self._spline(self.moments).square().mean(0) + 1e-12, self.doubt.square()
+        size, doubt = (
+            self.counted @ self._spline(self.moments).square().mean(0) + 1e-12,
+            (self.doubted * self.doubt).square(),
+        )
         return (size + _LEAST * doubt) / (size + (1 + _LEAST) * doubt) * self._spline(times)
 
     def _spline(self, times: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ class MotionRecipe:
     softness: float | None = None  # standard deviation of the blur of that density, in shares of the box
     # of the object's size: a motion as a whole that goes less far, in the mean over points and moments, is left out
     least_motion: float = 0.0
+    doubt: Schedule = constant(1.0)  # over the run, in shares of what fields/body.py has about a motion as a whole
     first_levels: int = 4  # grid levels that are trained from the beginning
     level_rate: float = 20.0  # grid levels set free over the whole run, after the first ones
     fresh_background: BackgroundConfig | None = None  # takes the place of the scene's background, trained too
@@ -354,7 +355,7 @@ TOY_STATIC = StaticRecipe(
             1.0,
             DistillationConfig(
                 guidance_scale=3.0,
-                min_noise=Schedule(0.98, 0.10, end=0.85),
+                min_noise=Schedule(0.98, 0.15, 0.2, 0.9),
                 max_noise=Schedule(0.98, 0.20),
                 loss="x0",
                 rescale=0.5,
@@ -376,9 +377,9 @@ TOY_MOTION = MotionRecipe(
         hidden_layers=2,
         body_knots=11,  # what the little world's objects do is done by the whole of them
     ),
-    # half of the takes from within 4 degrees of the front: the mark, which alone tells a spin, is seen there, and from
+    # half of the takes from within 7 degrees of the front: the mark, which alone tells a spin, is seen there, and from
     # 25 on the small prior turns a cube whatever it is told
-    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=4.0),
+    cameras=replace(TOY_CAMERAS, azimuth_deg=(-110.0, 110.0), gather=3.0),
     n_frames=TOY_FRAMES,
     phases=(Phase(0.0, 1, TOY_SIZE, TOY_SIZE),),
     guidance=(
@@ -388,8 +389,8 @@ TOY_MOTION = MotionRecipe(
             DistillationConfig(
                 guidance_scale=3.0,
                 # motion is found out of much noise; what is no part of it comes to rest out of little
-                min_noise=Schedule(0.98, 0.10, end=0.85),
-                max_noise=Schedule(0.98, 0.45, end=0.85),
+                min_noise=Schedule(0.98, 0.15, 0.2, 0.9),
+                max_noise=Schedule(0.98, 0.55, 0.2, 0.9),
                 loss="x0",
                 rescale=1.0,  # more contrast than the object has would be met by making it larger
                 shared_timestep=True,
@@ -399,12 +400,13 @@ TOY_MOTION = MotionRecipe(
     target_extent=0.55,
     # few pixels say whether an object turns or becomes thin, and it does not become thin without a reason
     regularizers=RegularizerWeights(rigidity=200.0),
+    doubt=Schedule(0.0, 1.0, 0.35, 0.65),  # a spin must have come some way before the prior sees that it is one
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
     least_motion=0.025,  # of still things the small prior moves 0.014 by chance; what moves goes 0.05 and more
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow
     background=_TOY_GREY,
-    optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.02, milestones=(0.6, 0.75, 0.85, 0.93)),
+    optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.04, milestones=(0.3, 0.6, 0.75, 0.85, 0.93)),
     loop=_TOY_LOOP,
     negative_prompt="",
 )

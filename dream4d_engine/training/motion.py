@@ -110,6 +110,8 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     def begin(progress: float) -> None:
         # coarse to fine: the grid's levels are set free one after the other
         field.set_active_levels(stepped(progress, recipe.first_levels, recipe.level_rate))
+        if field.body is not None:
+            field.body.doubted = recipe.doubt(progress)
 
     def supervisions(guidance: GuidanceOf, rays_at_once: int | None) -> tuple[Supervision, ...]:
         if recipe.windows is not None:
@@ -119,6 +121,8 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
     def finish() -> None:
         moving.canonical.requires_grad_(True)
         moving.canonical.soften(None, None, moving.kernels)
+        if field.body is not None:
+            field.body.doubted = 1.0
         _leave_chance_out(moving, recipe.least_motion)
         field.shown = 1.0
         moving.refresh_occupancy()

@@ -106,6 +106,7 @@ def _check_motion(recipe: MotionRecipe, where: str) -> None:
     if not 0 < low <= high <= 1:
         raise ValueError(f"{where}.time_span must keep to 0 < shortest <= longest <= 1, got {recipe.time_span}")
     _at_least(0, recipe, where, "least_motion")
+    _at_least(0, recipe.doubt, f"{where}.doubt", "first", "last")
     _check_loop(recipe, where)
     if recipe.deformation.length is not None:
         raise ValueError(f"{where}.deformation.length follows from the frames that are asked for: leave it away")

@@ -126,6 +126,9 @@ def test_of_a_part_the_share_is_shown_that_its_size_deserves() -> None:
                 one.knots[:, 0], one.knots[:, 2] = 0.6 * height * wave, 0.8 * height * wave
                 one.knots[:, 6], one.knots[:, 10] = 0.3 * wave, 0.01 * wave
             shown, whole = body.at(times), plain.at(times)
+            body.doubted = 0.0
+            torch.testing.assert_close(body.at(times), whole)
+            body.doubted = 1.0
 
         def share(number, shown=shown, whole=whole):
             return float((shown[:, number] * whole[:, number]).sum() / whole[:, number].square().sum())

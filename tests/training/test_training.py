@@ -17,7 +17,7 @@ from dream4d_engine.priors.networks.execution import Runtime
 from dream4d_engine.randomness import Draw
 from dream4d_engine.rendering import RenderOptions, prepare_view, render_chunked
 from dream4d_engine.scene import build_scene
-from dream4d_engine.schedules import constant
+from dream4d_engine.schedules import Schedule, constant
 from dream4d_engine.supervision import (
     RandomBackground,
     RegularizerWeights,
@@ -620,6 +620,16 @@ def test_a_motion_that_is_smaller_than_chance_is_left_out_and_said(least, is_kep
     assert ("taken for chance" in caplog.text) != is_kept
 
 
+def test_the_doubt_about_a_motion_grows_over_the_run_and_is_whole_in_the_end():
+    recipe, guidance, _, still, _ = motion_case(steps=4)
+    deformation = replace(recipe.deformation, body_knots=6)
+    recipe = replace(recipe, deformation=deformation, doubt=Schedule(0.0, 0.8, 0.0, 0.5))
+    seen = []
+    control = RunControl(on_step=lambda report, scene: seen.append(scene.deformation.body.doubted))
+    scene, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=control)
+    assert seen == [0.0, 0.4, 0.8, 0.8] and scene.deformation.body.doubted == 1
+
+
 def test_animating_leaves_its_input_and_the_canonical_field_alone():
     recipe, guidance, _, still, _ = motion_case(steps=2)
     before = {name: value.clone() for name, value in still.state_dict().items()}
@@ -697,6 +707,7 @@ def test_a_loop_is_filmed_from_any_moment_on_but_for_the_toy_prior(name):
         ),
         ({"max_scale": 0.0}, "motion.max_scale must be above 0"),
         ({"least_motion": -0.1}, "motion.least_motion must be at least 0"),
+        ({"doubt": Schedule(0.0, -1.0)}, "motion.doubt.last must be at least 0"),
         ({"motion_strength": 0.0}, "motion.motion_strength must lie in [0.25, 2], got 0"),
         ({"motion_strength": 2.5}, "motion.motion_strength must lie in [0.25, 2], got 2.5"),
         ({"optimizer": OptimizerConfig(lr_body=-1.0)}, "motion.optimizer.lr_body must be at least 0"),
