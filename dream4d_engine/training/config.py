@@ -355,7 +355,7 @@ TOY_STATIC = StaticRecipe(
             1.0,
             DistillationConfig(
                 guidance_scale=3.0,
-                min_noise=Schedule(0.98, 0.15, 0.2, 0.9),
+                min_noise=Schedule(0.98, 0.05),
                 max_noise=Schedule(0.98, 0.20),
                 loss="x0",
                 rescale=0.5,
