@@ -11,6 +11,7 @@ order of the parts, so results are the same, bit for bit, on any number of threa
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +27,12 @@ _inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # cal
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compile on first use; the result is kept on disk, for the next process, where that can be written to."""
+    """Compile on first use; the result is kept on disk, for the next process, where that can be written to.
+
+    What is kept names the module that it was compiled in, and can't be read where that has another name: ComfyUI
+    imports the pack, and this with it, as something else than a command line does. So each name keeps its own.
+    """
+    function.__qualname__ += f"_{zlib.crc32(__name__.encode()):08x}"
     try:
         return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's own cache

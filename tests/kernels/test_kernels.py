@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import secrets
+import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from dream4d_engine.kernels import Kernels, grid_layout, kernel_status, select_k
 from dream4d_engine.kernels.layout import PRIMES
 from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
 
+ROOT = Path(__file__).parents[2]
 BEST_ON_CPU = "numba" if find_spec("numba") else "torch"
 
 
@@ -512,6 +516,28 @@ def a_fresh_look_at_numba():
     numba_kernels._fault.cache_clear()
     yield
     numba_kernels._fault.cache_clear()
+
+
+def test_what_is_compiled_under_one_name_is_not_read_under_another(tmp_path) -> None:
+    """ComfyUI imports the same files as part of a package of another name, and can't import this one."""
+    pytest.importorskip("numba", reason="numba is not installed")
+    code = (
+        "import importlib.util, sys; from pathlib import Path\n"
+        "place = Path(sys.argv[1]) / 'dream4d_engine/kernels/numba_source.py'\n"
+        "spec = importlib.util.spec_from_file_location(sys.argv[2], place)\n"
+        "module = sys.modules[sys.argv[2]] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "import numpy as np; numbers = np.zeros((1, 3), np.float32)\n"
+        "module.sum_rays(numbers, np.array([0, 1]), np.zeros((1, 3), np.float32), 0, 1)\n"
+        "print(sum(module.sum_rays.stats.cache_hits.values()), sum(module.sum_rays.stats.cache_misses.values()))\n"
+    )
+    said = []
+    for name in ("one_pack", "another_pack", "one_pack"):
+        command = [sys.executable, "-c", code, str(ROOT), name]
+        env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said == [["0", "1"], ["0", "1"], ["1", "0"]], "hits and misses"
 
 
 @pytest.mark.usefixtures("a_new_process", "a_fresh_look_at_numba")
