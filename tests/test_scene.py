@@ -93,8 +93,10 @@ def test_what_comes_from_beyond_the_box_is_empty() -> None:
         for density in (scene.density(where, times), scene.query(where, times).density):
             assert (density[from_below] == 0).all() and (still[from_below] > 0).all()
             assert torch.allclose(density[~from_below], still[~from_below], rtol=1e-3)
+        scene.deformation.set_active_levels(0)  # places that are no numbers are in no grid
         scene.deformation.body.knots[0, 0] = math.nan
-        assert scene.density(where, times).isnan().all(), "what is no number must be seen"
+        lost, density = scene._look_up(where, times), torch.ones_like(times)
+        assert lost.places.isnan().all() and torch.equal(lost.empty_outside(density), density), "it must be seen"
 
 
 def test_density_is_that_of_query() -> None:
