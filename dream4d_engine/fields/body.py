@@ -33,7 +33,7 @@ class BodyMotion(nn.Module):
     taken: Tensor
     doubt: Tensor
     counted: Tensor
-    moments: Tensor
+    seen: Tensor
 
     def __init__(self, n_knots: int, loop: bool = False) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class BodyMotion(nn.Module):
         # [12, 12], which numbers' squares make a part's: of the stretch's nine, xy, xz and yz are there twice
         twice = torch.tensor([1.0] * 6 + [2.0] * 3 + [1.0] * 3)
         self.register_buffer("counted", (part[:, None] == part).float() * twice, persistent=False)
-        self.register_buffer("moments", moments[:: _MOMENTS // 32].clone(), persistent=False)
+        # [32, n_knots], of the moments that a part's size is looked at
+        self.register_buffer("seen", self._basis(moments[:: _MOMENTS // 32]), persistent=False)
 
     def reset(self) -> None:
         """Start afresh: nothing moves."""
@@ -60,15 +61,11 @@ class BodyMotion(nn.Module):
 
     def at(self, times: Tensor) -> Tensor:
         """The twelve numbers [S, 12] of moments [S] in [0, 1], of a loop any."""
+        still = (self.taken * self.knots).sum(0)
         # [12], the mean square of each number's part
-        size, doubt = (
-            self.counted @ self._spline(self.moments).square().mean(0) + 1e-12,
-            (self.doubted * self.doubt).square(),
-        )
-        return (size + _LEAST * doubt) / (size + (1 + _LEAST) * doubt) * self._spline(times)
-
-    def _spline(self, times: Tensor) -> Tensor:
-        return self._basis(times) @ self.knots - (self.taken * self.knots).sum(0)
+        size = self.counted @ (self.seen @ self.knots - still).square().mean(0) + 1e-12
+        doubt = (self.doubted * self.doubt).square()
+        return (size + _LEAST * doubt) / (size + (1 + _LEAST) * doubt) * (self._basis(times) @ self.knots - still)
 
     def _basis(self, times: Tensor) -> Tensor:
         """What each knot has of moments [S]: [S, n_knots], in sum 1."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from ..fields.body import BodyMotion
 from ..guidance.distillation import Guidance
 from ..guidance.windows import windowed
 from ..priors.handle import PriorKind
@@ -63,8 +64,11 @@ def whole_motion(scene: Scene) -> float:
     """Return how far the motion as a whole takes the object's points, in the mean over them and all moments, in sizes
     of the object: the longest side of the box around it. 0 where nothing does, or nothing is solid.
     """
-    field, solid = scene.deformation, solid_points(scene)
-    if field is None or field.body is None or not len(solid):
+    field = scene.deformation
+    if field is None or field.body is None:
+        return 0.0
+    solid = solid_points(scene)
+    if not len(solid):
         return 0.0
     u = solid * field.config.scale / 2 + 0.5  # as large as it is shown
     size = (u.amax(0) - u.amin(0)).amax()
@@ -73,10 +77,9 @@ def whole_motion(scene: Scene) -> float:
     return float(torch.stack(went).mean() / size)
 
 
-def _leave_chance_out(scene: Scene, least: float) -> None:
-    """Put an object at rest that moves as a whole by less than `least` of its size."""
-    body = None if scene.deformation is None else scene.deformation.body
-    if body is None or not least:
+def _leave_chance_out(scene: Scene, body: BodyMotion, least: float) -> None:
+    """Put an object at rest that moves as a whole, by `body` of the scene, by less than `least` of its size."""
+    if not least:
         return
     went = whole_motion(scene)
     if went < least:
@@ -123,7 +126,7 @@ def motion_stage(scene: Scene, recipe: MotionRecipe, seed: int, deformation_scal
         moving.canonical.soften(None, None, moving.kernels)
         if field.body is not None:
             field.body.doubted = 1.0
-        _leave_chance_out(moving, recipe.least_motion)
+            _leave_chance_out(moving, field.body, recipe.least_motion)
         field.shown = 1.0
         moving.refresh_occupancy()
 
