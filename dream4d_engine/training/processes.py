@@ -74,12 +74,14 @@ class Processes:
                 if somewhere and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self.average(gradients)
+        self.merge(gradients)
         return gradients
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace the tensors by their means over the processes, or their sums where these are parts of one step, in
-        place, all in one message."""
+    def merge(self, tensors: Iterable[Tensor]) -> None:
+        """Replace the tensors by their means over the processes, or by their sums where these do parts of one step.
+
+        In place, all in one message.
+        """
         tensors = list(tensors)
         if self.world_size == 1 or not tensors:
             return

@@ -177,7 +177,7 @@ def test_a_process_by_itself_needs_no_team(monkeypatch):
     assert join_processes(torch.device("cpu")) == (SINGLE, torch.device("cpu"))
     assert SINGLE.any(True) and not SINGLE.any(False)
     tensor = torch.ones(2)
-    SINGLE.average([tensor])
+    SINGLE.merge([tensor])
     assert torch.equal(tensor, torch.ones(2))
 
 
