@@ -183,8 +183,7 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
                 loss = sum(terms.losses.values(), start=torch.zeros((), device=scene.device))
             if prefetch.enabled:
                 prefetch.begin(views_of(supervisions, scene, start, draw, division))
-            if loss.requires_grad:  # of a part of the work it may have none
-                loss.backward()
+            loss.backward()
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)
             if attempt and torch.cuda.memory_stats(scene.device)["num_alloc_retries"] > retries:

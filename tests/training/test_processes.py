@@ -20,11 +20,12 @@ from dream4d_engine.division import WHOLE, Division
 from dream4d_engine.guidance.execution import Execution
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.randomness import Draw, draw_rows
+from dream4d_engine.supervision import gather, heaviest, rendered, views_of
 from dream4d_engine.training.config import TOY_MOTION
 from dream4d_engine.training.guidance import load_guidance, runtime_for
 from dream4d_engine.training.loop import RunControl
-from dream4d_engine.training.motion import train_motion
-from dream4d_engine.training.plan import plan_of
+from dream4d_engine.training.motion import motion_stage, train_motion
+from dream4d_engine.training.plan import divided, plan_of
 from dream4d_engine.training.processes import SINGLE, Processes, join_processes
 
 
@@ -147,6 +148,19 @@ def test_what_all_compute_counts_once():
     value = Division(0, 4).once(x**2)
     value.backward()
     assert value == 9 and x.grad == 6 / 4
+
+
+def test_a_rehearsed_step_waits_for_nobody():
+    recipe, guidance = distributed_worker.moving(1, n_frames=5, as_takes=True, gradient_frames=2)
+    stage, alone = motion_stage(solid_ball(0.5), recipe, 0, 1.0), Division(2, 3).rehearsal()
+    supervisions, draw = stage.supervisions(divided(guidance, alone), None), Draw(0)
+    views = views_of(supervisions, stage.scene, 0.0, draw, alone)
+    views = {key: heaviest(view) for key, view in views.items()}
+    seen = rendered(supervisions, stage.scene, views)
+    terms = gather([one.loss(stage.scene, output, view, 0.0, draw) for one, view, output in seen])
+    sum(terms.losses.values()).backward()
+    last = list(stage.scene.deformation.mlp.parameters())[-1]  # the others wait for it to leave 0
+    assert last.grad.any(), "frames with gradient are among its own"
 
 
 def test_work_is_shared_where_there_is_an_image_for_everybody():
