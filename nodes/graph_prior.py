@@ -331,6 +331,11 @@ class GraphDenoiser:
     flow: bool
     execution: Execution
 
+    @property
+    def images_apart(self) -> bool:
+        """Autoencoders of videos see a take in time."""
+        return not self.encoder.of_videos
+
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
         if self.encoder.of_videos:

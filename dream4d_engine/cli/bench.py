@@ -1,4 +1,4 @@
-"""Measure seconds a step and peak memory of recipes, in each of their phases."""
+"""Measure seconds a step and peak memory of recipes, in each of their phases; under torchrun, of several processes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from ..training.guidance import active_terms, load_guidance, runtime_for
 from ..training.loop import RunControl, StepReport
 from ..training.motion import train_motion
 from ..training.plan import parse_bytes
+from ..training.processes import SINGLE, Processes, Share, join_processes, leave_processes
 from ..training.reference import Reference
 from ..training.static import train_static
 from .command import Command
@@ -42,7 +43,7 @@ from .errors import UsageError
 from .interrupts import stop_on_interrupt
 from .models import prior_handles
 from .options import FILE, MODEL, Machine, MachineOptions, PriorOptions, Priors, Recipe, check_numbers
-from .progress import Progress, make_progress
+from .progress import Progress, Quiet, make_progress
 from .terminal import say
 
 _STAGES: dict[str, dict[str, StaticRecipe] | dict[str, MotionRecipe]] = {
@@ -75,6 +76,8 @@ class Bench:
     """Steps before them that are not."""
     profile: bool = False
     """Look into some more steps: which work takes longest, and how often the CPU waits for the GPU."""
+    share: Share = "auto"
+    """What the processes of torchrun share, as in the commands that train."""
     multiview_prior: Annotated[str | None, MODEL] = None
     """Multi-view model."""
     image_prior: Annotated[str | None, MODEL] = None
@@ -119,7 +122,7 @@ class Measured:
     peak_memory_bytes: int | None = None
     """The GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on a CPU."""
     reserved_bytes: int | None = None  # what the process took of the GPU in all
-    plan: str | None = None  # how the memory budget is kept to
+    plan: str | None = None  # how the memory budget is kept to, and what several processes share
     gradient_cosine: float | None = None
     """Of a step's gradient on the images through the tiny autoencoder with that through the full one, same images,
     timestep and noise; only for trained models: random weights say nothing about their likeness."""
@@ -148,6 +151,7 @@ class _Job:
     options: Bench
     device: torch.device
     named: bool = False  # the model was
+    processes: Processes = SINGLE
 
     def fitted(self, phase: Phase) -> Recipe:
         """The recipe with one phase all the time, and as many views or frames as its models take."""
@@ -171,21 +175,34 @@ def run(options: Bench) -> int:
         check_folder(options.out.parent, 2**16)
     device = pick_device(options.machine.device)
     subjects, variants = _subjects(options), [_variant(name, device) for name in options.variants]
+    processes, device = join_processes(device)
+    try:
+        return _run_together(options, subjects, variants, processes, device)
+    finally:
+        leave_processes()
+
+
+def _run_together(
+    options: Bench, subjects: list[_Subject], variants: list[Variant], processes: Processes, device: torch.device
+) -> int:
+    """Measure all, where the processes work; the first of them says what it took."""
     measured: list[Measured] = []
     unsaved: WriteError | None = None
-    with stop_on_interrupt() as should_stop, make_progress() as progress:
+    with stop_on_interrupt() as should_stop, make_progress() if processes.is_main else Quiet() as progress:
         for subject in subjects:
             for variant in variants:
-                found = _measure(subject, variant, options, device, progress, should_stop)
+                found = _measure(subject, variant, options, (processes, device), progress, should_stop)
                 measured += found
                 try:
-                    _save(options.out, measured, device)
+                    if processes.is_main:
+                        _save(options.out, measured, device)
                     unsaved = None
                 except WriteError as error:  # what was measured is still shown at the end
                     unsaved = error
                 if any(m.error for m in found):
                     progress.say(f"{subject.name} {variant.name}: {next(m.error for m in found if m.error)}")
-    say(*table(measured, device))
+    if processes.is_main:
+        say(*table(measured, device))
     if unsaved is not None:
         raise unsaved
     return 1 if any(m.error for m in measured) else 0
@@ -243,9 +260,18 @@ def _variant(name: str, device: torch.device) -> Variant:
 
 
 def _measure(
-    subject: _Subject, variant: Variant, options: Bench, device: torch.device, progress: Progress, should_stop
+    subject: _Subject,
+    variant: Variant,
+    options: Bench,
+    where: tuple[Processes, torch.device],
+    progress: Progress,
+    should_stop: Callable[[], bool],
 ) -> list[Measured]:
-    """Measure every phase of a recipe in one way; a failure is noted and ends the recipe."""
+    """Measure every phase of a recipe in one way; a failure is noted and ends the recipe.
+
+    One of several processes ends all: the others would wait for it.
+    """
+    processes, device = where
     if device.type == "cuda":
         limit_memory(device, None)  # the variant before may have kept to a budget
     name, recipe = subject.name, subject.recipe
@@ -253,7 +279,7 @@ def _measure(
         guidance, models = _guidance(subject, variant, options, device)
     except torch.OutOfMemoryError as error:
         return [Measured(name, variant.name, {}, "", options.steps, error=f"the weights don't fit: {error}"[:500])]
-    job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None)
+    job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None, processes)
     found: list[Measured] = []
     for number, phase in enumerate(recipe.phases):
         fitted = job.fitted(phase)
@@ -268,7 +294,7 @@ def _measure(
         try:
             found.append(_measure_phase(blank, job, fitted, show, should_stop))
         except (RuntimeError, ValueError) as error:  # of memory, of CUDA, of a network
-            if should_stop():
+            if should_stop() or processes.world_size > 1:
                 raise
             found.append(replace(blank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]))
             break
@@ -297,7 +323,12 @@ def _measure_phase(
         show(report)
 
     control = RunControl(
-        on_step=on_step, should_stop=should_stop, memory_budget=job.variant.budget, on_plan=plans.append
+        on_step=on_step,
+        should_stop=should_stop,
+        processes=job.processes,
+        share=options.share,
+        memory_budget=job.variant.budget,
+        on_plan=plans.append,
     )
     clock.tick()
     if recipe.stage == "static":
@@ -306,6 +337,9 @@ def _measure_phase(
         scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
         still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
         train_motion(still, recipe, guidance, seed=0, device=device, control=control)
+    if not job.processes.is_main:  # the first one has looked at the clock
+        return blank
+    alone = job.processes.world_size == 1
     profile = None if profiler is None else profiler.stop(PROFILED)
     seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
     compares = job.variant.kind == "tiny" and options.models == ("toy",)  # with random weights that says nothing
@@ -314,13 +348,13 @@ def _measure_phase(
         blank,
         seconds_per_step=a_step,
         # asked for all images at once they may not keep to a budget
-        guidance_seconds=None if job.variant.budget else _guidance_seconds(job, recipe),
+        guidance_seconds=_guidance_seconds(job, recipe) if alone and not job.variant.budget else None,
         preparing_seconds=seconds[0],
         peak_memory_bytes=peak,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-        plan=plans[0] if plans else None,
+        plan="; ".join(plans) or None,
         gradient_cosine=_gradient_cosine(job, recipe) if compares else None,
-        parts=_parts(job, recipe, a_step) if job.named and not job.variant.budget else None,
+        parts=_parts(job, recipe, a_step) if alone and job.named and not job.variant.budget else None,
         profile=profile,
     )
 

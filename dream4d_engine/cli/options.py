@@ -25,6 +25,7 @@ from ..training.config import (
     find_recipe,
     is_toy,
 )
+from ..training.processes import Share
 from ..training.reference.masks import read_mask
 from ..training.reference.pixels import file_pixels
 from .errors import UsageError
@@ -235,12 +236,15 @@ def _of_flag(flag: str, make: Callable[[], object]) -> None:
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """How a GPU is used; results don't depend on it."""
+    """How GPUs are used; results don't depend on it, but for `share`."""
 
     memory_budget: Annotated[str | None, optional("SIZE")] = None
     """Keep to so much GPU memory, for example 10GiB: the fastest way to run the models that fits is chosen."""
     compile: bool = True
     """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
+    share: Share = "auto"
+    """What the processes of torchrun share. work: each step is divided among them and done sooner. cameras: each has as
+    many as the recipe says, so that a step has more. auto: the work, where a step has an image for each."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Session:
             on_step=on_step,
             should_stop=self.should_stop,
             processes=self.processes,
+            share=self.options.gpu.share,
             memory_budget=None if asked is None else parse_bytes(asked),
             on_plan=self.progress.say,
         )

@@ -48,6 +48,10 @@ class Denoiser(Protocol):
     def noise(self) -> NoiseSchedule:
         """The noise levels that it was trained on."""
 
+    @property
+    def images_apart(self) -> bool:
+        """Whether `encode` and `decode` look at each image by itself, also where several belong together."""
+
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable.
 
@@ -83,10 +87,10 @@ def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
     return Conditions(**{name: torch.cat(values) for name, values in columns.items() if name not in missing})
 
 
-def split_conditions(conditions: Conditions, groups_at_once: int) -> Sequence[Conditions]:
-    """Undo `stack_conditions`: pieces of so many groups, in order."""
+def split_conditions(conditions: Conditions, groups: int | list[int]) -> Sequence[Conditions]:
+    """Undo `stack_conditions`: pieces of so many groups, or of these numbers of groups, in order."""
     columns = {f.name: getattr(conditions, f.name) for f in fields(Conditions)}
-    given = {name: value.split(groups_at_once) for name, value in columns.items() if value is not None}
+    given = {name: value.split(groups) for name, value in columns.items() if value is not None}
     return [Conditions(**dict(zip(given, piece, strict=True))) for piece in zip(*given.values(), strict=True)]
 
 

@@ -12,7 +12,7 @@ distilling names a target for z and pulls it there with 0.5 * |z - stop(target)|
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,9 +21,11 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..cameras import CameraBatch
+from ..division import WHOLE, Division
 from ..randomness import Draw, draw_rows
 from ..schedules import Schedule
 from ..transfers import send
+from . import shares
 from .combine import cfg, perp_neg, rescale
 from .denoiser import Conditions, Denoiser, stack_conditions
 from .noise import NoiseSchedule
@@ -82,6 +84,7 @@ class Guidance:
     conditions: Callable[[CameraBatch], tuple[Conditions, Conditions]]
     config: DistillationConfig
     perp_neg: Callable[[CameraBatch], PerpNegConditions] | None = None  # what the config's perp_neg needs
+    division: Division = WHOLE  # among processes that all ask about the same images
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Ten
 
     @torch.no_grad()
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
-        x0 = denoiser.denoise(x.repeat(n, 1, 1, 1, 1), sigma.repeat(n), together)  # [n B, F, c, h, w], in one pass
+        # [n B, F, c, h, w], in one pass
+        x0 = shares.denoise(denoiser, guidance.division, x.repeat(n, 1, 1, 1, 1), sigma.repeat(n), together)
         x0_text, x0_negative, *x0_avoid = x0.chunk(n)
         if avoidance is None:
             guided = cfg(x0_text, x0_negative, config.guidance_scale)
@@ -263,6 +267,7 @@ def distill_at(
     share: Tensor,
     noise: Callable[[torch.Size], Tensor],
     carried: Tensor | None = None,
+    encoded_by: Sequence[int] | None = None,
 ) -> DistillationOutput:
     """Distil at given noise levels, with given noise; nothing else is random.
 
@@ -270,10 +275,11 @@ def distill_at(
         images: [B, F, 3, H, W] in [0, 1], grouped as the denoiser sees them. share: [B] of the schedule, on the CPU.
         noise: shape of z -> standard normal noise; called for x first, then once for each step of a walk.
         carried: [B, F] bool, on the CPU: see Denoiser.encode.
+        encoded_by: how many of the B * F images each process encodes; None: all of them.
     """
-    denoiser, config = guidance.denoiser, guidance.config
+    denoiser, config, division = guidance.denoiser, guidance.config, guidance.division
     resized = resize_images(images, denoiser.image_size)
-    z = denoiser.encode(resized) if carried is None else denoiser.encode(resized, carried)
+    z = shares.encode(denoiser, division, encoded_by, resized, carried)
     sigma = send(denoiser.noise.sigma_of(share), z.device)
     predict = guided_prediction(guidance, cameras)
     with torch.no_grad():
@@ -294,7 +300,8 @@ def distill_at(
     }
     if config.color_weight > 0:
         with torch.no_grad():
-            decoded = denoiser.decode(torch.where(target.isfinite(), target, z))  # one bad value would spread
+            # one bad value would spread
+            decoded = shares.decode(denoiser, division, torch.where(target.isfinite(), target, z))
         color = config.color_weight * color_loss(resized, decoded, n)
         terms["color"] = color.detach()
         loss = loss + color
@@ -328,6 +335,7 @@ def distill(
         terms = {name: zero for name in ("distillation", "gradient_norm", NONFINITE, "noise")}
         return DistillationOutput(0.0 * images.sum(), terms, torch.zeros(0), empty)
     n_groups, turns = seen.shape[0], itertools.count()
+    encoded_by = shares.encoded_by(guidance.denoiser, guidance.division, images.shape[0] * images.shape[1], keep)
     share = draw_shares(guidance.config, guidance.denoiser.noise, n_groups, progress, draw, guidance.name)
 
     def noise(shape: torch.Size) -> Tensor:
@@ -339,4 +347,4 @@ def distill(
     if keep is not None:
         seen, cameras, share = seen[send(keep, seen.device)], cameras.groups(keep), share[keep]
         carried = None if carried is None else carried[keep]
-    return distill_at(guidance, seen, cameras, share, noise, carried)
+    return distill_at(guidance, seen, cameras, share, noise, carried, encoded_by)

@@ -134,6 +134,11 @@ class WindowedDenoiser:
         """The model's."""
         return self.model.noise
 
+    @property
+    def images_apart(self) -> bool:
+        """The model's."""
+        return self.model.images_apart
+
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode whole takes [B, F, 3, H, W] to [B, f, c, h, w]; differentiable. `carried`: see Denoiser.encode."""
         return self.model.encode(images, carried)

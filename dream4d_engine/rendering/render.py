@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
+from ..division import WHOLE, Division
 from ..randomness import Source, draw_rows
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
@@ -100,6 +101,13 @@ class View:
     apparent_area: float = 1.0  # of the cameras, see there: the number of samples is about proportional to it
     samples: RaySamples | None = None  # what is on the rays, if that is known already
     gradient: GradientFrames | None = None  # None: all frames carry it
+    division: Division = WHOLE  # among processes with the same view; samples are of this one's rays
+
+    @property
+    def rays_of_each(self) -> tuple[int, ...]:
+        """How many rays each process renders: whole images, where there is one for everybody."""
+        n_groups, n_frames, height, width = self.rays.shape
+        return self.division.counts(n_groups * n_frames, height * width)
 
     @property
     def carried(self) -> Tensor | None:
@@ -128,6 +136,7 @@ def prefetch_samples(scene: Scene, view: View, capacity: int | None) -> Prefetch
     `capacity`: how many intervals there may be on the rays, None: as many as there are, for which a GPU is waited for.
     Raises a ValueError where samples aren't chosen by a first look, or are found again for each part of the rays.
     """
+    view = _own(view)
     options, rays = view.options, view.rays
     if not (options.prune and options.alpha_threshold > 0) or options.rays_at_once is not None:
         raise ValueError("samples are found ahead only where rays are pruned by a first look and rendered all at once")
@@ -139,15 +148,31 @@ def prefetch_samples(scene: Scene, view: View, capacity: int | None) -> Prefetch
 
 
 def render_view(scene: Scene, view: View) -> RenderOutput:
-    """Render all rays of a view, differentiably; at once where its options don't say otherwise."""
-    rays_at_once = view.options.rays_at_once
+    """Render all rays of a view, differentiably; at once where its options don't say otherwise.
+
+    Where the view is divided among processes each renders its own rays, and all have the images.
+    """
+    rays_at_once, mine = view.options.rays_at_once, _own(view)
     if rays_at_once is None or not torch.is_grad_enabled():
-        output = _render_rays(scene, view)
+        output = _render_rays(scene, mine)
     else:
-        output = _render_checkpointed(scene, view, rays_at_once)
+        output = _render_checkpointed(scene, mine, rays_at_once)
+    images = _images(output)
+    if view.division.size > 1:
+        whole = view.division.gather(torch.cat(list(images.values()), -1), view.rays_of_each)  # in one message
+        columns = whole.split([image.shape[-1] for image in images.values()], -1)
+        images = dict(zip(images, columns, strict=True))
+        output = replace(output, samples=None, weights=None)
     shape = view.rays.shape  # [N, c] -> [B, F, H, W, c]
-    images = {name: image.view(*shape, image.shape[-1]) for name, image in _images(output).items()}
+    images = {name: image.reshape(*shape, image.shape[-1]) for name, image in images.items()}
     return replace(output, samples=output.samples, **images)
+
+
+def _own(view: View) -> View:
+    """Of a view that is divided among processes, this one's rays."""
+    if view.division.size == 1:
+        return view
+    return replace(_slice(view, view.division.own(view.rays_of_each)), samples=view.samples)
 
 
 def render(

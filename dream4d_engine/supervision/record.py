@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..division import WHOLE, Division
 from ..randomness import Draw
 from ..rendering import RenderOutput, View, render_view
 from ..scene import Scene
@@ -22,7 +23,9 @@ Views = Mapping[ViewFunction, View]
 class Terms:
     """What a supervision thinks of a rendering: scalars by name."""
 
-    losses: dict[str, Tensor]  # weighted, with gradient; the loop minimises the sum of all and reports each
+    # weighted, with gradient; the loop minimises the sum of all and reports each. Of a step that is divided among
+    # processes each has the whole: by the view's images, else the term asks for the division's `once`.
+    losses: dict[str, Tensor]
     notes: dict[str, Tensor] = field(default_factory=dict)  # for people to read, detached
 
 
@@ -42,9 +45,12 @@ def needed(image: Tensor | None, what: str) -> Tensor:
     return image
 
 
-def views_of(supervisions: Sequence[Supervision], scene: Scene, progress: float, draw: Draw) -> Views:
-    """Return what a step looks at, each view once however many look at it."""
-    return {view: view(scene, progress, draw) for view in dict.fromkeys(one.view for one in supervisions)}
+def views_of(
+    supervisions: Sequence[Supervision], scene: Scene, progress: float, draw: Draw, division: Division = WHOLE
+) -> Views:
+    """Return what a step looks at, each view once however many look at it; `division`: of its rendering."""
+    wanted = dict.fromkeys(one.view for one in supervisions)
+    return {view: replace(view(scene, progress, draw), division=division) for view in wanted}
 
 
 def rendered(

@@ -63,10 +63,12 @@ def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFu
             parts["orientation"] = weights.orientation * facing
         if weights.normal_smoothness_3d:
             aside = draw.groups("aside", view.cameras.shape[0])
-            parts["normal_3d"] = weights.normal_smoothness_3d * _normal_smoothness(scene, output, view.rays, aside)
+            smoothness = _normal_smoothness(scene, output, view.rays, aside)
+            # this and the next ask the scene itself, which every process does
+            parts["normal_3d"] = weights.normal_smoothness_3d * view.division.once(smoothness)
         if weights.rigidity:
             near = draw.groups("rigidity", view.cameras.shape[0])
-            parts["rigidity"] = weights.rigidity * _rigidity(scene, output, view.rays, near)
+            parts["rigidity"] = weights.rigidity * view.division.once(_rigidity(scene, output, view.rays, near))
         return Terms(parts)
 
     return Supervision("regularisers", view, loss)

@@ -48,6 +48,8 @@ class IdealDenoiser:
         self.image_size = (bank.shape[3], bank.shape[4])
         self.n_frames = bank.shape[1] if bank.shape[1] > 1 else None
 
+    images_apart = True
+
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to z in [-1, 1]."""
         return 2 * images - 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..scene import Scene
-from .processes import SINGLE, Processes
+from .processes import SINGLE, Processes, Share
 
 
 class Interrupted(RuntimeError):
@@ -78,9 +78,10 @@ class RunControl:
     on_step: Callable[[StepReport, Scene], None] | None = None  # after every step; the scene is not to be changed
     should_stop: Callable[[], bool] | None = None  # asked after every step
     clock: Callable[[], float] = time.monotonic  # seconds
-    processes: Processes = SINGLE  # that share the work
+    processes: Processes = SINGLE  # that train together
+    share: Share = "auto"  # what they share
     memory_budget: int | None = None  # bytes of GPU memory that this process may take; None: all
-    on_plan: Callable[[str], None] | None = None  # is told how the budget is kept
+    on_plan: Callable[[str], None] | None = None  # is told how the budget is kept, and what processes share
 
     def stop_if_asked(self, stage: str) -> None:
         """Raise Interrupted where a run is asked to stop before its first step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 import torch
@@ -33,7 +34,7 @@ from .history import History, all_answered, found
 from .plan import plan_steps
 from .prefetch import Prefetch
 from .processes import Processes
-from .stages import GuidanceOf, ParameterGroup, Stage
+from .stages import GuidanceOf, ParameterGroup, Stage, least_images
 
 __all__ = ["train", "make_optimizer", "RunControl", "StepReport", "FitSummary"]
 __all__ += ["Interrupted", "PriorSilent", "ResumeMismatch", "TrainingDiverged"]
@@ -50,10 +51,12 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError when it
     can't be written, and a ValueError where the memory budget is too small for any way.
     """
-    scene, recipe, loop, processes = stage.scene, stage.recipe, stage.recipe.loop, control.processes
+    scene, recipe, loop = stage.scene, stage.recipe, stage.recipe.loop
     steps, on_gpu = recipe.steps, scene.device.type == "cuda"
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
+    control = _sharing(control, least_images(recipe))
+    processes, division = control.processes, control.processes.division
     supervisions, prefetches = plan_steps(stage, guidance, control)
     optimizer = make_optimizer(stage.groups, recipe.optimizer)
     scaler = torch.amp.GradScaler(scene.device.type, enabled=loop.precision == "half" and on_gpu)
@@ -66,7 +69,7 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         _update_occupancy(scene, seed, 0)
 
     for step in range(start, steps):
-        step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, processes.rank)
+        step_began, progress, draw = control.clock(), step / steps, Draw(seed, step, processes.place)
         rate = milestones(progress, recipe.optimizer.milestones, recipe.optimizer.factor)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -74,7 +77,7 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         optimizer.zero_grad(set_to_none=True)
 
         # forward: views that several supervisions look at are rendered once
-        views = prefetch.take() or views_of(supervisions, scene, progress, draw)
+        views = prefetch.take() or views_of(supervisions, scene, progress, draw, division)
         with torch.autocast(scene.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
             seen = rendered(supervisions, scene, views)
             terms = gather([one.loss(scene, output, view, progress, draw) for one, view, output in seen])
@@ -86,7 +89,8 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
         if occupancy_due and prefetches:
             _update_occupancy(scene, seed, done)
         if prefetch.enabled and done < steps:
-            prefetch.begin(views_of(supervisions, scene, done / steps, Draw(seed, done, processes.rank)))
+            ahead = Draw(seed, done, processes.place)
+            prefetch.begin(views_of(supervisions, scene, done / steps, ahead, division))
 
         # backward: NaN, where the loss is not finite or lacks a prior's part
         answered = all_answered(terms, loss.device)
@@ -122,6 +126,17 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     return FitSummary(steps, took, pace, history.bad_steps, start, history.loss, history.nonfinite)
 
 
+def _sharing(control: RunControl, n_images: int) -> RunControl:
+    """The control with processes that know what they share in steps of so many images."""
+    processes = control.processes
+    if processes.world_size == 1:
+        return control
+    processes = processes.sharing(control.share, n_images)
+    if control.on_plan is not None:
+        control.on_plan(processes.describe(control.share, n_images))
+    return replace(control, processes=processes)
+
+
 def _update_occupancy(scene: Scene, seed: int, step: int) -> None:
     # without a rank: every process has the same grid
     scene.update_occupancy(Draw(seed, step).for_("occupancy"), all_cells=step < ALL_CELLS_UNTIL)
@@ -149,8 +164,7 @@ def _step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, answered: Tensor, processes: Processes
 ) -> Tensor:
     """Change the parameters where their gradient is finite, on all processes alike; return whether it is."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    processes.average(gradients)
+    gradients = processes.combine([p for group in optimizer.param_groups for p in group["params"]])
     if not gradients:
         return torch.zeros((), device=answered.device)
     # norms, not sums: Adam squares what it is given

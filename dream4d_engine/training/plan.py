@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..division import Division
 from ..guidance.distillation import Guidance
 from ..guidance.execution import Execution
 from ..machine import has_own_allocator, limit_memory
@@ -86,6 +87,11 @@ def plan_of(guidance: GuidanceOf, execution: Execution) -> dict[PriorKind, Guida
     return {kind: replace(one, denoiser=one.denoiser.run_as(execution)) for kind, one in guidance.items()}
 
 
+def divided(guidance: GuidanceOf, division: Division) -> dict[PriorKind, Guidance]:
+    """The guidance whose work is divided among processes."""
+    return {kind: replace(one, division=division) for kind, one in guidance.items()}
+
+
 def choose_plan(
     guidance: GuidanceOf, fits: Callable[[GuidanceOf, Plan], bool], ladder: Sequence[Plan] = LADDER
 ) -> tuple[dict[PriorKind, Guidance], Plan] | None:
@@ -105,8 +111,10 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
     the control asks for it before a way is tried. Raises a ValueError where even the smallest way does not fit.
     """
     budget, scene, device = control.memory_budget, stage.scene, stage.scene.device
+    division = control.processes.division
     if budget is None:
-        return stage.supervisions(guidance, None), True
+        return stage.supervisions(divided(guidance, division), None), True
+    alone = division.rehearsal()  # each process finds its own way; where one has no room the others don't wait for it
     if device.type != "cuda":
         raise ValueError(f"a memory budget is for GPUs, and the work is done on {device.type}: leave it away")
     # the optimiser's two moments are not there yet
@@ -124,7 +132,8 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
         before = torch.cuda.memory_reserved(device)
         limit_memory(device, allowed)
         try:
-            reason = _why_not(stage.supervisions(planned, plan.rays_at_once), plan.prefetches, stage)
+            trial = stage.supervisions(divided(planned, alone), plan.rays_at_once)
+            reason = _why_not(trial, plan.prefetches, stage, alone)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)):  # of a graph
                 raise
@@ -147,7 +156,7 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
     planned, plan = found
     if control.on_plan is not None:
         control.on_plan(f"memory budget {budget / 2**30:.1f} GiB: {plan.describe()}")
-    return stage.supervisions(planned, plan.rays_at_once), plan.prefetches
+    return stage.supervisions(divided(planned, division), plan.rays_at_once), plan.prefetches
 
 
 def _give_back(device: torch.device) -> None:
@@ -158,7 +167,7 @@ def _give_back(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage) -> str:
+def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage, division: Division) -> str:
     """Why steps of the phases don't run smoothly; "" where they do."""
     scene, draw = stage.scene, Draw(0)
     for start in stage.starts:
@@ -166,14 +175,14 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
         prefetch = Prefetch(scene, half=True, enabled=prefetches)
         for attempt in range(2):  # the first one may have to ask for memory, the second is as all others will be
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
-            views = prefetch.take() or views_of(supervisions, scene, start, draw)
+            views = prefetch.take() or views_of(supervisions, scene, start, draw, division)
             views = {key: heaviest(view) for key, view in views.items()}
             with torch.autocast("cuda", dtype=torch.float16):
                 seen = rendered(supervisions, scene, views)
                 terms = gather([one.loss(scene, output, view, start, draw) for one, view, output in seen])
                 loss = sum(terms.losses.values(), start=torch.zeros((), device=scene.device))
             if prefetch.enabled:
-                prefetch.begin(views_of(supervisions, scene, start, draw))
+                prefetch.begin(views_of(supervisions, scene, start, draw, division))
             loss.backward()
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)

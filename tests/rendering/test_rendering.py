@@ -11,12 +11,21 @@ import torch
 from places import GOLDEN
 
 from dream4d_engine.cameras import CameraBatch, orbit
+from dream4d_engine.division import Division
 from dream4d_engine.dream_in_4d import import_checkpoint
 from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
-from dream4d_engine.rendering import RenderOptions, render, render_chunked
+from dream4d_engine.rendering import (
+    RenderOptions,
+    View,
+    prefetch_samples,
+    prepare_view,
+    render,
+    render_chunked,
+    render_view,
+)
 from dream4d_engine.rendering.shading import KINDS, depth_image, displacement_image, image_of
 from dream4d_engine.scene import Scene, SceneConfig, build_scene
 
@@ -201,6 +210,36 @@ def test_rendering_slices_twice_gives_the_same_gradient(options: RenderOptions, 
     assert at_once.keys() == sliced.keys() and {"rgb", "deformation.grid.table"} <= at_once.keys()
     for name, values in at_once.items():
         torch.testing.assert_close(sliced[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize(("n", "size", "shares"), [(3, 2, (2, 1)), (1, 4, (0.25,) * 4)])
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_shares_of_several_processes_make_up_the_images_and_the_gradient(n, size, shares, prefetched) -> None:
+    scene = moving_scene()
+    # so little is solid that a quarter of the image has no samples at all
+    scene.occupancy.occupied.zero_()
+    scene.occupancy.occupied[7:9, 7:9, 7:9] = True
+    view = prepare_view(scene, cameras(12, n), replace(EVERYTHING, stratified=True), generator(9))
+    weights = torch.randn(*view.rays.shape, 3, generator=generator(3))
+
+    def rendered(view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scene.zero_grad()
+        if prefetched:
+            view = replace(view, samples=prefetch_samples(scene, view, None).take()[0])
+        output = render_view(scene, view)
+        (weights * (output.rgb + output.normals + output.displacement)).sum().backward()
+        images = torch.cat((output.rgb, output.normals, output.displacement, output.depth), -1).detach()
+        return images, {name: p.grad.clone() for name, p in scene.named_parameters()}
+
+    images, gradients = rendered(view)
+    parts = [replace(view, division=Division(rank, size, rehearsed=True)) for rank in range(size)]
+    assert parts[0].rays_of_each == tuple(int(144 * share) for share in shares)
+    found = [rendered(part) for part in parts]
+    torch.testing.assert_close(torch.stack([one for one, _ in found]).sum(0), images, rtol=0, atol=1e-6)
+    assert images.any() and (n > 1 or not found[0][0][..., 3:].any()), "nothing in the first quarter"
+    for name, whole in gradients.items():
+        summed = torch.stack([one[name] for _, one in found]).sum(0)
+        torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()), msg=name)
 
 
 def test_stratified_samples_stay_one_step_apart() -> None:

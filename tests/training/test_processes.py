@@ -6,14 +6,27 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import distributed_worker
 import pytest
 import torch
 from places import TESTS
+from training_cases import CPU, solid_ball
 
+from dream4d_engine.assets import load_scene, save_scene
+from dream4d_engine.division import WHOLE, Division
+from dream4d_engine.guidance.execution import Execution
+from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.randomness import Draw, draw_rows
-from dream4d_engine.training.processes import SINGLE, join_processes
+from dream4d_engine.supervision import gather, heaviest, rendered, views_of
+from dream4d_engine.training.config import TOY_MOTION
+from dream4d_engine.training.guidance import load_guidance, runtime_for
+from dream4d_engine.training.loop import RunControl
+from dream4d_engine.training.motion import motion_stage, train_motion
+from dream4d_engine.training.plan import divided, plan_of
+from dream4d_engine.training.processes import SINGLE, Processes, join_processes
 
 
 def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[str]]:
@@ -45,30 +58,58 @@ def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[s
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-@needs_gloo
-def test_two_processes_are_one_with_twice_the_groups(tmp_path):
-    codes, _, errors = together([str(TESTS / "distributed_worker.py"), str(tmp_path)])
-    assert codes == [0, 0], errors
-    for stage in ("static", "motion"):
-        expected, _ = distributed_worker.train(2, stage, SINGLE, tmp_path / "alone")
-        first, second = (torch.load(tmp_path / stage / r / "result.pt", weights_only=True) for r in ("0", "1"))
-        for name, value in expected.state_dict().items():
-            assert torch.equal(first["scene"][name], second["scene"][name]), f"the processes disagree about {name}"
-            torch.testing.assert_close(first["scene"][name], value, rtol=1e-4, atol=1e-6, msg=name)
-        assert first["steps"] == [1, 2, 3, 4, 5, 6] and second["steps"] == [], "one speaks"
-        written = [(tmp_path / stage / rank / "run.checkpoint").exists() for rank in ("0", "1")]
-        assert written == [True, False], "one writes"
+def check_cases(names: list[str], n: int, folder: Path) -> None:
+    """Train cases in n processes, and compare what came out with one process's."""
+    codes, _, errors = together([str(TESTS / "distributed_worker.py"), str(folder), *names], n)
+    assert codes == [0] * n, errors
+    for name in names:
+        case = distributed_worker.CASES[name]
+        (folder / name / "alone").mkdir()
+        alone = distributed_worker.train(
+            replace(case, stop_after=None), n if case.cameras else 1, folder / name / "alone"
+        )
+        first, *others = (torch.load(folder / name / f"{rank}.pt", weights_only=True) for rank in range(n))
+        for key, value in alone["scene"].items():
+            assert all(torch.equal(first["scene"][key], one["scene"][key]) for one in others), (name, key)
+            torch.testing.assert_close(
+                first["scene"][key], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        assert [list(one["losses"]) for one in others] == [[]] * (n - 1), "one speaks"
+        assert all(case.says in said for said in first["said"]), first["said"]
+        if case.cameras:  # each reports the loss of its own
+            assert list(first["losses"]) == list(alone["losses"])
+        else:
+            assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5), name
 
 
 @needs_gloo
-def test_the_command_line_in_two_processes_writes_once(tmp_path):
-    out = tmp_path / "out"
-    words = ["text-to-3d", "a red cube", "--steps", "2", "--size", "16", "--orbit-frames", "2", "--samples", "16"]
-    codes, outputs, errors = together(["-m", "dream4d_engine.cli", *words, "--out", str(out), "--device", "cpu"])
+def test_three_processes_are_one_sooner_or_one_with_more_groups(tmp_path):
+    check_cases(list(distributed_worker.CASES), 3, tmp_path)
+    written = [(tmp_path / "windows" / f"{rank}.checkpoint").exists() for rank in range(3)]
+    assert written == [True, False, False], "one writes"
+
+
+@needs_gloo
+def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
+    still, out, prompt = solid_ball(0.5), tmp_path / "out", "red cube jumping"  # no caption: measured quickly
+    save_scene(tmp_path / "still.safetensors", still)
+    words = ["animate", str(tmp_path / "still.safetensors"), prompt, "--steps", "2", "--motion.optimizer.eps", "1e-3"]
+    words += ["--motion.least-motion", "0", "--motion.first-levels", "4"]
+    words += ["--size", "16", "--part-frames", "1", "--samples", "16", "--out", str(out), "--device", "cpu"]
+    codes, outputs, errors = together(["-m", "dream4d_engine.cli", *words])
     assert codes == [0, 0], errors
-    assert (out / "scene.safetensors").exists() and (out / "orbit.mp4").exists()
-    assert not (out / "unfinished").exists()
+    assert (out / "video.mp4").exists() and not (out / "unfinished").exists()
     assert "scene.safetensors" in outputs[0] and not outputs[1], "one speaks"
+    assert "2 processes do each step together" in outputs[0] + errors[0]
+    optimizer = replace(TOY_MOTION.optimizer, eps=1e-3)
+    recipe = replace(TOY_MOTION, steps=2, optimizer=optimizer, least_motion=0.0, first_levels=4)
+    guidance = load_guidance(recipe, {"video": toy_prior("video")}, prompt, runtime_for(recipe, CPU))
+    guidance = plan_of(guidance, Execution(groups_at_once=1))  # as each process asks it: batches differ in rounding
+    alone, _ = train_motion(still, recipe, guidance, seed=0, device=CPU, control=RunControl())
+    made, _ = load_scene(out / "scene.safetensors")
+    assert alone.deformation.body.knots.abs().max() > 0.01, "it has moved"
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 @needs_gloo
@@ -84,6 +125,50 @@ def test_shares_of_a_draw_make_up_the_whole():
     whole = draw_rows(torch.rand, (6, 2), Draw(4, 7).groups("rays", 6))
     parts = [draw_rows(torch.rand, (2, 2), Draw(4, 7, rank).groups("rays", 2)) for rank in range(3)]
     assert torch.equal(torch.cat(parts), whole) and whole.unique().numel() == 12
+
+
+def test_parts_are_whole_things_where_there_are_enough():
+    assert Division(0, 4).counts(24, 10) == (60, 60, 60, 60) and Division(0, 3).counts(5, 2) == (4, 4, 2)
+    assert Division(0, 4).counts(2, 5) == (3, 3, 2, 2) and Division(0, 4).counts(2) == (1, 1, 0, 0)
+    assert [Division(rank, 3).own((4, 4, 2)) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert WHOLE.counts(5, 2) == (10,)
+
+
+def test_ones_own_rows_carry_the_gradient():
+    rows = torch.ones(2, 3, requires_grad=True)
+    whole = Division(1, 3, rehearsed=True).gather(rows, (2, 2, 1))
+    assert torch.equal(whole[2:4], rows) and not whole[:2].any() and not whole[4:].any()
+    (whole * torch.arange(5.0)[:, None]).sum().backward()
+    assert torch.equal(rows.grad, torch.tensor([[2.0] * 3, [3.0] * 3]))
+    assert WHOLE.gather(rows, (2,)) is rows
+
+
+def test_what_all_compute_counts_once():
+    x = torch.tensor(3.0, requires_grad=True)
+    value = Division(0, 4).once(x**2)
+    value.backward()
+    assert value == 9 and x.grad == 6 / 4
+
+
+def test_a_rehearsed_step_waits_for_nobody():
+    recipe, guidance = distributed_worker.moving(1, n_frames=5, as_takes=True, gradient_frames=2)
+    stage, alone = motion_stage(solid_ball(0.5), recipe, 0, 1.0), Division(2, 3).rehearsal()
+    supervisions, draw = stage.supervisions(divided(guidance, alone), None), Draw(0)
+    views = views_of(supervisions, stage.scene, 0.0, draw, alone)
+    views = {key: heaviest(view) for key, view in views.items()}
+    seen = rendered(supervisions, stage.scene, views)
+    terms = gather([one.loss(stage.scene, output, view, 0.0, draw) for one, view, output in seen])
+    sum(terms.losses.values()).backward()
+    last = list(stage.scene.deformation.mlp.parameters())[-1]  # the others wait for it to leave 0
+    assert last.grad.any(), "frames with gradient are among its own"
+
+
+def test_work_is_shared_where_there_is_an_image_for_everybody():
+    two = Processes(rank=1, world_size=2)
+    assert two.sharing("auto", 2).division == Division(1, 2) and two.sharing("auto", 2).place == 0
+    assert two.sharing("auto", 1).division == WHOLE and two.sharing("auto", 1).place == 1
+    assert two.sharing("work", 1).division == Division(1, 2)
+    assert two.sharing("cameras", 8).division == WHOLE
 
 
 def test_what_is_no_part_of_the_batch_is_the_same_for_all():
@@ -106,7 +191,7 @@ def test_a_process_by_itself_needs_no_team(monkeypatch):
     assert join_processes(torch.device("cpu")) == (SINGLE, torch.device("cpu"))
     assert SINGLE.any(True) and not SINGLE.any(False)
     tensor = torch.ones(2)
-    SINGLE.average([tensor])
+    SINGLE.merge([tensor])
     assert torch.equal(tensor, torch.ones(2))
 
 

@@ -99,6 +99,11 @@ class UNetDenoiser:
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
+    @property
+    def images_apart(self) -> bool:
+        """A UNet of videos has the autoencoder of a UNet of images."""
+        return True
+
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1]; differentiable. With a VAE: the mean, times its scaling factor."""
         if self.vae is None:

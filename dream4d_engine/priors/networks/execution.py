@@ -65,6 +65,7 @@ class Runtime:
 # Numbers in images (12 of 256x256) up to which an encoder takes longer to launch than to run: beyond, capturing it
 # gains nothing, and keeps memory.
 LAUNCH_BOUND = 12 * 3 * 256**2
+_OWN_THREAD = "thread_local"  # others may ask the GPU in the meantime: NCCL's watches over messages between processes
 
 
 class GraphCapture(Capture):
@@ -125,10 +126,10 @@ class GraphCapture(Capture):
         with torch.enable_grad():
             self._warm_up(lambda: torch.autograd.grad(function(held).sum(), held))
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(forward, pool=self._pool):
+            with torch.cuda.graph(forward, pool=self._pool, capture_error_mode=_OWN_THREAD):
                 output = function(held)
             grad = torch.zeros_like(output)
-            with torch.cuda.graph(backward, pool=self._pool):
+            with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=_OWN_THREAD):
                 # retained: other graphs are not to write where those intermediate results are
                 (grad_x,) = torch.autograd.grad(output, held, grad, retain_graph=True)
         return _Captured(forward, backward, held, output, grad, grad_x)
@@ -146,7 +147,7 @@ class GraphCapture(Capture):
         held = tuple(t.detach().clone() for t in inputs)
         self._warm_up(lambda: function(*held))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=_OWN_THREAD):
             output = function(*held)
         return graph, held, output
 

@@ -53,6 +53,11 @@ class TransformerDenoiser:
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.transformer.parameters() if p.ndim > 1)  # small ones may be wider
 
+    @property
+    def images_apart(self) -> bool:
+        """Autoencoders of videos see a take in time."""
+        return self.n_frames is None
+
     def _scaling(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of the channels of a video's latents, [c, 1, 1, 1] each."""
         config = self.vae.config
