@@ -60,6 +60,8 @@ class Training:
         steps, minutes: the length; minutes win where given.
         batch: groups a step. bank: groups rendered beforehand. lr: the highest learning rate.
         graph: record the step once as a CUDA graph and replay it. compile: torch.compile the UNet.
+        noisy: share of the examples whose noise is drawn from NOISY alone, where it is decided which way things move.
+        keep: share of the weights that it started from in the result (2109.01903, section 3).
     """
 
     kind: PriorKind
@@ -77,10 +79,15 @@ class Training:
     channels_last: bool = False
     save_seconds: float = 60.0
     prediction: Prediction = "v"
+    noisy: float = 0.0
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prediction == "flow" and self.kind == "pixel":
             raise ValueError("the pixel prior answers a diffusion's variance too, which a flow has not: it predicts v")
+        for name in ("noisy", "keep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
 
 
 TRAININGS: dict[PriorKind, Training] = {
@@ -90,6 +97,9 @@ TRAININGS: dict[PriorKind, Training] = {
     "novel_view": Training("novel_view", steps=6000, batch=256, bank=60_000, lr=1e-3),
     "pixel": Training("pixel", steps=6000, batch=256, bank=60_000, lr=1e-3),
 }
+
+NOISY = (0.5, 0.99)
+"""Shares of the schedule between which `Training.noisy` draws."""
 
 
 # --- The loss --------------------------------------------------------------------------------------------------
@@ -330,7 +340,7 @@ def train(
     started = time.perf_counter()
     prior = initial_prior(training, out, start_from, latent=vae is not None).to(device)
     optimizer = make_optimizer(prior, training, device)
-    average = [p.detach().clone() for p in prior.parameters()]
+    start, average = ([p.detach().clone() for p in prior.parameters()] for _ in range(2))
     # the images are drawn by the seed alone, so a resumed run renders the same ones again
     bank = render_bank(training.kind, training.bank, torch.Generator().manual_seed(training.seed), device)
     log(f"{training.kind}: {len(bank.rgba)} groups rendered in {time.perf_counter() - started:.1f} s")
@@ -344,6 +354,8 @@ def train(
         log(f"{training.kind}: goes on at step {clock.step}")
     offset = clock.seconds
     make_batch = batch_maker(training.kind, bank)
+    if training.noisy:
+        make_batch = at_more_noise(make_batch, training.noisy)
     if vae is not None:
         make_batch = in_latents(make_batch, vae)
     write_json_schedule(folder, training)
@@ -373,6 +385,7 @@ def train(
     if losses:
         log(_line(training, clock, losses))
     _save_state(state_path, prior, optimizer, average, generator, clock)
+    torch._foreach_lerp_(average, start, training.keep)
     averaged = _with_average(prior, average)
     save_prior(averaged, training.kind, folder, vae=vae, prediction=training.prediction)
     record = {**{f.name: getattr(training, f.name) for f in fields(training)}, "steps": clock.step}
@@ -395,6 +408,19 @@ def in_latents(make_batch: BatchMaker, vae: AutoencoderKL) -> BatchMaker:
         latents = scaled_latents(vae, batch.clean.flatten(0, 1)).unflatten(0, batch.clean.shape[:2])
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         return replace(batch, clean=latents, noise=noise)
+
+    return make
+
+
+def at_more_noise(make_batch: BatchMaker, share: float) -> BatchMaker:
+    """The same batches, a share of them at levels of NOISY alone."""
+    low, high = (round(end * N_TIMESTEPS) for end in NOISY)
+
+    def make(n: int, generator: torch.Generator) -> Batch:
+        batch = make_batch(n, generator)
+        noisy = torch.randint(low, high, (n,), generator=generator, device=batch.timestep.device)
+        taken = torch.rand(n, generator=generator, device=batch.timestep.device) < share
+        return replace(batch, timestep=torch.where(taken, noisy, batch.timestep))
 
     return make
 
@@ -466,6 +492,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="groups a step")
     parser.add_argument("--bank", type=int, help="groups rendered beforehand")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--noisy", type=float, help=f"share of the examples at {NOISY} of the schedule alone")
+    parser.add_argument("--keep", type=float, help="share of the weights it started from in the result")
     parser.add_argument("--start-from", type=Path, help="start from the weights in this folder's KIND folders")
     parser.add_argument("--prediction", choices=get_args(Prediction), default="v", help="what the networks answer")
     parser.add_argument("--seed", type=int, default=0)
@@ -481,7 +509,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def chosen_training(kind: PriorKind, options: argparse.Namespace) -> Training:
     """The published run of a kind, changed by the command line."""
-    changes = {name: getattr(options, name) for name in ("steps", "minutes", "batch", "bank", "lr")}
+    changes = {name: getattr(options, name) for name in ("steps", "minutes", "batch", "bank", "lr", "noisy", "keep")}
     changes = {name: value for name, value in changes.items() if value is not None}
     flags = {name: getattr(options, name) for name in ("seed", "graph", "compile", "channels_last", "prediction")}
     return replace(TRAININGS[kind], **changes, **flags)

@@ -98,7 +98,7 @@ def _filled(device: torch.device) -> Iterator[None]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB (simulated)")
     kept = []
     torch.cuda.empty_cache()
-    for size in (2**30, 2**27, 2**24, 2**21):
+    for size in (2**30, 2**27, 2**24, 2**21, 2**18, 2**15, 2**12, 2**9):  # the last ones: what small models need
         with contextlib.suppress(torch.OutOfMemoryError):
             while True:
                 kept.append(torch.empty(size, dtype=torch.uint8, device=device))
