@@ -14,12 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import emulated_cuda
 import numpy as np
 import pytest
 import torch
 from places import GOLDEN
 
-from dream4d_engine.kernels import Kernels, grid_layout, kernel_status, select_kernels, torch_kernels
+from dream4d_engine.kernels import (
+    Kernels,
+    grid_layout,
+    kernel_status,
+    nvrtc,
+    nvrtc_kernels,
+    select_kernels,
+    torch_kernels,
+)
+from dream4d_engine.kernels.launched import Launches, functions
 from dream4d_engine.kernels.layout import PRIMES
 from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
 
@@ -276,7 +286,7 @@ def test_every_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             select_kernels(torch.device("cpu"))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(set(lines)), lines
-    tried = ["triton", "cuda", "numba"] + ["torch"] * (BEST_ON_CPU == "torch")
+    tried = ["triton", "nvrtc", "cuda", "numba"] + ["torch"] * (BEST_ON_CPU == "torch")
     assert [line.split(" kernels ")[0] for line in lines] == tried
     assert {record.levelno for record in caplog.records} == {logging.INFO}, "nobody expects them on a CPU"
 
@@ -321,14 +331,26 @@ def test_a_gpu_without_triton_is_told_what_to_type(monkeypatch, caplog) -> None:
     def missing(device):
         raise ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
 
-    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "triton": missing})
+    def unloadable(device):
+        raise RuntimeError("NVRTC cannot be loaded")
+
+    def fast(device):
+        return Kernels("nvrtc", *[hash_encode] * 6)
+
+    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "triton": missing, "nvrtc": fast})
     monkeypatch.setattr(kernels, "triton_command", lambda: 'pip install "triton-windows<3.7"')
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cuda:1").name == "nvrtc"
+    assert {record.levelno for record in caplog.records} == {logging.INFO}, "fast enough not to be warned of"
+    caplog.clear()
+    monkeypatch.setitem(kernels._BACKENDS, "nvrtc", unloadable)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             assert select_kernels("cuda:0").name in ("cuda", "torch")
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert line.startswith("triton kernels passed over on cuda:0: triton is not installed")
-    assert line.endswith('pip install "triton-windows<3.7"')
+    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert first.startswith("triton kernels passed over on cuda:0: triton is not installed")
+    assert first.endswith('pip install "triton-windows<3.7"')
+    assert second == "nvrtc kernels passed over on cuda:0: NVRTC cannot be loaded"
     (status,) = [status for status in kernel_status("cuda:0") if status.name == "triton"]
     assert not status.usable and 'pip install "triton-windows<3.7"' in status.reason
     with pytest.raises(ValueError, match='cannot run on cuda: triton is not installed.*"triton-windows<3.7"'):
@@ -342,7 +364,7 @@ def test_other_missing_libraries_are_named_as_they_are(monkeypatch) -> None:
         raise ModuleNotFoundError("No module named 'tinycudann'", name="tinycudann")
 
     monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "cuda": missing})
-    assert kernel_status("cpu")[1].reason == "No module named 'tinycudann'"
+    assert {status.name: status.reason for status in kernel_status("cpu")}["cuda"] == "No module named 'tinycudann'"
 
 
 @pytest.mark.usefixtures("a_new_process")
@@ -363,9 +385,9 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 # ---- the other backends against the plain one -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=["numba", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numba", "triton", "nvrtc", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.device]:
-    """A backend and where it runs: on the CPU, on a GPU, or triton's code interpreted on the CPU."""
+    """A backend and where it runs: on the CPU, on a GPU, or a GPU's code interpreted or compiled for the CPU."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
         return select_kernels("cpu", "numba"), torch.device("cpu")
@@ -376,12 +398,25 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
             pytest.skip(str(reason))
     if request.param == "cuda":
         pytest.skip("tiny-cuda-nn and nerfacc need a GPU")
-    pytest.importorskip("triton", reason="triton is not installed")
-    from dream4d_engine.kernels import triton_kernels as t
+    launches = emulated_nvrtc(monkeypatch) if request.param == "nvrtc" else interpreted_triton(monkeypatch)
+    return Kernels(request.param, *functions(launches), torch_kernels.mlp), torch.device("cpu")
 
-    monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
-    interpreted = (t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate)
-    return Kernels("triton", *interpreted, torch_kernels.mlp), torch.device("cpu")
+
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dream4d_engine.kernels import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_RUN", 4)  # interpreted step by step
+    return triton_kernels.LAUNCHES
+
+
+def emulated_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    if emulated_cuda.COMPILER is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setattr(nvrtc, "kernels_of", emulated_cuda.kernels_of)
+    monkeypatch.setattr(nvrtc, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc_kernels, "_RUN", 8)  # several runs even of a few samples
+    return nvrtc_kernels.LAUNCHES
 
 
 @pytest.fixture
@@ -425,6 +460,24 @@ def test_other_backends_encode_alike(fast, generator, name: str, n_active: int |
         results.append([value.detach().cpu() for value in (y, *gradients)])
     for ours, plain, tolerance in zip(*results, (2e-6, 2e-6, 1e-5), strict=True):
         assert_close(ours, plain, tolerance)  # the table's gradient sums over samples in any order
+
+
+@pytest.mark.parametrize("name", ["small3d", "wide"])
+def test_encodings_in_half_precision_are_the_rounded_ones(fast, generator, name: str) -> None:
+    kernels, device = fast
+    if kernels.name not in ("triton", "nvrtc"):
+        pytest.skip("the others leave autocast alone")
+    layout, half = grid_layout(*GRIDS[name]), torch.float16 if device.type == "cuda" else torch.bfloat16
+    x = torch.rand(20, 3, generator=generator).to(device).requires_grad_()
+    table = torch.randn(layout.n_parameters, generator=generator).to(device).requires_grad_()
+    towards = torch.randn(20, layout.n_outputs, generator=generator).to(device, half)
+    whole = kernels.hash_encode(x, table, layout)
+    with torch.autocast(device.type, half):
+        rounded = kernels.hash_encode(x, table, layout)
+    assert torch.equal(rounded, whole.to(half))
+    ours, plain = (torch.autograd.grad(y, (x, table), towards.to(y.dtype)) for y in (rounded, whole))
+    for a, b in zip(ours, plain, strict=True):
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -494,10 +547,10 @@ def test_other_backends_composite_nothing(fast) -> None:
     assert torch.equal(kernels.accumulate(values, nothing.long(), 3).cpu(), torch.zeros(3, 4))
 
 
-def test_triton_refuses_what_it_does_not_know(fast) -> None:
+def test_kernels_for_gpus_refuse_what_they_do_not_know(fast) -> None:
     kernels, device = fast
-    if kernels.name != "triton":
-        pytest.skip("about triton alone")
+    if kernels.name not in ("triton", "nvrtc"):
+        pytest.skip("about kernels of our own for GPUs")
     layout = grid_layout(3, 4, 2, 8, 4, 1.5)
     with pytest.raises(ValueError, match="table in float32, got torch.float64"):
         kernels.hash_encode(torch.zeros(5, 3).to(device), torch.zeros(layout.n_parameters).double().to(device), layout)
@@ -663,7 +716,7 @@ def test_numba_reads_no_memory_but_the_table_for_points_that_are_none(numba_kern
 def test_the_status_of_backends_gives_reasons() -> None:
     found = {status.name: status for status in kernel_status("cpu")}
     assert found["torch"].usable and not found["torch"].reason
-    for name in ("triton", "cuda"):
+    for name in ("triton", "nvrtc", "cuda"):
         assert not found[name].usable and "CUDA device" in found[name].reason
 
 
