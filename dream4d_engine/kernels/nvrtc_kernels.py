@@ -24,7 +24,7 @@ _RUN = 32
 """Neighbouring samples whose gradients are summed before they are added to the table."""
 _AHEAD = 4
 """Of these, so many are read at once."""
-_NAMES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "b16"}
+NUMBERS = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "b16"}
 
 
 @lru_cache(maxsize=8)
@@ -70,7 +70,7 @@ def _encoding(layout: GridLayout, dtype: torch.dtype, device: torch.device) -> _
     numbers = 16 // dtype.itemsize  # what a thread reads or writes at once, at most
     forward, table, points = compile_for(
         device, source.HASH, ("hash_forward", "hash_backward_table", "hash_backward_points"),
-        D=n_dims, F=n_features, L=n_levels, OUT=_NAMES[dtype], THREADS=_THREADS, TOGETHER=together,
+        D=n_dims, F=n_features, L=n_levels, OUT=NUMBERS[dtype], THREADS=_THREADS, TOGETHER=together,
         PIECE=math.gcd(n_features, 4), PACK=math.gcd(n_levels * n_features, together * n_features, numbers),
         FEW=few, BESIDE=beside, LENGTH=_RUN, AHEAD=_AHEAD,
     )  # fmt: skip

@@ -290,7 +290,19 @@ extern "C" __global__ void march(
 }
 """
 
-COMPOSITE = r"""
+SUM_ALL = r"""
+// the sum of the numbers of so many neighbouring threads of a warp, for each of them
+template <int MANY>
+__device__ __forceinline__ float sum_of(float x) {
+#pragma unroll
+    for (int step = MANY / 2; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+    return x;
+}
+"""
+
+COMPOSITE = (
+    SUM_ALL
+    + r"""
 // sums of all threads' numbers up to, and without, one's own: that may be large, and is not taken off again
 __device__ __forceinline__ float sum_before(float x, int lane, float& all) {
 #pragma unroll
@@ -301,12 +313,6 @@ __device__ __forceinline__ float sum_before(float x, int lane, float& all) {
     const float before = __shfl_up_sync(ALL, x, 1);
     all = __shfl_sync(ALL, x, 31);
     return lane ? before : 0.0f;
-}
-
-__device__ __forceinline__ float sum_all(float x) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
-    return x;
 }
 
 // 32 threads have a ray, and as many of its samples at a time. bounds: [N + 1] where a ray's samples begin.
@@ -340,7 +346,7 @@ extern "C" __global__ void composite_forward(
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const float sum = sum_all(total[k]);
+        const float sum = sum_of<32>(total[k]);
         if (lane == 0) sums[ray * K + k] = sum;
     }
 }
@@ -391,9 +397,10 @@ extern "C" __global__ void sum_rays(
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const float sum = sum_all(total[k]);
+        const float sum = sum_of<32>(total[k]);
         if (lane == 0) sums[ray * K + k] = sum;
     }
 }
 """
+)
 """K columns of values."""
