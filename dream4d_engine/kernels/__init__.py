@@ -55,7 +55,7 @@ def _triton_kernels(device: torch.device) -> Kernels:
 def _nvrtc_kernels(device: torch.device) -> Kernels:
     from . import nvrtc_kernels as n
     from .launched import functions
-    from .torch_kernels import mlp
+    from .lean_mlp import mlp
 
     n.check(device)
     return Kernels("nvrtc", *functions(n.LAUNCHES), mlp)

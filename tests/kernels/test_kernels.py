@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from dream4d_engine.kernels import (
     Kernels,
     grid_layout,
     kernel_status,
+    lean_mlp,
     nvrtc,
     nvrtc_kernels,
     select_kernels,
@@ -250,6 +252,36 @@ def test_networks_asked_in_pieces_say_the_same(monkeypatch) -> None:
     with torch.no_grad():
         pieces = torch_kernels.mlp(x, layers)
     assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(5, 16, 16, 3), (24, 64, 1), (3, 8)])
+def test_networks_that_keep_little_give_the_same_gradients(monkeypatch, sizes: tuple[int, ...]) -> None:
+    monkeypatch.setattr(lean_mlp, "_ROWS", 300)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(o, i, generator=generator) for i, o in itertools.pairwise(sizes)]
+    x, grad = (torch.randn(1000, n, generator=generator) for n in (sizes[0], sizes[-1]))
+    results = []
+    for network, dtype in (
+        (lean_mlp.mlp, torch.bfloat16),
+        (torch_kernels.mlp, torch.bfloat16),
+        (torch_kernels.mlp, None),
+    ):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, *weights)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = network(leaves[0], leaves[1:])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
+    for lean, plain, exact in zip(*results, strict=True):
+        assert (lean.dtype, lean.shape) == (plain.dtype, plain.shape)
+        assert (lean - exact).norm() <= 1.5 * (plain - exact).norm() < 0.15 * exact.norm()
+
+
+def test_networks_that_keep_little_of_few_samples_or_none() -> None:
+    layers = [torch.randn(8, 5).requires_grad_(), torch.randn(3, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lean_mlp.mlp(torch.randn(0, 5), layers)
+    (found,) = torch.autograd.grad(out.sum(), layers[:1])
+    assert out.shape == (0, 3)
+    assert torch.equal(found, torch.zeros(8, 5))
 
 
 def test_composite_of_nothing() -> None:
