@@ -31,12 +31,18 @@ class Kernel:
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         x, y, z = (*grid, 1, 1)[:3]
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        with torch.cuda.device(self._device):
-            given = (self._function, x, y, z, threads, 1, 1, 0, stream, places, None)
+        given = (self._function, x, y, z, threads, 1, 1, 0, stream, places, None)
+        if torch.cuda.current_device() == self._device.index:
+            self._launch(given)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(given)
+
+    def _launch(self, given: tuple) -> None:
+        said = _driver().cuLaunchKernel(*given)
+        if said == _INVALID_CONTEXT:  # a new thread of autograd's
+            _must(_driver().cuCtxSetCurrent(self._context))
             said = _driver().cuLaunchKernel(*given)
-            if said == _INVALID_CONTEXT:  # a new thread of autograd's
-                _must(_driver().cuCtxSetCurrent(self._context))
-                said = _driver().cuLaunchKernel(*given)
         _must(said)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,8 +52,10 @@ def _tile(c: int, *tensors: Tensor) -> _Tile:
     return _Tile(pack, lanes, tiles, _THREADS // lanes)
 
 
-def _compiled(x: Tensor, code: str, names: tuple[str, ...], **defined: object) -> tuple[Kernel, ...]:
-    return compile_for(x.device, code, names, NUMBER=NUMBERS[x.dtype], THREADS=_THREADS, **defined)
+@lru_cache(maxsize=512)
+def _compiled(device: torch.device, code: str, names: tuple[str, ...], **defined: object) -> tuple[Kernel, ...]:
+    # every layer of every step asks: without writing the code anew
+    return compile_for(device, code, names, THREADS=_THREADS, **defined)
 
 
 # ---- group norm ----------------------------------------------------------------------------------------------------
@@ -60,12 +63,14 @@ def _compiled(x: Tensor, code: str, names: tuple[str, ...], **defined: object) -
 
 def _norm_kernels(x: Tensor, tile: _Tile, silu: bool) -> tuple[Kernel, ...]:
     names = ("sums", "apply", "gradient_sums", "gradient")
-    return _compiled(x, source.NORM, names, PACK=tile.pack, SILU=int(silu), STEPS=_STEPS)
+    return _compiled(
+        x.device, source.NORM, names, NUMBER=NUMBERS[x.dtype], PACK=tile.pack, SILU=int(silu), STEPS=_STEPS
+    )
 
 
 def _statistics_kernels(weight: Tensor, offset: Tensor) -> tuple[Kernel, ...]:
     kinds = {"WEIGHT": NUMBERS[weight.dtype], "OFFSET": NUMBERS[offset.dtype]}
-    return compile_for(weight.device, source.STATISTICS, ("statistics", "gradient_line"), THREADS=_THREADS, **kinds)
+    return _compiled(weight.device, source.STATISTICS, ("statistics", "gradient_line"), **kinds)
 
 
 def _norm(
@@ -111,7 +116,8 @@ def _rms(x: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor, eps
     packs = c // pack
     lanes = min(_OF_A_ROW, 1 << (packs - 1).bit_length())
     (kernel,) = _compiled(
-        x, source.RMS, ("rms",), WEIGHT=NUMBERS[known.dtype], PACK=pack, LANES=lanes, PER=-(-packs // lanes),
+        x.device, source.RMS, ("rms",), NUMBER=NUMBERS[x.dtype], WEIGHT=NUMBERS[known.dtype],
+        PACK=pack, LANES=lanes, PER=-(-packs // lanes),
         WEIGHTED=int(weight is not None), BACKWARD=int(grad is not None),
     )  # fmt: skip
     kernel((-(-r * lanes // _THREADS),), _THREADS, x, known, given, out, r, c, float(eps))
@@ -121,8 +127,8 @@ def _rms(x: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor, eps
 
 
 def _rows_kernels(x: Tensor, weight: Tensor, tile: _Tile) -> tuple[Kernel, ...]:
-    names = ("shifted", "doubled", "gated")
-    return _compiled(x, source.ROWS, names, WEIGHT=NUMBERS[weight.dtype], PACK=tile.pack, STEPS=_STEPS)
+    names, kinds = ("shifted", "doubled", "gated"), {"NUMBER": NUMBERS[x.dtype], "WEIGHT": NUMBERS[weight.dtype]}
+    return _compiled(x.device, source.ROWS, names, PACK=tile.pack, STEPS=_STEPS, **kinds)
 
 
 def _shift(x: Tensor, bias: Tensor) -> None:
