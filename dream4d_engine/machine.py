@@ -110,7 +110,7 @@ def _index(device: torch.device) -> int:
 def allowed_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that this process may take: all there is, if nothing limits it."""
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(total * _SHARES.get(_index(device), 1.0))
+    return round(total * _SHARES.get(_index(device), 1.0))
 
 
 def has_own_allocator() -> bool:
