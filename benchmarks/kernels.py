@@ -38,7 +38,7 @@ Part = tuple[str, Callable[[Kernels], Callable[[], object]]]
 
 def backends() -> list[Kernels]:
     found = []
-    for name in ("triton", "cuda", "numba", "torch"):
+    for name in ("triton", "nvrtc", "cuda", "numba", "torch"):
         try:
             found.append(select_kernels(DEVICE, name))
         except ValueError as reason:
@@ -113,6 +113,7 @@ def gpu_parts() -> list[Part]:
         ("3D encoding, with the points' gradient", encoding(grid, x[:, :3], "points")),
         ("4D encoding, forward", encoding(deformation, y, "")),
         ("4D encoding, with the table's gradient", encoding(deformation, y, "table")),
+        ("4D encoding, with the points' gradient", encoding(deformation, y, "points")),
         ("marching + compositing, forward, backward", marching(still, rays)),
     ]
 

@@ -93,10 +93,24 @@ def keep_freed_memory(n_bytes: int = 2**29) -> None:
 
 def limit_memory(device: torch.device, n_bytes: float | None) -> None:
     """Let this process take no more than so many bytes of a GPU (None: all there is)."""
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     total = torch.cuda.get_device_properties(index).total_memory
-    share = 1.0 if n_bytes is None else min(1.0, max(n_bytes, 2**20) / total)
-    torch.cuda.set_per_process_memory_fraction(share, index)
+    _SHARES[index] = 1.0 if n_bytes is None else min(1.0, max(n_bytes, 2**20) / total)
+    torch.cuda.set_per_process_memory_fraction(_SHARES[index], index)
+
+
+_SHARES: dict[int, float] = {}
+"""Of a GPU's memory, by its number, what `limit_memory` was told."""
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def allowed_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that this process may take: all there is, if nothing limits it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return round(total * _SHARES.get(_index(device), 1.0))
 
 
 def has_own_allocator() -> bool:

@@ -45,10 +45,20 @@ class Kernels:
 
 def _triton_kernels(device: torch.device) -> Kernels:
     from . import triton_kernels as t
+    from .launched import functions
     from .triton_mlp import mlp
 
     t.check(device)
-    return Kernels("triton", t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate, mlp)
+    return Kernels("triton", *functions(t.LAUNCHES), mlp)
+
+
+def _nvrtc_kernels(device: torch.device) -> Kernels:
+    from . import nvrtc_kernels as n
+    from .launched import functions
+    from .lean_mlp import mlp
+
+    n.check(device)
+    return Kernels("nvrtc", *functions(n.LAUNCHES), mlp)
 
 
 def _cuda_kernels(device: torch.device) -> Kernels:
@@ -75,11 +85,14 @@ def _torch_kernels(device: torch.device) -> Kernels:
 
 _BACKENDS: dict[str, Callable[[torch.device], Kernels]] = {
     "triton": _triton_kernels,
+    "nvrtc": _nvrtc_kernels,
     "cuda": _cuda_kernels,
     "numba": _numba_kernels,
     "torch": _torch_kernels,
 }
 """Preferred first. Each raises ImportError or RuntimeError, with the reason, where it cannot run on a device."""
+
+_FAST_ON_GPUS = {"triton", "nvrtc"}
 
 
 @dataclass(frozen=True)
@@ -150,20 +163,25 @@ def kernel_status(device: torch.device | str) -> list[KernelStatus]:
 def select_kernels(device: torch.device | str = "cpu", prefer: str = "auto") -> Kernels:
     """Choose the kernels for a device: the fastest that works ("auto"), or the named one, which fails loudly.
 
-    The log says once a process what was chosen and what was passed over; a GPU without triton is a warning.
+    The log says once a process what was chosen and what was passed over; a GPU that is left with kernels which take
+    several times as long is a warning.
     """
     device = torch.device(device)
     if prefer != "auto" and prefer not in _BACKENDS:
         raise ValueError(f"unknown kernels {prefer!r}: choose one of {', '.join(('auto', *_BACKENDS))}")
+    passed_over: dict[str, str] = {}
     for name in _BACKENDS if prefer == "auto" else (prefer,):
         try:
             kernels = _BACKENDS[name](device)
         except (ImportError, RuntimeError) as reason:
             if prefer != "auto":
                 raise ValueError(f"the {name} kernels cannot run on {device}: {_why(reason)}") from reason
-            slow = name == "triton" and device.type == "cuda"
-            _note(logging.WARNING if slow else logging.INFO, f"{name} kernels passed over on {device}: {_why(reason)}")
+            passed_over[name] = _why(reason)
             continue
+        slow = device.type == "cuda" and name not in _FAST_ON_GPUS
+        for other, why in passed_over.items():
+            level = logging.WARNING if slow and other in _FAST_ON_GPUS else logging.INFO
+            _note(level, f"{other} kernels passed over on {device}: {why}")
         _note(logging.INFO, f"{name} kernels chosen on {device}")
         return kernels
     raise ValueError(f"no kernels can run on {device}")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
+from .launched import first_line
 from .layout import PRIMES, GridLayout, grid_layout
 from .torch_kernels import _lattice, _lattice_range
-from .triton_kernels import first_line
 
 _SAMPLES, _RAYS = 2048, 256
 """The fewest of them that are worth a thread of their own."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
 from ..division import WHOLE, Division
+from ..machine import allowed_memory
 from ..randomness import Source, draw_rows
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..scene import FieldOutput, Scene
@@ -29,7 +30,7 @@ PREFETCH_AT_ONCE = 2**19
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
 GPU_SHARE = 2**32
-"""So many times more on a GPU as its memory has such pieces of 4 GiB: some twentieth of it is then in use."""
+"""So many times more on a GPU as the memory it may take has such pieces of 4 GiB: some twentieth is then in use."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def _gpu_factor(device: torch.device) -> int:
     """How many times more than on a CPU is done at once."""
     if device.type != "cuda":
         return 1
-    return max(1, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    return max(1, allowed_memory(device) // GPU_SHARE)
 
 
 def _composite(

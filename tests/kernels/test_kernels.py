@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -14,12 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import emulated_cuda
 import numpy as np
 import pytest
 import torch
 from places import GOLDEN
 
-from dream4d_engine.kernels import Kernels, grid_layout, kernel_status, select_kernels, torch_kernels
+from dream4d_engine.kernels import (
+    Kernels,
+    grid_layout,
+    kernel_status,
+    lean_mlp,
+    nvrtc,
+    nvrtc_kernels,
+    select_kernels,
+    torch_kernels,
+)
+from dream4d_engine.kernels.launched import Launches, functions
 from dream4d_engine.kernels.layout import PRIMES
 from dream4d_engine.kernels.torch_kernels import composite, hash_encode, march_rays
 
@@ -242,6 +254,36 @@ def test_networks_asked_in_pieces_say_the_same(monkeypatch) -> None:
     assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(5, 16, 16, 3), (24, 64, 1), (3, 8)])
+def test_networks_that_keep_little_give_the_same_gradients(monkeypatch, sizes: tuple[int, ...]) -> None:
+    monkeypatch.setattr(lean_mlp, "_ROWS", 300)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(o, i, generator=generator) for i, o in itertools.pairwise(sizes)]
+    x, grad = (torch.randn(1000, n, generator=generator) for n in (sizes[0], sizes[-1]))
+    results = []
+    for network, dtype in (
+        (lean_mlp.mlp, torch.bfloat16),
+        (torch_kernels.mlp, torch.bfloat16),
+        (torch_kernels.mlp, None),
+    ):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, *weights)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = network(leaves[0], leaves[1:])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
+    for lean, plain, exact in zip(*results, strict=True):
+        assert (lean.dtype, lean.shape) == (plain.dtype, plain.shape)
+        assert (lean - exact).norm() <= 1.5 * (plain - exact).norm() < 0.15 * exact.norm()
+
+
+def test_networks_that_keep_little_of_few_samples_or_none() -> None:
+    layers = [torch.randn(8, 5).requires_grad_(), torch.randn(3, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lean_mlp.mlp(torch.randn(0, 5), layers)
+    (found,) = torch.autograd.grad(out.sum(), layers[:1])
+    assert out.shape == (0, 3)
+    assert torch.equal(found, torch.zeros(8, 5))
+
+
 def test_composite_of_nothing() -> None:
     nothing = torch.zeros(0)
     weights, sums = composite(nothing, torch.zeros(0, 4), nothing.long(), nothing, nothing, 3)
@@ -276,7 +318,7 @@ def test_every_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             select_kernels(torch.device("cpu"))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(set(lines)), lines
-    tried = ["triton", "cuda", "numba"] + ["torch"] * (BEST_ON_CPU == "torch")
+    tried = ["triton", "nvrtc", "cuda", "numba"] + ["torch"] * (BEST_ON_CPU == "torch")
     assert [line.split(" kernels ")[0] for line in lines] == tried
     assert {record.levelno for record in caplog.records} == {logging.INFO}, "nobody expects them on a CPU"
 
@@ -321,14 +363,26 @@ def test_a_gpu_without_triton_is_told_what_to_type(monkeypatch, caplog) -> None:
     def missing(device):
         raise ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
 
-    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "triton": missing})
+    def unloadable(device):
+        raise RuntimeError("NVRTC cannot be loaded")
+
+    def fast(device):
+        return Kernels("nvrtc", *[hash_encode] * 6)
+
+    monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "triton": missing, "nvrtc": fast})
     monkeypatch.setattr(kernels, "triton_command", lambda: 'pip install "triton-windows<3.7"')
+    with caplog.at_level(logging.INFO):
+        assert select_kernels("cuda:1").name == "nvrtc"
+    assert {record.levelno for record in caplog.records} == {logging.INFO}, "fast enough not to be warned of"
+    caplog.clear()
+    monkeypatch.setitem(kernels._BACKENDS, "nvrtc", unloadable)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             assert select_kernels("cuda:0").name in ("cuda", "torch")
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert line.startswith("triton kernels passed over on cuda:0: triton is not installed")
-    assert line.endswith('pip install "triton-windows<3.7"')
+    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert first.startswith("triton kernels passed over on cuda:0: triton is not installed")
+    assert first.endswith('pip install "triton-windows<3.7"')
+    assert second == "nvrtc kernels passed over on cuda:0: NVRTC cannot be loaded"
     (status,) = [status for status in kernel_status("cuda:0") if status.name == "triton"]
     assert not status.usable and 'pip install "triton-windows<3.7"' in status.reason
     with pytest.raises(ValueError, match='cannot run on cuda: triton is not installed.*"triton-windows<3.7"'):
@@ -342,7 +396,7 @@ def test_other_missing_libraries_are_named_as_they_are(monkeypatch) -> None:
         raise ModuleNotFoundError("No module named 'tinycudann'", name="tinycudann")
 
     monkeypatch.setattr(kernels, "_BACKENDS", {**kernels._BACKENDS, "cuda": missing})
-    assert kernel_status("cpu")[1].reason == "No module named 'tinycudann'"
+    assert {status.name: status.reason for status in kernel_status("cpu")}["cuda"] == "No module named 'tinycudann'"
 
 
 @pytest.mark.usefixtures("a_new_process")
@@ -363,9 +417,9 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 # ---- the other backends against the plain one -----------------------------------------------------------------------
 
 
-@pytest.fixture(params=["numba", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numba", "triton", "nvrtc", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.device]:
-    """A backend and where it runs: on the CPU, on a GPU, or triton's code interpreted on the CPU."""
+    """A backend and where it runs: on the CPU, on a GPU, or a GPU's code interpreted or compiled for the CPU."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
         return select_kernels("cpu", "numba"), torch.device("cpu")
@@ -376,12 +430,25 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
             pytest.skip(str(reason))
     if request.param == "cuda":
         pytest.skip("tiny-cuda-nn and nerfacc need a GPU")
-    pytest.importorskip("triton", reason="triton is not installed")
-    from dream4d_engine.kernels import triton_kernels as t
+    launches = emulated_nvrtc(monkeypatch) if request.param == "nvrtc" else interpreted_triton(monkeypatch)
+    return Kernels(request.param, *functions(launches), torch_kernels.mlp), torch.device("cpu")
 
-    monkeypatch.setattr(t, "_RUN", 4)  # interpreted step by step
-    interpreted = (t.hash_encode, t.march_rays, t.march_into, t.composite, t.accumulate)
-    return Kernels("triton", *interpreted, torch_kernels.mlp), torch.device("cpu")
+
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dream4d_engine.kernels import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_RUN", 4)  # interpreted step by step
+    return triton_kernels.LAUNCHES
+
+
+def emulated_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    if emulated_cuda.COMPILER is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setattr(nvrtc, "kernels_of", emulated_cuda.kernels_of)
+    monkeypatch.setattr(nvrtc, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc_kernels, "_RUN", 8)  # several runs even of a few samples
+    return nvrtc_kernels.LAUNCHES
 
 
 @pytest.fixture
@@ -394,7 +461,7 @@ def generator() -> torch.Generator:
 
 def assert_close(ours: torch.Tensor, plain: torch.Tensor, tolerance: float) -> None:
     assert ours.shape == plain.shape and ours.dtype == plain.dtype
-    assert float((ours - plain).abs().max()) <= tolerance * float(plain.abs().max()) + 1e-30
+    assert float((ours - plain).detach().abs().max()) <= tolerance * float(plain.detach().abs().max()) + 1e-30
 
 
 GRIDS = {
@@ -425,6 +492,26 @@ def test_other_backends_encode_alike(fast, generator, name: str, n_active: int |
         results.append([value.detach().cpu() for value in (y, *gradients)])
     for ours, plain, tolerance in zip(*results, (2e-6, 2e-6, 1e-5), strict=True):
         assert_close(ours, plain, tolerance)  # the table's gradient sums over samples in any order
+
+
+@pytest.mark.parametrize("name", ["small3d", "wide"])
+def test_encodings_in_half_precision_are_the_rounded_ones(fast, generator, name: str) -> None:
+    kernels, device = fast
+    if kernels.name not in ("triton", "nvrtc"):
+        pytest.skip("the others leave autocast alone")
+    layout, half = grid_layout(*GRIDS[name]), torch.float16 if device.type == "cuda" else torch.bfloat16
+    x = torch.rand(20, 3, generator=generator).to(device).requires_grad_()
+    table = torch.randn(layout.n_parameters, generator=generator).to(device).requires_grad_()
+    towards = torch.randn(20, layout.n_outputs, generator=generator).to(device, half)
+    whole = kernels.hash_encode(x, table, layout)
+    with torch.autocast(device.type, half):
+        rounded = kernels.hash_encode(x, table, layout)
+    if kernels.name == "nvrtc" or device.type == "cuda":
+        assert torch.equal(rounded, whole.to(half))
+    assert_close(rounded.float(), whole, 2**-7)  # interpreted, triton cuts digits off
+    ours, plain = (torch.autograd.grad(y, (x, table), towards.to(y.dtype)) for y in (rounded, whole))
+    for a, b in zip(ours, plain, strict=True):
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -494,10 +581,10 @@ def test_other_backends_composite_nothing(fast) -> None:
     assert torch.equal(kernels.accumulate(values, nothing.long(), 3).cpu(), torch.zeros(3, 4))
 
 
-def test_triton_refuses_what_it_does_not_know(fast) -> None:
+def test_kernels_for_gpus_refuse_what_they_do_not_know(fast) -> None:
     kernels, device = fast
-    if kernels.name != "triton":
-        pytest.skip("about triton alone")
+    if kernels.name not in ("triton", "nvrtc"):
+        pytest.skip("about kernels of our own for GPUs")
     layout = grid_layout(3, 4, 2, 8, 4, 1.5)
     with pytest.raises(ValueError, match="table in float32, got torch.float64"):
         kernels.hash_encode(torch.zeros(5, 3).to(device), torch.zeros(layout.n_parameters).double().to(device), layout)
@@ -663,7 +750,7 @@ def test_numba_reads_no_memory_but_the_table_for_points_that_are_none(numba_kern
 def test_the_status_of_backends_gives_reasons() -> None:
     found = {status.name: status for status in kernel_status("cpu")}
     assert found["torch"].usable and not found["torch"].reason
-    for name in ("triton", "cuda"):
+    for name in ("triton", "nvrtc", "cuda"):
         assert not found[name].usable and "CUDA device" in found[name].reason
 
 

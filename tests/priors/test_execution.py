@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 
+import emulated_cuda
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from dream4d_engine.cameras import make_cameras, sample_takes
 from dream4d_engine.guidance.denoiser import Conditions, split_conditions, stack_conditions
 from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, distill
-from dream4d_engine.kernels import triton_kernels
+from dream4d_engine.kernels import nvrtc, nvrtc_kernels, triton_kernels
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
 from dream4d_engine.priors.networks import fused_norm
@@ -140,10 +142,10 @@ def test_the_fused_norm_is_a_norm_and_a_silu():
 @pytest.fixture
 def fresh_answers():
     """What was found out about this machine is forgotten, before and after."""
-    for asked in (fused_norm.has_triton, can_compile):
+    for asked in (fused_norm.has_triton, fused_norm.launches_on, can_compile):
         asked.cache_clear()
     yield
-    for asked in (fused_norm.has_triton, can_compile):
+    for asked in (fused_norm.has_triton, fused_norm.launches_on, can_compile):
         asked.cache_clear()
 
 
@@ -169,22 +171,43 @@ def test_models_are_not_compiled_where_that_fails(fresh_answers, monkeypatch, ca
     assert "run without being compiled: RuntimeError: Compiler: cl is not found." in caplog.text
 
 
-@pytest.fixture
-def kernels_device(monkeypatch):
-    """Where the kernels run: on a GPU, or interpreted on the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(fused_norm, "_fits", lambda x: x.movedim(1, -1).is_contiguous())
-    return CPU
+@pytest.fixture(params=["triton", "nvrtc"])
+def kernels_device(request, monkeypatch):
+    """Where a backend's kernels run: on a GPU, or interpreted or emulated on the CPU."""
+    name, on_gpu = request.param, torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else CPU
+    if on_gpu:
+        try:
+            {"triton": triton_kernels, "nvrtc": nvrtc_kernels}[name].check(device)
+        except (ImportError, RuntimeError) as reason:
+            pytest.skip(str(reason))
+    elif name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    elif emulated_cuda.COMPILER is None:
+        pytest.skip("g++ is not installed")
+    else:
+        monkeypatch.setattr(nvrtc, "kernels_of", emulated_cuda.kernels_of)
+    launches = import_module(f"dream4d_engine.priors.networks.fused_norm_{name}").LAUNCHES
+    monkeypatch.setattr(fused_norm, "launches_on", lambda device: launches)
+    return device
 
 
-@pytest.mark.parametrize(("channels", "n_groups", "silu", "n_offsets"), [(128, 32, True, 3), (48, 8, False, 0)])
-def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_groups, silu, n_offsets):
+NORMS = [
+    (128, 32, True, 3, 317),
+    (48, 8, False, 0, 317),
+    (24, 2, True, 1, 70),
+    (1056, 32, False, 3, 5),
+    (9, 3, True, 3, 61),
+]
+
+
+@pytest.mark.parametrize(("channels", "n_groups", "silu", "n_offsets", "places"), NORMS)
+def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_groups, silu, n_offsets, places):
     def made(*shape, seed):
         return randn(*shape, seed=seed).float().to(kernels_device)
 
-    x, grad = (made(3, channels, 37, 41, seed=s).to(memory_format=torch.channels_last) for s in (0, 1))
+    last = torch.channels_last
+    x, grad = (made(3, channels, 1, places, seed=s).contiguous(memory_format=last) for s in (0, 1))
     weight, bias = made(channels, seed=2), made(channels, seed=3)
     offset = made(n_offsets, channels, seed=4) if n_offsets else None
     x.requires_grad_()
@@ -199,10 +222,13 @@ def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_g
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
 
-@pytest.mark.parametrize(("weighted", "ahead", "repeated"), [(True, 2, False), (False, 2, True), (True, 0, False)])
-def test_the_norm_kernel_of_videos_against_double_precision(kernels_device, weighted, ahead, repeated):
-    x = randn(1, 48, 3, 5, 7, seed=0).float().to(kernels_device).to(memory_format=torch.channels_last_3d)
-    weight = randn(48, seed=1).float().to(kernels_device) if weighted else None
+VIDEOS = [(True, 2, False, 48), (False, 2, True, 48), (True, 0, False, 48), (True, 0, False, 300), (False, 0, False, 7)]
+
+
+@pytest.mark.parametrize(("weighted", "ahead", "repeated", "channels"), VIDEOS)
+def test_the_norm_kernel_of_videos_against_double_precision(kernels_device, weighted, ahead, repeated, channels):
+    x = randn(1, channels, 3, 5, 7, seed=0).float().to(kernels_device).contiguous(memory_format=torch.channels_last_3d)
+    weight = randn(channels, seed=1).float().to(kernels_device) if weighted else None
     x.requires_grad_()
     y = fused_norm.rms_silu(x, weight, 1e-8, ahead, repeated)
     grad = randn(*y.shape, seed=2).float().to(kernels_device)
@@ -225,6 +251,38 @@ def test_the_kernels_that_add_and_repeat(kernels_device):
     torch.testing.assert_close(fused_norm.add_residual(x, h, bias), x + (h + shifted))
     torch.testing.assert_close(fused_norm.add_bias_(x.clone(memory_format=torch.preserve_format), bias), x + shifted)
     assert torch.equal(fused_norm.double_size(x), functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernels_in_half_precision_round_once(kernels_device, dtype):
+    """Of what is computed in full precision from the same numbers; not where they lie crooked in memory, either."""
+    if dtype == torch.bfloat16 and kernels_device == CPU:
+        pytest.skip("bfloat16 is tried on a GPU")
+
+    def made(*shape, seed):
+        return randn(*shape, seed=seed).to(kernels_device, dtype)
+
+    for start in (0, 1):  # numbers that a piece of memory does not begin with
+        flat = made(2 * 35 * 40 + start, seed=0)[start:]
+        x = flat.view(2, 5, 7, 40).permute(0, 3, 1, 2).requires_grad_()
+        weight, bias, grad = made(40, seed=1), made(40, seed=2), made(2, 5, 7, 40, seed=3).permute(0, 3, 1, 2)
+        y = fused_norm.norm_silu(x, weight, bias, 4, 1e-5, True, bias[None])
+        wide = x.detach().float().requires_grad_()
+        normed = functional.group_norm(wide + bias.float()[:, None, None], 4, weight.float(), bias.float(), 1e-5)
+        z = functional.silu(normed)
+        for ours, theirs in ((y, z), (*torch.autograd.grad(y, x, grad), *torch.autograd.grad(z, wide, grad.float()))):
+            close_in_half(ours, theirs)
+        close_in_half(fused_norm.add_residual(x, grad, bias), x.float() + grad.float() + bias.float()[:, None, None])
+        video, gate = x.detach()[:1, :, None], x.detach().permute(0, 2, 3, 1).reshape(2, 35, 40)
+        exact = video.float() * (video.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        close_in_half(fused_norm.rms_silu(video, None, 1e-6), functional.silu(exact))
+        value, by = gate.float().chunk(2, -1)
+        close_in_half(fused_norm.gated(gate), value * functional.gelu(by), roundings=3)
+
+
+def close_in_half(ours: torch.Tensor, theirs: torch.Tensor, roundings: int = 1) -> None:
+    step = torch.finfo(ours.dtype).eps
+    torch.testing.assert_close(ours.float(), theirs, rtol=roundings * step * 0.6, atol=step * 2e-2)
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dream4d_engine.fields.background import BackgroundConfig
 from dream4d_engine.fields.deformation import DeformationConfig
 from dream4d_engine.fields.encodings import HashGridConfig
 from dream4d_engine.fields.radiance import RadianceConfig
+from dream4d_engine.machine import limit_memory
 from dream4d_engine.rendering import (
     RenderOptions,
     View,
@@ -147,6 +149,17 @@ def test_pieces_of_samples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     whole = render_chunked(scene, cameras(), EVERYTHING)
     monkeypatch.setattr(importlib.import_module("dream4d_engine.rendering.render"), "SAMPLES_AT_ONCE", 100)
     assert torch.allclose(render_chunked(scene, cameras(), EVERYTHING).rgb, whole.rgb, atol=1e-6)
+
+
+def test_pieces_suit_the_memory_that_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, card = importlib.import_module("dream4d_engine.rendering.render"), torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=79 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
+    found = []
+    for budget in (None, 12 * 2**30, 2**30, None):
+        limit_memory(card, budget)
+        found.append(module._gpu_factor(card))
+    assert found == [19, 3, 1, 19]
 
 
 def test_pruning_hardly_shows() -> None:

@@ -28,7 +28,7 @@ from .execution import (
     offload,
     without_autocast,
 )
-from .frozen import speed_up
+from .frozen import fuse_gates, speed_up
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 FLOW_TIMESTEPS = 1000
@@ -230,5 +230,7 @@ def accelerated(denoiser: UNetDenoiser, capture: Capture = PLAIN, compiled: bool
     n_parameters = sum(p.numel() for p in denoiser.unet.parameters())
     if compiled and n_parameters >= WORTH_COMPILING and can_compile(denoiser.device):
         compile_blocks(denoiser.unet)
+    else:
+        fuse_gates(denoiser.unet)
     torch.backends.cudnn.benchmark = True  # shapes don't change from step to step
     return replace(denoiser, capture=capture)

@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ...guidance.execution import Execution
-from ...kernels.triton_kernels import first_line
+from ...kernels.launched import first_line
 from ...transfers import send
 from .fused_norm import has_triton
 

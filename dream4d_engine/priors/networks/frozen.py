@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .fused_norm import add_bias_, add_residual, double_size, norm_silu
+from .fused_norm import add_bias_, add_residual, double_size, gated, norm_silu
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -41,6 +41,18 @@ def speed_up(network: nn.Module) -> nn.Module:
             continue
         module.forward = types.MethodType(forward, module)
     return network
+
+
+def fuse_gates(network: nn.Module) -> None:
+    """Let the gates in transformer blocks be one kernel where there is one: for blocks that are not compiled."""
+    for module in network.modules():
+        if type(module).__name__ == "GEGLU":
+            module.forward = types.MethodType(_gate_forward, module)
+
+
+def _gate_forward(self: Any, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """GEGLU: a linear layer, whose one half is multiplied with gelu of the other."""
+    return gated(self.proj(hidden_states))
 
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
