@@ -76,7 +76,7 @@ class Bench:
     """Steps before them that are not."""
     profile: bool = False
     """Look into some more steps: which work takes longest, and how often the CPU waits for the GPU."""
-    share: Share = "auto"
+    share: Share = "cameras"
     """What the processes of torchrun share, as in the commands that train."""
     multiview_prior: Annotated[str | None, MODEL] = None
     """Multi-view model."""

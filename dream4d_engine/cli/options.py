@@ -242,9 +242,9 @@ class GpuOptions:
     """Keep to so much GPU memory, for example 10GiB: the fastest way to run the models that fits is chosen."""
     compile: bool = True
     """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
-    share: Share = "auto"
-    """What the processes of torchrun share. work: each step is divided among them and done sooner. cameras: each has as
-    many as the recipe says, so that a step has more. auto: the work, where a step has an image for each."""
+    share: Share = "cameras"
+    """What the processes of torchrun share. cameras: each has as many as the recipe says, so a step has more. work: each
+    step is divided among them and done sooner. auto: the work, where a step has an image for each."""
 
 
 @dataclass(frozen=True)

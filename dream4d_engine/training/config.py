@@ -403,7 +403,7 @@ TOY_MOTION = MotionRecipe(
     doubt=Schedule(0.0, 1.0, 0.35, 0.65),  # a spin must have come some way before the prior sees that it is one
     first_levels=0,  # the motion as a whole first,
     level_rate=2.0,  # then what is local, coarsely
-    least_motion=0.025,  # of still things the small prior moves 0.014 by chance; what moves goes 0.05 and more
+    least_motion=0.033,  # of still things the small prior moves up to 0.026 by chance; what moves goes 0.05 and more
     min_scale=1.1,  # the small prior knows its objects at one size only, and makes smaller ones grow
     background=_TOY_GREY,
     optimizer=OptimizerConfig(lr_grid=0.003, lr_body=0.04, milestones=(0.3, 0.6, 0.75, 0.85, 0.93)),

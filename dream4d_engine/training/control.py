@@ -79,7 +79,7 @@ class RunControl:
     should_stop: Callable[[], bool] | None = None  # asked after every step
     clock: Callable[[], float] = time.monotonic  # seconds
     processes: Processes = SINGLE  # that train together
-    share: Share = "auto"  # what they share
+    share: Share = "cameras"  # what they share
     memory_budget: int | None = None  # bytes of GPU memory that this process may take; None: all
     on_plan: Callable[[str], None] | None = None  # is told how the budget is kept, and what processes share
 

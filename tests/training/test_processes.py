@@ -94,6 +94,7 @@ def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
     still, out, prompt = solid_ball(0.5), tmp_path / "out", "red cube jumping"  # no caption: measured quickly
     save_scene(tmp_path / "still.safetensors", still)
     words = ["animate", str(tmp_path / "still.safetensors"), prompt, "--steps", "2", "--motion.optimizer.eps", "1e-3"]
+    words += ["--share", "work"]
     words += ["--motion.least-motion", "0", "--motion.first-levels", "4"]
     words += ["--size", "16", "--part-frames", "1", "--samples", "16", "--out", str(out), "--device", "cpu"]
     codes, outputs, errors = together(["-m", "dream4d_engine.cli", *words])
