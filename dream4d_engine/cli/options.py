@@ -243,8 +243,8 @@ class GpuOptions:
     compile: bool = True
     """Compile parts of the models before the first step, which takes a minute the first time and pays after a few."""
     share: Share = "cameras"
-    """What the processes of torchrun share. cameras: each has as many as the recipe says, so a step has more. work: each
-    step is divided among them and done sooner. auto: the work, where a step has an image for each."""
+    """What the processes of torchrun share. cameras: each has as many as the recipe says, so a step has more. work:
+    each step is divided among them and done sooner. auto: the work, where a step has an image for each."""
 
 
 @dataclass(frozen=True)
