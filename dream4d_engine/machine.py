@@ -91,12 +91,19 @@ def keep_freed_memory(n_bytes: int = 2**29) -> None:
     mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest: what is larger goes back in any case
 
 
-def limit_memory(device: torch.device, n_bytes: float | None) -> None:
-    """Let this process take no more than so many bytes of a GPU (None: all there is)."""
+def limit_memory(device: torch.device, n_bytes: float | None, of: float | None = None) -> None:
+    """Let this process take no more than so many bytes of a GPU (None: all there is).
+
+    `of`: as many as it may take later, which is what `allowed_memory` says.
+    """
     index = _index(device)
     total = torch.cuda.get_device_properties(index).total_memory
-    _SHARES[index] = 1.0 if n_bytes is None else min(1.0, max(n_bytes, 2**20) / total)
-    torch.cuda.set_per_process_memory_fraction(_SHARES[index], index)
+
+    def share(n: float | None) -> float:
+        return 1.0 if n is None else min(1.0, max(n, 2**20) / total)
+
+    _SHARES[index] = share(n_bytes if of is None else of)
+    torch.cuda.set_per_process_memory_fraction(share(n_bytes), index)
 
 
 _SHARES: dict[int, float] = {}

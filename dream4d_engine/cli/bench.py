@@ -278,6 +278,8 @@ def _measure(
     try:
         guidance, models = _guidance(subject, variant, options, device)
     except torch.OutOfMemoryError as error:
+        if processes.world_size > 1:
+            raise
         return [Measured(name, variant.name, {}, "", options.steps, error=f"the weights don't fit: {error}"[:500])]
     job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None, processes)
     found: list[Measured] = []

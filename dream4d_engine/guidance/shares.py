@@ -23,6 +23,10 @@ def encoded_by(denoiser: Denoiser, division: Division, n_images: int, keep: Tens
     if division.size == 1 or n_images < division.size or not denoiser.images_apart:
         return None
     counts = division.counts(n_images)
+    if keep is not None and division.rehearsed:  # as many as may ever fall to one
+        kept = int(keep.sum())
+        first = min(counts[0], kept)
+        return (first, kept - first, *[0] * (division.size - 2))
     return counts if keep is None else tuple(int(part.sum()) for part in keep.split(list(counts)))
 
 

@@ -221,7 +221,7 @@ def _walk(
     # positions are in cells, so that the kernel only rounds
     cells_per_unit = 1.0 if occupied is None else occupied.shape[0] / (2 * radius)
     start, slope = ((origins + radius) * cells_per_unit).contiguous(), (directions * cells_per_unit).contiguous()
-    moved = None if jitter is None else (jitter * step).contiguous()
+    moved = None if jitter is None else (jitter * step).float().contiguous()
     cells = None if occupied is None else occupied.contiguous().view(torch.uint8)
     return Walk(first, last, start, slope, moved, cells, 0.5 * step), last.max().long() + 2
 

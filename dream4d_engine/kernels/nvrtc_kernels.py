@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import nvrtc
 from . import nvrtc_source as source
-from .launched import Launches, Walk, layout_tensors, try_out
-from .layout import GridLayout
+from .launched import Launches, Walk, first_line, layout_tensors, try_out
+from .layout import GridLayout, grid_layout
 
 _THREADS = 128
 """Of a block."""
@@ -29,12 +29,17 @@ NUMBERS = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "b16"}
 
 @lru_cache(maxsize=8)
 def check(device: torch.device) -> None:
-    """Raise RuntimeError, with the reason, where these kernels cannot run."""
+    """Raise RuntimeError, with the reason, where these kernels cannot run, or not be compiled."""
     if device.type != "cuda":
         raise RuntimeError("they need a CUDA device")
     if torch.version.hip:
         raise RuntimeError("they are for NVIDIA's GPUs")
     try_out(LAUNCHES, device)
+    try:  # what is not asked for until a run has begun
+        _marching(device)
+        _encoding(grid_layout(3, 4, 2, 4, 2, 2.0), torch.float16, device)
+    except Exception as error:
+        raise RuntimeError(f"a kernel can't be compiled: {type(error).__name__}: {first_line(error)}") from error
 
 
 def compile_for(device: torch.device, code: str, names: tuple[str, ...], **defined: object) -> tuple[nvrtc.Kernel, ...]:

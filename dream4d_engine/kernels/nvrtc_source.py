@@ -21,7 +21,7 @@ __device__ __forceinline__ void narrow(float x, b16& y) {
 }
 // two neighbouring numbers, in one transaction where the GPU can
 __device__ __forceinline__ void add(float* to, const float (&x)[2]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x[0]), "f"(x[1]));
 #else
     atomicAdd(to, x[0]);

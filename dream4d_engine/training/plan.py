@@ -130,7 +130,7 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
         control.stop_if_asked(stage.name)
         _give_back(device)
         before = torch.cuda.memory_reserved(device)
-        limit_memory(device, allowed)
+        limit_memory(device, allowed, of=budget)
         try:
             trial = stage.supervisions(divided(planned, alone), plan.rays_at_once)
             reason = _why_not(trial, plan.prefetches, stage, alone)
@@ -183,7 +183,8 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
                 loss = sum(terms.losses.values(), start=torch.zeros((), device=scene.device))
             if prefetch.enabled:
                 prefetch.begin(views_of(supervisions, scene, start, draw, division))
-            loss.backward()
+            if loss.requires_grad:  # of several processes one may have none of the images that are looked at
+                loss.backward()
             scene.zero_grad(set_to_none=True)
             torch.cuda.synchronize(scene.device)
             if attempt and torch.cuda.memory_stats(scene.device)["num_alloc_retries"] > retries:

@@ -66,7 +66,7 @@ class Processes:
 
     def combine(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Make the parameters' gradients those of all processes, and return those that there are."""
-        if self.division.size > 1:
+        if self.world_size > 1:
             # a part of the work may reach fewer parameters than the whole; what nothing reaches stays without
             reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
             torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX, group=self.words)

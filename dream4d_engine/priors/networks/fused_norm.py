@@ -14,6 +14,7 @@ plain PyTorch twin is used where neither is.
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as functional
@@ -22,7 +23,10 @@ from torch import Tensor
 from ...kernels import nvrtc_kernels, triton_kernels
 from .fused_norm_launches import Launches
 
+logger = logging.getLogger(__name__)
+
 _MAX_CHANNELS = 2048  # of an RMS norm: a row is held at once
+_MAX_IMAGES = 2**16  # a GPU's limit for blocks beside each other
 
 
 @functools.cache
@@ -34,7 +38,9 @@ def launches_on(device: torch.device) -> Launches | None:
         return LAUNCHES
     try:
         nvrtc_kernels.check(device)
-    except RuntimeError:
+    except RuntimeError as error:
+        if device.type == "cuda":
+            logger.warning("the models' norms run in plain PyTorch, slower and with more memory: %s", error)
         return None
     from .fused_norm_nvrtc import LAUNCHES
 
@@ -55,6 +61,7 @@ def _launches(*tensors: Tensor) -> Launches | None:
     """The kernels that can take tensors [N, C, ...], whose memory has to be [N, R, C] without gaps; None: there are
     none."""
     known = all(x.dtype in nvrtc_kernels.NUMBERS and x.ndim > 2 and x.movedim(1, -1).is_contiguous() for x in tensors)
+    known = known and 0 < len(tensors[0]) < _MAX_IMAGES and tensors[0].numel() > 0
     return launches_on(tensors[0].device) if known else None
 
 
@@ -195,7 +202,7 @@ def double_size(x: Tensor) -> Tensor:
 def gated(x: Tensor) -> Tensor:
     """Return the first half of x [N, L, 2 C] times gelu of the second."""
     with_gradient = torch.is_grad_enabled() and x.requires_grad
-    known = not with_gradient and x.dtype in nvrtc_kernels.NUMBERS and x.is_contiguous()
+    known = not with_gradient and x.dtype in nvrtc_kernels.NUMBERS and x.is_contiguous() and x.numel() > 0
     launches = launches_on(x.device) if known else None
     if launches is None or launches.gate is None:
         value, gate = x.chunk(2, -1)
