@@ -1,4 +1,4 @@
-"""The device code of the fused norm in CUDA C++, for NVRTC. Formulas are in `fused_norm`, launches in `fused_norm_nvrtc`.
+"""The device code of the fused norm in CUDA C++, for NVRTC; formulas: `fused_norm`, launches: `fused_norm_nvrtc`.
 
 Letters and numbers of channels (`found`, `line`, `partial`) as in `fused_norm_source`. A thread has PACK neighbouring
 channels of a row, read and written at once; a block has `lanes` of these, a tile, and some rows beside each other. What
