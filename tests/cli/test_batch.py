@@ -435,7 +435,7 @@ def test_a_stop_reaches_what_runs_and_starts_nothing_more(scripted):
 
 def test_ctrl_c_lets_the_scenes_save_and_the_same_command_goes_on(scripted, tmp_path, monkeypatch):
     path = written(tmp_path / "list.jsonl", {"prompt": "a red torus", "name": "long"}, {"prompt": "a red cube"})
-    wait = LocalPool.wait
+    wait, before = LocalPool.wait, signal.getsignal(signal.SIGINT)
 
     def wait_and_press(pool):
         if (tmp_path / "list" / "long" / "run.json").exists():
@@ -451,7 +451,7 @@ def test_ctrl_c_lets_the_scenes_save_and_the_same_command_goes_on(scripted, tmp_
         "waiting",
     ]
     assert state_of(tmp_path / "list" / "long") == "interrupted"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_the_folders_say_of_scenes_of_before(scripted):
