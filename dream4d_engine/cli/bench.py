@@ -191,7 +191,7 @@ def _run_together(
     with stop_on_interrupt() as should_stop, make_progress() if processes.is_main else Quiet() as progress:
         for subject in subjects:
             for variant in variants:
-                found = _measure(subject, variant, options, (processes, device), progress, should_stop)
+                found = _measure(subject, variant, options, processes, device, progress, should_stop)
                 measured += found
                 try:
                     if processes.is_main:
@@ -263,7 +263,8 @@ def _measure(
     subject: _Subject,
     variant: Variant,
     options: Bench,
-    where: tuple[Processes, torch.device],
+    processes: Processes,
+    device: torch.device,
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> list[Measured]:
@@ -271,7 +272,6 @@ def _measure(
 
     One of several processes ends all: the others would wait for it.
     """
-    processes, device = where
     if device.type == "cuda":
         limit_memory(device, None)  # the variant before may have kept to a budget
     name, recipe = subject.name, subject.recipe

@@ -35,15 +35,13 @@ def encode(
 ) -> Tensor:
     """Encode [B, F, 3, H, W] to [B, f, c, h, w]; the gradient is of a process's own images, unless `counts` is None."""
     if counts is None:
-        return denoiser.encode(images) if carried is None else denoiser.encode(images, carried)
+        return denoiser.encode(images, carried)
     each, own = images.flatten(0, 1)[:, None], division.own(counts)
     if not counts[division.rank]:
         with torch.no_grad():  # one that is another's, for the shape
             mine = denoiser.encode(each[:1])[:0]
-    elif carried is None:
-        mine = denoiser.encode(each[own])
     else:
-        mine = denoiser.encode(each[own], carried.flatten()[own, None])
+        mine = denoiser.encode(each[own], None if carried is None else carried.flatten()[own, None])
     return division.gather(mine[:, 0], counts).unflatten(0, images.shape[:2])
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
+from .launched import power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +146,11 @@ def _constants(shape: Shape) -> dict:
     n_inputs, width, n_layers, n_outputs = shape
     return {
         "I": n_inputs,
-        "IP": max(16, 1 << (n_inputs - 1).bit_length()),
+        "IP": max(16, power_of_two(n_inputs)),
         "H": width,
         "N": n_layers,
         "O": n_outputs,
-        "OP": max(16, 1 << (n_outputs - 1).bit_length()),
+        "OP": max(16, power_of_two(n_outputs)),
     }
 
 

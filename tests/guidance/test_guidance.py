@@ -86,7 +86,7 @@ class RecordedDenoiser:
     def noise(self) -> NoiseSchedule:
         return variance_preserving(self.alphas_bar)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         return 2 * images - 1
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -334,7 +334,7 @@ class GaussianDenoiser:
     n_frames: int | None = None
     noise: NoiseSchedule = field(default_factory=lambda: variance_preserving(ALPHAS_BAR))
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         return 2 * images - 1
 
     def decode(self, z: Tensor) -> Tensor:

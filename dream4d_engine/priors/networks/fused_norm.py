@@ -21,11 +21,10 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ...kernels import nvrtc_kernels, triton_kernels
-from .fused_norm_launches import Launches
+from .fused_norm_launches import MAX_CHANNELS, Launches
 
 logger = logging.getLogger(__name__)
 
-_MAX_CHANNELS = 2048  # of an RMS norm: a row is held at once
 _MAX_IMAGES = 2**16  # a GPU's limit for blocks beside each other
 
 
@@ -61,7 +60,7 @@ def _launches(*tensors: Tensor) -> Launches | None:
     """The kernels that can take tensors [N, C, ...], whose memory has to be [N, R, C] without gaps; None: there are
     none."""
     known = all(x.dtype in nvrtc_kernels.NUMBERS and x.ndim > 2 and x.movedim(1, -1).is_contiguous() for x in tensors)
-    known = known and 0 < len(tensors[0]) < _MAX_IMAGES and tensors[0].numel() > 0
+    known = known and len(tensors[0]) < _MAX_IMAGES and tensors[0].numel() > 0
     return launches_on(tensors[0].device) if known else None
 
 
@@ -117,7 +116,7 @@ def rms_silu(x: Tensor, weight: Tensor | None, eps: float, ahead: int = 0, repea
         ahead: so many frames are put before the first: of zeros, or `repeated`, of what the first became.
     """
     launches = _launches(x)
-    if launches and len(x) == 1 and x.shape[1] <= _MAX_CHANNELS:
+    if launches and len(x) == 1 and x.shape[1] <= MAX_CHANNELS:
         return _RmsSilu.apply(launches, x, weight, eps, ahead, repeated)
     wide = x.float()
     factor = (wide.square().mean(1, keepdim=True) + eps).rsqrt()

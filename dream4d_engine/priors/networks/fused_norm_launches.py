@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+MAX_CHANNELS = 2048
+"""Of a row that is held at once."""
+
 
 @dataclass(frozen=True)
 class Launches:

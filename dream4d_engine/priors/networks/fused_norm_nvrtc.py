@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...kernels.launched import power_of_two
 from ...kernels.nvrtc import Kernel
 from ...kernels.nvrtc_kernels import NUMBERS, compile_for
 from . import fused_norm_cuda as source
@@ -114,7 +115,7 @@ def _rms(x: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor, eps
     r, given, known = x.numel() // c, x if grad is None else grad, x if weight is None else weight
     pack = _tile(c, x, given, out).pack
     packs = c // pack
-    lanes = min(_OF_A_ROW, 1 << (packs - 1).bit_length())
+    lanes = min(_OF_A_ROW, power_of_two(packs))
     (kernel,) = _compiled(
         x.device, source.RMS, ("rms",), NUMBER=NUMBERS[x.dtype], WEIGHT=NUMBERS[known.dtype],
         PACK=pack, LANES=lanes, PER=-(-packs // lanes),

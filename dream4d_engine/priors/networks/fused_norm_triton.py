@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_norm_launches import Launches, offset_stride, parts_of, sizes
+from ...kernels.launched import power_of_two
+from .fused_norm_launches import MAX_CHANNELS, Launches, offset_stride, parts_of, sizes
 
-MAX_CHANNELS = 2048
-"""Of one program."""
 _TILE = 4096
 """Elements that a program holds at once, rows times channels."""
 
@@ -74,13 +73,13 @@ def _double(x: Tensor, out: Tensor) -> None:
     from . import fused_norm_source as source
 
     n, c, height, width = x.shape
-    block = min(1 << (c - 1).bit_length(), 1024)
+    block = min(power_of_two(c), 1024)
     source.double[(n * height * width, -(-c // block))](x, out, height, width, c, BLOCK=block, num_warps=2)
 
 
 def _tile(c: int) -> tuple[int, int]:
     """(rows, channels) of a program's tile."""
-    channels = min(1 << (c - 1).bit_length(), MAX_CHANNELS)  # a power of two, as Triton wants ranges
+    channels = min(power_of_two(c), MAX_CHANNELS)  # a power of two, as Triton wants ranges
     return max(1, _TILE // channels), channels
 
 
@@ -98,8 +97,8 @@ def _sum_rows(kernel: Any, n: int, r: int, c: int, *arguments) -> Tensor:
 def _finish(kernel: Any, n: int, r: int, c: int, n_groups: int, partial: Tensor, *arguments) -> None:
     """Run a kernel that makes per-channel numbers of partial sums, one program a group of an image."""
     width, parts = c // n_groups, partial.shape[2]
-    block_c = 1 << (width - 1).bit_length()
-    block_p = min(1 << (parts - 1).bit_length(), max(1, 2048 // block_c))
+    block_c = power_of_two(width)
+    block_p = min(power_of_two(parts), max(1, 2048 // block_c))
     kernel[(n_groups, n)](partial, *arguments, n, r, c, width, parts, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
