@@ -3,7 +3,8 @@
 For each file: how alike our own images of the mesh and three.js's are, then the fit's seconds, and how alike its
 renders and three.js's are, over eight views of 256x256 that it was not trained on. PSNR over whole images before white,
 IoU of what is more than half covered. The word "soup" instead of a file: a figure of open layered shells, judged by our
-own images. `--out` keeps the images beside each other: the mesh above, the scene below.
+own images. `--out` keeps the images beside each other: the mesh above, the scene below. `--scenes FOLDER` judges scenes
+that `dream4d import` made elsewhere, on a machine without a browser: FOLDER/NAME.safetensors of NAME.glb.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from toy_meshes import soup
 
+from dream4d_engine.assets import load_scene
 from dream4d_engine.cameras import CameraBatch, make_cameras
 from dream4d_engine.export import save_image
 from dream4d_engine.meshes import Placement, place, read_model
@@ -77,7 +79,7 @@ def alike(one: MeshImages, other: MeshImages) -> tuple[float, float]:
     return -10 * math.log10(max(error, 1e-12)), float((solid & covered).sum() / (solid | covered).sum())
 
 
-def measure(name: str, recipe: str | None, out: Path | None, clip: str | None) -> None:
+def measure(name: str, recipe: str | None, out: Path | None, clip: str | None, scenes: Path | None) -> None:
     """Print what becomes of one file, at the beginning of a clip of its own (the first one unless told)."""
     cameras = judges()
     if name == "soup":
@@ -93,17 +95,17 @@ def measure(name: str, recipe: str | None, out: Path | None, clip: str | None) -
         judge = in_three(path, placement, cameras, clips.index(clip) if clip is not None else 0)
         psnr, iou = alike(judge, look_at(surface_of(model, placement), cameras))
         print(f"{path.name}, {clip}: our images and three.js's {psnr:.1f} dB, IoU {iou:.4f}", flush=True)
-    began = time.perf_counter()
-    chosen = MESH_RECIPES[recipe] if recipe else mesh_recipe(common.DEVICE)
-    scene, summary = fit_mesh(model, placement, chosen, seed=0, device=common.DEVICE, control=RunControl())
-    common.wait()
-    took = time.perf_counter() - began
+    if scenes is not None:
+        scene, how = load_scene(scenes / f"{Path(name).stem}.safetensors")[0], "made elsewhere"
+    else:
+        began = time.perf_counter()
+        chosen = MESH_RECIPES[recipe] if recipe else mesh_recipe(common.DEVICE)
+        scene, summary = fit_mesh(model, placement, chosen, seed=0, device=common.DEVICE, control=RunControl())
+        common.wait()
+        took = time.perf_counter() - began
+        how = f"{chosen.name}, {took:.0f} s in all, {summary.steps} steps of {1e3 * summary.seconds_per_step:.0f} ms"
     psnr, iou = mesh_match(scene, judge, cameras)
-    print(
-        f"{name}, {chosen.name}: {psnr:.1f} dB, IoU {iou:.4f}; {took:.0f} s in all, {summary.steps} steps of "
-        f"{1e3 * summary.seconds_per_step:.0f} ms",
-        flush=True,
-    )
+    print(f"{name}: {psnr:.1f} dB, IoU {iou:.4f}; {how}", flush=True)
     if out is not None:
         found = render_chunked(scene, cameras, RenderOptions(background=torch.ones(3)))
         above = (judge.rgb * judge.mask + 1 - judge.mask)[:, 0]
@@ -120,11 +122,12 @@ def main() -> None:
     parser.add_argument("--recipe", choices=list(MESH_RECIPES), help="the one that suits the device unless told")
     parser.add_argument("--clip", help="the first one of each file unless told")
     parser.add_argument("--out", type=Path, help="folder for the images")
+    parser.add_argument("--scenes", type=Path, help="folder of scenes that are there already")
     options = parser.parse_args()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     for name in options.files:
-        measure(name, options.recipe, options.out, options.clip)
+        measure(name, options.recipe, options.out, options.clip, options.scenes)
 
 
 if __name__ == "__main__":
