@@ -18,6 +18,7 @@ from comfy_api.latest import io
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, prior_files, read_metadata, toy_subject
 from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
+from ..dream4d_engine.priors.formats.tiny_vae import TinyDecoder
 from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
 from ..dream4d_engine.priors.handle import PriorHandle, PriorKind
 from ..dream4d_engine.priors.lora import check_strength
@@ -132,7 +133,9 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
                 return ""
 
         @classmethod
-        def execute(cls, model: str, hub_id: str, download: bool, tiny_vae: str = NO_TINY) -> io.NodeOutput:
+        def execute(
+            cls, model: str, hub_id: str, download: bool, tiny_vae: str = NO_TINY, tiny_decoder_only: bool = False
+        ) -> io.NodeOutput:
             """Find the model, fetch it if that was asked for, and look at what it is."""
             node_id = cls.hidden.unique_id
             path = find_model(wanted(of, model, hub_id), download, lambda text: say_on_node(text, node_id))
@@ -143,8 +146,13 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
                 )
             if metadata.notes:
                 say_on_node(say_notes(metadata), node_id)
+            if tiny_decoder_only and tiny_vae == NO_TINY:
+                raise PriorError(
+                    "tiny_decoder_only is on and tiny_vae is none: choose a tiny autoencoder, or turn it off"
+                )
             tiny = None if tiny_vae == NO_TINY else _tiny(tiny_vae)
-            prior = replace(prior_files(path), tiny_vae=tiny)
+            part = TinyDecoder(tiny) if tiny is not None and tiny_decoder_only else tiny
+            prior = replace(prior_files(path), tiny_vae=part)
             prior.check_added()
             return io.NodeOutput(prior)
 
@@ -185,6 +193,19 @@ def _inputs(of: KindOfLoader) -> list[io.Input]:
                 advanced=True,
                 tooltip="A folder below models/diffusers with an AutoencoderTiny, to be used instead of the model's "
                 "own autoencoder: less memory and faster, coarser images.",
+            )
+        )
+    if of.kind == "video":  # the only one whose recipes compare colours
+        inputs.append(
+            io.Boolean.Input(
+                "tiny_decoder_only",
+                default=False,
+                optional=True,
+                advanced=True,
+                label_on="decode only",
+                label_off="encode and decode",
+                tooltip="Let the tiny autoencoder make only the images that colours are compared with: the model's own "
+                "encodes, and what the model wants is as exact as without it.",
             )
         )
     return inputs

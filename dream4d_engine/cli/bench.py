@@ -52,7 +52,9 @@ _STAGES: dict[str, dict[str, StaticRecipe] | dict[str, MotionRecipe]] = {
     "motion": MOTION_RECIPES,
 }
 _PROMPT = "a red cube is jumping"
-_KINDS = ("fast", "plain", "tiny")
+_TINY = {"tiny": "tiny_vae", "tiny-decoder": "tiny_decoder"}
+"""Variants with a tiny autoencoder, and the option that gives it for models of one's own."""
+_KINDS = ("fast", "plain", *_TINY)
 PROFILED = 3
 """Steps that are looked into."""
 REPEATS = 5
@@ -68,8 +70,8 @@ class Bench:
     built on the device; or names of today's models (sdxl, wan-1.3b, ltx-2b), built likewise, each with the recipe for
     any model of its kind."""
     variants: tuple[str, ...] = ("fast",)
-    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder. @10GiB behind one keeps to a
-    memory budget."""
+    """fast; plain: PyTorch without our changes; tiny: fast with the tiny autoencoder; tiny-decoder: with its decoder
+    alone. @10GiB behind one keeps to a memory budget."""
     steps: int = 20
     """Steps that are measured."""
     warmup: int = 3
@@ -102,7 +104,7 @@ class Variant:
     """A way to run a recipe."""
 
     name: str  # as it was asked for
-    kind: str  # fast, plain or tiny
+    kind: str  # fast, plain, tiny or tiny-decoder
     budget: int | None  # bytes of GPU memory, None for all
 
 
@@ -344,7 +346,7 @@ def _measure_phase(
     alone = job.processes.world_size == 1
     profile = None if profiler is None else profiler.stop(PROFILED)
     seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
-    compares = job.variant.kind == "tiny" and options.models == ("toy",)  # with random weights that says nothing
+    compares = job.variant.kind in _TINY and options.models == ("toy",)  # with random weights that says nothing
     a_step = median(seconds[options.warmup : last])
     return replace(
         blank,
@@ -466,16 +468,18 @@ def _guidance(
     recipe = subject.recipe
     runtime = runtime_for(recipe, device, accelerate=variant.kind != "plain")
     if options.models == ("toy",):
-        if variant.kind != "tiny":
-            options = replace(options, priors=replace(options.priors, tiny_vae=None))
-        elif options.priors.tiny_vae is None:
-            raise UsageError("the variant tiny needs --tiny-vae FOLDER and models of your own, or --models full")
+        asked = _TINY.get(variant.kind)
+        if asked is not None and getattr(options.priors, asked) is None:
+            flag = f"--{asked.replace('_', '-')}"
+            raise UsageError(f"the variant {variant.kind} needs {flag} FOLDER and models of your own, or --models full")
+        whole, decoder = (getattr(options.priors, n) if n == asked else None for n in ("tiny_vae", "tiny_decoder"))
+        options = replace(options, priors=replace(options.priors, tiny_vae=whole, tiny_decoder=decoder))
         handles = prior_handles(recipe, options, toys=True)
         loaded = load_guidance(recipe, handles, _PROMPT, runtime, _reference(recipe))
         return loaded, {kind: str(handle.path) for kind, handle in handles.items()}
     guidance: dict[PriorKind, Guidance] = {}
     models: dict[str, str] = {}
-    vae: VaeKind = "tiny" if variant.kind == "tiny" else "full"
+    vae: VaeKind = variant.kind if variant.kind in _TINY else "full"  # type: ignore[assignment]
     for term in active_terms(recipe):
         architecture = subject.architecture or architecture_for(term.prior, getattr(recipe, "n_frames", None))
         guidance[term.prior] = random_guidance(architecture, term.distillation, runtime, vae)

@@ -12,11 +12,13 @@ from ..priors.formats.folders import FolderLoader
 from ..priors.formats.identify import identify, open_loader
 from ..priors.formats.lora_files import read_lora
 from ..priors.formats.pipelines import PipelineFolder, open_pipeline
+from ..priors.formats.tiny_vae import TinyDecoder
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
 from ..training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, is_toy
 from ..training.guidance import active_terms
+from .errors import UsageError
 from .options import PriorOptions, Recipe
 from .terminal import say
 
@@ -40,7 +42,7 @@ def prior_handles(
     `prompt`: what they will be told; PriorError where a toy model wasn't taught a word of it.
     """
     added = _added(options)  # says in time what is wrong with them
-    tiny_vae = None if options.priors.tiny_vae is None else Path(options.priors.tiny_vae)
+    tiny_vae = _tiny_vae(options.priors)
     if not toys:
         _check_asked(recipe, options)
     found: dict[PriorKind, PriorFiles] = {}
@@ -52,7 +54,9 @@ def prior_handles(
                 f"id with --{term.prior.replace('_', '-')}-prior MODEL, or take one of the toy recipes"
             )
         handle = toy_prior(term.prior) if given is None else _find(given, term.prior, options)
-        found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae)
+        # a decoder makes what colours are compared with, and nothing else
+        asked = not isinstance(tiny_vae, TinyDecoder) or term.distillation.color_weight > 0
+        found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae if asked else None)
         found[term.prior].check_added()
         if given is not None and is_toy(recipe) and open_pipeline(handle.path) is not None:
             flag = "--motion-recipe" if hasattr(options, "motion_recipe") and term.prior == "video" else "--recipe"
@@ -60,6 +64,8 @@ def prior_handles(
                 f"the recipe {recipe.name!r} is made for the package's own small models, {handle.name} is one of "
                 f"today's: give {flag} {'model-video' if term.prior == 'video' else 'model-image'}"
             )
+    if isinstance(tiny_vae, TinyDecoder) and not any(handle.tiny_vae for handle in found.values()):
+        say(f"note: the recipe {recipe.name!r} decodes nothing, --tiny-decoder is left out of it", error=True)
     if prompt is not None:
         for handle in found.values():
             handle.check_prompt(prompt)
@@ -92,11 +98,21 @@ def _find(given: str, kind: PriorKind, options: WithPriors) -> PriorFiles:
     return prior_files(path, kind)
 
 
+def _tiny_vae(priors: PriorOptions) -> Path | TinyDecoder | None:
+    """What takes the autoencoder's place, or its decoder's, after a look at what it is."""
+    if priors.tiny_vae is not None and priors.tiny_decoder is not None:
+        raise UsageError("--tiny-vae decodes, too: leave --tiny-decoder away")
+    for flag, folder in (("--tiny-vae", priors.tiny_vae), ("--tiny-decoder", priors.tiny_decoder)):
+        if folder is not None and identify(folder).layout != "tiny autoencoder":
+            raise PriorError(f"{flag} {folder} is no AutoencoderTiny")
+    if priors.tiny_decoder is not None:
+        return TinyDecoder(Path(priors.tiny_decoder))
+    return None if priors.tiny_vae is None else Path(priors.tiny_vae)
+
+
 def _added(options: WithPriors) -> dict[PriorKind, dict[str, Any]]:
     """Return what the options add to the models, as fields of PriorFiles, after a look at the files."""
-    lora, tiny_vae = getattr(options, "lora", None), options.priors.tiny_vae
-    if tiny_vae is not None and identify(tiny_vae).layout != "tiny autoencoder":
-        raise PriorError(f"--tiny-vae {tiny_vae} is no AutoencoderTiny")
+    lora = getattr(options, "lora", None)
     if lora is None or lora.image_lora is None:
         return {}
     path = toy_subject() if lora.image_lora == "toy" else Path(lora.image_lora)

@@ -269,6 +269,9 @@ class PriorOptions:
     """Fetch a model that is named by a hub id (or an id that `dream4d priors` lists) and is not here yet."""
     tiny_vae: Annotated[str | None, FOLDER] = None
     """AutoencoderTiny that takes the place of the models' own autoencoder: less memory, coarser images."""
+    tiny_decoder: Annotated[str | None, FOLDER] = None
+    """AutoencoderTiny that takes the place of the decoder alone, which makes what colours are compared with: encoding,
+    and the gradient through it, stay as they are."""
 
 
 @dataclass(frozen=True)

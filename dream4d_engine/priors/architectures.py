@@ -20,14 +20,14 @@ from ..guidance.distillation import DistillationConfig, Guidance
 from ..guidance.noise import rectified_flow, variance_preserving
 from .conditioning import camera_vector
 from .errors import PriorError
-from .formats.tiny_vae import TinyVAE
+from .formats.tiny_vae import TinyDecoderVAE, TinyVAE
 from .handle import PriorKind
 from .networks.denoisers import PredictionType, UNetDenoiser, prepared
 from .networks.execution import Runtime
 from .networks.transformers import TransformerDenoiser, prepared_transformer
 from .networks.view_attention import attend_across_views
 
-VaeKind = Literal["full", "tiny"]
+VaeKind = Literal["full", "tiny", "tiny-decoder"]
 
 _SD_CHANNELS = (320, 640, 1280, 1280)
 _SD21 = {
@@ -216,11 +216,17 @@ def random_network(class_name: str, config: Mapping[str, Any], device: torch.dev
 
 
 def random_vae(kind: VaeKind, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Build Stable Diffusion's VAE, or the tiny one that was distilled from it, with random weights."""
-    if kind == "tiny":
-        channels = _SD_VAE["block_out_channels"]
-        return TinyVAE(random_network("AutoencoderTiny", {}, device, dtype), _SCALING, channels)
-    return random_network("AutoencoderKL", _SD_VAE, device, dtype)
+    """Build Stable Diffusion's VAE, the tiny one that was distilled from it, or the first with the second's decoder,
+    with random weights."""
+
+    def full() -> nn.Module:
+        return random_network("AutoencoderKL", _SD_VAE, device, dtype)
+
+    if kind == "full":
+        return full()
+    channels = _SD_VAE["block_out_channels"]
+    tiny = TinyVAE(random_network("AutoencoderTiny", {}, device, dtype), _SCALING, channels)
+    return tiny if kind == "tiny" else TinyDecoderVAE(full(), tiny)
 
 
 def random_denoiser(

@@ -15,6 +15,7 @@ from .formats.identify import open_loader
 from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
 from .formats.pipelines import open_pipeline
+from .formats.tiny_vae import TinyDecoder
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
 from .networks.denoisers import prepared
@@ -35,13 +36,21 @@ class PriorFiles:
     lora_strength: float = 1.0
     n_frames: int | None = None
     frame_step: int = 1
-    tiny_vae: Path | None = None  # folder of an AutoencoderTiny that takes the place of its autoencoder
+    tiny_vae: Path | TinyDecoder | None = None  # folder of an AutoencoderTiny in the place of its autoencoder
+
+    @property
+    def _decodes_only(self) -> bool:
+        return isinstance(self.tiny_vae, TinyDecoder)
+
+    @property
+    def _tiny_folder(self) -> Path | None:
+        return self.tiny_vae.folder if isinstance(self.tiny_vae, TinyDecoder) else self.tiny_vae
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
         added = [] if self.lora is None else lora_files(self.lora)
-        parts = [list_files(path) for path in (self.path, *added, self.tiny_vae) if path is not None]
-        return digest([self.kind, self.lora_strength, *parts])
+        parts = [list_files(path) for path in (self.path, *added, self._tiny_folder) if path is not None]
+        return digest([self.kind, self.lora_strength, *parts, *(["decoder alone"] if self._decodes_only else [])])
 
     def n_bytes(self) -> int:
         """Size of the weights on the disk."""
@@ -50,7 +59,8 @@ class PriorFiles:
     def describe(self) -> str:
         """The places of the model and of what was added to it."""
         lora = f" with the LoRA {self.lora}" if self.lora else ""
-        return f"{self.path}{lora}" + (f" with the autoencoder {self.tiny_vae}" if self.tiny_vae else "")
+        part = "decoder" if self._decodes_only else "autoencoder"
+        return f"{self.path}{lora}" + (f" with the {part} {self._tiny_folder}" if self.tiny_vae else "")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PriorError for an empty prompt, and where a toy model wasn't taught a word of it."""
@@ -62,7 +72,7 @@ class PriorFiles:
         """Raise PriorError where a LoRA or a tiny autoencoder is meant for a model that takes none here."""
         if open_pipeline(self.path) is None:
             return
-        for what, given in (("a LoRA", self.lora), ("a tiny autoencoder", self.tiny_vae)):
+        for what, given in (("a LoRA", self.lora), ("a tiny autoencoder", self._tiny_folder)):
             if given is not None:
                 raise PriorError(
                     f"{self.name} is one of today's models, which take {what} in ComfyUI only and not from a folder: "

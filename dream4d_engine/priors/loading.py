@@ -18,7 +18,7 @@ from .errors import PriorError
 from .formats.identify import open_loader
 from .formats.loaders import ImageResize, Loader, VectorKind
 from .formats.lora_files import read_lora
-from .formats.tiny_vae import load_tiny_vae
+from .formats.tiny_vae import TinyDecoder, TinyDecoderVAE, load_tiny_vae
 from .handle import PriorKind
 from .lora import TextLora, add_layers, add_text_loras, check_strength
 from .networks.denoisers import UNetDenoiser
@@ -62,7 +62,7 @@ def load_prior(
     dtype: torch.dtype = torch.float32,
     *,
     config: Mapping[str, Any] | Path | str | None = None,
-    tiny_vae: Path | str | None = None,
+    tiny_vae: Path | str | TinyDecoder | None = None,
     image_size: tuple[int, int] | None = None,
     n_frames: int | None = None,
 ) -> LoadedPrior:
@@ -74,7 +74,7 @@ def load_prior(
         kind: overrides what the files say of themselves.
         config: for files, the model's configuration or where it is; None: the .json or .yaml of the file's name
             beside it, if there is one (see single_file.py).
-        tiny_vae: folder of an AutoencoderTiny that takes the autoencoder's place.
+        tiny_vae: folder of an AutoencoderTiny that takes the autoencoder's place, or its decoder's alone.
         image_size, n_frames: (height, width) of the model's images, frames of its videos, instead of its own.
     """
     loader = open_loader(path, config)
@@ -125,10 +125,14 @@ def apply_lora(prior: LoadedPrior, path: Path | str, strength: float = 1.0) -> L
     return replace(prior, text_loras=(*prior.text_loras, text)) if text.layers else prior
 
 
-def _load_vae(loader: Loader, tiny_vae: Path | str | None, dtype: torch.dtype, device: torch.device | str):
+def _load_vae(
+    loader: Loader, tiny_vae: Path | str | TinyDecoder | None, dtype: torch.dtype, device: torch.device | str
+):
+    full = loader.vae(dtype, device) if tiny_vae is None or isinstance(tiny_vae, TinyDecoder) else None
     if tiny_vae is None:
-        return loader.vae(dtype, device)
+        return full
     scaling = loader.vae_scaling()
     if scaling is None:
         raise PriorError(f"{loader.path} works on pixels: there is no autoencoder that a tiny one could replace")
-    return load_tiny_vae(tiny_vae, scaling, dtype, device)
+    tiny = load_tiny_vae(tiny_vae.folder if isinstance(tiny_vae, TinyDecoder) else tiny_vae, scaling, dtype, device)
+    return tiny if full is None else TinyDecoderVAE(full, tiny)

@@ -63,7 +63,7 @@ def small(monkeypatch):
 
 def test_every_phase_of_the_published_recipes_is_measured_in_every_way(small, tmp_path, capsys):
     words = ["--models", "full", "--recipes", "static:text-to-3d", "motion:zeroscope-144x80"]
-    code, found = measured(tmp_path, *words, "--variants", "plain", "tiny")
+    code, found = measured(tmp_path, *words, "--variants", "plain", "tiny", "tiny-decoder")
     assert code == 0
     rows = [(row["recipe"], row["variant"], row["images"]) for row in found]
     static, motion = "static:text-to-3d", "motion:zeroscope-144x80"
@@ -72,8 +72,11 @@ def test_every_phase_of_the_published_recipes_is_measured_in_every_way(small, tm
         (static, "plain", "4 of 8x8"),
         (static, "tiny", "8 of 8x8"),
         (static, "tiny", "4 of 8x8"),
+        (static, "tiny-decoder", "8 of 8x8"),
+        (static, "tiny-decoder", "4 of 8x8"),
         (motion, "plain", "8 of 8x8"),
         (motion, "tiny", "8 of 8x8"),
+        (motion, "tiny-decoder", "8 of 8x8"),
     ]
     for row in found:
         assert 0 < row["guidance_seconds"] and 0 < row["seconds_per_step"] and row["error"] is None
@@ -177,6 +180,7 @@ def test_the_tiny_autoencoder_is_compared_with_the_full_one(tmp_path, monkeypatc
         (["--variants", "quick"], "unknown variant 'quick'"),
         (["--variants", "fast@10GiB", "--device", "cpu"], "memory budget, which is for GPUs"),
         (["--variants", "tiny", "--device", "cpu"], "needs --tiny-vae FOLDER"),
+        (["--variants", "tiny-decoder", "--device", "cpu"], "needs --tiny-decoder FOLDER"),
         (["--variants", "fast@"], "unknown variant 'fast@'"),
         (["--recipes", "films:toy"], "unknown recipe 'films:toy'"),
         (["--models", "wan-14b"], "unknown model 'wan-14b'"),

@@ -97,7 +97,12 @@ def test_convert(capsys, tmp_path, models):
     assert code == 0 and "kind image (unet, vae, scheduler, text_encoder, tokenizer)" in text and "no enc" not in text
     refuse(capsys, "can't be used as 'image'", "convert", TINY, "--kind", "image", "--out", tmp_path / "b")
     refuse(capsys, "there is no file", "convert", tmp_path / "no.pt", "--out", tmp_path / "b")
-    refuse(capsys, "no AutoencoderTiny", *text_to_3d(tmp_path / "c", models), "--tiny-vae", models / "lora.safetensors")
+    asked, lora, tiny = text_to_3d(tmp_path / "c", models), models / "lora.safetensors", models / "tiny"
+    for flag in ("--tiny-vae", "--tiny-decoder"):
+        refuse(capsys, f"{flag} {lora} is no AutoencoderTiny", *asked, flag, lora)
+    refuse(capsys, "leave --tiny-decoder away", *asked, "--tiny-vae", tiny, "--tiny-decoder", tiny)
+    code, _, errors = run(capsys, *asked, "--tiny-decoder", tiny, "--dry-run")
+    assert code == 0 and "the recipe 'toy-personalised' decodes nothing" in errors
     assert not (tmp_path / "b").exists()
 
 

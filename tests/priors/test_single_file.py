@@ -23,6 +23,7 @@ from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.formats.checkpoints import open_checkpoint
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.identify import identify, identify_all
+from dream4d_engine.priors.formats.tiny_vae import TinyDecoder
 from dream4d_engine.priors.loading import load_prior
 
 KINDS = {"sd15": "image", "sd21": "image", "mvdream": "multiview", "zero123": "novel_view"}
@@ -323,6 +324,23 @@ def test_tiny_autoencoder_takes_the_place_of_the_full_one(files, tiny_vae, name)
         with torch.no_grad():
             expected = tiny.encode(2 * resized - 1).latents / 0.18215
         torch.testing.assert_close(text.concat[0, 0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tiny_decoder_shows_what_the_full_encoder_sees(files, tiny_vae):
+    folder, tiny = tiny_vae
+    full, both = load_prior(files["sd21"]), load_prior(files["sd21"], tiny_vae=TinyDecoder(folder))
+    images = torch.rand(1, 2, 3, *full.denoiser.image_size, generator=torch.Generator().manual_seed(1))
+    pulled = []
+    for prior in (full, both):
+        given = images.clone().requires_grad_()
+        z = prior.denoiser.encode(given)
+        z.square().sum().backward()
+        pulled.append((z.detach(), given.grad))
+    torch.testing.assert_close(pulled[1], pulled[0], rtol=0, atol=0)
+    with torch.no_grad():
+        shown = both.denoiser.decode(pulled[0][0])
+        torch.testing.assert_close(shown[0], tiny.decode(pulled[0][0][0]).sample / 2 + 0.5, rtol=1e-4, atol=1e-5)
+    assert not any(name.startswith("full.decoder") for name in both.denoiser.vae.state_dict()), "its memory is free"
 
 
 def test_tiny_autoencoder_errors(files, folders, tiny_vae, tmp_path):

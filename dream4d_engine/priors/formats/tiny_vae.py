@@ -1,7 +1,8 @@
-"""The tiny autoencoder (diffusers' AutoencoderTiny) in the place of the full one."""
+"""The tiny autoencoder (diffusers' AutoencoderTiny) in the place of the full one, or of its decoder alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,13 @@ from ...documents import printable, shortened
 from ..errors import PriorError
 from .folders import load_network, read_json
 from .loaders import Device
+
+
+@dataclass(frozen=True)
+class TinyDecoder:
+    """The folder of an AutoencoderTiny of which the decoder alone is taken."""
+
+    folder: Path
 
 
 class TinyVAE(nn.Module):
@@ -35,6 +43,30 @@ class TinyVAE(nn.Module):
     def decode(self, latents: Tensor) -> Any:
         """Decode latents that are not scaled; `.sample` of the result are images in [-1, 1]."""
         return self.tiny.decode(latents * self.config.scaling_factor)
+
+
+class TinyDecoderVAE(nn.Module):
+    """An AutoencoderKL whose latents a tiny one shows: images are encoded by the full one alone.
+
+    No gradient goes through a decoder, it only makes the images that a colour term compares with
+    (guidance/distillation.py): so gradients on latents stay the full autoencoder's.
+    """
+
+    def __init__(self, full: nn.Module, tiny: TinyVAE):
+        super().__init__()
+        self.full: Any = full
+        self.tiny = tiny
+        self.config: Any = full.config
+        for unasked in ("decoder", "post_quant_conv"):  # their memory is free
+            setattr(full, unasked, None)
+
+    def encode(self, images: Tensor) -> Any:
+        """See AutoencoderKL."""
+        return self.full.encode(images)
+
+    def decode(self, latents: Tensor) -> Any:
+        """See TinyVAE."""
+        return self.tiny.decode(latents)
 
 
 def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype, device: Device) -> TinyVAE:
