@@ -173,8 +173,8 @@ def multistep_target(
         x = stepped if moving.all() else torch.where(_per_group(send(moving, x.device)), stepped, x)
         share, moving = following, moving & (following > 1e-9)
     # the lowest level, not no noise at all; the variance preserving x there, as the published targets are
-    last = schedule.sigma_of(torch.zeros(1)).to(x)
-    return x * (1 + last**2).rsqrt()
+    last = schedule.sigma_of(torch.zeros(())).to(x.dtype)
+    return x * (1 + last**2).rsqrt().item()  # a number: a tensor's copy to the device would wait for the walk
 
 
 def guided_prediction(guidance: Guidance, cameras: CameraBatch) -> Callable[[Tensor, Tensor], Tensor]:

@@ -12,6 +12,7 @@ from ..randomness import Draw, draw_rows
 from ..rays import RayBundle
 from ..rendering import RenderOutput, View
 from ..scene import Scene
+from ..transfers import send
 from . import losses
 from .record import Supervision, Terms, ViewFunction, needed
 
@@ -82,8 +83,8 @@ def _where_rays_end(
     seen = opacity > 0.5  # [N]; the others end nowhere
     distance = (output.depth.detach().reshape(-1) / opacity.clamp_min(1e-6))[seen]
     points = rays.origins[seen] + distance[:, None] * rays.directions[seen]
-    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(points)[seen]  # for all rays, see randomness
-    return points, rays.times[seen], aside
+    aside = send(draw_rows(torch.randn, tuple(rays.origins.shape), source), points.device)  # for all, see randomness
+    return points, rays.times[seen], aside[seen]
 
 
 def _behind(
@@ -94,8 +95,8 @@ def _behind(
     So sides that no camera sees are told of, too: their way is through the object.
     """
     seen = output.opacity.detach().reshape(-1) > 0.5
-    further = draw_rows(torch.rand, (len(rays.origins), 1), source).to(ends)[seen] * scene.config.radius
-    aside = draw_rows(torch.randn, tuple(rays.origins.shape), source).to(ends)[seen]
+    further = send(draw_rows(torch.rand, (len(rays.origins), 1), source), ends.device)[seen] * scene.config.radius
+    aside = send(draw_rows(torch.randn, tuple(rays.origins.shape), source), ends.device)[seen]
     points, times = ends + further * rays.directions[seen], rays.times[seen]
     with torch.no_grad():
         solid = scene.is_solid(scene.density(points, times))

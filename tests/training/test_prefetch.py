@@ -148,9 +148,13 @@ def test_where_rays_are_rendered_twice_nothing_is_found_ahead():
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU: there is nothing to wait for")
-@pytest.mark.parametrize("stage", ["text", "image", "motion"])
+@pytest.mark.parametrize("stage", ["text", "image", "motion", "walk"])
 def test_no_step_waits_for_the_gpu(stage, monkeypatch):
-    recipe = {"text": TOY_STATIC, "image": TOY_IMAGE, "motion": TOY_MOTION}[stage]
+    recipe = {"text": TOY_STATIC, "image": TOY_IMAGE, "motion": TOY_MOTION, "walk": TOY_MOTION}[stage]
+    if stage == "walk":  # as the published recipes of videos are guided
+        term = recipe.guidance[0]
+        walk = replace(term.distillation, loss="multistep", color_weight=0.1)
+        recipe = replace(recipe, guidance=(replace(term, distillation=walk),))
     recipe = replace(recipe, regularizers=replace(recipe.regularizers, rigidity=0.0))  # it asks where rays end
     recipe = replace(recipe, steps=40, loop=replace(recipe.loop, precision="half"))
     reference = prepare_reference(photograph("a red cube"), TOY_IMAGE.reference) if stage == "image" else None
@@ -162,7 +166,7 @@ def test_no_step_waits_for_the_gpu(stage, monkeypatch):
         # raises wherever the CPU would wait, once capacity and graphs are there; a step beyond it may
         control = RunControl(on_step=lambda report, scene: torch.cuda.set_sync_debug_mode(2 * (8 < report.step < 39)))
         given = {"seed": 0, "device": device, "control": control}
-        if stage == "motion":
+        if recipe.stage == "motion":
             train_motion(solid_ball(0.5), recipe, guidance, **given)
         else:
             train_static(recipe, guidance, reference=reference, **given)

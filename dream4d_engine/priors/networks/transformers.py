@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
+from ...transfers import send
 from .checkpointing import checkpointing, frames_asked_for
 from .denoisers import WORTH_COMPILING, flow_input, predicted_clean
 from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
@@ -64,7 +65,7 @@ class TransformerDenoiser:
         factor = getattr(config, "scaling_factor", None) or 1.0
         source = config if "latents_mean" in config else self.vae  # numbers of Wan, buffers of LTX-Video
         mean, deviation = (  # HunyuanVideo's has neither
-            torch.as_tensor(getattr(source, f"latents_{name}", otherwise)).to(z).expand(z.shape[1])
+            send(torch.as_tensor(getattr(source, f"latents_{name}", otherwise)), z.device).to(z).expand(z.shape[1])
             for name, otherwise in (("mean", 0.0), ("std", 1.0))
         )
         return mean[:, None, None, None], (deviation / factor)[:, None, None, None]
