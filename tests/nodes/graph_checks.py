@@ -456,8 +456,8 @@ def _sv3d_names() -> dict[str, str]:
     return names
 
 
-def _sv3d_of_diffusers() -> nn.Module:
-    """Diffusers' network of SVD with the weights of the small SV3D_u."""
+def _sv3d_of_diffusers(weights: dict[str, Tensor]) -> nn.Module:
+    """Diffusers' network of SVD with the weights of a small SV3D_u."""
     from diffusers import UNetSpatioTemporalConditionModel
 
     network = UNetSpatioTemporalConditionModel(
@@ -469,7 +469,7 @@ def _sv3d_of_diffusers() -> nn.Module:
         num_attention_heads=(5, 5, 5),
     )
     names, found = sorted(_sv3d_names().items(), key=lambda pair: -len(pair[0])), {}
-    for key, value in models.sv3d_unet(256).items():
+    for key, value in weights.items():
         theirs, ours = next(pair for pair in names if key.startswith(f"{pair[0]}."))
         found[ours + key.removeprefix(theirs)] = value
     return _load(network, found)
@@ -511,13 +511,16 @@ def _orbit(name: str) -> dict:
                 [[t, o | {"azimuth": azimuth, "elevation": elevation}]]
                 for ((t, o),) in SV3D_Conditioning.execute(*given).result[:2]
             ]
-        network = _sv3d_of_diffusers() if name == "sv3d_u" else None
+        weights = three.model.model.diffusion_model.state_dict()
+        network = _sv3d_of_diffusers(weights) if name == "sv3d_u" else None
         shape = guidance.denoiser.encoder.latent_shape(handle.size, n_views)
         z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
         for share in (0.4, 0.55, 0.75):  # sigma 0.3, 2 and 29: what its recipe asks at
             sigma = guidance.denoiser.noise.sigma_of(torch.full((1,), share))
             x = z * (1 + sigma**2).sqrt()
             for word, mine, theirs in zip(("text", "negative"), guidance.conditions(seen), cores, strict=True):
+                if word == "negative" and (network is None or share != 0.55):  # once is enough
+                    continue
                 x0 = guidance.denoiser.denoise(x, sigma, mine)
                 found[f"{word} at {share}"] = difference(x0[0], _cores_x0(three.model, x[0], sigma, theirs))
                 if network is None:
@@ -562,16 +565,15 @@ def _orbit_trains(three: models.Three, shown, seen) -> dict:
         prior = handle_of("sv3d_u", three).load(Runtime(torch.device("cpu")))
         guidance = prior.guide("", None, config.IMAGE_TO_3D_ORBIT.guidance[0].distillation, shown)
         assert guidance.denoiser.execution.images_kept == 0, "21 images of 576x576 are too many to be kept"
-        ways = (guidance.denoiser.execution, execution.Execution(), execution.Execution(groups_at_once=1))
         gradients = []
-        for way in ways:
+        for way in (guidance.denoiser.execution, execution.Execution(groups_at_once=1)):
             told = replace(guidance, denoiser=guidance.denoiser.run_as(way))
             out = distillation.distill(told, images, seen, 0.5, randomness.Draw(0))
             gradients.append(torch.autograd.grad(out.loss, images)[0])
         prior.release()
     assert gradients[0].flatten(2).norm(dim=-1).min() > 0
-    found |= {f"gradient {i}": difference(gradients[0], gradients[i]) for i in (1, 2)}
-    assert max(found.values()) < 1e-4, found
+    found["gradient"] = difference(*gradients)
+    assert found["gradient"] < 1e-4, found
     published = config.IMAGE_TO_3D_ORBIT
     alone = replace(published.reference, rgb=0.0, mask=0.0, entropy=0.0, phases=(config.ReferencePhase(0.0, 16),))
     recipe = replace(
@@ -583,9 +585,9 @@ def _orbit_trains(three: models.Three, shown, seen) -> dict:
         reference=alone,
         loop=config.TOY_STATIC.loop,
     )
-    handle = handle_of("sv3d_u", three, n_frames=21)
+    handle = handle_of("sv3d_u", three, n_frames=5)  # of 21: quicker
     recipe = told_of.with_views_of(recipe, {"novel_view": handle})
-    assert (recipe.orbit, recipe.n_views) == ("static", 21)
+    assert (recipe.orbit, recipe.n_views) == ("static", 5)
     disc = torch.ones(32, 32, 1)
     reference = pack(f"{engine}.reference").Reference(torch.rand(32, 32, 3), disc, "noise")
     train = partial(static.train_static, reference=reference)
