@@ -1220,6 +1220,9 @@ def fingerprints() -> dict:
     identity = [one.identity(torch.device("cpu")) for one in made]
     # a run of before there was a choice is found again
     assert [one["recipe"].get("gradient_frames", "not there") for one in identity] == ["not there", 3]
+    made = [run("static", r, {}, "x", "", 0, {}, start) for r in (recipes.IMAGE_TO_3D, recipes.IMAGE_TO_3D_ORBIT)]
+    identity = [one.identity(torch.device("cpu")) for one in made]
+    assert [one["recipe"].get("orbit", "not there") for one in identity] == ["not there", "dynamic"]
     assert abs(time_of[0] - 8 / 9) < 1e-5 and abs(time_of[1] - 3 / 4) < 1e-5, time_of  # s / (1 + s) at a half
     return {"seconds": seconds}
 
