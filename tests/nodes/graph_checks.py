@@ -541,7 +541,11 @@ def _orbit(name: str) -> dict:
 
 
 def _orbit_refused(three: models.Three) -> None:
-    """What doesn't go with SV3D, and what it doesn't go with."""
+    """What a node makes of SV3D, and what doesn't go with it."""
+    with mock.patch.object(graph_nodes, "say_on_node") as said:
+        made = graph_nodes._make("novel_view", three.model, three.clip, three.vae, (0, 0, 0), None)[0]
+    assert (made.size, made.n_frames, made.orbit) == ((576, 576), 21, "static")
+    assert said.call_args.args[0].startswith("SV3D_u sees 576x576, 21 views at once (it was trained on orbits of 21")
     from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 
     for node, expected, given in (
