@@ -118,8 +118,8 @@ class GraphPrior:
         live: LiveModel | Pair = first
         if self.low_noise is not None and self.family.switch is not None:
             live = Pair(first, LiveModel(self.low_noise, runtime.device), self.family.switch)
-        # the activations of an orbit's images at their size, kept, are more than a card has beside the model
-        execution = Execution() if self.orbit is None else Execution(images_at_once=1, images_kept=0)
+        # an orbit's images are many, and large: their activations, kept, are more than a card has beside the model
+        execution = Execution() if self.orbit is None else Execution(1, images_kept=0, groups_at_once=1)
         denoiser = GraphDenoiser(live, encoder, self.size, self.n_frames, self.noise, is_flow(self.model), execution)
 
         def guide(
