@@ -242,9 +242,11 @@ def needed_priors(recipe: StaticRecipe | MotionRecipe) -> list[PriorKind]:
 
 def missing_prior(recipe: StaticRecipe | MotionRecipe, kind: PriorKind) -> str:
     """What to say where the socket of a prior is empty."""
+    made_by = "a Load Toy Prior or Load Prior node of that kind"
+    if kind == "novel_view" and recipe.orbit is not None:
+        made_by = "a Novel-View Prior from Model node, with SV3D,"
     return (
-        f"the recipe {recipe.name!r} needs a prior of the kind {kind!r}: connect a Load Toy Prior or Load Prior node "
-        f"of that kind to the socket {kind}_prior"
+        f"the recipe {recipe.name!r} needs a prior of the kind {kind!r}: connect {made_by} to the socket {kind}_prior"
     )
 
 

@@ -184,6 +184,7 @@ class MotionRecipe:
     stage: ClassVar[Literal["motion"]] = "motion"
     group_field: ClassVar[str] = "n_frames"  # the field that holds F
     reference: ClassVar[None] = None
+    orbit: ClassVar[None] = None
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_frames] of a step."""
