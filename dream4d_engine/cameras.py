@@ -24,6 +24,8 @@ from .randomness import Source, draw_rows
 from .transfers import send
 
 ElevationLaw = Literal["mixed", "uniform", "sphere"]
+Orbit = Literal["static", "dynamic"]
+"""Once around, evenly spaced at one elevation; or with an elevation that rises or falls on the way, and jitter."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,40 @@ def sample_views(
     azimuth, elevation, distance, fov_y = _sample_pose(ranges, n_groups, source)
     azimuth = azimuth + torch.arange(n_views) * (2 * math.pi / n_views)
     azimuth = torch.remainder(azimuth + math.pi, 2 * math.pi) - math.pi  # in [-pi, pi)
+    return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
+
+
+ORBIT_WAVES, ORBIT_JITTER = 2, 0.25
+"""Of a dynamic orbit: how often its elevation may come and go; how far azimuths are off, in parts of a step."""
+
+
+def sample_orbits(
+    ranges: CameraRanges,
+    orbit: Orbit,
+    end: tuple[float, float],
+    n_groups: int,
+    n_views: int,
+    height: int,
+    width: int,
+    source: Source,
+) -> CameraBatch:
+    """Draw groups of views once around the object, in order, whose last one is seen from `end`. The time is 0.
+
+    A static orbit has azimuths evenly spaced and the elevation of its end; a dynamic one has azimuths with jitter, and
+    its elevation goes to one of the ranges' and comes back, once or twice (SV3D 2403.12008, section 3).
+
+    Args:
+        end: (azimuth, elevation), radians. ranges: of elevation, field of view and distance; azimuths are not read.
+    """
+    _, far, distance, fov_y = _sample_pose(ranges, n_groups, source)
+    waves = 1 + (draw_rows(torch.rand, (n_groups,), source) * ORBIT_WAVES).floor()[:, None]
+    jitter = ORBIT_JITTER * (2 * draw_rows(torch.rand, (n_groups, n_views), source) - 1)
+    place = torch.arange(1, n_views + 1).expand(n_groups, -1)
+    elevation = torch.full((n_groups, n_views), end[1])
+    if orbit == "dynamic":
+        elevation = elevation + (far - end[1]) * torch.sin(math.pi * waves * place / n_views) ** 2
+        place = place + torch.where(place < n_views, jitter, 0.0)
+    azimuth = end[0] + 2 * math.pi * place / n_views
     return make_cameras(azimuth, elevation, distance, fov_y, 0.0, height, width)
 
 

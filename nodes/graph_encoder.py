@@ -62,10 +62,10 @@ class Encoder:
         return weight.device, weight.dtype
 
     def latent_shape(self, size: tuple[int, int], n_frames: int | None) -> tuple[int, ...]:
-        """The shape [1, c, (f,) h, w] of what is encoded from so many pixels and frames."""
+        """The shape [1, c, (f,) h, w] of what is encoded from so many pixels and frames; of an orbit [f, c, h, w]."""
         ratio = self.vae.downscale_ratio
         if not self.of_videos:
-            return (1, self.vae.latent_channels, size[0] // ratio, size[1] // ratio)
+            return (n_frames or 1, self.vae.latent_channels, size[0] // ratio, size[1] // ratio)
         in_time, *in_space = ratio
         return (1, self.vae.latent_channels, in_time(n_frames), size[0] // in_space[0], size[1] // in_space[1])
 

@@ -13,7 +13,7 @@ from typing import Any
 import comfy.model_sampling as sampling
 import torch
 
-from ..dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, variance_preserving
+from ..dream4d_engine.guidance.noise import NoiseSchedule, log_spaced, rectified_flow, variance_preserving
 from ..dream4d_engine.priors import families
 from ..dream4d_engine.priors.errors import PriorError
 from ..dream4d_engine.priors.families import Family
@@ -25,6 +25,8 @@ FAMILIES: dict[str, Family] = {
     "SD3": families.SD3,
     "Flux": families.FLUX,
     "Stable_Zero123": families.STABLE_ZERO123,
+    "SV3D_u": families.SV3D_U,
+    "SV3D_p": families.SV3D_P,
     "WAN21": families.WAN,
     "WAN22": families.WAN22_5B,
     "LTXV": families.LTX,
@@ -42,17 +44,11 @@ _NODES = {
     "video": "Video Prior from Model",
 }
 _MADE = {"image": "images", "novel_view": "novel views", "video": "videos"}
-_ORBITS = (
-    "a model of whole orbits: 21 views at once of 576x576, the last of which is the image's own, at noise levels of "
-    "another kind (EDM), where recipes ask for single views around it; Stable Zero123 makes those"
-)
 _NOT_SO = {
     "SDXLRefiner": "a refiner, which only finishes images of another model",
     "SD15_instructpix2pix": "made for editing images",
     "SDXL_instructpix2pix": "made for editing images",
     "Lotus": "a model of depth",
-    "SV3D_u": _ORBITS,
-    "SV3D_p": _ORBITS,
     "SVD_img2vid": "made to continue an image, and is told no words",
     "HunyuanVideoI2V": "made to continue an image",
     "HunyuanVideoSkyreelsI2V": "made to continue an image",
@@ -144,9 +140,14 @@ def noise_schedule(model: Any) -> NoiseSchedule:
     known = isinstance(levels, sampling.ModelSamplingDiscrete) and isinstance(levels, sampling.EPS)
     if known and not isinstance(levels, others):
         return variance_preserving(1 / (1 + levels.sigmas.detach().clone().double().cpu() ** 2))
+    family = FAMILIES.get(type(model.model).__name__)
+    if family is not None and family.orbit is not None:  # v at any level; others of its kind have not been tried
+        own = isinstance(levels, sampling.ModelSamplingContinuousEDM) and isinstance(levels, sampling.V_PREDICTION)
+        if own and not isinstance(levels, others | sampling.ModelSamplingContinuousV):
+            return log_spaced(float(levels.sigma_min), float(levels.sigma_max))
     raise PriorError(
         f"the model's noise levels are of the class {type(levels).__name__}: known are those of discrete eps and v "
-        "models and of rectified flows"
+        "models, of rectified flows, and SV3D's own"
     )
 
 
@@ -260,10 +261,11 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
     """Refuse a text encoder of another family."""
     if family.kind == "novel_view":
         width = getattr(clip, "config", {}).get("projection_dim")
-        if width != 768:
+        encoder, wanted = ("ViT-L", 768) if family.orbit is None else ("ViT-H", 1024)
+        if width != wanted:
             raise PriorError(
-                f"{family.name} is told an image by CLIP ViT-L, 768 numbers, not by one of {width}: connect the CLIP "
-                "vision of its own checkpoint (Image Only Checkpoint Loader)"
+                f"{family.name} is told an image by CLIP {encoder}, {wanted} numbers, not by one of {width}: connect "
+                "the CLIP vision of its own checkpoint (Image Only Checkpoint Loader)"
             )
         return
     wanted = model.model.model_config.clip_target({}).tokenizer

@@ -122,7 +122,8 @@ def _make(
 def _statement(prior: GraphPrior) -> str:
     """What a model sees, and which of a pair is asked where."""
     family = prior.family
-    shown = f"{prior.size[1]}x{prior.size[0]}" + ("" if prior.n_frames is None else f", {prior.n_frames} frames")
+    what = "frames" if prior.orbit is None else "views at once"
+    shown = f"{prior.size[1]}x{prior.size[0]}" + ("" if prior.n_frames is None else f", {prior.n_frames} {what}")
     said = f"{family.name} sees {shown} (it was trained on {family.trained_at})"
     if prior.low_noise is not None:
         return f"{said}; model is asked at times from {family.switch} of the noise on, model_low_noise below"
@@ -230,8 +231,8 @@ class NovelViewPriorFromModel(io.ComfyNode):
             "novel_view",
             "Dream4DNovelViewPriorFromModel",
             "Novel-View Prior from Model",
-            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior",
-            ["stable zero123 prior"],
+            "Optimize Static Scene: recipe image-to-3d, beside a pixel prior; of SV3D recipe image-to-3d-orbit",
+            ["stable zero123 prior", "sv3d prior"],
         )
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management as management
@@ -19,7 +20,7 @@ import torch.nn.functional as functional
 from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
-from ..dream4d_engine.cameras import CameraBatch
+from ..dream4d_engine.cameras import CameraBatch, Orbit
 from ..dream4d_engine.guidance.denoiser import Conditions
 from ..dream4d_engine.guidance.distillation import DistillationConfig, Guidance
 from ..dream4d_engine.guidance.execution import Execution
@@ -77,6 +78,11 @@ class GraphPrior:
         """Its family's."""
         return self.family.frame_step
 
+    @property
+    def orbit(self) -> Orbit | None:
+        """Its family's."""
+        return self.family.orbit
+
     def fingerprint(self) -> str:
         """Change when weights, patches, noise levels or sizes do; a sample of the numbers is looked at."""
         levels = self.noise.sigma_of(torch.linspace(0.1, 0.9, 5))
@@ -112,7 +118,9 @@ class GraphPrior:
         live: LiveModel | Pair = first
         if self.low_noise is not None and self.family.switch is not None:
             live = Pair(first, LiveModel(self.low_noise, runtime.device), self.family.switch)
-        denoiser = GraphDenoiser(live, encoder, self.size, self.n_frames, self.noise, is_flow(self.model), Execution())
+        # an orbit's images are many, and large: their activations, kept, are more than a card has beside the model
+        execution = Execution() if self.orbit is None else Execution(1, images_kept=0, groups_at_once=1)
+        denoiser = GraphDenoiser(live, encoder, self.size, self.n_frames, self.noise, is_flow(self.model), execution)
 
         def guide(
             prompt: str, negative: str | None, config: DistillationConfig, reference: ReferenceView | None = None
@@ -360,27 +368,32 @@ class GraphDenoiser:
         noisy, level = x.float(), sigma
         if self.flow:  # (1 - t) z + t eps with t = sigma / (1 + sigma)
             noisy, level = noisy / (1 + sigma)[:, None, None, None, None], sigma / (1 + sigma)
-        noisy = noisy.movedim(1, 2) if self.encoder.of_videos else noisy[:, 0]
-        at_once = self.execution.groups_at_once or len(x)
+        # a take is a row of the model's batch; an orbit as many as it has views
+        n_rows = 1 if self.encoder.of_videos else x.shape[1]
+        noisy = noisy.movedim(1, 2) if self.encoder.of_videos else noisy.flatten(0, 1)
+        level = level.repeat_interleave(n_rows)
+        at_once = n_rows * (self.execution.groups_at_once or len(x))
         parts = [told[i : i + at_once] for i in range(0, len(told), at_once)]
         pieces = zip(noisy.split(at_once), level.split(at_once), parts, strict=True)
         x0 = torch.cat([self.live.predict(*piece) for piece in pieces])
-        return x0.movedim(2, 1) if self.encoder.of_videos else x0[:, None]
+        return x0.movedim(2, 1) if self.encoder.of_videos else x0.unflatten(0, x.shape[:2])
 
     def _told(self, conditions: Conditions) -> list:
-        """What each take is told: what its first frame is."""
+        """What each row of the model's batch is told; a take what its first frame is."""
         if conditions.concat is None:
             return [self.live.table[row] for row in conditions.tokens[:, 0, 0, 0].long().tolist()]
         (only,) = self.live.table
         forms = only["model_conds"]
 
-        def one(tokens: Tensor, beside: Tensor) -> dict:
-            given = {"c_crossattn": tokens, "c_concat": beside}
-            return only | {"model_conds": forms | {n: type(forms[n])(value) for n, value in given.items()}}
+        given = {"c_crossattn": conditions.tokens, "c_concat": conditions.concat}
+        if conditions.vector is not None:
+            given["y"] = conditions.vector
 
-        return [
-            one(*pair) for pair in zip(conditions.tokens[:, 0].split(1), conditions.concat[:, 0].split(1), strict=True)
-        ]
+        def one(row: Sequence[Tensor]) -> dict:
+            return only | {"model_conds": forms | {n: type(forms[n])(v) for n, v in zip(given, row, strict=True)}}
+
+        rows = zip(*(value.flatten(0, 1).split(1) for value in given.values()), strict=True)
+        return [one(row) for row in rows]
 
     def run_as(self, execution: Execution) -> GraphDenoiser:
         """Return the same, run in this way; where the model's weights lie is ComfyUI's affair."""
@@ -417,7 +430,7 @@ def _guidance(
 def _view_guidance(
     prior: GraphPrior, denoiser: GraphDenoiser, reference: ReferenceView | None, config: DistillationConfig
 ) -> Guidance:
-    """Tell a model of novel views the reference, as core's StableZero123_Conditioning does."""
+    """Tell a model of novel views the reference, as core's StableZero123_Conditioning or SV3D_Conditioning does."""
     if reference is None:
         raise PriorError(f"{prior.name} is told an image, not a prompt: use a recipe that starts from an image")
     encoder, live = denoiser.encoder, denoiser.live
@@ -428,17 +441,35 @@ def _view_guidance(
     with torch.inference_mode():
         embedding = prior.clip.encode_image(image.movedim(1, -1))["image_embeds"]
         nothing = [[torch.zeros(1, 1, embedding.shape[-1]), {"concat_latent_image": torch.zeros_like(beside[:, 0])}]]
-        live.tell([nothing], encoder.latent_shape(prior.size, None))
+        live.tell([nothing], encoder.latent_shape(prior.size, prior.n_frames))
     embedding = embedding.clone().to(live.device)
+    base, seen_from = prior.model.model, reference.camera.to(live.device)
 
     def pose_of(cameras: CameraBatch) -> Tensor:
-        pose = pose_vector(cameras, reference.camera.to(live.device))
+        pose = pose_vector(cameras, seen_from)
         # in the place of the distance Stable Zero123 is told the reference's polar angle, as if seen from the side
         return torch.cat((pose[..., :3], torch.full_like(pose[..., 3:], math.pi / 2)), -1)
 
     def project(rows: Tensor) -> Tensor:
         with torch.inference_mode():
-            projected = prior.model.model.cc_projection(rows.flatten(0, 1))
+            projected = base.cc_projection(rows.flatten(0, 1))
         return projected.clone().float().unflatten(0, rows.shape[:2])
 
+    if prior.orbit is not None:
+        no_pose, as_it_is = lambda cameras: embedding.new_zeros(*cameras.shape, 0), lambda rows: rows
+        vector_of = partial(_orbit_vector, base, seen_from)
+        return Guidance(prior.name, denoiser, view_conditions(embedding, beside, no_pose, as_it_is, vector_of), config)
     return Guidance(prior.name, denoiser, view_conditions(embedding, beside, pose_of, project), config)
+
+
+def _orbit_vector(base: Any, reference: CameraBatch, cameras: CameraBatch) -> Tensor:
+    """What SV3D is told of its views [B, F], [B, F, K]: elevations, and azimuths from the reference's on.
+
+    SV3D_u is told of neither.
+    """
+    n_views = cameras.shape[1]
+    # a full turn is told as none: without rounding it could come out as just below one
+    turned = torch.rad2deg((cameras.azimuth - reference.azimuth.to(cameras.azimuth)).double()).round(decimals=3)
+    angles = zip(torch.rad2deg(cameras.elevation).tolist(), turned.remainder(360).tolist(), strict=True)
+    each = (base.encode_adm(elevation=e, azimuth=a, noise=torch.empty(n_views)) for e, a in angles)
+    return torch.stack([vector.expand(n_views, -1) for vector in each]).to(reference.azimuth)

@@ -31,6 +31,7 @@ from ..dream4d_engine.training.checkpoint import CheckpointError, set_aside
 from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
+    ORBIT_RECIPES,
     STATIC_RECIPES,
     MeshRecipe,
     MotionRecipe,
@@ -56,6 +57,8 @@ from .sockets import SceneValue
 AUTOMATIC, START_OVER = "resume automatically", "start over"
 KEPT_RESULTS = 16
 _SECONDS_BETWEEN_REPORTS = 0.1
+_CHOICES = ("gradient_frames", "orbit")
+"""What a recipe may say and didn't always know."""
 
 
 class RunError(ValueError):
@@ -239,9 +242,11 @@ def needed_priors(recipe: StaticRecipe | MotionRecipe) -> list[PriorKind]:
 
 def missing_prior(recipe: StaticRecipe | MotionRecipe, kind: PriorKind) -> str:
     """What to say where the socket of a prior is empty."""
+    made_by = "a Load Toy Prior or Load Prior node of that kind"
+    if kind == "novel_view" and recipe.orbit is not None:
+        made_by = "a Novel-View Prior from Model node, with SV3D,"
     return (
-        f"the recipe {recipe.name!r} needs a prior of the kind {kind!r}: connect a Load Toy Prior or Load Prior node "
-        f"of that kind to the socket {kind}_prior"
+        f"the recipe {recipe.name!r} needs a prior of the kind {kind!r}: connect {made_by} to the socket {kind}_prior"
     )
 
 
@@ -338,7 +343,7 @@ class Run:
 
     def ways_to_less(self) -> str:
         """Smaller recipes of the same family, or the models."""
-        families = (STATIC_RECIPES, IMAGE_RECIPES, MOTION_RECIPES)
+        families = (STATIC_RECIPES, IMAGE_RECIPES, ORBIT_RECIPES, MOTION_RECIPES)
         family = next(known for known in families if self.recipe.name in known)
         smaller = [r.name for r in family.values() if memory_bytes(r, self.start) < self.needed_bytes()]
         if self.recipe.windows is not None:
@@ -373,8 +378,8 @@ class Run:
 
         tree = {
             "stage": self.stage,
-            # what is left at all frames is of no run: those from before there was a choice are found again
-            "recipe": {k: v for k, v in asdict(self.recipe).items() if (k, v) != ("gradient_frames", None)},
+            # what is left as it was before there was a choice is of no run: those from then are found again
+            "recipe": {k: v for k, v in asdict(self.recipe).items() if v is not None or k not in _CHOICES},
             "prompt": self.prompt,
             "negative": self.negative,
             "seed": self.seed,

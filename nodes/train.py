@@ -12,6 +12,7 @@ from ..dream4d_engine.priors.handle import PriorHandle, PriorKind
 from ..dream4d_engine.training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
+    ORBIT_RECIPES,
     STATIC_RECIPES,
     TRAINED_STRENGTHS,
     MotionRecipe,
@@ -22,7 +23,7 @@ from ..dream4d_engine.training.config import (
     with_loop,
     with_motion_strength,
 )
-from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes
+from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes, with_views_of
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
@@ -45,7 +46,8 @@ from .readout import with_motion
 from .session import AUTOMATIC, START_OVER, Run, RunError, carry_out, gradients, pick_priors, say_on_node, show_taken
 from .sockets import CATEGORY, PriorPort, ScenePort, SceneValue
 
-STILL_RECIPES = STATIC_RECIPES | IMAGE_RECIPES
+FROM_IMAGES = IMAGE_RECIPES | ORBIT_RECIPES
+STILL_RECIPES = STATIC_RECIPES | FROM_IMAGES
 _MOST_STEPS, _MOST_SEED, _MOST_FRAMES = 1_000_000, 2**63 - 1, 10_000
 _GOES_ON = "Cancel keeps what is done: queue again to go on."
 _ALIASES = ("dream4d", "score distillation", "sds")
@@ -124,7 +126,7 @@ class OptimizeStaticScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Say what the node takes and gives."""
-        from_images = ", ".join(IMAGE_RECIPES)
+        from_images = ", ".join(FROM_IMAGES)
         mask_shows = io.Combo.Input(
             "mask_shows",
             options=list(MASK_SHOWS),
@@ -144,7 +146,7 @@ class OptimizeStaticScene(io.ComfyNode):
                 _prior("multiview", "; the recipes that start from a sentence need it."),
                 _prior("image", "; text-to-3d and the personalised recipes need it."),
                 _prior("novel_view", "; the recipes that start from an image need it."),
-                _prior("pixel", "; the recipes that start from an image need it."),
+                _prior("pixel", "; toy-image and image-to-3d need it."),
                 io.Image.Input(
                     "reference_image",
                     optional=True,
@@ -193,7 +195,7 @@ class OptimizeStaticScene(io.ComfyNode):
             check_prompt(prompt),
             check_budget(cls, memory_budget),
             check_ranges(cls, preview_seconds=preview_seconds),
-            check_image(STILL_RECIPES[name], image, mask, IMAGE_RECIPES),
+            check_image(STILL_RECIPES[name], image, mask, FROM_IMAGES),
             check_priors(STILL_RECIPES[name], input_types),
         )
 
@@ -223,6 +225,7 @@ class OptimizeStaticScene(io.ComfyNode):
         given: dict[PriorKind, PriorHandle | None] = {"multiview": multiview_prior, "image": image_prior}
         given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
         priors = pick_priors(settings, given)
+        settings = with_views_of(settings, priors)
         if scene is not None and scene.scene.deformation is not None:
             raise RunError("the scene to start from moves: connect a still one (Animate Scene takes those too)")
         start = None if scene is None else scene.scene
@@ -439,7 +442,7 @@ def _reference(
 
     Raises RunError or ImageError for what doesn't fit it.
     """
-    require(check_image(recipe, image is not None, mask is not None, IMAGE_RECIPES))
+    require(check_image(recipe, image is not None, mask is not None, FROM_IMAGES))
     if image is None or recipe.reference is None:  # both, as none was refused
         return None
     with gradients():

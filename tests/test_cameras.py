@@ -84,6 +84,33 @@ def test_elevations_follow_their_law(law):
     assert low <= elevation.min() and elevation.max() <= high
 
 
+@pytest.mark.parametrize("elevation_deg", [0.0, 20.0, -10.0])
+def test_orbits_go_once_around_and_end_where_they_should(elevation_deg):
+    ranges = cam.CameraRanges(elevation_deg=(-10.0, 60.0), fov_y_deg=(33.8, 33.8))
+    end = (0.4, math.radians(elevation_deg))
+    static, dynamic = (cam.sample_orbits(ranges, o, end, 200, 21, 8, 6, seeded()) for o in ("static", "dynamic"))
+    for orbit in (static, dynamic):
+        assert orbit.shape == (200, 21) and (orbit.height, orbit.width) == (8, 6)
+        last = cam.look_at_origin(*(torch.full((200,), angle) for angle in end), orbit.distance[:, -1])
+        assert torch.allclose(orbit.c2w[:, -1], last, atol=1e-5)
+        assert torch.all(orbit.distance == orbit.distance[:, :1]) and torch.all(orbit.time == 0)
+        assert torch.all(orbit.azimuth[:, 1:] > orbit.azimuth[:, :-1])
+    steps = torch.diff(torch.cat((torch.full((200, 1), end[0]), static.azimuth), 1))
+    assert torch.allclose(steps, torch.full_like(steps, 2 * math.pi / 21), atol=1e-5)
+    assert torch.all(static.elevation == static.elevation[0, 0])
+    off = (dynamic.azimuth - static.azimuth) / (2 * math.pi / 21)
+    assert off[:, :-1].min() == pytest.approx(-0.25, abs=0.01) and off[:, :-1].max() == pytest.approx(0.25, abs=0.01)
+    degrees = torch.rad2deg(dynamic.elevation)
+    assert degrees.min() >= -10 - 1e-3 and degrees.max() <= 60 + 1e-3 and degrees.max() > 55
+    behind, sides = (
+        degrees[:, 10],
+        degrees[:, 4],
+    )  # waves that come once are highest behind, those that come twice aside
+    once = (behind - elevation_deg).abs() > (sides - elevation_deg).abs()
+    assert 60 < once.sum() < 140
+    assert torch.diff(degrees).abs().max() < 22  # 18 a view at most from 0 to 60, 21 where it goes down by 70
+
+
 def test_takes_hold_the_camera_still_over_a_random_interval():
     takes = cam.sample_takes(cam.CameraRanges(azimuth_deg=(-150, 150)), 50, 24, 4, 4, seeded())
     assert torch.all(takes.azimuth == takes.azimuth[:, :1])

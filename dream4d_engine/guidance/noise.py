@@ -2,11 +2,13 @@
 
 Letters as in denoiser.py: x = z + sigma * eps. A model that predicts eps, v or z was trained at T timesteps with the
 diffusion products alpha_bar, sigma = sqrt((1 - alpha_bar) / alpha_bar). A rectified flow (2209.03003) sees
-z_t = (1 - t) z + t eps = x / (1 + sigma) with t = sigma / (1 + sigma), at any t.
+z_t = (1 - t) z + t eps = x / (1 + sigma) with t = sigma / (1 + sigma), at any t. A model of EDM (2206.00364) was
+trained at any sigma between two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,3 +81,19 @@ def rectified_flow(shift: float = 1.0) -> NoiseSchedule:
 
     # the weight makes the gradient on z that of the velocity, v_hat - (eps - z): RFDS 2406.03293, equation 8
     return NoiseSchedule(sigma_of, share_of, lambda sigma: 1 + sigma)
+
+
+def log_spaced(lowest: float, highest: float) -> NoiseSchedule:
+    """Return the schedule of a model of EDM (2206.00364) between two sigmas; a share is a place of their logarithms."""
+    if not 0 < lowest < highest:
+        raise ValueError(f"noise levels must keep to 0 < lowest < highest, got {lowest:g} and {highest:g}")
+    start, span = math.log(lowest), math.log(highest / lowest)
+
+    def sigma_of(share: Tensor) -> Tensor:
+        return (start + span * share).exp().float()
+
+    def share_of(sigma: Tensor) -> Tensor:
+        return (sigma.log() - start) / span
+
+    # the weight of a model of T levels at the same sigma
+    return NoiseSchedule(sigma_of, share_of, lambda sigma: sigma**2 / (1 + sigma**2))

@@ -193,20 +193,23 @@ def view_conditions(
     concat: Tensor,
     pose_of: Callable[[CameraBatch], Tensor],
     project: Callable[[Tensor], Tensor],
+    vector_of: Callable[[CameraBatch], Tensor | None] = lambda cameras: None,
 ) -> ConditionsOf:
-    """Return what gives a model of novel views its conditions; the negative branch gets zeros.
+    """Return what gives a model of novel views its conditions; the negative branch gets zeros, and the same vector.
 
     Args:
         embedding: [1, D] of the reference image. concat: [1, 1, c, h, w], its latent, not scaled.
         pose_of: cameras [B, F] on the embedding's device -> [B, F, K]. project: [B, F, D + K] -> tokens [B, F, D'].
+        vector_of: cameras [B, F] -> what is added to the time embedding, [B, F, L].
     """
 
     def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
         pose = pose_of(cameras.to(embedding.device))
         tokens = project(torch.cat((embedding.expand(*pose.shape[:2], -1), pose), -1))[:, :, None]
         beside = concat.expand(*pose.shape[:2], -1, -1, -1)
-        text = Conditions(tokens, None, beside)
-        return text, Conditions(torch.zeros_like(tokens), None, torch.zeros_like(beside))
+        vector = vector_of(cameras)
+        text = Conditions(tokens, vector, beside)
+        return text, Conditions(torch.zeros_like(tokens), vector, torch.zeros_like(beside))
 
     return conditions
 

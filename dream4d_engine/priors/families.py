@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cameras import Orbit
 from .handle import PriorKind
 
 
@@ -22,6 +23,7 @@ class Family:
     n_frames: int | None = None  # where nobody says another number
     frame_step: int = 1  # takes have a multiple of this and one more frames: the autoencoder puts so many into one
     switch: float | None = None  # the time t above which a second model, where there is a pair, takes over
+    orbit: Orbit | None = None  # what the views of a model of novel views are, that sees n_frames of them at once
 
 
 # 17 to 25 frames of 576x320 are what a step's autoencoder can bear on cards of today; images of 512 for the same reason
@@ -30,6 +32,9 @@ SDXL = Family("Stable Diffusion XL", "image", (512, 512), "1024x1024", 8)
 SD3 = Family("Stable Diffusion 3", "image", (512, 512), "1024x1024")
 FLUX = Family("Flux", "image", (512, 512), "about 1024x1024")
 STABLE_ZERO123 = Family("Stable Zero123", "novel_view", (256, 256), "256x256", 8)
+_ORBITS = "orbits of 21 views of 576x576"
+SV3D_U = Family("SV3D_u", "novel_view", (576, 576), _ORBITS, 8, 21, orbit="static")
+SV3D_P = Family("SV3D_p", "novel_view", (576, 576), _ORBITS, 8, 21, orbit="dynamic")
 # Wan 2.2 14B is a pair: 0.875 is the boundary of its settings for text to video
 WAN = Family("Wan", "video", (320, 576), "832x480, 81 frames", 16, 17, 4, 0.875)
 WAN22_5B = Family("Wan 2.2 5B", "video", (352, 640), "1280x704, 121 frames", 32, 25, 4)

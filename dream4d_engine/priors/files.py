@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from ..guidance.distillation import DistillationConfig, Guidance
 from .conditioning import check_prompt, image_guidance, text_guidance, words_for
@@ -36,6 +37,7 @@ class PriorFiles:
     lora_strength: float = 1.0
     n_frames: int | None = None
     frame_step: int = 1
+    orbit: ClassVar[None] = None  # models of whole orbits come in no files of ours
     tiny_vae: Path | TinyDecoder | None = None  # folder of an AutoencoderTiny in the place of its autoencoder
 
     @property

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..cameras import CameraBatch
+from ..cameras import CameraBatch, Orbit
 from ..guidance.distillation import DistillationConfig, Guidance
 from .networks.execution import Runtime
 
@@ -71,6 +71,13 @@ class PriorHandle(Protocol):
     @property
     def frame_step(self) -> int:
         """Frames that its autoencoder puts into one, after the first."""
+
+    @property
+    def orbit(self) -> Orbit | None:
+        """Of a model of novel views: the orbits that it sees whole, around the reference's place; None: single views.
+
+        A model of dynamic ones sees static ones, too.
+        """
 
     def fingerprint(self) -> str:
         """Change when what `load` gives does."""

@@ -7,10 +7,11 @@ time are shares of the run, so a recipe keeps its shape when only `steps` is cha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from ..cameras import CameraBatch, CameraRanges, sample_takes, sample_views
+from ..cameras import CameraBatch, CameraRanges, Orbit, sample_orbits, sample_takes, sample_views
 from ..fields.background import BackgroundConfig
 from ..fields.deformation import DeformationConfig
 from ..fields.encodings import HashGridConfig
@@ -124,6 +125,7 @@ class StaticRecipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     negative_prompt: str = NEGATIVE_PROMPT  # what priors are told not to make
     reference: ReferenceConfig | None = None
+    orbit: Orbit | None = None  # a group's views go once around and end where the reference was seen from; None: spread
 
     stage: ClassVar[Literal["static"]] = "static"
     group_field: ClassVar[str] = "n_views"  # the field that holds F
@@ -132,6 +134,10 @@ class StaticRecipe:
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_views] of a step."""
+        if self.orbit is not None and self.reference is not None:
+            end = (math.radians(self.reference.azimuth_deg), math.radians(self.reference.elevation_deg))
+            size = (phase.height, phase.width)
+            return sample_orbits(self.cameras, self.orbit, end, phase.n_groups, self.n_views, *size, source)
         return sample_views(self.cameras, phase.n_groups, self.n_views, phase.height, phase.width, source)
 
     def trained(self, scene: SceneConfig) -> SceneConfig:
@@ -178,6 +184,7 @@ class MotionRecipe:
     stage: ClassVar[Literal["motion"]] = "motion"
     group_field: ClassVar[str] = "n_frames"  # the field that holds F
     reference: ClassVar[None] = None
+    orbit: ClassVar[None] = None
 
     def sample_cameras(self, phase: Phase, source: Source) -> CameraBatch:
         """Draw the cameras [n_groups, n_frames] of a step."""
@@ -242,6 +249,10 @@ _DEEPFLOYD = DistillationConfig(guidance_scale=published_scale(20.0), min_noise=
 _WHITE = BackgroundConfig(color=(1.0, 1.0, 1.0))
 _SCENE_BACKGROUND = RandomBackground(probability=0.0)
 
+_SEEN = ReferenceConfig(
+    phases=(ReferencePhase(0.0, 128), ReferencePhase(0.1, 256), ReferencePhase(0.15, 512)), entropy=0.1
+)
+
 IMAGE_TO_3D = StaticRecipe(
     name="image-to-3d",
     steps=2_000,
@@ -255,10 +266,28 @@ IMAGE_TO_3D = StaticRecipe(
     regularizers=RegularizerWeights(opacity=0.1, entropy=0.1),
     background=_SCENE_BACKGROUND,
     optimizer=OptimizerConfig(name="adam", eps=1e-8, lr_mlp=0.01, lr_background=0.01),
-    reference=ReferenceConfig(
-        phases=(ReferencePhase(0.0, 128), ReferencePhase(0.1, 256), ReferencePhase(0.15, 512)), entropy=0.1
-    ),
+    reference=_SEEN,
 )
+
+_SV3D = DistillationConfig(
+    guidance_scale=2.5,  # for all views; 2403.12008 samples with 1 at the image up to 2.5 behind it
+    # sigma 1.2 to 29 at first, 0.3 to 4 in the end: places of the logarithm between 0.002 and 700
+    min_noise=Schedule(0.5, 0.4, 0.0, 0.5),
+    max_noise=Schedule(0.75, 0.6, 0.0, 0.5),
+)
+IMAGE_TO_3D_ORBIT = replace(
+    IMAGE_TO_3D,
+    name="image-to-3d-orbit",
+    # from view to view of a dynamic orbit the elevation changes by 18 degrees at most, as the azimuth by 17
+    cameras=replace(IMAGE_TO_3D.cameras, elevation_deg=(-10.0, 60.0), fov_y_deg=(33.8, 33.8), distance=(2.2, 2.2)),
+    n_views=21,
+    phases=(Phase(0.0, 1, 64, 64), Phase(0.15, 1, 128, 128)),
+    # a latent of 576x576 has five times the numbers of Zero123's, and a fifth of the weight
+    guidance=(GuidanceTerm("novel_view", 0.02, _SV3D),),
+    reference=replace(_SEEN, fov_y_deg=33.8, distance=2.2),  # the view of the model's training
+    orbit="dynamic",
+)
+"""Stage 1 from an image by SV3D, which sees whole orbits; SV3D_u sees static ones."""
 
 _ANY_IMAGE = DistillationConfig(
     guidance_scale=100.0,  # DreamFusion 2209.14988 section 3.1 for eps, RFDS 2406.03293 for flows: less is washed out
@@ -496,6 +525,8 @@ STATIC_RECIPES = {
 """Stage 1 from a sentence."""
 IMAGE_RECIPES = {recipe.name: recipe for recipe in (TOY_IMAGE, IMAGE_TO_3D)}
 """Stage 1 from an image."""
+ORBIT_RECIPES = {IMAGE_TO_3D_ORBIT.name: IMAGE_TO_3D_ORBIT}
+"""Stage 1 from an image, by models of whole orbits: those stand in ComfyUI's graph alone."""
 MESH_RECIPES = {recipe.name: recipe for recipe in (MESH, MESH_QUICK)}
 """A still scene from a mesh."""
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE, MODEL_VIDEO)}
@@ -505,7 +536,7 @@ def shipped_recipe(recipe: StaticRecipe | MotionRecipe) -> StaticRecipe | Motion
     """The recipe of this stage and name as it is shipped, or None."""
     if isinstance(recipe, MotionRecipe):
         return MOTION_RECIPES.get(recipe.name)
-    return (STATIC_RECIPES | IMAGE_RECIPES).get(recipe.name)
+    return (STATIC_RECIPES | IMAGE_RECIPES | ORBIT_RECIPES).get(recipe.name)
 
 
 def find_recipe(name: str, recipes: dict):

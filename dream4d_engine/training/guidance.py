@@ -15,7 +15,16 @@ from ..guidance.windows import Windows
 from ..machine import has_own_allocator
 from ..priors.handle import Prior, PriorHandle, PriorKind, ReferenceView
 from ..priors.networks.execution import PLAIN, Capture, GraphCapture, Runtime
-from .config import GuidanceTerm, LoopConfig, MotionRecipe, StaticRecipe, shipped_recipe
+from .config import (
+    IMAGE_RECIPES,
+    ORBIT_RECIPES,
+    GuidanceTerm,
+    LoopConfig,
+    MotionRecipe,
+    StaticRecipe,
+    is_toy,
+    shipped_recipe,
+)
 from .loop import PriorSilent
 from .reference import Reference, reference_cameras
 
@@ -39,6 +48,32 @@ def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
         return recipe
     n = wanted.pop()
     return replace(recipe, n_frames=n) if isinstance(recipe, MotionRecipe) else replace(recipe, n_views=n)
+
+
+def with_views_of(recipe: StaticRecipe, handles: Handles) -> StaticRecipe:
+    """Return the recipe with views as its model of novel views sees them: of orbits, as many and in such as it does.
+
+    Raises a ValueError where it sees whole orbits and the recipe makes single views, or the other way round.
+    """
+    handle = handles.get("novel_view")
+    if handle is None:
+        return recipe
+    if handle.orbit is None and recipe.orbit is None:
+        return recipe
+    if recipe.orbit is None:
+        others = ", ".join(ORBIT_RECIPES)
+        raise ValueError(
+            f"{handle.name} sees whole orbits of {handle.n_frames} views, and the recipe {recipe.name!r} makes single "
+            f"ones: choose {others}, or connect a model of single views (Zero123)"
+        )
+    if handle.orbit is None:
+        others = ", ".join(name for name, one in IMAGE_RECIPES.items() if not is_toy(one))
+        raise ValueError(
+            f"{handle.name} sees single views, and the recipe {recipe.name!r} makes whole orbits: choose {others}, or "
+            "connect a model of orbits (SV3D)"
+        )
+    orbit = handle.orbit if recipe.orbit == "dynamic" else recipe.orbit
+    return replace(with_frames_of(recipe, {"novel_view": handle}), orbit=orbit)
 
 
 def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | None) -> MotionRecipe:

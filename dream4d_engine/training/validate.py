@@ -45,8 +45,11 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
     if isinstance(recipe, MotionRecipe):
         _check_motion(recipe, where)
-    elif recipe.reference is not None:
+        return
+    if recipe.reference is not None:
         _check_reference(recipe.reference, f"{where}.reference")
+    if recipe.orbit is not None:
+        _check_orbit(recipe, where)
 
 
 def _numbers(value: object, place: str) -> Iterator[tuple[str, float]]:
@@ -89,6 +92,19 @@ def _check_reference(reference: ReferenceConfig, where: str) -> None:
         raise ValueError(f"{where}.distance must be above 0, got {reference.distance}")
     weights = ("rgb", "mask", "depth", "relative_depth", "normal", "entropy")
     _at_least(0, reference, where, "ray_jitter", *weights)
+
+
+def _check_orbit(recipe: StaticRecipe, where: str) -> None:
+    if recipe.reference is None:
+        raise ValueError(f"{where}.orbit ends where an image was seen from, and this recipe has no {where}.reference")
+    _at_least(2, recipe, where, "n_views")
+    low, high = recipe.cameras.elevation_deg
+    elevation = recipe.reference.elevation_deg
+    if not low <= elevation <= high or abs(elevation) == 90:
+        raise ValueError(
+            f"{where}.orbit ends where the image was seen from: {where}.reference.elevation_deg must lie in "
+            f"{where}.cameras.elevation_deg, from {low:g} to {high:g}, and below 90, got {elevation:g}"
+        )
 
 
 def _check_loop(recipe: MotionRecipe, where: str) -> None:

@@ -32,7 +32,13 @@ from dream4d_engine.guidance.distillation import (
     resize_images,
     sds_gradient,
 )
-from dream4d_engine.guidance.noise import NoiseSchedule, rectified_flow, sigma_of_alpha_bar, variance_preserving
+from dream4d_engine.guidance.noise import (
+    NoiseSchedule,
+    log_spaced,
+    rectified_flow,
+    sigma_of_alpha_bar,
+    variance_preserving,
+)
 from dream4d_engine.guidance.prompts import (
     NEGATIVE_PROMPT,
     VIEWS,
@@ -458,7 +464,10 @@ def test_sds_gradient_is_the_weighted_noise_difference() -> None:
 SHARES = torch.tensor([0.05, 0.3, 0.62, 0.9])
 
 
-@pytest.mark.parametrize("schedule", [variance_preserving(ALPHAS_BAR), rectified_flow(), rectified_flow(5.0)])
+@pytest.mark.parametrize(
+    "schedule",
+    [variance_preserving(ALPHAS_BAR), rectified_flow(), rectified_flow(5.0), log_spaced(0.002, 700.0)],
+)
 def test_shares_and_noise_levels_are_each_others_inverse(schedule: NoiseSchedule) -> None:
     sigma = schedule.sigma_of(SHARES)
     assert (sigma.diff() > 0).all()
@@ -466,12 +475,20 @@ def test_shares_and_noise_levels_are_each_others_inverse(schedule: NoiseSchedule
     assert schedule.sigma_of(torch.ones(1)).isfinite()
 
 
+def test_shares_of_any_level_are_places_of_its_logarithm() -> None:
+    sigma = log_spaced(0.002, 700.0).sigma_of(torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(sigma, torch.tensor([0.002, 1.4**0.5, 700.0]), rtol=1e-4, atol=0.0)
+    for lowest, highest in ((0.0, 1.0), (2.0, 2.0)):
+        with pytest.raises(ValueError, match="0 < lowest < highest"):
+            log_spaced(lowest, highest)
+
+
 def test_predictions_of_noise_v_and_velocity_give_the_same_gradient() -> None:
     """On N(mean, deviation^2), whose exact score and velocity are known in closed form."""
     generator = torch.Generator().manual_seed(0)
     mean, z, eps = (torch.randn(4, 1, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     deviation = 0.7
-    for schedule in (variance_preserving(ALPHAS_BAR), rectified_flow(3.0)):
+    for schedule in (variance_preserving(ALPHAS_BAR), log_spaced(0.002, 700.0), rectified_flow(3.0)):
         sigma = schedule.sigma_of(SHARES).double()
         wide = sigma[:, None, None, None, None]
         x = z + wide * eps

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -58,6 +59,7 @@ Runtime = pack("dream4d_engine.priors.networks.execution").Runtime
 
 PROMPT, SHARES = "a red cube is jumping", (0.1, 0.5, 0.9)
 VIDEOS = ("wan", "wan22", "ltx", "hunyuan")
+NOVEL_VIEWS = ("zero123", "sv3d_u", "sv3d_p")
 NAMED = ("sd15", "sdxl", "sd3", "flux", *VIDEOS)
 ENCODING_TOLERANCE = 1e-3
 
@@ -91,7 +93,7 @@ def training():
 def handle_of(name: str, three: models.Three | None = None, **changes):
     """The prior that the node would make, of the smallest size."""
     three = three or models.FAMILIES[name]()
-    kind = "video" if name in VIDEOS else "novel_view" if name == "zero123" else "image"
+    kind = "video" if name in VIDEOS else "novel_view" if name in NOVEL_VIEWS else "image"
     size, frames = models.SIZES[name]
     family = families.family_of(three.model, kind)
     families.check_vae(three.model, three.vae, family)
@@ -354,9 +356,14 @@ def equal_to_diffusers(name: str) -> dict:
     return found
 
 
-@check
-def novel_views() -> dict:
-    """x0 is that of diffusers' network, told what core's own conditioning node says of the same view."""
+@for_each(*NOVEL_VIEWS)
+def novel_views(name: str) -> dict:
+    """x0 is that of another's network, told what core's own conditioning node says of the same views."""
+    return _single_views() if name == "zero123" else _orbit(name)
+
+
+def _single_views() -> dict:
+    """Stable Zero123 against diffusers."""
     import math
 
     from comfy_extras.nodes_stable3d import StableZero123_Conditioning
@@ -409,17 +416,204 @@ def novel_views() -> dict:
     return found
 
 
+# ---- whole orbits --------------------------------------------------------------------------------------------------
+
+_SV3D_RES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"}
+_SV3D_RES |= {"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+_SV3D_ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+_SV3D_ENDS |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
+_SV3D_ENDS |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+
+
+def _sv3d_names() -> dict[str, str]:
+    """The beginnings of names in SV3D's checkpoints, and diffusers' for them."""
+    names, levels = dict(_SV3D_ENDS), models.SV3D_LEVELS
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    attentions = {"middle_block.1": "mid_block.attentions.0"}
+    down = up = 0
+    for level, count in enumerate(levels):
+        for i in range(count):
+            down += 1
+            resnets[f"input_blocks.{down}.0"] = f"down_blocks.{level}.resnets.{i}"
+            attentions[f"input_blocks.{down}.1"] = f"down_blocks.{level}.attentions.{i}"
+        down += 1
+        names[f"input_blocks.{down}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+    for level, count in enumerate(reversed(levels)):
+        for i in range(count + 1):
+            resnets[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{i}"
+            names[f"output_blocks.{up}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+            up += 1
+    for theirs, ours in resnets.items():
+        names[f"{theirs}.time_mixer"] = f"{ours}.time_mixer"
+        for part, name in _SV3D_RES.items():
+            names[f"{theirs}.{part}"] = f"{ours}.spatial_res_block.{name}"
+            names[f"{theirs}.time_stack.{part}"] = f"{ours}.temporal_res_block.{name}"
+    for theirs, ours in attentions.items():
+        names |= {f"{theirs}.{part}": f"{ours}.{part}" for part in ("norm", "proj_in", "proj_out", "time_mixer")}
+        names |= {f"{theirs}.transformer_blocks": f"{ours}.transformer_blocks"}
+        names |= {f"{theirs}.time_stack": f"{ours}.temporal_transformer_blocks"}
+        names |= {f"{theirs}.time_pos_embed.{i}": f"{ours}.time_pos_embed.linear_{i // 2 + 1}" for i in (0, 2)}
+    return names
+
+
+def _sv3d_of_diffusers(weights: dict[str, Tensor]) -> nn.Module:
+    """Diffusers' network of SVD with the weights of a small SV3D_u."""
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    network = UNetSpatioTemporalConditionModel(
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",) * 3,
+        block_out_channels=(320, 320, 320),
+        projection_class_embeddings_input_dim=256,
+        layers_per_block=models.SV3D_LEVELS,
+        num_attention_heads=(5, 5, 5),
+    )
+    names, found = sorted(_sv3d_names().items(), key=lambda pair: -len(pair[0])), {}
+    for key, value in weights.items():
+        theirs, ours = next(pair for pair in names if key.startswith(f"{pair[0]}."))
+        found[ours + key.removeprefix(theirs)] = value
+    return _load(network, found)
+
+
+def _cores_x0(model, x: Tensor, sigma: Tensor, conditioning: list) -> Tensor:
+    """What a core sampler's model answers to x [f, c, h, w], told a CONDITIONING."""
+    import comfy.samplers
+
+    def once(denoise, noisy: Tensor, sigmas: Tensor, **given) -> Tensor:
+        return denoise(noisy, sigmas[:1].expand(len(noisy)), **given["extra_args"])
+
+    sampler, sigmas = comfy.samplers.KSAMPLER(once), torch.cat((sigma.reshape(1), torch.zeros(1)))
+    with torch.inference_mode():
+        x0 = comfy.sample.sample_custom(
+            model, x / sigma, 1.0, sampler, sigmas, conditioning, conditioning, torch.zeros_like(x)
+        )
+    return model.model.process_latent_in(x0.clone())
+
+
+def _orbit(name: str) -> dict:
+    """SV3D against a core sampler, SV3D_u also against diffusers, and what a node and a run make of it."""
+    from comfy_extras.nodes_stable3d import SV3D_Conditioning
+
+    three = models.FAMILIES[name]()
+    handle, found = handle_of(name, three), {}
+    n_views, image = handle.n_frames, torch.rand(1, *handle.size, 3, generator=torch.Generator().manual_seed(8))
+    azimuth, elevation = [130.0, 250.0, 360.0], [35.0, -5.0, 12.0]  # from the reference's, which ends the orbit
+    with training():
+        prior = handle.load(Runtime(torch.device("cpu")))
+        ends = cameras.make_cameras(0.4, 0.2, 3.0, 0.7, torch.zeros(1, 1), *handle.size)
+        turned = torch.tensor([azimuth]).deg2rad() + 0.4
+        seen = cameras.make_cameras(turned, torch.tensor([elevation]).deg2rad(), 3.0, 0.7, 0.0, *handle.size)
+        shown = pack("dream4d_engine.priors.handle").ReferenceView(image[0].movedim(-1, 0), ends)
+        guidance = prior.guide("", None, config(), shown)
+        with torch.inference_mode():
+            given = (three.clip, image.clone(), three.vae, handle.size[1], handle.size[0], n_views, 12.0)
+            cores = [
+                [[t, o | {"azimuth": azimuth, "elevation": elevation}]]
+                for ((t, o),) in SV3D_Conditioning.execute(*given).result[:2]
+            ]
+        weights = three.model.model.diffusion_model.state_dict()
+        network = _sv3d_of_diffusers(weights) if name == "sv3d_u" else None
+        shape = guidance.denoiser.encoder.latent_shape(handle.size, n_views)
+        z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
+        for share in (0.4, 0.55, 0.75):  # sigma 0.3, 2 and 29: what its recipe asks at
+            sigma = guidance.denoiser.noise.sigma_of(torch.full((1,), share))
+            x = z * (1 + sigma**2).sqrt()
+            for word, mine, theirs in zip(("text", "negative"), guidance.conditions(seen), cores, strict=True):
+                if word == "negative" and (network is None or share != 0.55):  # once is enough
+                    continue
+                x0 = guidance.denoiser.denoise(x, sigma, mine)
+                found[f"{word} at {share}"] = difference(x0[0], _cores_x0(three.model, x[0], sigma, theirs))
+                if network is None:
+                    continue
+                tokens, others = theirs[0]
+                beside = others["concat_latent_image"].clone().expand(n_views, -1, -1, -1)
+                both = torch.cat((x / (1 + sigma**2).sqrt(), beside[None]), 2)
+                with torch.no_grad():
+                    v = network(both, 0.25 * sigma.log(), tokens.clone(), torch.zeros(1, 1)).sample
+                direct = x / (1 + sigma**2) - v * sigma / (1 + sigma**2).sqrt()
+                found[f"diffusers, {word} at {share}"] = difference(x0, direct)
+        prior.release()
+    assert all(value < 1e-3 for value in found.values()), found
+    if name == "sv3d_u":
+        _orbit_refused(three)
+        return found | _orbit_trains(three, shown, seen)
+    return found
+
+
+def _orbit_refused(three: models.Three) -> None:
+    """What a node makes of SV3D, and what doesn't go with it."""
+    with mock.patch.object(graph_nodes, "say_on_node") as said:
+        made = graph_nodes._make("novel_view", three.model, three.clip, three.vae, (0, 0, 0), None)[0]
+    assert (made.size, made.n_frames, made.orbit) == ((576, 576), 21, "static")
+    assert said.call_args.args[0].startswith("SV3D_u sees 576x576, 21 views at once (it was trained on orbits of 21")
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+    for node, expected, given in (
+        ("novel_view", "by CLIP ViT-H, 1024 numbers, not by one of 768", replace(three, clip=models.clip_vision())),
+        ("novel_view", "has 16 channels", replace(three, vae=models.vae(models.tiny_image_vae("taesd3")))),
+        ("novel_view", "latents have the scale 0.13", replace(three, vae=models.vae(models.tiny_image_vae("taesdxl")))),
+    ):
+        _refused(node, expected, given)
+    for kind in ("edm", "eps"):
+        (other,) = ModelSamplingContinuousEDM().patch(three.model, kind, 120.0, 0.002)
+        _refused("novel_view", "noise levels are of the class", replace(three, model=other))
+
+
+def _orbit_trains(three: models.Three, shown, seen) -> dict:
+    """The gradient of every view, the same however much is done at once; two steps of the recipe for orbits."""
+    engine = "dream4d_engine.training"
+    config, static, told_of = (pack(f"{engine}.{name}") for name in ("config", "static", "guidance"))
+    three, found = replace(three, vae=models.vae(models.tiny_image_vae())), {}
+    with training():
+        images = torch.rand(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(9)).requires_grad_()
+        prior = handle_of("sv3d_u", three).load(Runtime(torch.device("cpu")))
+        guidance = prior.guide("", None, config.IMAGE_TO_3D_ORBIT.guidance[0].distillation, shown)
+        assert guidance.denoiser.execution == execution.Execution(1, images_kept=0, groups_at_once=1)
+        gradients = []
+        for way in (guidance.denoiser.execution, execution.Execution()):
+            told = replace(guidance, denoiser=guidance.denoiser.run_as(way))
+            out = distillation.distill(told, images, seen, 0.5, randomness.Draw(0))
+            gradients.append(torch.autograd.grad(out.loss, images)[0])
+        prior.release()
+    assert gradients[0].flatten(2).norm(dim=-1).min() > 0
+    found["gradient"] = difference(*gradients)
+    assert found["gradient"] < 1e-4, found
+    published = config.IMAGE_TO_3D_ORBIT
+    alone = replace(published.reference, rgb=0.0, mask=0.0, entropy=0.0, phases=(config.ReferencePhase(0.0, 16),))
+    recipe = replace(
+        published,
+        steps=2,
+        scene=replace(config.TOY_STATIC.scene, background=published.scene.background),
+        phases=(config.Phase(0.0, 1, 16, 16),),
+        regularizers=config.RegularizerWeights(),  # the prior alone moves anything
+        reference=alone,
+        loop=config.TOY_STATIC.loop,
+    )
+    handle = handle_of("sv3d_u", three, n_frames=5)  # of 21: quicker
+    recipe = told_of.with_views_of(recipe, {"novel_view": handle})
+    assert (recipe.orbit, recipe.n_views) == ("static", 5)
+    disc = torch.ones(32, 32, 1)
+    reference = pack(f"{engine}.reference").Reference(torch.rand(32, 32, 3), disc, "noise")
+    train = partial(static.train_static, reference=reference)
+    scene, losses = _trained("novel_view", handle, recipe, train, reference)
+    before = static.first_scene(recipe, 3).state_dict()
+    moved = [n for n, value in scene.state_dict().items() if n in before and not value.equal(before[n])]
+    assert len(losses) == 2 and min(losses) > 0 and any("grid" in n for n in moved), (losses, moved)
+    assert all(value.isfinite().all() for value in scene.state_dict().values() if value.is_floating_point())
+    return found | {"losses": losses}
+
+
 # ---- the toys ------------------------------------------------------------------------------------------------------
 
 
-def _trained(kind: str, handle, recipe, train) -> tuple:
+def _trained(kind: str, handle, recipe, train, reference=None) -> tuple:
     """The scene and the losses of a few steps by a prior."""
     cpu, losses, held = torch.device("cpu"), [], []
     told_of, loop = pack("dream4d_engine.training.guidance"), pack("dream4d_engine.training.loop")
     control = loop.RunControl(on_step=lambda report, _: losses.append(report.loss))
     with training():
         runtime = told_of.runtime_for(recipe, cpu)
-        told = told_of.load_guidance(recipe, {kind: handle}, PROMPT, runtime, None, "a blue cone", held.append)
+        told = told_of.load_guidance(recipe, {kind: handle}, PROMPT, runtime, reference, "a blue cone", held.append)
         scene, _ = train(recipe, told, seed=3, device=cpu, control=control)
         for prior in held:
             prior.release()
@@ -1030,6 +1224,9 @@ def fingerprints() -> dict:
     identity = [one.identity(torch.device("cpu")) for one in made]
     # a run of before there was a choice is found again
     assert [one["recipe"].get("gradient_frames", "not there") for one in identity] == ["not there", 3]
+    made = [run("static", r, {}, "x", "", 0, {}, start) for r in (recipes.IMAGE_TO_3D, recipes.IMAGE_TO_3D_ORBIT)]
+    identity = [one.identity(torch.device("cpu")) for one in made]
+    assert [one["recipe"].get("orbit", "not there") for one in identity] == ["not there", "dynamic"]
     assert abs(time_of[0] - 8 / 9) < 1e-5 and abs(time_of[1] - 3 / 4) < 1e-5, time_of  # s / (1 + s) at a half
     return {"seconds": seconds}
 
@@ -1202,7 +1399,7 @@ def bad_input() -> dict:
     for name, words in (
         ("NunchakuFlux", "not among those that have been tried"),
         ("SDXLRefiner", "a refiner"),
-        ("SV3D_p", "orbits"),
+        ("SV3D_p", "SV3D_p makes novel views: connect it to Novel-View Prior"),
         ("SVD_img2vid", "no words"),
     ):
         odd = sd15.model.clone()

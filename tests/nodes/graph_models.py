@@ -155,6 +155,42 @@ def sdxl_unet(seed: int = 0) -> dict[str, Tensor]:
     return random_weights(network, seed)
 
 
+SV3D_LEVELS = (1, 5, 2)
+"""Blocks of each level on the way down: the first six, which have attention, are what SV3D is recognised by."""
+
+
+def sv3d_unet(told: int, seed: int = 0) -> dict[str, Tensor]:
+    """SV3D as narrow as can be, without attention on the way up. `told`: numbers beside the time, 256 or 1280."""
+    network = unet.UNetModel(
+        image_size=32,
+        in_channels=8,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=list(SV3D_LEVELS),
+        channel_mult=[1, 1, 1],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[0] * 11,
+        transformer_depth_middle=1,
+        context_dim=1024,
+        num_heads=-1,
+        num_head_channels=64,
+        use_linear_in_transformer=True,
+        use_spatial_transformer=True,
+        adm_in_channels=told,
+        num_classes="sequential",
+        use_temporal_resblock=True,
+        use_temporal_attention=True,
+        extra_ff_mix_layer=True,
+        use_spatial_context=True,
+        merge_strategy="learned_with_images",
+        merge_factor=0.0,
+        video_kernel_size=[3, 1, 1],
+        legacy=False,
+        operations=OPS,
+    )
+    return random_weights(network, seed)
+
+
 def wan22_vae(seed: int = 1) -> Any:
     """The autoencoder of Wan 2.2 5B; the loader knows one width, so its network is cut and put into its place."""
     network = comfy.ldm.wan.vae2_2.WanVAE(
@@ -452,6 +488,13 @@ def zero123() -> Three:
     return Three(model, clip_vision(), vae(kl_vae()))
 
 
+def sv3d(told: int) -> Three:
+    """SV3D_u (256) or SV3D_p (1280), as its checkpoint's loader gives it: the autoencoder is a part of that."""
+    state = prefixed(sv3d_unet(told), UNET_PREFIX) | prefixed(kl_vae(), "conditioner.embedders.1.encoder.")
+    model, _, autoencoder, _ = comfy.sd.load_state_dict_guess_config(state, output_vae=True, output_clip=False)
+    return Three(model, clip_vision(1024), autoencoder)
+
+
 def wan_clip() -> Any:
     """UMT5, with a vocabulary of its own: the real one comes with the weights."""
     import sentencepiece
@@ -505,6 +548,8 @@ FAMILIES: dict[str, Callable[[], Three]] = {
     "sd15": lambda: Three(checkpoint_model(sd15_unet()), sd15_clip(), vae(kl_vae())),
     "sdxl": lambda: Three(checkpoint_model(sdxl_unet()), sdxl_clips(), vae(kl_vae())),
     "zero123": zero123,
+    "sv3d_u": lambda: sv3d(256),
+    "sv3d_p": lambda: sv3d(1280),
     "sd3": lambda: Three(checkpoint_model(sd3_transformer()), sd3_clips(), vae(kl_vae(16, False))),
     "flux": lambda: Three(diffusion_model(flux_transformer()), flux_clips(), vae(kl_vae(16, False))),
     "wan": lambda: Three(diffusion_model(wan_transformer()), wan_clip(), vae(wan_vae())),
@@ -516,6 +561,8 @@ SIZES = {  # (height, width), frames: as small as each takes
     "sd15": ((32, 64), None),
     "sdxl": ((32, 64), None),
     "zero123": ((32, 32), None),
+    "sv3d_u": ((32, 32), 3),
+    "sv3d_p": ((32, 32), 3),
     "sd3": ((32, 64), None),
     "flux": ((32, 64), None),
     "wan": ((32, 48), 5),

@@ -30,7 +30,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "where_and_in_which_numbers": (),
     "cancel_in_the_middle": ("sd15", "ltx"),
     "the_model_stays_usable": ("sd15", "wan"),
-    "novel_views": (),
+    "novel_views": ("zero123", "sv3d_u", "sv3d_p"),
     "a_lora_before_it": (),
     "two_at_once": (),
     "room_is_made_in_the_middle_of_a_step": (),

@@ -147,6 +147,10 @@ def test_a_model_of_novel_views_makes_a_scene_of_an_image(models):
     (prior,) = [name for name, one in graph.items() if one["inputs"].get("kind") == "novel_view"]
     graph[prior] = node("Dream4DNovelViewPriorFromModel", **given)
     assert "still scene" in models.run(graph)["8"]["text"][0]
+    (training,) = [one for one in graph.values() if one["class_type"] == "Dream4DOptimizeStaticScene"]
+    training["inputs"] |= {"recipe": "image-to-3d-orbit", "recipe.steps": 4}
+    said = models.error(graph)
+    assert "Stable Zero123 sees single views, and the recipe 'image-to-3d-orbit' makes whole orbits" in said
     del graph[prior]["inputs"]["clip_vision"]
     assert "clip_vision" in models.refused(graph)
 

@@ -18,7 +18,7 @@ import torch
 from comfy_harness import REPOSITORY
 from pack import GROWN, HEAD, NODES, overlaps, part_of_the_pack
 
-from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, STATIC_RECIPES, TOY_IMAGE
+from dream4d_engine.training.config import IMAGE_RECIPES, MOTION_RECIPES, ORBIT_RECIPES, STATIC_RECIPES, TOY_IMAGE
 
 FILES = [*sorted(NODES.rglob("*.py")), REPOSITORY / "__init__.py"]
 SHIPPED = sorted((REPOSITORY / "dream4d_engine").rglob("*.py"))
@@ -550,7 +550,8 @@ def test_no_node_is_crowded(schemas):
 
 
 def test_defaults_are_the_recipes(schemas):
-    for name, recipes in (("OptimizeStaticScene", STATIC_RECIPES | IMAGE_RECIPES), ("AnimateScene", MOTION_RECIPES)):
+    still = STATIC_RECIPES | IMAGE_RECIPES | ORBIT_RECIPES
+    for name, recipes in (("OptimizeStaticScene", still), ("AnimateScene", MOTION_RECIPES)):
         inputs = given_inputs(schemas[f"Dream4D{name}"])
         choices = [choice["key"] for choice in inputs["recipe"][1]["options"]]
         assert choices == list(recipes) and choices[0] == "toy"

@@ -514,6 +514,10 @@ def test_a_killed_server_loses_little(tmp_path):
             {"recipe": "toy-image", "reference_image": ["9", 0]},
             "the recipe 'toy-image' needs a prior of the kind 'novel_view'",
         ),
+        (
+            {"recipe": "image-to-3d-orbit", "reference_image": ["9", 0]},
+            "'novel_view': connect a Novel-View Prior from Model node, with SV3D, to the socket novel_view_prior",
+        ),
     ],
 )
 def test_refused_before_anything_runs(server, changes, message):

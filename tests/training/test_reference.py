@@ -18,6 +18,8 @@ from dream4d_engine.toyworld.world import render_caption
 from dream4d_engine.training.config import (
     IMAGE_RECIPES,
     IMAGE_TO_3D,
+    IMAGE_TO_3D_ORBIT,
+    ORBIT_RECIPES,
     TEXT_TO_3D,
     TOY_IMAGE,
     TOY_STATIC,
@@ -106,10 +108,43 @@ def test_the_image_recipe_has_the_published_numbers():
     ],
 )
 def test_numbers_that_no_image_can_be_looked_at_with(change, message):
-    for recipe in IMAGE_RECIPES.values():
+    for recipe in (IMAGE_RECIPES | ORBIT_RECIPES).values():
         check_recipe(recipe)
     with pytest.raises(ValueError, match=message):
         check_recipe(replace(TOY_IMAGE, reference=replace(TOY_IMAGE.reference, **change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": None}, r"recipe\.orbit ends where an image was seen from"),
+        ({"n_views": 1}, r"recipe\.n_views must be at least 2, got 1"),
+        ({"reference": replace(IMAGE_TO_3D_ORBIT.reference, elevation_deg=70.0)}, r"from -10 to 60, .*, got 70"),
+        (
+            {
+                "reference": replace(IMAGE_TO_3D_ORBIT.reference, elevation_deg=90.0),
+                "cameras": replace(IMAGE_TO_3D_ORBIT.cameras, elevation_deg=(0.0, 90.0)),
+            },
+            "and below 90, got 90",
+        ),
+    ],
+)
+def test_orbits_that_can_not_be_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_recipe(replace(IMAGE_TO_3D_ORBIT, **change))
+
+
+def test_the_recipe_for_orbits_shows_the_subject_at_the_same_size():
+    """Only where it is seen from is another: 33.8 degrees are the view of SV3D's training (2403.12008, section 3)."""
+    usual, orbit = (
+        r.distance * math.tan(math.radians(r.fov_y_deg) / 2)
+        for r in (IMAGE_TO_3D.reference, IMAGE_TO_3D_ORBIT.reference)
+    )
+    assert orbit == pytest.approx(usual, rel=0.005)
+    drawn = IMAGE_TO_3D_ORBIT.sample_cameras(IMAGE_TO_3D_ORBIT.phases[0], torch.Generator().manual_seed(0))
+    ends = reference_cameras(IMAGE_TO_3D_ORBIT.reference)
+    assert drawn.shape == (1, 21) and torch.allclose(drawn.c2w[:, -1:], ends.c2w, atol=1e-5)
+    assert torch.allclose(drawn.fov_y, ends.fov_y.expand(1, 21))
 
 
 def test_the_view_limit_is_the_image_priors_alone():

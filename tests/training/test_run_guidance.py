@@ -12,8 +12,21 @@ from dream4d_engine.guidance.prompts import NEGATIVE_PROMPT
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.priors.networks.execution import Runtime
-from dream4d_engine.training.config import MODEL_VIDEO, TEXT_TO_3D, TOY_STATIC
-from dream4d_engine.training.guidance import active_terms, choose_negative, load_guidance, with_frames_of
+from dream4d_engine.training.config import (
+    IMAGE_TO_3D,
+    IMAGE_TO_3D_ORBIT,
+    MODEL_VIDEO,
+    TEXT_TO_3D,
+    TOY_IMAGE,
+    TOY_STATIC,
+)
+from dream4d_engine.training.guidance import (
+    active_terms,
+    choose_negative,
+    load_guidance,
+    with_frames_of,
+    with_views_of,
+)
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU)
@@ -30,6 +43,24 @@ def test_a_take_has_as_many_frames_as_its_prior_must_have():
     assert with_frames_of(MODEL_VIDEO, {"video": any_number}) is MODEL_VIDEO
     with pytest.raises(ValueError, match="takes of 21 and 25 frames: they must agree"):
         with_frames_of(MODEL_VIDEO, {"video": wan, "image": SimpleNamespace(n_frames=25)})
+
+
+def test_views_are_those_that_a_model_of_novel_views_sees():
+    static, dynamic = (SimpleNamespace(name="SV3D", n_frames=14, orbit=orbit) for orbit in ("static", "dynamic"))
+    single = SimpleNamespace(name="Zero123", n_frames=None, orbit=None)
+    for handle, orbit in ((static, "static"), (dynamic, "dynamic")):
+        fitted = with_views_of(IMAGE_TO_3D_ORBIT, {"novel_view": handle})
+        assert fitted == replace(IMAGE_TO_3D_ORBIT, orbit=orbit, n_views=14)
+    asked = replace(IMAGE_TO_3D_ORBIT, orbit="static")
+    assert with_views_of(asked, {"novel_view": dynamic}).orbit == "static"
+    for recipe in (IMAGE_TO_3D, TOY_IMAGE):
+        assert with_views_of(recipe, {"novel_view": single}) is recipe
+        with pytest.raises(ValueError, match=r"sees whole orbits of 14 views.* choose image-to-3d-orbit"):
+            with_views_of(recipe, {"novel_view": static})
+    assert with_views_of(TEXT_TO_3D, {"image": single}) is TEXT_TO_3D
+    for handle in (single, toy_prior("novel_view")):
+        with pytest.raises(ValueError, match=r"sees single views.* choose image-to-3d, or connect a model of orbits"):
+            with_views_of(IMAGE_TO_3D_ORBIT, {"novel_view": handle})
 
 
 @pytest.mark.parametrize(
