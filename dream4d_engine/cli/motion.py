@@ -31,7 +31,7 @@ def run(options: Motion) -> int:
     """Write a scene whose motion is changed."""
     if options.edit == EditOptions():
         raise UsageError("nothing to change: give --motion-strength, --freeze, --speed, --ping-pong or --remap")
-    results.require_new([options.out], options.overwrite)
+    results.require_new_scene(options.out, options.overwrite)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     check_folder(options.out.parent, options.scene.stat().st_size)
     scene, said = edited(scene, options.edit)

@@ -103,6 +103,14 @@ def test_changes_that_can_not_be(scene, tmp_path, capsys, words, said) -> None:
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["x.glb", "x"])
+def test_a_scene_is_not_written_under_a_meshs_name(scene, tmp_path, capsys, name) -> None:
+    line = fails(capsys, "motion", scene, "--out", tmp_path / name, "--ping-pong")
+    assert f"--out {tmp_path / name} can't be: a scene is written here, so end it in .safetensors" in line
+    assert not (tmp_path / name).exists()
+    assert main(["motion", str(scene), "--out", str(tmp_path / "x.SafeTensors"), "--ping-pong"]) == 0
+
+
 def test_a_scene_that_does_not_move_and_one_that_moves_enough(scene, tmp_path, capsys) -> None:
     save_scene(tmp_path / "still.safetensors", tiny_scene(replace(CONFIG, deformation=None)))
     line = fails(capsys, "render", tmp_path / "still.safetensors", "--out", tmp_path / "r", "--speed", "2")
