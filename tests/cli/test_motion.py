@@ -111,6 +111,22 @@ def test_a_scene_is_not_written_under_a_meshs_name(scene, tmp_path, capsys, name
     assert main(["motion", str(scene), "--out", str(tmp_path / "x.SafeTensors"), "--ping-pong"]) == 0
 
 
+@pytest.mark.parametrize("words", [("--motion.n-frames", "24"), ("--motion.n-frames", "12", "F", "24")])
+def test_frames_that_the_prior_can_not_see_are_said_before_the_run(scene, tmp_path, capsys, words) -> None:
+    n, out = words[1], tmp_path / "run"
+    for begin, flag in (
+        (["animate", scene, "a red cube is jumping"], "--frames"),
+        (["text-to-4d", "a red cube is jumping"], "--motion-frames"),
+    ):
+        asked = [flag if word == "F" else word for word in words]
+        line = fails(capsys, *begin, *asked, "--out", out, "--dry-run")
+        assert f"motion.n_frames is {n}, and the toy video prior sees 8 frames at most at once" in line
+        assert f"by its number of frames ({flag})" in line
+    fails(capsys, "animate", scene, "a red cube is jumping", *[w.replace("F", "--frames") for w in words], "--out", out)
+    assert not out.exists()
+    assert main(["animate", str(scene), "a red cube is jumping", "--frames", "24", "--out", str(out), "--dry-run"]) == 0
+
+
 def test_a_scene_that_does_not_move_and_one_that_moves_enough(scene, tmp_path, capsys) -> None:
     save_scene(tmp_path / "still.safetensors", tiny_scene(replace(CONFIG, deformation=None)))
     line = fails(capsys, "render", tmp_path / "still.safetensors", "--out", tmp_path / "r", "--speed", "2")
