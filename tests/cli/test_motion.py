@@ -82,12 +82,27 @@ def test_a_mask_is_read_from_an_image(scene, tmp_path, capsys) -> None:
     save_image(tmp_path / "black.png", image * 0)
     assert "the mask is black" in fails(capsys, *words, tmp_path / "black.png", "--overwrite")
     assert "does not exist" in fails(capsys, *words, tmp_path / "none.png", "--overwrite")
+    save_image(tmp_path / "long.png", torch.ones(2, 82, 3))
+    line = fails(capsys, *words, tmp_path / "long.png", "--overwrite")
+    assert f"--freeze-mask {tmp_path / 'long.png'}: a mask of 82x2 pixels is no front view" in line
+    save_image(tmp_path / "red.png", image * torch.tensor([1.0, 0, 0]))
+    assert main([*words, str(tmp_path / "red.png"), "--overwrite"]) == 0
+    assert "red.png holds one colour, #ff0000, which was taken for white" in capsys.readouterr().out
+
+
+def test_boxes_add_up_to_as_many_as_can_be(scene, tmp_path, capsys) -> None:
+    forty = ["--freeze=0,0,0,1,1,1"] * 40
+    assert main(["motion", str(scene), "--out", str(tmp_path / "a.safetensors"), *forty]) == 0
+    line = fails(capsys, "render", tmp_path / "a.safetensors", "--out", tmp_path / "r", *forty)
+    assert "already has 40 frozen boxes, and with 40 it would have 80, more than 64: freeze one large box" in line
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "nothing to change: give --motion-strength"),
+        ((), "nothing to change: give --motion-strength, --freeze, --freeze-mask, --speed"),
+        (("--remap", " "), "nothing to change: give"),
+        (("--freeze=0,0,0,1,1,1",) * 65, "--freeze: 65 frozen boxes are more than 64: freeze one large box"),
         (("--motion-strength", "2.5"), "--motion-strength must lie in [0, 2.0], got 2.5"),
         (("--freeze", "0,0,0,1,1,-1"), "--freeze: a box must have its lower corner first, got z from 0 to -1"),
         (("--freeze", "0,0,0,1,1"), "--freeze: a box is six numbers x0,y0,z0,x1,y1,z1, got '0,0,0,1,1'"),
