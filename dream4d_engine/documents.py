@@ -9,7 +9,8 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,6 +212,15 @@ def _moves(letter: str) -> bool:
 def first_line(error: object) -> str:
     """The first line of an error's text."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Put the name of what somebody gave before the ValueError that says what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def disguise(head: bytes) -> str | None:

@@ -74,6 +74,10 @@ class GraphPrior:
         return self.family.kind
 
     @property
+    def most_frames(self) -> None:
+        """They have takes of their own length."""
+
+    @property
     def frame_step(self) -> int:
         """Its family's."""
         return self.family.frame_step

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io
 
+from ..dream4d_engine.documents import named
 from ..dream4d_engine.fields.edit import MOST_STRENGTH, Box, MotionEdit, TimeMap, parse_boxes, parse_keys
-from ..dream4d_engine.fields.stencil import stencil
+from ..dream4d_engine.fields.stencil import Stencil, stencil
 from ..dream4d_engine.training.reference.masks import read_mask
 from ..dream4d_engine.training.reference.pixels import map_pixels
 from .render import scene_on_device
@@ -86,12 +87,13 @@ class Motion(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, freeze: str | None = None, remap: str | None = None) -> bool | str:
         """Refuse boxes and times that are none; None isn't known yet."""
-        try:
-            parse_boxes(freeze or "")
-            TimeMap(keys=parse_keys(remap or ""))
-        except ValueError as error:
-            return str(error)
-        return True
+        faults = []
+        for make in (lambda: _boxes(freeze or ""), lambda: _keys(remap or "")):
+            try:
+                make()
+            except ValueError as error:
+                faults.append(str(error))
+        return "; ".join(faults) or True  # one text for both: ComfyUI lays it on each of them
 
     @classmethod
     def execute(
@@ -107,9 +109,9 @@ class Motion(io.ComfyNode):
     ) -> io.NodeOutput:
         """Change a copy of the scene."""
         try:
-            time = TimeMap(speed, ping_pong, parse_keys(remap))
-            masks = () if freeze_mask is None else (_mask(freeze_mask, freeze_border),)
-            edit = MotionEdit(strength, parse_boxes(freeze, freeze_border), masks, (time,))
+            time = TimeMap(speed, ping_pong, _keys(remap))
+            masks, note = ((), "") if freeze_mask is None else _mask(freeze_mask, freeze_border)
+            edit = MotionEdit(strength, _boxes(freeze, freeze_border), masks, (time,))
             if scene.scene.deformation is None:
                 say_on_node("the scene doesn't move: it is passed on as it is", cls.hidden.unique_id)
                 return io.NodeOutput(scene)
@@ -120,11 +122,25 @@ class Motion(io.ComfyNode):
                 changed = there.edited(edit).cpu()
         except ValueError as error:
             raise RunError(str(error)) from error
-        say_on_node(edit.in_words(), cls.hidden.unique_id)
+        say_on_node("\n".join(filter(None, (edit.in_words(), note))), cls.hidden.unique_id)
         said = replace(scene.provenance, edits=(*scene.provenance.edits, edit.in_words()))
         return io.NodeOutput(SceneValue(changed, said))
 
 
-def _mask(given: torch.Tensor, border: float):
-    """What one mask freezes."""
-    return stencil(read_mask(map_pixels(given, "freeze_mask")).white, border)
+def _boxes(text: str, border: float = Box.border) -> tuple[Box, ...]:
+    """What the widget freeze says."""
+    with named("freeze"):
+        return MotionEdit(frozen=parse_boxes(text, border)).frozen
+
+
+def _keys(text: str) -> tuple[tuple[float, float], ...]:
+    """What the widget remap says."""
+    with named("remap"):
+        return TimeMap(keys=parse_keys(text)).keys
+
+
+def _mask(given: torch.Tensor, border: float) -> tuple[tuple[Stencil, ...], str]:
+    """What one mask freezes, and what is to be said of it or ""."""
+    read = read_mask(map_pixels(given, "freeze_mask"))
+    with named("freeze_mask"):
+        return (stencil(read.white, border),), read.note

@@ -9,7 +9,6 @@ from typing import Annotated
 
 from ..assets import load_scene
 from ..training.config import MOTION_RECIPES, MotionRecipe, find_recipe, for_mesh_scene, with_rigidity
-from ..training.guidance import with_frames_of, with_longer_takes
 from ..training.loop import ResumeMismatch
 from . import options as shared
 from .command import Command
@@ -17,7 +16,7 @@ from .errors import UsageError
 from .models import prior_handles
 from .results import final_cameras
 from .runs import SCENE, VIDEO, open_run
-from .stages import film, new_motion, said, say_windows, show, train_stage
+from .stages import film, new_motion, of_frames, said, say_windows, show, train_stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def run(options: Animate, motion: MotionRecipe) -> int:
     motion = motion if options.rigidity is None else with_rigidity(motion, options.rigidity)
     source = hashlib.sha256(Path(options.scene).read_bytes()).hexdigest()
     handles = prior_handles(motion, options, prompt)
-    motion = with_longer_takes(with_frames_of(motion, handles), handles, options.frames)
+    motion = of_frames(motion, handles, options.frames, "--frames")
     with open_run("animate", options, (motion,), still.config) as session:
         if session.run.record.setdefault("source", source) != source:
             raise ResumeMismatch(f"{options.scene} is not the scene any more that this run began with: start over")

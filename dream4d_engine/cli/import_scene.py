@@ -28,7 +28,7 @@ from .errors import UsageError
 from .interrupts import Stopped, StopRequest, stop_on_interrupt
 from .options import FILE, TEXT, Machine, MachineOptions, Positional, Seed, arg, check_numbers, optional
 from .progress import make_progress
-from .results import require_new
+from .results import require_new_scene
 from .run_folder import LOCK, sweep
 from .terminal import say
 
@@ -78,7 +78,7 @@ def run(options: Import) -> int:
         if getattr(options, name) != getattr(defaults, name):
             known = ", ".join(f".{form}" for form in READ_FORMATS)
             raise UsageError(f"--{name} is for meshes ({known}), and {options.file.name} is none by its name")
-    require_new([options.out], options.overwrite)
+    require_new_scene(options.out, options.overwrite)
     scene, provenance = import_checkpoint(options.file)
     check_folder(options.out.parent, options.file.stat().st_size)
     save_scene(options.out, scene, replace(provenance, versions=versions()))
@@ -87,7 +87,7 @@ def run(options: Import) -> int:
 
 
 def _import_mesh(options: Import) -> int:
-    require_new([options.out], options.overwrite)
+    require_new_scene(options.out, options.overwrite)
     device = pick_device(options.machine.device)
     recipe = mesh_recipe(device) if options.recipe is None else find_recipe(options.recipe, MESH_RECIPES)
     model = read_model(options.file, options.clip, options.time)

@@ -14,6 +14,8 @@ from .errors import UsageError
 from .options import FILE, Edit, EditOptions, Machine, MachineOptions, Positional, arg, edited
 from .terminal import say
 
+_NOTHING = "nothing to change: give --motion-strength, --freeze, --freeze-mask, --speed, --ping-pong or --remap"
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -30,11 +32,13 @@ class Motion:
 def run(options: Motion) -> int:
     """Write a scene whose motion is changed."""
     if options.edit == EditOptions():
-        raise UsageError("nothing to change: give --motion-strength, --freeze, --speed, --ping-pong or --remap")
-    results.require_new([options.out], options.overwrite)
+        raise UsageError(_NOTHING)
+    results.require_new_scene(options.out, options.overwrite)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     check_folder(options.out.parent, options.scene.stat().st_size)
     scene, said = edited(scene, options.edit)
+    if not said:  # a remap of blanks
+        raise UsageError(_NOTHING)
     save_scene(options.out, scene, replace(provenance, edits=(*provenance.edits, said)))
     say(f"{options.out}: {said}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
+from ..documents import named
 from ..fields.edit import MOST_STRENGTH, Box, MotionEdit, TimeMap, parse_box, parse_keys
 from ..fields.stencil import stencil
 from ..machine import keep_freed_memory, pick_device
@@ -29,6 +30,7 @@ from ..training.processes import Share
 from ..training.reference.masks import read_mask
 from ..training.reference.pixels import file_pixels
 from .errors import UsageError
+from .terminal import say
 
 
 def optional(metavar: str, text: str | None = None) -> Any:
@@ -210,28 +212,25 @@ class EditOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        _of_flag("--freeze", lambda: [parse_box(text, self.freeze_border) for text in self.freeze])
-        _of_flag("--remap", lambda: TimeMap(keys=parse_keys(self.remap or "")))
+        with named("--freeze"):
+            MotionEdit(frozen=tuple(parse_box(text, self.freeze_border) for text in self.freeze))
+        with named("--remap"):
+            TimeMap(keys=parse_keys(self.remap or ""))
         if self.freeze_border != Box.border and not self.freeze and self.freeze_mask is None:
             raise ValueError("--freeze-border means nothing without --freeze or --freeze-mask: leave it out")
 
-    def edit(self) -> MotionEdit:
-        """The change. ValueError where the mask can't be one."""
-        masks = []
+    def edit(self) -> tuple[MotionEdit, str]:
+        """The change, and what is to be said of its mask or "". ValueError where the mask can't be one."""
+        masks, note = [], ""
         if self.freeze_mask is not None:
             with file_pixels(self.freeze_mask, "mask") as pixels:
-                masks.append(stencil(read_mask(pixels).white, self.freeze_border))
+                read = read_mask(pixels)
+            with named(f"--freeze-mask {self.freeze_mask}"):
+                masks.append(stencil(read.white, self.freeze_border))
+            note = read.note
         boxes = tuple(parse_box(text, self.freeze_border) for text in self.freeze)
         time = TimeMap(self.speed, self.ping_pong, parse_keys(self.remap or ""))
-        return MotionEdit(self.motion_strength, boxes, tuple(masks), (time,))
-
-
-def _of_flag(flag: str, make: Callable[[], object]) -> None:
-    """Name the flag in what is wrong with its value."""
-    try:
-        make()
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
+        return MotionEdit(self.motion_strength, boxes, tuple(masks), (time,)), note
 
 
 @dataclass(frozen=True)
@@ -353,7 +352,9 @@ def use_machine(options: MachineOptions) -> None:
 
 def edited(scene: Scene, options: EditOptions) -> tuple[Scene, str]:
     """The scene with its motion changed, and in words what was changed, "" for nothing."""
-    edit = options.edit()
+    edit, note = options.edit()
+    if note:
+        say(f"note: {note}")
     if edit.is_nothing:
         return scene, ""
     if scene.deformation is None:

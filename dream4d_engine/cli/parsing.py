@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -181,11 +181,12 @@ def _tyro(kind: type[T], words: Sequence[str], name: str, about: str | None, def
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UsageError(one_line(complaints.getvalue(), prog)) from None
+        flags = [field.name.replace("_", "-") for field in fields(find_command(name).options)]
+        raise UsageError(one_line(complaints.getvalue(), prog, flags)) from None
 
 
-def one_line(box: str, prog: str) -> str:
-    """The message of tyro's box: the lines up to its first rule, and the flag that may have been meant."""
+def one_line(box: str, prog: str, flags: Collection[str] = ()) -> str:
+    """The message of tyro's box: the lines up to its first rule, and the flag, one of `flags`, that may be meant."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip("│|╭╮╰╯ ")
@@ -197,10 +198,23 @@ def one_line(box: str, prog: str) -> str:
     if "╭" not in box:  # drawn without corners, the title is a part of its own
         parts = parts[1:] or parts
     message = _in_words(" ".join(parts[0]).rstrip(".")) or "the command line can't be understood"
+    twin = _twin(message, flags)
+    if twin is not None:
+        return f"{message}; perhaps you meant {twin} (see {prog} --help)"
     for part in parts[1:]:
         if part and part[0].startswith("Perhaps you meant"):
             message += f"; perhaps you meant {part[1].split()[0]}" if len(part) > 1 else ""
     return f"{message} (see {prog} --help)"
+
+
+def _twin(message: str, flags: Collection[str]) -> str | None:
+    """What is meant by a flag of another command: --frames where there is one stage is --motion-frames of two."""
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
+    if unknown is None:
+        return None
+    name = unknown[1].replace("_", "-")
+    other = name.removeprefix("motion-") if name.startswith("motion-") else f"motion-{name}"
+    return f"--{other}" if other in flags else None
 
 
 _KINDS = {"int": "whole number", "float": "number"}

@@ -162,6 +162,13 @@ def _scene_measures(scene: Scene) -> dict:
     }
 
 
+def require_new_scene(path: Path, overwrite: bool) -> None:
+    """Refuse a path that is taken, or that isn't named as a scene file: by its name it would be taken for a mesh."""
+    require_new([path], overwrite)
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"--out {path} can't be: a scene is written here, so end it in .safetensors")
+
+
 def require_new(paths: Sequence[Path], overwrite: bool, folders: Sequence[Path] = ()) -> None:
     """Refuse paths that are taken, even with `overwrite` by what is no file, or no folder for those of `folders`."""
     present = [path for path in paths if path.exists()]

@@ -85,6 +85,14 @@ def new_motion(session: Session, recipe: MotionRecipe, still: Scene) -> Stage:
     return motion_stage(still.clone().to(session.device), recipe, options.seed, options.deformation_scale)
 
 
+def of_frames(recipe: MotionRecipe, handles: Handles, n_frames: int | None, flag: str) -> MotionRecipe:
+    """The recipe with takes as its prior must have them, or of so many frames as `flag` asked for."""
+    try:
+        return with_longer_takes(with_frames_of(recipe, handles), handles, n_frames)
+    except ValueError as error:
+        raise UsageError(f"{error} ({flag})") from error
+
+
 def say_windows(session: Session, recipe: MotionRecipe) -> None:
     """Say how a long animation is seen."""
     if recipe.windows is not None:
@@ -219,7 +227,7 @@ def both_stages(
     object_prompt = prompt if options.object_prompt is None else said(options.object_prompt, "--object-prompt")
     static_priors = prior_handles(static, options, object_prompt)
     motion_priors = prior_handles(motion, options, prompt)
-    motion = with_longer_takes(with_frames_of(motion, motion_priors), motion_priors, options.motion_frames)
+    motion = of_frames(motion, motion_priors, options.motion_frames, "--motion-frames")
     with open_run(command, options, (static, motion), static.scene) as session:
         if reference is not None:
             keep_reference(session, reference)

@@ -21,6 +21,12 @@ from .stencil import Stencil, smooth_step
 
 MOST_STRENGTH = 2.0
 _MOST_PARTS = 64  # boxes, masks, changes of time: more are a slip, and each costs at every point
+_PARTS = (
+    ("frozen boxes", "freeze one large box instead of several small ones"),
+    ("masks", "paint them into one"),
+    ("changes of time", "say them in one remap of the trained scene"),
+)
+"""What there may be several of in an edit: frozen, masks, times; and the way to fewer."""
 _MOST_KEYS = 1000
 _ROUNDS = 12  # of the search for p; trained motions need 3 to 8
 _CLOSE = 1e-4  # of the box's side: a residual that need not get smaller, a hundredth of what normals are taken over
@@ -100,9 +106,9 @@ class MotionEdit:
 
     def __post_init__(self) -> None:
         require_range("the motion's strength", self.strength, 0.0, MOST_STRENGTH)
-        require_range("the number of frozen boxes", len(self.frozen), 0, _MOST_PARTS)
-        require_range("the number of masks", len(self.masks), 0, _MOST_PARTS)
-        require_range("the number of changes of time", len(self.times), 0, _MOST_PARTS)
+        for parts, (what, way) in zip((self.frozen, self.masks, self.times), _PARTS, strict=True):
+            if len(parts) > _MOST_PARTS:
+                raise ValueError(f"{len(parts)} {what} are more than {_MOST_PARTS}: {way}")
 
     @property
     def keeps_places(self) -> bool:
@@ -123,8 +129,16 @@ class MotionEdit:
                 f"the motion already has {self.strength:g} times its strength, and {later.strength:g} times that is "
                 f"{strength:g}: more than {MOST_STRENGTH:g} tears it, so ask for {most:g} at most"
             )
-        times = tuple(one for one in self.times + later.times if one != TimeMap())
-        return MotionEdit(strength, self.frozen + later.frozen, self.masks + later.masks, times)
+        times, more = (tuple(one for one in edit.times if one != TimeMap()) for edit in (self, later))
+        both = (self.frozen, later.frozen), (self.masks, later.masks), (times, more)
+        for (ours, theirs), (what, way) in zip(both, _PARTS, strict=True):
+            n = len(ours) + len(theirs)
+            if n > _MOST_PARTS:
+                raise ValueError(
+                    f"the motion already has {len(ours)} {what}, and with {len(theirs)} it would have {n}, more than "
+                    f"{_MOST_PARTS}: {way}"
+                )
+        return MotionEdit(strength, self.frozen + later.frozen, self.masks + later.masks, times + more)
 
     def moments(self, times: Tensor) -> Tensor:
         """Times [S] of what is shown -> moments [S] of the trained motion."""

@@ -17,6 +17,7 @@ from .encodings import require_range
 
 SIDE = 64
 """Of the mask as it is kept."""
+_LEAST_ASPECT, _MOST_ASPECT = 0.05, 20.0
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
 """Of the camera that a mask is painted over: at azimuth 0, as fixed views are rendered where nothing else is said."""
 
@@ -30,7 +31,7 @@ class Stencil:
     border: float = 0.3  # world units at the origin; said for people
 
     def __post_init__(self) -> None:
-        require_range("a mask's width over its height", self.aspect, 0.05, 20.0)
+        require_range("a mask's width over its height", self.aspect, _LEAST_ASPECT, _MOST_ASPECT)
         require_range("border", self.border, 0.001, 1e3)
         try:
             n = len(base64.b64decode(self.pixels, validate=True))
@@ -60,6 +61,11 @@ def stencil(mask: Tensor, border: float = 0.3) -> Stencil:
     if not bool(mask.isfinite().all()):
         raise ValueError("the mask has pixels that are no finite numbers")
     height, width = mask.shape
+    if not _LEAST_ASPECT <= width / height <= _MOST_ASPECT:
+        raise ValueError(
+            f"a mask of {width}x{height} pixels is no front view: its width over its height must lie in "
+            f"[{_LEAST_ASPECT}, {_MOST_ASPECT}], so paint it over the fixed view"
+        )
     small = functional.interpolate(mask[None, None].float().cpu(), (SIDE, SIDE), mode="area")[0, 0]
     if not bool((small > 0.5).any()):
         raise ValueError("the mask is black: paint white what is to keep still, or leave it away")

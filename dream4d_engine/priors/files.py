@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..guidance.distillation import DistillationConfig, Guidance
-from .conditioning import check_prompt, image_guidance, text_guidance, words_for
+from .conditioning import MAX_TIMED_FRAMES, check_prompt, image_guidance, text_guidance, words_for
 from .errors import PriorError
 from .formats.identify import open_loader
 from .formats.loaders import Metadata
@@ -36,6 +36,7 @@ class PriorFiles:
     lora: Path | None = None  # added to its weights
     lora_strength: float = 1.0
     n_frames: int | None = None
+    most_frames: int | None = None
     frame_step: int = 1
     orbit: ClassVar[None] = None  # models of whole orbits come in no files of ours
     tiny_vae: Path | TinyDecoder | None = None  # folder of an AutoencoderTiny in the place of its autoencoder
@@ -155,7 +156,8 @@ def prior_files(path: Path | str, kind: PriorKind | None = None) -> PriorFiles:
     # one of today's models of videos says how many frames it makes; of the older ones the recipes do
     n_frames = None if pipeline is None else metadata.n_frames
     step = 1 if pipeline is None else pipeline.family.frame_step
-    return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames, frame_step=step)
+    most = MAX_TIMED_FRAMES if metadata.vector == "frame_time" else None
+    return PriorFiles(metadata.name, metadata.kind, path, n_frames=n_frames, most_frames=most, frame_step=step)
 
 
 def read_metadata(path: Path | str, kind: PriorKind | None = None) -> Metadata:

@@ -69,6 +69,10 @@ class PriorHandle(Protocol):
         """Of the takes that it must have; None where the recipe may choose."""
 
     @property
+    def most_frames(self) -> int | None:
+        """Of a take that it can see at once; None where there is no such bound."""
+
+    @property
     def frame_step(self) -> int:
         """Frames that its autoencoder puts into one, after the first."""
 

@@ -79,21 +79,28 @@ def with_views_of(recipe: StaticRecipe, handles: Handles) -> StaticRecipe:
 def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | None) -> MotionRecipe:
     """Return the recipe with takes of so many frames, which its prior sees through windows of as many as it has itself.
 
-    `n_frames` None, or as many as those: the recipe as it is. Raises a ValueError where no windows reach so far.
+    `n_frames` None, or as many as those: the recipe as it is. Raises a ValueError where the prior sees fewer at once
+    than the recipe says, and where no windows reach so far.
     """
     window = recipe.n_frames if recipe.windows is None else recipe.windows.window
+    for handle in handles.values():
+        if handle.most_frames is not None and window > handle.most_frames:
+            raise ValueError(
+                f"motion.n_frames is {window}, and the {handle.name} prior sees {handle.most_frames} frames at most at "
+                f"once: leave it at {handle.most_frames}, and ask for a longer animation by its number of frames"
+            )
     if n_frames is None or n_frames == window:
         return recipe
     steps = {handle.frame_step for handle in handles.values()}
     if len(steps) > 1:
         raise ValueError("the priors' autoencoders don't agree on frames: only takes of their own length can be made")
-    windows = Windows(n_frames, window, *steps)
-    if windows.length > MAX_LENGTH:
+    most = int(MAX_LENGTH) * (window - 1) + 1
+    if n_frames > most:
         raise ValueError(
-            f"{n_frames} frames are {windows.length:.0f} times as long as the {window} of the model, and at most "
-            f"{MAX_LENGTH:.0f} times can be trained: ask for less"
+            f"{n_frames} frames are more than {MAX_LENGTH:.0f} times as long as the {window} of the model: ask for "
+            f"{most} at most"
         )
-    return replace(recipe, n_frames=n_frames, windows=windows)
+    return replace(recipe, n_frames=n_frames, windows=Windows(n_frames, window, *steps))
 
 
 def load_guidance(

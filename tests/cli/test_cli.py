@@ -155,6 +155,8 @@ def test_two_stages_one_by_one(run, tmp_path, priors, capsys):
         (["animate", "--out", "OUT"], "which scene"),
         (["animate", "OUT/none.safetensors", PROMPT, "--out", "OUT"], "does not exist"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--size", "100000"], "--size must lie in [1, 8192], got 100000"),
+        (["text-to-4d", PROMPT, "--out", "OUT", "--frames", "24"], "perhaps you meant --motion-frames"),
+        (["animate", "OUT/s", PROMPT, "--out", "OUT", "--motion-frames", "24"], "perhaps you meant --frames"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--static.steps", "0"], "static.steps = 0"),
         (["text-to-3d", PROMPT, "--out", "OUT", "--threads", "1000000"], "--threads must lie in [1, "),
         (["text-to-3d", PROMPT, "--out", "OUT", "--seed", "9223372036854775808"], "--seed must lie in [0, 92233720"),

@@ -145,6 +145,14 @@ def test_imports_that_can_not_be(tmp_path, capsys, words: tuple[str, ...], said:
     assert not (tmp_path / "s.safetensors").exists()
 
 
+@pytest.mark.parametrize("file", ["a.glb", "a.ckpt"])
+def test_a_scene_of_a_mesh_is_not_written_under_a_meshs_name(tmp_path, capsys, file: str) -> None:
+    arm(Builder()).save(tmp_path / "a.glb")
+    line = fails(capsys, "import", tmp_path / file, "--out", tmp_path / "s.glb")
+    assert f"--out {tmp_path / 's.glb'} can't be: a scene is written here, so end it in .safetensors" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.glb"]
+
+
 def test_a_mesh_is_no_scene_to_export(tmp_path, capsys) -> None:
     path = arm(Builder()).save(tmp_path / "arm.glb")
     before = path.read_bytes()

@@ -82,12 +82,27 @@ def test_a_mask_is_read_from_an_image(scene, tmp_path, capsys) -> None:
     save_image(tmp_path / "black.png", image * 0)
     assert "the mask is black" in fails(capsys, *words, tmp_path / "black.png", "--overwrite")
     assert "does not exist" in fails(capsys, *words, tmp_path / "none.png", "--overwrite")
+    save_image(tmp_path / "long.png", torch.ones(2, 82, 3))
+    line = fails(capsys, *words, tmp_path / "long.png", "--overwrite")
+    assert f"--freeze-mask {tmp_path / 'long.png'}: a mask of 82x2 pixels is no front view" in line
+    save_image(tmp_path / "red.png", image * torch.tensor([1.0, 0, 0]))
+    assert main([*words, str(tmp_path / "red.png"), "--overwrite"]) == 0
+    assert "red.png holds one colour, #ff0000, which was taken for white" in capsys.readouterr().out
+
+
+def test_boxes_add_up_to_as_many_as_can_be(scene, tmp_path, capsys) -> None:
+    forty = ["--freeze=0,0,0,1,1,1"] * 40
+    assert main(["motion", str(scene), "--out", str(tmp_path / "a.safetensors"), *forty]) == 0
+    line = fails(capsys, "render", tmp_path / "a.safetensors", "--out", tmp_path / "r", *forty)
+    assert "already has 40 frozen boxes, and with 40 it would have 80, more than 64: freeze one large box" in line
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "nothing to change: give --motion-strength"),
+        ((), "nothing to change: give --motion-strength, --freeze, --freeze-mask, --speed"),
+        (("--remap", " "), "nothing to change: give"),
+        (("--freeze=0,0,0,1,1,1",) * 65, "--freeze: 65 frozen boxes are more than 64: freeze one large box"),
         (("--motion-strength", "2.5"), "--motion-strength must lie in [0, 2.0], got 2.5"),
         (("--freeze", "0,0,0,1,1,-1"), "--freeze: a box must have its lower corner first, got z from 0 to -1"),
         (("--freeze", "0,0,0,1,1"), "--freeze: a box is six numbers x0,y0,z0,x1,y1,z1, got '0,0,0,1,1'"),
@@ -101,6 +116,30 @@ def test_a_mask_is_read_from_an_image(scene, tmp_path, capsys) -> None:
 def test_changes_that_can_not_be(scene, tmp_path, capsys, words, said) -> None:
     assert said in fails(capsys, "motion", scene, "--out", tmp_path / "a.safetensors", *words)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["x.glb", "x"])
+def test_a_scene_is_not_written_under_a_meshs_name(scene, tmp_path, capsys, name) -> None:
+    line = fails(capsys, "motion", scene, "--out", tmp_path / name, "--ping-pong")
+    assert f"--out {tmp_path / name} can't be: a scene is written here, so end it in .safetensors" in line
+    assert not (tmp_path / name).exists()
+    assert main(["motion", str(scene), "--out", str(tmp_path / "x.SafeTensors"), "--ping-pong"]) == 0
+
+
+@pytest.mark.parametrize("words", [("--motion.n-frames", "24"), ("--motion.n-frames", "12", "F", "24")])
+def test_frames_that_the_prior_can_not_see_are_said_before_the_run(scene, tmp_path, capsys, words) -> None:
+    n, out = words[1], tmp_path / "run"
+    for begin, flag in (
+        (["animate", scene, "a red cube is jumping"], "--frames"),
+        (["text-to-4d", "a red cube is jumping"], "--motion-frames"),
+    ):
+        asked = [flag if word == "F" else word for word in words]
+        line = fails(capsys, *begin, *asked, "--out", out, "--dry-run")
+        assert f"motion.n_frames is {n}, and the toy video prior sees 8 frames at most at once" in line
+        assert f"by its number of frames ({flag})" in line
+    fails(capsys, "animate", scene, "a red cube is jumping", *[w.replace("F", "--frames") for w in words], "--out", out)
+    assert not out.exists()
+    assert main(["animate", str(scene), "a red cube is jumping", "--frames", "24", "--out", str(out), "--dry-run"]) == 0
 
 
 def test_a_scene_that_does_not_move_and_one_that_moves_enough(scene, tmp_path, capsys) -> None:

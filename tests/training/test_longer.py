@@ -19,6 +19,7 @@ from dream4d_engine.fields.deformation import DeformationConfig, DeformationFiel
 from dream4d_engine.guidance.windows import Windows
 from dream4d_engine.kernels import select_kernels
 from dream4d_engine.occupancy import N_TIMES
+from dream4d_engine.priors.files import toy_prior
 from dream4d_engine.toyworld.evaluate import Images, evaluate_later, evaluate_scene
 from dream4d_engine.training.config import MODEL_VIDEO, TOY_MOTION, ZEROSCOPE, MotionRecipe
 from dream4d_engine.training.control import RunControl
@@ -27,8 +28,8 @@ from dream4d_engine.training.guidance import with_frames_of, with_longer_takes
 from dream4d_engine.training.motion import motion_stage, train_motion
 from dream4d_engine.training.validate import check_recipe
 
-ONE = SimpleNamespace(n_frames=None, frame_step=1)
-WAN = SimpleNamespace(n_frames=17, frame_step=4)
+ONE = SimpleNamespace(n_frames=None, most_frames=None, frame_step=1)
+WAN = SimpleNamespace(n_frames=17, most_frames=None, frame_step=4)
 
 
 def longer(n_frames: int | None, recipe=TOY_MOTION, handle=ONE):
@@ -64,12 +65,25 @@ def test_a_resumed_run_asks_again_and_gets_the_same():
     [
         (5, ONE, "5 frames are fewer than the 8"),
         (40, WAN, "ask for 37 or 41 frames, not 40"),
-        (10_000, ONE, "10000 frames are 1428 times as long as the 8 of the model, and at most 64 times"),
+        (450, ONE, "450 frames are more than 64 times as long as the 8 of the model: ask for 449 at most"),
+        (10_000, WAN, "ask for 1025 at most"),
     ],
 )
 def test_what_can_not_be_made_is_said_at_the_door(n_frames, handle, expected):
     with pytest.raises(ValueError, match=expected):
         longer(n_frames, with_frames_of(TOY_MOTION, {"video": handle}), handle)
+
+
+@pytest.mark.parametrize("n_frames", [None, 24])
+def test_a_take_that_the_prior_can_not_see_at_once_is_refused(n_frames):
+    twelve = replace(TOY_MOTION, n_frames=12)
+    with pytest.raises(ValueError, match=r"motion\.n_frames is 12, and the .* sees 8 frames at most at once: leave it"):
+        longer(n_frames, twelve, toy_prior("video"))
+    assert longer(n_frames, handle=toy_prior("video")).n_frames == (n_frames or 8)
+
+
+def test_the_most_frames_can_be_asked_for():
+    assert longer(449).windows.length == 64 and longer(1025, with_frames_of(MODEL_VIDEO, {"video": WAN}), WAN)
 
 
 def test_its_record_is_read_back_as_it_was():
