@@ -64,8 +64,7 @@ def unknown_cameras(name: object) -> str:
 def path_cameras(
     name: str,
     n_frames: int,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     *,
     azimuth_deg: float,
     elevation_deg: float,
@@ -73,7 +72,8 @@ def path_cameras(
     fov_deg: float,
     loop: bool = False,
 ) -> CameraBatch:
-    """Return one of the paths, [1, frames]; every one of them plays the animation."""
+    """Return one of the paths, [1, frames]; each plays the animation. `size`: (height, width) in pixels."""
+    height, width = size
     if name == FINAL_PATH:
         return final_path(height, width, FINAL_PARTS, n_frames, elevation_deg, distance, fov_deg, loop)
     if name == ORBIT:

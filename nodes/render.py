@@ -188,8 +188,7 @@ class Render(io.ComfyNode):
             batch = path_cameras(
                 cameras,
                 frames,
-                height,
-                width,
+                (height, width),
                 azimuth_deg=azimuth,
                 elevation_deg=elevation,
                 distance=distance,

@@ -17,7 +17,7 @@ from ..priors.handle import PriorKind
 from ..training.config import TOY_CAMERAS, TOY_DISTANCE, TOY_FOV_DEG
 from .captions import COLORS, MOTIONS, SHAPES, Caption
 from .models import IMAGE_SIZE, N_FRAMES, N_VIEWS, tokenize
-from .world import render_objects, world_from_canonical
+from .world import Objects, render_objects, world_from_canonical
 
 GREY = (0.15, 1.0)
 CAPTION_DROPOUT = 0.12
@@ -147,7 +147,8 @@ def _render_groups(objects: Tensor, cameras: CameraBatch, device: torch.device |
     color, shape, motion = objects.to(device).repeat_interleave(n_frames, 0).unbind(-1)
     table = torch.tensor(list(COLORS.values()), device=device)
     moved = world_from_canonical(motion, shape, cameras.time.reshape(-1))
-    image = render_objects(shape, table[color], torch.linalg.inv(moved), cameras, background=(0.0, 0.0, 0.0))
+    images_of = Objects(shape, table[color], torch.linalg.inv(moved))
+    image = render_objects(images_of, cameras, background=(0.0, 0.0, 0.0))
     rgba = torch.cat((image.rgb, image.mask), -1)
     return (rgba * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 4, 2, 3).contiguous()
 

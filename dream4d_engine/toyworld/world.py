@@ -24,6 +24,7 @@ __all__ = [
     "MOTIONS",
     "SHAPES",
     "Caption",
+    "Objects",
     "WorldImage",
     "all_captions",
     "parse_caption",
@@ -130,25 +131,30 @@ def _render_shape(
     return rgb, mask, depth
 
 
-def render_objects(  # noqa: PLR0913 (each of them is a tensor of its own shape)
-    shape_index: Tensor,
-    color: Tensor,
-    canonical_from_world: Tensor,
+@dataclass(frozen=True)
+class Objects:
+    """N things, each for an image of its own."""
+
+    shape_index: Tensor  # [N], places in SHAPES
+    color: Tensor  # [N, 3]
+    canonical_from_world: Tensor  # [N, 4, 4], affine maps
+    head_color: Tensor | None = None  # [N, 3], of the snowman's head; None: of one colour
+    mark_azimuths_deg: Sequence[float] = (0.0,)  # where the mark is; (0, 180): two faces, (): none
+
+
+def render_objects(
+    objects: Objects,
     cameras: CameraBatch,
-    head_color: Tensor | None = None,
     supersample: int = 2,
     background: Tensor | Sequence[float] | None = None,
-    mark_azimuths_deg: Sequence[float] = (0.0,),
     chunk_rays: int | None = None,
 ) -> WorldImage:
     """Render N = B*F images, each of its own object, on the device of the cameras.
 
     Args:
-        shape_index: [N] places in SHAPES. color: [N, 3]. canonical_from_world: [N, 4, 4] affine maps.
-        cameras: [B, F] in the same order. head_color: [N, 3] of the snowman's head, or None for one colour.
+        cameras: [B, F] in the objects' order.
         supersample: each pixel is the mean of this number squared of rays.
         background: None, [3], or a colour for each image [B, F, 3].
-        mark_azimuths_deg: where the mark is; (0, 180) makes a two-faced object, () one without a face.
         chunk_rays: rays traced at once; bounds the memory (about 150 bytes a ray).
     """
     if supersample < 1:
@@ -156,21 +162,20 @@ def render_objects(  # noqa: PLR0913 (each of them is a tensor of its own shape)
     (n_groups, n_frames), height, width = cameras.shape, cameras.height, cameras.width
     device = cameras.c2w.device
     n = n_groups * n_frames
+    shape_index, color = objects.shape_index.to(device), objects.color.to(device)
+    canonical_from_world = objects.canonical_from_world.to(device)
     if not len(shape_index) == len(color) == len(canonical_from_world) == n:
         raise ValueError(f"{n} cameras need as many objects, got {len(shape_index)}")
     chunk_rays = chunk_rays or (2**23 if device.type == "cuda" else 2**18)
     chunk = max(1, chunk_rays // (height * width * supersample**2))
-    shape_index, color = shape_index.to(device), color.to(device)
-    canonical_from_world = canonical_from_world.to(device)
-    head_color = None if head_color is None else head_color.to(device)
+    head_color = None if objects.head_color is None else objects.head_color.to(device)
     flat = cameras.reshape(n, 1)
     layers = [torch.zeros(n, height, width, channels, device=device) for channels in (3, 1, 1)]
     for shape, index in _by_shape(shape_index, chunk):
         # only the snowman has a head to paint
         head = head_color[index] if head_color is not None and shape is SHAPE_MODELS["snowman"] else None
-        parts = _render_shape(
-            shape, color[index], head, canonical_from_world[index], flat.groups(index), supersample, mark_azimuths_deg
-        )
+        maps, marks = canonical_from_world[index], objects.mark_azimuths_deg
+        parts = _render_shape(shape, color[index], head, maps, flat.groups(index), supersample, marks)
         for layer, part in zip(layers, parts, strict=True):
             layer[index] = part
     rgb, mask, depth = (layer.reshape(n_groups, n_frames, height, width, -1) for layer in layers)
@@ -194,7 +199,8 @@ def render_captions(
 ) -> WorldImage:
     """Render one caption for each group of the cameras [B, F]; the cameras' times move the objects.
 
-    `head_color` is a name or RGB; `strength` multiplies the motions' amplitudes; the rest as in `render_objects`.
+    `head_color` is a name or RGB; `strength` multiplies the motions' amplitudes; the rest as in `Objects` and
+    `render_objects`.
     """
     n_groups, n_frames = cameras.shape
     if len(captions) != n_groups:
@@ -213,9 +219,8 @@ def render_captions(
     if head_color is not None:
         named = COLORS[head_color] if isinstance(head_color, str) else head_color
         head = torch.tensor(named, device=device).expand(len(shape), 3)
-    return render_objects(
-        shape, color, torch.linalg.inv(moved), cameras, head, supersample, background, mark_azimuths_deg, chunk_rays
-    )
+    objects = Objects(shape, color, torch.linalg.inv(moved), head, mark_azimuths_deg)
+    return render_objects(objects, cameras, supersample, background, chunk_rays)
 
 
 def render_caption(

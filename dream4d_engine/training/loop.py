@@ -47,9 +47,8 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     """Train a stage's scene in place until its recipe's steps are done.
 
     Raises Interrupted when asked to stop (after saving), TrainingDiverged after `loop.max_bad_steps` steps in a row
-    without a finite gradient, or PriorSilent after a few without an answer of a prior (what was saved before is kept),
-    ResumeMismatch when the checkpoint belongs to other settings, CheckpointError when it is damaged, WriteError when it
-    can't be written, and a ValueError where the memory budget is too small for any way.
+    without a finite gradient, PriorSilent after a few without a prior's answer (what was saved stays), ResumeMismatch,
+    CheckpointError or WriteError of the checkpoint, and a ValueError where the memory budget is too small for any way.
     """
     scene, recipe, loop = stage.scene, stage.recipe, stage.recipe.loop
     steps, on_gpu = recipe.steps, scene.device.type == "cuda"

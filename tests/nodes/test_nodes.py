@@ -96,13 +96,13 @@ def test_the_viewers_camera_sees_what_ours_does():
 def test_every_way_of_filming_shows_a_loop_once():
     cameras = part_of_the_pack("cameras")
     place = {"azimuth_deg": 0.0, "elevation_deg": 15.0, "distance": 3.0, "fov_deg": 40.0}
-    films = [cameras.path_cameras(name, 4, 8, 8, **place, loop=True) for name in cameras.CAMERAS[:3]]
+    films = [cameras.path_cameras(name, 4, (8, 8), **place, loop=True) for name in cameras.CAMERAS[:3]]
     films.append(
         cameras.viewer_cameras({"position": {"x": 0, "y": 0, "z": 9}, "target": dict.fromkeys("xyz", 0)}, 4, 8, 8, True)
     )
     for film in films:
         assert film.time[0, :4].tolist() == [0, 0.25, 0.5, 0.75] and film.time.shape[1] % 4 == 0
-    assert cameras.path_cameras("orbit", 3, 8, 8, **place).time.tolist() == [[0, 0.5, 1]]
+    assert cameras.path_cameras("orbit", 3, (8, 8), **place).time.tolist() == [[0, 0.5, 1]]
 
 
 def test_a_quaternion_turns_the_viewers_camera():
