@@ -98,13 +98,13 @@ def scene_mesh(
     """Make a scene's mesh: with `moving` (if it moves at all) as one topology over all times, else at one moment."""
     report = on_progress or (lambda share: None)
     moving = moving and scene.deformation is not None and options.n_times > 1
+    times = clip_times(scene, options.n_times) if moving else None  # refuses before the work
     frame = None if moving else options.time
     work = (1.0, 3.0 if moving else 0.0, 2.0 if options.texture else 0.0)  # what the parts take, about
     first, second = work[0] / sum(work), (work[0] + work[1]) / sum(work)
     surface = extract_surface(scene, frame, options.surface, partial(_between, report, 0.0, first))
     mesh, tracks = surface.mesh, None
-    if moving:
-        times = clip_times(scene, options.n_times)
+    if times is not None:
         on_track = partial(_between, report, first, second)
         tracks = track_vertices(scene, mesh.vertices, mesh.faces, times, on_track)
     order = torch.arange(len(mesh.vertices), device=mesh.vertices.device)

@@ -2,7 +2,7 @@
 
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
-from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion
+from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
 from .tracks import Tracks, track_vertices
 
@@ -20,4 +20,5 @@ __all__ = [
     "surface_colors",
     "track_own_vertices",
     "track_vertices",
+    "what_is_frozen",
 ]

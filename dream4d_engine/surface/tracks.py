@@ -126,6 +126,13 @@ def track_points(
     return _shown(scene, found, rest, row), (rest * 2 - 1) * radius
 
 
+def places_at_rest(scene: Scene, points: Tensor, time: float) -> Tensor:
+    """Points [S, 3] of the world at a time -> where what they show is at rest, but for the deformation's zoom."""
+    if scene.deformation is None:
+        return points
+    return (_at_rest(scene.looked_up(points, time), scene.deformation) * 2 - 1) * scene.config.radius
+
+
 def _still(points: Tensor, times: Tensor) -> Tracks:
     shape = (len(times), len(points))
     still = points.expand(len(times), -1, -1).clone()

@@ -60,7 +60,7 @@ def test_render_shows_the_changed_motion(scene, tmp_path) -> None:
     assert not torch.equal(by_flag, as_trained)
 
 
-def test_export_writes_the_changed_motion(scene, tmp_path) -> None:
+def test_export_writes_the_changed_motion(scene, tmp_path, capsys) -> None:
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     words = ["--times", "3", "--resolution", "8", "--faces", "0", "--threshold", "0.5", "--overwrite"]
     out = tmp_path / "a.glb"
@@ -68,6 +68,23 @@ def test_export_writes_the_changed_motion(scene, tmp_path) -> None:
     assert Glb(out.read_bytes()).tree.get("animations")
     assert main(["export", str(scene), "--out", str(out), *words, "--motion-strength", "0"]) == 0
     assert not Glb(out.read_bytes()).tree.get("animations")
+    moves, still = (line for line in capsys.readouterr().out.splitlines() if line.startswith(str(out)))
+    assert "key frames" in moves and ", which does not move, " in still
+
+
+def test_a_loops_two_moments_are_refused_by_their_flag(tmp_path, capsys) -> None:
+    loop = replace(CONFIG, deformation=replace(CONFIG.deformation, loop=True))
+    save_scene(tmp_path / "loop.safetensors", tiny_scene(loop))
+    line = fails(capsys, "export", tmp_path / "loop.safetensors", "--times", "2")
+    assert "--times: the motion is a loop" in line and "follow it through 3 or more" in line
+
+
+def test_a_freeze_that_holds_all_or_nothing_is_said(scene, tmp_path, capsys) -> None:
+    cases = {"-9,-9,-9,9,9,9": "all of the surface is frozen", "0.98,0.98,0.98,1,1,1": "what was frozen holds nothing"}
+    for box, said in cases.items():
+        words = ["motion", str(scene), "--out", str(tmp_path / "a.safetensors"), "--overwrite", "--freeze", box]
+        words += ["--freeze-border", "0.001"]
+        assert main(words) == 0 and said in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_mask_is_read_from_an_image(scene, tmp_path, capsys) -> None:

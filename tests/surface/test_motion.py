@@ -12,8 +12,9 @@ import pytest
 import torch
 from exact_scene import ExactField, exact_scene, jump, turn
 
+from dream4d_engine.fields.edit import Box, MotionEdit
 from dream4d_engine.mesh import MeshError
-from dream4d_engine.surface import follow_surface, measure_motion
+from dream4d_engine.surface import follow_surface, measure_motion, what_is_frozen
 from dream4d_engine.surface.motion import N_TIMES
 from dream4d_engine.toyworld.shapes import SHAPE_MODELS
 
@@ -107,6 +108,18 @@ def test_half_of_an_object_moves_and_the_rest_does_not_flicker() -> None:
     )
     assert found.strain < 0.002
     assert found.flicker is not None and found.flicker < 1e-4
+
+
+@pytest.mark.parametrize(("strength", "radius", "scale"), [(1.0, 1.0, 1.0), (0.5, 2.0, 1.25)])
+def test_how_much_of_the_surface_is_frozen(strength, radius, scale) -> None:
+    scene = moving(two_balls, right_ball_jumps, radius, scale).edited(MotionEdit(strength))
+    right = MotionEdit(frozen=(Box((-9, 0.01, -9), (9, 9, 9), 0.005),))
+    share, words = what_is_frozen(scene, scene.edited(right)).split("%")
+    assert float(share) == pytest.approx(50, abs=5) and words == " of the surface is frozen"
+    everything, nothing = (MotionEdit(frozen=(Box((low,) * 3, (9, 9, 9), 0.01),)) for low in (-9, 0.95))
+    assert what_is_frozen(scene, scene.edited(everything)) == "all of the surface is frozen: nothing moves"
+    assert what_is_frozen(scene, scene.edited(nothing)).startswith("what was frozen holds nothing of the surface")
+    assert what_is_frozen(moving(lambda points: points[:, 0] * 0 + 1, jump), scene) == ""
 
 
 def test_flicker_put_in_on_purpose() -> None:
