@@ -45,6 +45,7 @@ def run(options: Motion) -> int:
     say(f"{options.out}: {said}")
     if frozen:
         say(frozen)
+    results.say_outside(changed)
     return 0
 
 

@@ -16,7 +16,7 @@ from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
-from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, track_vertices
+from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_share, track_vertices
 from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
@@ -59,16 +59,25 @@ class SceneMesh:
     surface: Surface
     tracks: Tracks | None
     """None where nothing was followed."""
+    radius: float = 1.0
+    """Of the scene's box."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        if self.tracks is None or self.tracks.unconverged < 5e-5:  # what would read as 0.00 %
-            return self.surface.notes
-        share = (
-            f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there)"
-        )
-        return (*self.surface.notes, f"{share}: carried by their neighbours")
+        notes = list(self.surface.notes)
+        if self.tracks is not None and self.tracks.unconverged >= 5e-5:  # less would read as 0.00 %
+            notes.append(
+                f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
+                "there): carried by their neighbours"
+            )
+        outside = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
+        if outside >= 5e-4:
+            notes.append(
+                f"{outside:.1%} of the vertices' places in time lie outside of the scene's box, where images cut them "
+                "off: less strength keeps them in it"
+            )
+        return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def scene_mesh(
         over_time = tracks.positions[:, order]
         mesh = replace(mesh, vertices=over_time[0], normals=None, tracks=over_time, times=times)
     report(1.0)
-    return SceneMesh(mesh, surface, tracks)
+    return SceneMesh(mesh, surface, tracks, scene.config.radius)
 
 
 def _between(report: Callable[[float], None], start: float, end: float, share: float) -> None:

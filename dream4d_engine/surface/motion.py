@@ -20,7 +20,7 @@ from ..rendering.march import is_visible, points_of, sample_rays
 from ..scene import Scene
 from .look import AT_ONCE, Progress, require_finite
 from .silhouettes import silhouette_cameras
-from .tracks import Precision, places_at_rest, track_points
+from .tracks import Precision, outside_share, places_at_rest, track_points
 
 N_TIMES = 25
 """Moments, as far apart as tracks are followed in one go."""
@@ -94,6 +94,9 @@ class MotionReadout:
     difference in [0, 1] of the pixels that show it. None: all of it moves, so this can't be told."""
     folded: float
     """The share of points and moments where the motion has no inverse: there it folds or tears the surface."""
+    outside: float = 0.0
+    """The share of points and moments outside of the scene's box, where images cut the object off; of what the motion
+    as it was trained takes out of it, most (see `outside_share`)."""
 
     @property
     def line(self) -> str:
@@ -112,6 +115,8 @@ class MotionReadout:
             parts = [f"still: moves {self.peak_displacement:.3f} of its size at most" if much else "still"]
         if self.folded >= 5e-4:  # what would read as 0.0
             parts.append(f"folds or tears in {100 * self.folded:.1f} % of places and moments")
+        if self.outside >= 5e-4:
+            parts.append(f"cut off outside of the scene's box in {100 * self.outside:.1f} % of places and moments")
         if self.flicker is not None and self.flicker >= 5e-4:
             parts.append(f"what rests flickers by {self.flicker:.3f}")
         return "; ".join(parts)
@@ -154,6 +159,7 @@ def measure_motion(scene: Scene, motion: SurfaceMotion | None = None, on_progres
         loop_gap_steps=gap / step if step > 1e-7 else 0.0,
         flicker=flicker,
         folded=float(motion.carried.float().mean()),
+        outside=outside_share(motion.positions, scene.config.radius),
     )
 
 

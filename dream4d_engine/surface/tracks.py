@@ -47,6 +47,15 @@ class Tracks:
         return float(self.carried.float().mean()) if self.carried.numel() else 0.0
 
 
+def outside_share(positions: Tensor, radius: float) -> float:
+    """The share of positions [..., 3] that lie outside of a scene's box, or on its sides: images cut it off there.
+
+    What a trained motion takes out of the box has no inverse, and most of it, not all, is followed to a side.
+    """
+    out = (positions.abs() >= radius * (1 - 1e-6)).any(-1)
+    return float(out.float().mean()) if out.numel() else 0.0
+
+
 @dataclass(frozen=True)
 class Precision:
     """How hard inverses are looked for."""

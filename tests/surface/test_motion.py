@@ -74,6 +74,21 @@ def test_a_motion_that_does_not_come_back_in_a_larger_box() -> None:
     assert found.loop_gap_steps == pytest.approx(N_TIMES - 1, rel=0.01)
 
 
+def test_what_leaves_the_box() -> None:
+    """A cube jumps through the top of the box, by the strength of an edit, or as its motion was trained."""
+    inside = moving(came_from=jump)
+    scene = inside.edited(MotionEdit(2.0))
+    motion = follow_surface(scene)
+    top = motion.rest[:, 2] + 0.6 * torch.sin(math.pi * TIMES)[:, None]
+    expected, found = float((top > 1).float().mean()), measure_motion(scene, motion)
+    assert expected > 0.03 and found.outside == pytest.approx(expected, abs=0.003)
+    assert found.line.endswith(f"; cut off outside of the scene's box in {100 * expected:.1f} % of places and moments")
+    # by a trained motion what leaves the box has no inverse, and is followed to its side
+    trained = measure_motion(moving(came_from=lambda points, times: jump(points, times, 2.0)))
+    assert expected / 2 < trained.outside < expected + 0.003
+    assert measure_motion(inside).outside == 0 and "box" not in measure_motion(inside).line
+
+
 def test_a_rotation_keeps_distances() -> None:
     scene = moving(came_from=turn)
     motion = follow_surface(scene)
