@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..dream4d_engine.documents import named
 from ..dream4d_engine.fields.edit import MOST_STRENGTH, Box, MotionEdit, TimeMap, parse_boxes, parse_keys
 from ..dream4d_engine.fields.stencil import Stencil, stencil
+from ..dream4d_engine.surface import what_is_frozen
 from ..dream4d_engine.training.reference.masks import read_mask
 from ..dream4d_engine.training.reference.pixels import map_pixels
 from .render import scene_on_device
@@ -119,10 +120,12 @@ class Motion(io.ComfyNode):
                 say_on_node("nothing is changed", cls.hidden.unique_id)
                 return io.NodeOutput(scene)
             with scene_on_device(scene) as there:
-                changed = there.edited(edit).cpu()
+                changed = there.edited(edit)
+                frozen = what_is_frozen(there, changed) if edit.frozen or edit.masks else ""
+                changed = changed.cpu()
         except ValueError as error:
             raise RunError(str(error)) from error
-        say_on_node("\n".join(filter(None, (edit.in_words(), note))), cls.hidden.unique_id)
+        say_on_node("\n".join(filter(None, (edit.in_words(), note, frozen))), cls.hidden.unique_id)
         said = replace(scene.provenance, edits=(*scene.provenance.edits, edit.in_words()))
         return io.NodeOutput(SceneValue(changed, said))
 

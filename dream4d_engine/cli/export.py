@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 from ..assets import load_scene
+from ..documents import named
 from ..export import (
     ExportOptions,
     GltfOptions,
     MeshFormat,
+    clip_times,
     export_scene,
     mesh_format,
     own_mesh_glb,
@@ -21,6 +23,7 @@ from ..export import (
 from ..machine import check_folder, pick_device, write_atomically
 from ..meshes import READ_FORMATS, read_model
 from ..priors.formats.weights import human_size
+from ..scene import Scene
 from ..surface import SurfaceOptions
 from ..training.loop import Interrupted
 from . import results
@@ -114,13 +117,16 @@ def run(options: Export) -> int:
         gltf=_gltf(options),
     )
     scene, _ = edited(load_scene(options.scene, pick_device(options.machine.device))[0], options.edit)
+    moving = form == "glb" and options.times > 1 and scene.deformation is not None
+    if moving:
+        _check_times(scene, options.times)
     check_folder(out.parent, _MOST_BYTES)
     with _progress() as on_progress:
         report = export_scene(scene, out, export_options, form, on_progress)
     for note in report.made.notes:
         say(f"note: {note}")
     mesh = report.made.mesh
-    keys = f", {report.n_keys} key frames" if report.n_keys else ""
+    keys = _keys(report.n_keys) if moving else ""
     say(f"{out}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces{keys}, {human_size(report.n_bytes)}")
     return 0
 
@@ -148,14 +154,24 @@ def _run_own(options: Export, mesh: Path) -> int:
     model = read_model(mesh, origin.source.clip, origin.source.time)
     check_folder(out.parent, mesh.stat().st_size + _MOST_BYTES)
     scene, _ = edited(scene, options.edit)
+    _check_times(scene, options.times)
     with _progress() as on_progress:
         made = own_mesh_glb(scene, origin, model, options.times, _gltf(options), on_progress)
     write_atomically(out, made.data)
     for note in made.notes:
         say(f"note: {note}")
-    keys = f", {made.n_keys} key frames" if made.n_keys else ", which does not move"
-    say(f"{out}: {len(model.mesh.vertices):,} vertices of {mesh.name}{keys}, {human_size(len(made.data))}")
+    keys, size = _keys(made.n_keys), human_size(len(made.data))
+    say(f"{out}: {len(model.mesh.vertices):,} vertices of {mesh.name}{keys}, {size}")
     return 0
+
+
+def _check_times(scene: Scene, n_times: int) -> None:
+    with named("--times"):
+        clip_times(scene, n_times)
+
+
+def _keys(n: int) -> str:
+    return f", {n} key frames" if n else ", which does not move"
 
 
 def _gltf(options: Export) -> GltfOptions:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from ..assets import load_scene, save_scene
 from ..machine import check_folder, pick_device
+from ..surface import what_is_frozen
 from . import results
 from .command import Command
 from .errors import UsageError
@@ -36,11 +37,15 @@ def run(options: Motion) -> int:
     results.require_new_scene(options.out, options.overwrite)
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     check_folder(options.out.parent, options.scene.stat().st_size)
-    scene, said = edited(scene, options.edit)
+    changed, said = edited(scene, options.edit)
     if not said:  # a remap of blanks
         raise UsageError(_NOTHING)
-    save_scene(options.out, scene, replace(provenance, edits=(*provenance.edits, said)))
+    frozen = what_is_frozen(scene, changed) if options.edit.freezes else ""
+    save_scene(options.out, changed, replace(provenance, edits=(*provenance.edits, said)))
     say(f"{options.out}: {said}")
+    if frozen:
+        say(frozen)
+    results.say_outside(changed)
     return 0
 
 

@@ -216,8 +216,13 @@ class EditOptions:
             MotionEdit(frozen=tuple(parse_box(text, self.freeze_border) for text in self.freeze))
         with named("--remap"):
             TimeMap(keys=parse_keys(self.remap or ""))
-        if self.freeze_border != Box.border and not self.freeze and self.freeze_mask is None:
+        if self.freeze_border != Box.border and not self.freezes:
             raise ValueError("--freeze-border means nothing without --freeze or --freeze-mask: leave it out")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether something is to keep still."""
+        return bool(self.freeze) or self.freeze_mask is not None
 
     def edit(self) -> tuple[MotionEdit, str]:
         """The change, and what is to be said of its mask or "". ValueError where the mask can't be one."""

@@ -89,6 +89,8 @@ def run(options: Render) -> int:
     folders = {name: out / f"{options.path}_{name}" for name in passes if options.png}
     results.require_new([*videos.values(), *folders.values()], options.overwrite, folders=list(folders.values()))
     check_folder(out, n_frames * len(passes) * height * width * 4)  # bytes, of which no image or video takes more
+    if options.animate or options.path != "orbit":
+        results.say_outside(scene)
     span = results.measure_range(scene, cameras, render_options)  # of all frames, or the brightness would flicker
     with stop_on_interrupt() as should_stop, make_progress() as progress, ExitStack() as stack:
         writers = {n: stack.enter_context(VideoWriter(p, options.fps, provenance.prompt)) for n, p in videos.items()}

@@ -16,11 +16,12 @@ from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
-from ..surface import SurfaceMotion, follow_surface, measure_motion
+from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_share
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_later, evaluate_scene
 from .errors import UsageError
 from .options import ImageOptions
+from .terminal import say
 
 ELEVATION_DEG, DISTANCE, FOV_Y_DEG = 15.0, 3.0, 40.0
 SHEET_AZIMUTHS_DEG, SHEET_TIMES, SHEET_SIZE = (0, 90, 180, 270), 5, 96
@@ -160,6 +161,21 @@ def _scene_measures(scene: Scene) -> dict:
         "mean_opacity": float(opacity.mean()),
         "deformation_scale": None if deformation is None else deformation.scale,
     }
+
+
+def say_outside(scene: Scene) -> None:
+    """Say how much of the motion images cut off, where it is stronger than it was trained; a look takes a second."""
+    if scene.edit.strength <= 1:  # what training came to was measured then
+        return
+    try:
+        share = outside_share(follow_surface(scene).positions, scene.config.radius)
+    except MeshError:  # no surface to speak of; what was asked for may be made all the same
+        return
+    if share >= 5e-4:  # less would read as 0.0 %
+        say(
+            f"note: {share:.1%} of the surface's places in time lie outside of the scene's box, where images cut them "
+            "off: less strength keeps them in it"
+        )
 
 
 def require_new_scene(path: Path, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
-from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, track_vertices
+from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_share, track_vertices
 from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
@@ -59,16 +59,25 @@ class SceneMesh:
     surface: Surface
     tracks: Tracks | None
     """None where nothing was followed."""
+    radius: float = 1.0
+    """Of the scene's box."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        if self.tracks is None or self.tracks.unconverged < 5e-5:  # what would read as 0.00 %
-            return self.surface.notes
-        share = (
-            f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there)"
-        )
-        return (*self.surface.notes, f"{share}: carried by their neighbours")
+        notes = list(self.surface.notes)
+        if self.tracks is not None and self.tracks.unconverged >= 5e-5:  # less would read as 0.00 %
+            notes.append(
+                f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
+                "there): carried by their neighbours"
+            )
+        outside = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
+        if outside >= 5e-4:
+            notes.append(
+                f"{outside:.1%} of the vertices' places in time lie outside of the scene's box, where images cut them "
+                "off: less strength keeps them in it"
+            )
+        return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,13 @@ def scene_mesh(
     """Make a scene's mesh: with `moving` (if it moves at all) as one topology over all times, else at one moment."""
     report = on_progress or (lambda share: None)
     moving = moving and scene.deformation is not None and options.n_times > 1
+    times = clip_times(scene, options.n_times) if moving else None  # refuses before the work
     frame = None if moving else options.time
     work = (1.0, 3.0 if moving else 0.0, 2.0 if options.texture else 0.0)  # what the parts take, about
     first, second = work[0] / sum(work), (work[0] + work[1]) / sum(work)
     surface = extract_surface(scene, frame, options.surface, partial(_between, report, 0.0, first))
     mesh, tracks = surface.mesh, None
-    if moving:
-        times = clip_times(scene, options.n_times)
+    if times is not None:
         on_track = partial(_between, report, first, second)
         tracks = track_vertices(scene, mesh.vertices, mesh.faces, times, on_track)
     order = torch.arange(len(mesh.vertices), device=mesh.vertices.device)
@@ -114,7 +123,7 @@ def scene_mesh(
         over_time = tracks.positions[:, order]
         mesh = replace(mesh, vertices=over_time[0], normals=None, tracks=over_time, times=times)
     report(1.0)
-    return SceneMesh(mesh, surface, tracks)
+    return SceneMesh(mesh, surface, tracks, scene.config.radius)
 
 
 def _between(report: Callable[[float], None], start: float, end: float, share: float) -> None:

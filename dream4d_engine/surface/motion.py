@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..rendering.march import is_visible, points_of, sample_rays
 from ..scene import Scene
 from .look import AT_ONCE, Progress, require_finite
 from .silhouettes import silhouette_cameras
-from .tracks import Precision, track_points
+from .tracks import Precision, outside_share, places_at_rest, track_points
 
 N_TIMES = 25
 """Moments, as far apart as tracks are followed in one go."""
@@ -33,6 +33,7 @@ _CELLS = 14  # along the object's longest side
 _NEIGHBOURS = 8
 _PRECISION = Precision(5e-5, 6, 20)  # of the box: some thousandth of the distance of neighbours, whose changes are told
 _RESTING = 128  # points that flicker is looked for at, at most
+_FROZEN = 0.005  # share of its way: a step of the 8 bits of a mask
 _RAYS_AT_ONCE = 2**12
 
 
@@ -93,6 +94,9 @@ class MotionReadout:
     difference in [0, 1] of the pixels that show it. None: all of it moves, so this can't be told."""
     folded: float
     """The share of points and moments where the motion has no inverse: there it folds or tears the surface."""
+    outside: float = 0.0
+    """The share of points and moments outside of the scene's box, where images cut the object off; of what the motion
+    as it was trained takes out of it, most (see `outside_share`)."""
 
     @property
     def line(self) -> str:
@@ -111,6 +115,8 @@ class MotionReadout:
             parts = [f"still: moves {self.peak_displacement:.3f} of its size at most" if much else "still"]
         if self.folded >= 5e-4:  # what would read as 0.0
             parts.append(f"folds or tears in {100 * self.folded:.1f} % of places and moments")
+        if self.outside >= 5e-4:
+            parts.append(f"cut off outside of the scene's box in {100 * self.outside:.1f} % of places and moments")
         if self.flicker is not None and self.flicker >= 5e-4:
             parts.append(f"what rests flickers by {self.flicker:.3f}")
         return "; ".join(parts)
@@ -153,6 +159,7 @@ def measure_motion(scene: Scene, motion: SurfaceMotion | None = None, on_progres
         loop_gap_steps=gap / step if step > 1e-7 else 0.0,
         flicker=flicker,
         folded=float(motion.carried.float().mean()),
+        outside=outside_share(motion.positions, scene.config.radius),
     )
 
 
@@ -177,6 +184,23 @@ def follow_surface(scene: Scene, n_times: int = N_TIMES, on_progress: Progress =
     near = _near_pairs(points)
     tracks, rest = track_points(scene, points, near, times, _PRECISION, lambda share: report(0.2 + 0.8 * share))
     return SurfaceMotion(times, tracks.positions, rest, near, tracks.carried, rays.origins, rays.directions)
+
+
+@torch.no_grad()
+def what_is_frozen(before: Scene, after: Scene) -> str:
+    """How much of the surface a change of the motion lets keep still, in words; `after` is `before`, edited.
+
+    Points that are seen all around at the first moment are counted. "" where there are none.
+    """
+    rays = rays_from_cameras(silhouette_cameras(before, 0.0, _IMAGE_SIZE).to(before.device))
+    places = places_at_rest(before, _hits(before, rays)[1], 0.0)
+    if not len(places):
+        return ""
+    was, now = (replace(scene.edit, strength=1.0).share(places) for scene in (before, after))
+    if torch.equal(was, now):
+        return "what was frozen holds nothing of the surface: all of it moves as before"
+    frozen = float((now <= _FROZEN).float().mean())
+    return "all of the surface is frozen: nothing moves" if frozen == 1 else f"{frozen:.0%} of the surface is frozen"
 
 
 def _hits(scene: Scene, rays: RayBundle) -> tuple[RayBundle, Tensor]:

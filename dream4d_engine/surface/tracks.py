@@ -47,6 +47,15 @@ class Tracks:
         return float(self.carried.float().mean()) if self.carried.numel() else 0.0
 
 
+def outside_share(positions: Tensor, radius: float) -> float:
+    """The share of positions [..., 3] that lie outside of a scene's box, or on its sides: images cut it off there.
+
+    What a trained motion takes out of the box has no inverse, and most of it, not all, is followed to a side.
+    """
+    out = (positions.abs() >= radius * (1 - 1e-6)).any(-1)
+    return float(out.float().mean()) if out.numel() else 0.0
+
+
 @dataclass(frozen=True)
 class Precision:
     """How hard inverses are looked for."""
@@ -124,6 +133,13 @@ def track_points(
     start = (points / radius + 1) / 2 if scene.edit.is_nothing else rest
     found, row = _follow(scene, canonical, edges, times, start, precision, on_progress)
     return _shown(scene, found, rest, row), (rest * 2 - 1) * radius
+
+
+def places_at_rest(scene: Scene, points: Tensor, time: float) -> Tensor:
+    """Points [S, 3] of the world at a time -> where what they show is at rest, but for the deformation's zoom."""
+    if scene.deformation is None:
+        return points
+    return (_at_rest(scene.looked_up(points, time), scene.deformation) * 2 - 1) * scene.config.radius
 
 
 def _still(points: Tensor, times: Tensor) -> Tracks:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from exact_scene import exact_scene, jump
 from glb import Glb
 from scene_cases import CONFIG, PROVENANCE, tiny_scene
 
 from dream4d_engine.assets import load_scene, save_scene
 from dream4d_engine.cli import main
-from dream4d_engine.export import read_video, save_image
+from dream4d_engine.export import ExportOptions, read_video, save_image, scene_mesh
 from dream4d_engine.fields.edit import Box, MotionEdit, TimeMap
+from dream4d_engine.surface import SurfaceOptions
 
 
 def fails(capsys, *words: object) -> str:
@@ -60,7 +63,7 @@ def test_render_shows_the_changed_motion(scene, tmp_path) -> None:
     assert not torch.equal(by_flag, as_trained)
 
 
-def test_export_writes_the_changed_motion(scene, tmp_path) -> None:
+def test_export_writes_the_changed_motion(scene, tmp_path, capsys) -> None:
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     words = ["--times", "3", "--resolution", "8", "--faces", "0", "--threshold", "0.5", "--overwrite"]
     out = tmp_path / "a.glb"
@@ -68,6 +71,42 @@ def test_export_writes_the_changed_motion(scene, tmp_path) -> None:
     assert Glb(out.read_bytes()).tree.get("animations")
     assert main(["export", str(scene), "--out", str(out), *words, "--motion-strength", "0"]) == 0
     assert not Glb(out.read_bytes()).tree.get("animations")
+    moves, still = (line for line in capsys.readouterr().out.splitlines() if line.startswith(str(out)))
+    assert "key frames" in moves and ", which does not move, " in still
+
+
+def test_a_loops_two_moments_are_refused_by_their_flag(tmp_path, capsys) -> None:
+    loop = replace(CONFIG, deformation=replace(CONFIG.deformation, loop=True))
+    save_scene(tmp_path / "loop.safetensors", tiny_scene(loop))
+    line = fails(capsys, "export", tmp_path / "loop.safetensors", "--times", "2")
+    assert "--times: the motion is a loop" in line and "follow it through 3 or more" in line
+
+
+def test_a_freeze_that_holds_all_or_nothing_is_said(scene, tmp_path, capsys) -> None:
+    cases = {"-9,-9,-9,9,9,9": "all of the surface is frozen", "0.98,0.98,0.98,1,1,1": "what was frozen holds nothing"}
+    for box, said in cases.items():
+        words = ["motion", str(scene), "--out", str(tmp_path / "a.safetensors"), "--overwrite", "--freeze", box]
+        words += ["--freeze-border", "0.001"]
+        assert main(words) == 0 and said in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_images_cut_off_is_said(tmp_path, capsys, monkeypatch) -> None:
+    """A cube jumps by 0.3: at twice the strength it goes through the box's top."""
+    for name in ("motion", "render"):
+        monkeypatch.setattr(import_module(f"dream4d_engine.cli.{name}"), "load_scene", lambda *_: (high, PROVENANCE))
+    monkeypatch.setattr(import_module("dream4d_engine.cli.motion"), "save_scene", lambda *_: None)
+    high = exact_scene("cube", jump)
+    (tmp_path / "s").write_bytes(b"")
+    line = "of the surface's places in time lie outside of the scene's box, where images cut them off"
+    words = ["--frames", "1", "--size", "8", "8", "--path", "fixed", "--overwrite", "--samples", "8"]
+    for strength, expected in (("2", True), ("1.1", False)):
+        dial = ["--motion-strength", strength]
+        assert main(["motion", str(tmp_path / "s"), "--out", str(tmp_path / "a.safetensors"), *dial]) == 0
+        assert (line in capsys.readouterr().out) == expected
+        assert main(["render", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *words, *dial]) == 0
+        assert (line in capsys.readouterr().out) == expected
+    made = scene_mesh(high.edited(MotionEdit(2.0)), ExportOptions(5, surface=SurfaceOptions(16, 30.0, 200)))
+    assert line.replace("surface", "vertices").replace("the vertices's", "the vertices'") in made.notes[-1]
 
 
 def test_a_mask_is_read_from_an_image(scene, tmp_path, capsys) -> None:

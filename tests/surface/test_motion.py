@@ -12,8 +12,9 @@ import pytest
 import torch
 from exact_scene import ExactField, exact_scene, jump, turn
 
+from dream4d_engine.fields.edit import Box, MotionEdit
 from dream4d_engine.mesh import MeshError
-from dream4d_engine.surface import follow_surface, measure_motion
+from dream4d_engine.surface import follow_surface, measure_motion, what_is_frozen
 from dream4d_engine.surface.motion import N_TIMES
 from dream4d_engine.toyworld.shapes import SHAPE_MODELS
 
@@ -73,6 +74,21 @@ def test_a_motion_that_does_not_come_back_in_a_larger_box() -> None:
     assert found.loop_gap_steps == pytest.approx(N_TIMES - 1, rel=0.01)
 
 
+def test_what_leaves_the_box() -> None:
+    """A cube jumps through the top of the box, by the strength of an edit, or as its motion was trained."""
+    inside = moving(came_from=jump)
+    scene = inside.edited(MotionEdit(2.0))
+    motion = follow_surface(scene)
+    top = motion.rest[:, 2] + 0.6 * torch.sin(math.pi * TIMES)[:, None]
+    expected, found = float((top > 1).float().mean()), measure_motion(scene, motion)
+    assert expected > 0.03 and found.outside == pytest.approx(expected, abs=0.003)
+    assert found.line.endswith(f"; cut off outside of the scene's box in {100 * expected:.1f} % of places and moments")
+    # by a trained motion what leaves the box has no inverse, and is followed to its side
+    trained = measure_motion(moving(came_from=lambda points, times: jump(points, times, 2.0)))
+    assert expected / 2 < trained.outside < expected + 0.003
+    assert measure_motion(inside).outside == 0 and "box" not in measure_motion(inside).line
+
+
 def test_a_rotation_keeps_distances() -> None:
     scene = moving(came_from=turn)
     motion = follow_surface(scene)
@@ -107,6 +123,18 @@ def test_half_of_an_object_moves_and_the_rest_does_not_flicker() -> None:
     )
     assert found.strain < 0.002
     assert found.flicker is not None and found.flicker < 1e-4
+
+
+@pytest.mark.parametrize(("strength", "radius", "scale"), [(1.0, 1.0, 1.0), (0.5, 2.0, 1.25)])
+def test_how_much_of_the_surface_is_frozen(strength, radius, scale) -> None:
+    scene = moving(two_balls, right_ball_jumps, radius, scale).edited(MotionEdit(strength))
+    right = MotionEdit(frozen=(Box((-9, 0.01, -9), (9, 9, 9), 0.005),))
+    share, words = what_is_frozen(scene, scene.edited(right)).split("%")
+    assert float(share) == pytest.approx(50, abs=5) and words == " of the surface is frozen"
+    everything, nothing = (MotionEdit(frozen=(Box((low,) * 3, (9, 9, 9), 0.01),)) for low in (-9, 0.95))
+    assert what_is_frozen(scene, scene.edited(everything)) == "all of the surface is frozen: nothing moves"
+    assert what_is_frozen(scene, scene.edited(nothing)).startswith("what was frozen holds nothing of the surface")
+    assert what_is_frozen(moving(lambda points: points[:, 0] * 0 + 1, jump), scene) == ""
 
 
 def test_flicker_put_in_on_purpose() -> None:
