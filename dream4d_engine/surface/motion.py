@@ -94,9 +94,9 @@ class MotionReadout:
     difference in [0, 1] of the pixels that show it. None: all of it moves, so this can't be told."""
     folded: float
     """The share of points and moments where the motion has no inverse: there it folds or tears the surface."""
-    outside: float = 0.0
+    outside: float | None = None
     """The share of points and moments outside of the scene's box, where images cut the object off; of what the motion
-    as it was trained takes out of it, most (see `outside_share`)."""
+    as it was trained takes out of it, most (see `outside_share`). None: in records of before."""
 
     @property
     def line(self) -> str:
@@ -115,7 +115,7 @@ class MotionReadout:
             parts = [f"still: moves {self.peak_displacement:.3f} of its size at most" if much else "still"]
         if self.folded >= 5e-4:  # what would read as 0.0
             parts.append(f"folds or tears in {100 * self.folded:.1f} % of places and moments")
-        if self.outside >= 5e-4:
+        if self.outside is not None and self.outside >= 5e-4:
             parts.append(f"cut off outside of the scene's box in {100 * self.outside:.1f} % of places and moments")
         if self.flicker is not None and self.flicker >= 5e-4:
             parts.append(f"what rests flickers by {self.flicker:.3f}")
@@ -138,7 +138,9 @@ def measure_motion(scene: Scene, motion: SurfaceMotion | None = None, on_progres
     n_points = len(motion.rest)
     if not n_points or scene.deformation is None:
         report(1.0)
-        return MotionReadout(n_points, motion.size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None if not n_points else 0.0, 0.0)
+        return MotionReadout(
+            n_points, motion.size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None if not n_points else 0.0, 0.0, 0.0
+        )
     size, displacement = motion.size, motion.displacement
     largest = displacement.amax(0)
     one, other = motion.positions[:, motion.pairs].unbind(2)
