@@ -300,10 +300,10 @@ NUMBERS = {
         **{"--seed": "0", "--steps": "", "--hifa-steps": "", "--rigidity": "0", "--gradient-frames": "0"},
         **{"--motion-strength": ""},
     },
-    ("import", "mesh.glb", "--out", "OUT"): {"--seed": "0", "--time": "0", "--fill": ""},
+    ("import", "mesh.glb", "--out", "OUT.safetensors"): {"--seed": "0", "--time": "0", "--fill": ""},
     ("bench",): {"--steps": "", "--warmup": "0"},
     ("batch", "prompts.jsonl", "--out", "OUT"): {"--workers": "", "--retries": "0"},
-    ("motion", "SCENE", "--out", "OUT", "--ping-pong"): {
+    ("motion", "SCENE", "--out", "OUT.safetensors", "--ping-pong"): {
         "--motion-strength": "0",
         "--freeze-border": "",
         "--speed": "",
