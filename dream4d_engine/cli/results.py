@@ -16,7 +16,7 @@ from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
-from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_share
+from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_note
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_later, evaluate_scene
 from .errors import UsageError
@@ -168,14 +168,11 @@ def say_outside(scene: Scene) -> None:
     if scene.edit.strength <= 1:  # what training came to was measured then
         return
     try:
-        share = outside_share(follow_surface(scene).positions, scene.config.radius)
+        note = outside_note(follow_surface(scene).positions, scene.config.radius, "the surface's")
     except MeshError:  # no surface to speak of; what was asked for may be made all the same
         return
-    if share >= 5e-4:  # less would read as 0.0 %
-        say(
-            f"note: {share:.1%} of the surface's places in time lie outside of the scene's box, where images cut them "
-            "off: less strength keeps them in it"
-        )
+    if note:
+        say(f"note: {note}")
 
 
 def require_new_scene(path: Path, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
-from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_share, track_vertices
+from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_note, track_vertices
 from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
@@ -71,13 +71,8 @@ class SceneMesh:
                 f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
                 "there): carried by their neighbours"
             )
-        outside = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
-        if outside >= 5e-4:
-            notes.append(
-                f"{outside:.1%} of the vertices' places in time lie outside of the scene's box, where images cut them "
-                "off: less strength keeps them in it"
-            )
-        return tuple(notes)
+        outside = "" if self.tracks is None else outside_note(self.tracks.positions, self.radius, "the vertices'")
+        return (*notes, outside) if outside else tuple(notes)
 
 
 @dataclass(frozen=True)

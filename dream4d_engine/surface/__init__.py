@@ -4,7 +4,7 @@ from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
 from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
-from .tracks import Tracks, outside_share, track_vertices
+from .tracks import Tracks, outside_note, track_vertices
 
 __all__ = [
     "MotionReadout",
@@ -17,7 +17,7 @@ __all__ = [
     "extract_surface",
     "follow_surface",
     "measure_motion",
-    "outside_share",
+    "outside_note",
     "surface_colors",
     "track_own_vertices",
     "track_vertices",

@@ -56,6 +56,17 @@ def outside_share(positions: Tensor, radius: float) -> float:
     return float(out.float().mean()) if out.numel() else 0.0
 
 
+def outside_note(positions: Tensor, radius: float, whose: str) -> str:
+    """What to say of positions that lie outside of a scene's box, "the vertices'" say; "" where hardly any do."""
+    share = outside_share(positions, radius)
+    if share < 5e-4:  # would read as 0.0 %
+        return ""
+    return (
+        f"{share:.1%} of {whose} places in time lie outside of the scene's box, where images cut them off: less "
+        "strength keeps them in it"
+    )
+
+
 @dataclass(frozen=True)
 class Precision:
     """How hard inverses are looked for."""

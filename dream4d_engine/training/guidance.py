@@ -56,9 +56,7 @@ def with_views_of(recipe: StaticRecipe, handles: Handles) -> StaticRecipe:
     Raises a ValueError where it sees whole orbits and the recipe makes single views, or the other way round.
     """
     handle = handles.get("novel_view")
-    if handle is None:
-        return recipe
-    if handle.orbit is None and recipe.orbit is None:
+    if handle is None or (handle.orbit is None and recipe.orbit is None):
         return recipe
     if recipe.orbit is None:
         others = ", ".join(ORBIT_RECIPES)
