@@ -6,14 +6,18 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .layout import PUBLISHED_GROWTH, GridLayout, GridLevel, grid_layout
+
+if TYPE_CHECKING:
+    from .launched import Launches
 
 __all__ = [
     "PUBLISHED_GROWTH",
@@ -49,7 +53,23 @@ def _triton_kernels(device: torch.device) -> Kernels:
     from .triton_mlp import mlp
 
     t.check(device)
-    return Kernels("triton", *functions(t.LAUNCHES), mlp)
+    return Kernels("triton", *functions(_with_gradients_of_nvrtc(t.LAUNCHES, device)), mlp)
+
+
+def _with_gradients_of_nvrtc(launches: Launches, device: torch.device) -> Launches:
+    """These launches with the encoding's gradients in CUDA C++, which are faster, where they can be compiled."""
+    from . import nvrtc_kernels as n
+
+    try:
+        n.check(device)
+    except (ImportError, RuntimeError) as reason:
+        _note(logging.INFO, f"the encoding's gradients stay triton's on {device}: {_why(reason)}")
+        return launches
+    return replace(
+        launches,
+        encode_to_table=n.LAUNCHES.encode_to_table,
+        encode_to_points=n.LAUNCHES.encode_to_points,
+    )
 
 
 def _nvrtc_kernels(device: torch.device) -> Kernels:

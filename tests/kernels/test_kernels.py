@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dream4d_engine.kernels import (
     nvrtc_kernels,
     select_kernels,
     torch_kernels,
+    triton_kernels,
 )
 from dream4d_engine.kernels.launched import Launches, functions
 from dream4d_engine.kernels.layout import PRIMES
@@ -414,6 +416,20 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
         select_kernels("cpu", "fast")
 
 
+@pytest.mark.usefixtures("a_new_process")
+def test_the_encodings_gradients_are_the_faster_backends_where_it_runs(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    from dream4d_engine import kernels
+
+    launches, cpu = triton_kernels.LAUNCHES, torch.device("cpu")
+    with caplog.at_level(logging.INFO):
+        assert kernels._with_gradients_of_nvrtc(launches, cpu) == launches
+    assert "the encoding's gradients stay triton's on cpu: they need a CUDA device" in caplog.text
+    monkeypatch.setattr(nvrtc_kernels, "check", lambda device: None)
+    mixed, other = kernels._with_gradients_of_nvrtc(launches, cpu), nvrtc_kernels.LAUNCHES
+    gradients = {"encode_to_table": other.encode_to_table, "encode_to_points": other.encode_to_points}
+    assert mixed == replace(launches, **gradients) != launches
+
+
 # ---- the other backends against the plain one -----------------------------------------------------------------------
 
 
@@ -436,8 +452,6 @@ def fast(request, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernels, torch.devic
 
 def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Launches:
     pytest.importorskip("triton", reason="triton is not installed")
-    from dream4d_engine.kernels import triton_kernels
-
     monkeypatch.setattr(triton_kernels, "_RUN", 4)  # interpreted step by step
     return triton_kernels.LAUNCHES
 
