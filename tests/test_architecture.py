@@ -18,6 +18,7 @@ LEVELS = {
     "": 0,  # the package itself: its version
     "schedules": 0,
     "cameras": 0,
+    "columns": 0,
     "division": 0,
     "documents": 0,
     "kernels": 0,

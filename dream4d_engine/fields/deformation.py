@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..columns import side_by_side
 from ..kernels import Kernels
 from .body import BodyMotion
 from .edit import MotionEdit
@@ -119,7 +120,7 @@ class DeformationField(nn.Module):
         in the end.
         """
         if not self.config.loop:
-            return self.grid(torch.cat((u, times[:, None]), -1), kernels, self._n_active)
+            return self.grid(side_by_side(u, times[:, None]), kernels, self._n_active)
         phase = times.remainder(1)
         late = ((phase - 1) / SEAM + 1).clamp(0, 1)
         blend = late.square() * (3 - 2 * late)

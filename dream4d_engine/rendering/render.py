@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..cameras import CameraBatch
+from ..columns import side_by_side
 from ..division import WHOLE, Division
 from ..machine import allowed_memory
 from ..randomness import Source, draw_rows
@@ -26,7 +27,7 @@ from .march import PrefetchedSamples, cull_invisible, is_visible, points_of, pre
 SAMPLES_AT_ONCE = 2**18
 """Points queried together where no gradient is kept, on a CPU; a GPU wants more to do at once."""
 PREFETCH_AT_ONCE = 2**19
-"""Points queried together ahead of a step, while the step before still holds its memory."""
+"""Points queried together ahead of a step, while the step before still holds its memory; more where there is plenty."""
 LATTICE_AT_ONCE = 2**22
 """Rays times samples a ray of one chunk, at most, likewise."""
 GPU_SHARE = 2**32
@@ -143,9 +144,8 @@ def prefetch_samples(scene: Scene, view: View, capacity: int | None) -> Prefetch
         raise ValueError("samples are found ahead only where rays are pruned by a first look and rendered all at once")
     if capacity is None:
         capacity = len(sample_rays(scene, rays, options.n_samples, view.jitter).t_starts)
-    return prefetch_visible(
-        scene, rays, options.n_samples, view.jitter, options.alpha_threshold, PREFETCH_AT_ONCE, capacity
-    )
+    at_once = PREFETCH_AT_ONCE * max(1, _gpu_factor(scene.device) // 8)
+    return prefetch_visible(scene, rays, options.n_samples, view.jitter, options.alpha_threshold, at_once, capacity)
 
 
 def render_view(scene: Scene, view: View) -> RenderOutput:
@@ -346,7 +346,7 @@ def _composite(
     columns = [found.rgb, torch.ones_like(middles), middles]  # their sums: colour, opacity, depth
     columns += [extra for extra in (found.normals, displacement) if extra is not None]
     intervals = samples.ray_indices, samples.t_starts, samples.t_ends, samples.n_rays
-    weights, sums = scene.kernels.composite(found.density, torch.cat(columns, -1), *intervals)  # [S], [N, 5 or more]
+    weights, sums = scene.kernels.composite(found.density, side_by_side(*columns), *intervals)  # [S], [N, 5 or more]
     rgb, opacity, depth, *extras = sums.split([column.shape[-1] for column in columns], -1)
     # HiFA 2305.18766, section 3.2
     spread = weights[:, None] * (middles - depth.index_select(0, samples.ray_indices)) ** 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_only_as_many_samples_as_there_is_room_for_are_looked_at():
     for options in (replace(STRATIFIED, prune=False), replace(STRATIFIED, rays_at_once=100)):
         with pytest.raises(ValueError, match="only where rays are pruned by a first look and rendered all at once"):
             prefetch_samples(scene, replace(view, options=options), None)
+
+
+def test_larger_pieces_are_looked_at_where_there_is_much_memory(monkeypatch):
+    scene, asked, rendering = ball(), [], import_module("dream4d_engine.rendering.render")
+    monkeypatch.setattr(rendering, "prefetch_visible", lambda *arguments: asked.append(arguments[-2]))
+    for gibibytes in (10, 24, 80, 140):
+        monkeypatch.setattr(rendering, "_gpu_factor", lambda device, n=gibibytes: n // 4)
+        prefetch_samples(scene, look(scene)[look], 100)
+    assert asked == [2**19, 2**19, 2**20, 2**21]
 
 
 def test_the_capacity_follows_how_large_the_cameras_show_the_scene():
