@@ -32,7 +32,7 @@ from dream4d_engine.priors.networks.execution import (
     in_slices,
     offload,
 )
-from dream4d_engine.priors.networks.frozen import speed_up
+from dream4d_engine.priors.networks.frozen import halved, speed_up
 from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 from dream4d_engine.training.config import CameraRanges
@@ -130,6 +130,18 @@ def test_odd_sizes_are_padded_as_before(vae, size):
     fast = speed_up(copy.deepcopy(vae))
     images = randn(1, 3, *size)
     close(fast.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.mode())
+
+
+def test_halving_keeps_images_and_their_gradient_in_channels_last():
+    conv = torch.nn.Conv2d(8, 8, 3, stride=2).double().requires_grad_(False)
+    images, seen = randn(2, 8, 6, 10).contiguous(memory_format=torch.channels_last).requires_grad_(), []
+    out = halved(conv, images)
+    out.grad_fn.register_prehook(lambda grads: seen.extend(grads))  # on what comes in, then on what goes out
+    out.grad_fn.register_hook(lambda into, _: seen.extend(into))
+    pull = torch.ones_like(out)
+    (gradient,) = torch.autograd.grad(out, images, pull)
+    close(gradient, torch.autograd.grad(conv(functional.pad(images, (0, 1, 0, 1))), images, pull)[0])
+    assert len(seen) == 2 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (out, gradient, *seen))
 
 
 def test_the_fused_norm_is_a_norm_and_a_silu():

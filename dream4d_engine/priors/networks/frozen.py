@@ -116,9 +116,18 @@ def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None,
         offset = time if offset is None else offset + time
     h = self.norm2(h, silu=True, offset=offset)
     h = frozen_conv(self.conv2, h, with_bias=False)
+    bias = self.conv2.bias  # with what is added, in the same pass
     if self.conv_shortcut is not None:
-        input_tensor = self.conv_shortcut(input_tensor)
-    return add_residual(input_tensor, h, self.conv2.bias)  # with the second convolution's bias in the same pass
+        input_tensor = frozen_conv(self.conv_shortcut, input_tensor, with_bias=False)
+        bias = _both(bias, self.conv_shortcut.bias)
+    return add_residual(input_tensor, h, bias)
+
+
+def _both(bias: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two convolutions' biases."""
+    if bias is None or other is None:
+        return other if bias is None else bias
+    return bias + other
 
 
 def _is_plain_resnet(block: Any) -> bool:
@@ -156,8 +165,22 @@ def halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if any(side % 2 for side in x.shape[2:]):
         return frozen_conv(conv, functional.pad(x, (0, 1, 0, 1)))
     # a 3x3 kernel at stride 2 begins at -2, 0, 2, ...: without the one at -2 these are the places that are wanted
-    out = frozen_conv(conv, x, padding=(2, 2))[:, :, 1:, 1:]
-    return out.contiguous(memory_format=torch.channels_last)
+    return _WithoutFirst.apply(frozen_conv(conv, x, padding=(2, 2)))
+
+
+class _WithoutFirst(torch.autograd.Function):
+    """Images [N, C, H, W] without their first row and column, in channels_last, as their gradient is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, c, height, width = grad.shape
+        whole = grad.new_zeros(n, height + 1, width + 1, c).permute(0, 3, 1, 2)
+        whole[:, :, 1:, 1:] = grad
+        return whole
 
 
 def _temporal_conv_forward(self: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
