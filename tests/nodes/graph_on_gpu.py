@@ -156,7 +156,10 @@ def videos(s: Session) -> None:
     s.image()
     between = s.memory()
     s.watched("take after an image", s.moving(3), s.steps)
-    s.compare("memory after a take after an image", between, s.memory())
+    # whichever models are left there: the image's alone without dynamic memory, and the take's afterwards
+    s.compare(
+        "memory after a take after an image", max(between, first, key=lambda found: found.get("torch", 0)), s.memory()
+    )
     s.compare("memory once all is freed, after takes", idle, s.freed())
 
 
