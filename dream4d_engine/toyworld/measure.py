@@ -9,7 +9,7 @@ whether what makes runs fast changes their results: `python -m dream4d_engine.to
 - paths: text-to-4d with plain PyTorch in full precision, and with everything that is fast on the device.
 - priors: text-to-4d by each of --video-priors, from the same still objects.
 - autoencoders: text-to-4d with a video prior on latents (--latent, see train_latent.py), through the full autoencoder
-  and through the tiny one.
+  through the tiny one, and through the full one's encoder and the tiny one's decoder.
 
 Writes DIR/measures.json, a sheet of images DIR/PART.png for each part, and prints tables.
 """
@@ -37,6 +37,7 @@ from ..cameras import CameraBatch, fixed_take, make_cameras, orbit
 from ..guidance.distillation import Guidance, distill, distill_at
 from ..kernels import select_kernels
 from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
+from ..priors.formats.tiny_vae import TinyDecoder
 from ..priors.handle import PriorKind
 from ..randomness import Draw
 from ..rendering import RenderOptions, render_chunked
@@ -51,6 +52,7 @@ from ..training.config import (
     TOY_MOTION,
     TOY_PERSONALISED,
     TOY_STATIC,
+    ZEROSCOPE,
     MotionRecipe,
     StaticRecipe,
     with_hifa_steps,
@@ -107,6 +109,7 @@ TARGET_TIMESTEPS = (970, 700, 400)
 PATH_CAPTIONS = ONE_OF_EACH[::4]
 _SHEET_SIZE, _SHEET_GREY = 64, 0.6
 TOY = "toy"  # the shipped prior
+_AUTOENCODERS = ("full", "tiny", "tiny decoder")
 _NO_LATENT = "the part autoencoders needs --latent: the folder that train_latent.py wrote"
 
 
@@ -119,7 +122,7 @@ class Case:
     caption: str
     lora: Path | None = None
     n_steps: int = 1  # denoising steps of a target
-    way: str = ""  # "plain" or "fast", "full" or "tiny"
+    way: str = ""  # "plain" or "fast", or one of _AUTOENCODERS
     folder: Path | None = None  # of train_latent.py, or of a video prior
     stills: Path | None = None  # folder of still objects, made once
     device: str = "cpu"
@@ -315,12 +318,14 @@ def measure_prior(case: Case) -> Result:
 
 
 def measure_autoencoder(case: Case) -> Result:
-    """A motion through the full or (`way` "tiny") the tiny autoencoder, and how alike their gradients are."""
+    """A motion through the full autoencoder or a tiny one (`way`), and how alike their gradients are."""
     if case.folder is None:
         raise ValueError(_NO_LATENT)
-    device, recipe = torch.device(case.device), _shortened(TOY_MOTION, case)
+    device, recipe = torch.device(case.device), _with_color(_shortened(TOY_MOTION, case))
     full = prior_files(case.folder / "video", "video")
-    handles = {"full": full, "tiny": replace(full, tiny_vae=case.folder / "tiny")}
+    tiny = case.folder / "tiny"
+    handles = {"full": full, "tiny": replace(full, tiny_vae=tiny)}
+    handles["tiny decoder"] = replace(full, tiny_vae=TinyDecoder(tiny))
     through = {
         way: load_guidance(recipe, {"video": handles[way]}, case.caption, runtime_for(recipe, device))
         for way in dict.fromkeys(("full", case.way))
@@ -339,6 +344,13 @@ def measure_autoencoder(case: Case) -> Result:
         "steps_per_second": 1 / summary.seconds_per_step,
     }
     return case, measures, _over_time(moving)
+
+
+def _with_color(recipe: MotionRecipe) -> MotionRecipe:
+    """The recipe with the published one's colour term, which is what a decoder is asked for."""
+    weight = ZEROSCOPE.guidance[0].distillation.color_weight
+    terms = (replace(term, distillation=replace(term.distillation, color_weight=weight)) for term in recipe.guidance)
+    return replace(recipe, guidance=tuple(terms))
 
 
 def _gradient(guidance: Guidance, scene: Scene, seed: int) -> Tensor:
@@ -382,7 +394,7 @@ def all_cases(
     for part in ("targets", "films", "steadiness"):
         known[part] = [Case(part, f"{c}, {n} steps", c, n_steps=n) for c in MOVING_CAPTIONS for n in (1, 4)]
     known["autoencoders"] = [
-        Case("autoencoders", f"{c}, {way}", c, way=way, folder=latent) for c in ONE_OF_EACH for way in ("full", "tiny")
+        Case("autoencoders", f"{c}, {way}", c, way=way, folder=latent) for c in ONE_OF_EACH for way in _AUTOENCODERS
     ]
     known["priors"] = [
         Case("priors", f"{c}, {'/'.join(Path(p).parts[-2:])}", c, folder=None if p == TOY else Path(p), stills=stills)
