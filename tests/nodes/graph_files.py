@@ -55,6 +55,7 @@ write("loras/small.safetensors", models.attention_lora(models.checkpoint_model(u
 write("diffusion_models/small_wan.safetensors", models.wan_transformer())
 write("vae/small_wan.safetensors", models.wan_vae())
 write("vae/small_sd.safetensors", models.kl_vae())
+write("vae/tiny_wan.safetensors", models.tiny_video_vae())
 zero123 = models.prefixed(models.sd15_unet(in_channels=8), models.UNET_PREFIX)
 zero123 |= models.prefixed(models.random_weights(torch.nn.Linear(772, 768), 5), "cc_projection.")
 write("checkpoints/small_zero123.safetensors", zero123)

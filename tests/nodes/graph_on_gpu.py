@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 import traceback
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
@@ -37,6 +39,7 @@ class Session:
         self.server, self.small, self.found, self.wrong = server, small, {}, []
         self.steps = 3 if small else 5
         self.size = {"width": 48, "height": 32} if small else {"width": 0, "height": 0}
+        self.moments: list[float] = []  # when the watched run's steps were taken, seconds
 
     def held(self, what: str, good: bool, detail: object = None) -> None:
         """Note whether something held."""
@@ -69,7 +72,7 @@ class Session:
         outputs = self.server.run(graph, 400)
         seconds = round(time.monotonic() - began, 1)
         _, seen = self.server.post("/dream4d_test/watch", {})
-        tail = seen["steps"][-steps:]
+        tail, self.moments = seen["steps"][-steps:], seen["moments"][-steps:]
         good = len(tail) == steps and all(0 < norm < float("inf") for norm in tail)
         self.held(f"{what}: a gradient in every step", good, {"norms": tail, "seconds": seconds})
         return outputs
@@ -89,8 +92,10 @@ class Session:
         prior = node("Dream4DImagePriorFromModel", model=["10", 0], clip=["10", 1], vae=["10", 2], **self.size)
         return self.checkpoint() | {"1": prior, "2": scene, "8": node("Dream4DSceneInfo", scene=["2", 0])}
 
-    def moving(self, seed: int, family: str = "wan", steps: int | None = None, **changes) -> dict:
-        """Nodes 1 to 4, 20 to 22: the motion of a toy scene by a video model."""
+    def moving(
+        self, seed: int, family: str = "wan", steps: int | None = None, vae: str | None = None, **changes
+    ) -> dict:
+        """Nodes 1 to 4, 20 to 22: the motion of a toy scene by a video model, through its own or another `vae`."""
         name = f"small_{family}" if self.small or family == "ltx" else f"full_{family}"
         frames = {"wan": 5, "ltx": 9}[family] if self.small or family == "ltx" else 0
         size = {"width": 96, "height": 64} if family == "ltx" else self.size
@@ -98,7 +103,7 @@ class Session:
         graph = static_nodes(2, seed=9) | {
             "20": node("UNETLoader", unet_name=f"{name}.safetensors", weight_dtype="default"),
             "21": node("GuardSmallClip", family=family),
-            "22": node("VAELoader", vae_name=f"{name}.safetensors"),
+            "22": node("VAELoader", vae_name=f"{vae or name}.safetensors"),
             "3": node("Dream4DVideoPriorFromModel", **given),
         }
         steps = steps or self.steps
@@ -198,7 +203,19 @@ def shortage(s: Session) -> None:
         s.watched(f"{family}, after memory ran out", graph(51), 1)
 
 
-PARTS = {part.__name__: part for part in (images, videos, cancel, shortage)}
+def speed(s: Session) -> None:
+    """What a step of Wan takes, through its own autoencoder and through a tiny one, in turns."""
+    steps, found = 3 * s.steps, {}
+    for turn in range(2):
+        for vae in (None, "tiny_wan"):
+            name = f"{vae or 'its own'}, turn {turn}"
+            s.watched(name, s.moving(70 + turn, steps=steps, vae=vae), steps)
+            late = s.moments[len(s.moments) // 3 :]  # the first ones compile
+            found[name] = round(median(b - a for a, b in pairwise(late)), 3)
+    s.held("seconds a step", all(seconds > 0 for seconds in found.values()), found)
+
+
+PARTS = {part.__name__: part for part in (images, videos, cancel, shortage, speed)}
 
 
 def run(base: Path, options: str, small: bool, parts: list[str]) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class Watch:
     encodings: int = 0
     pending: list[float] = field(default_factory=list)  # norms of the gradient on images since the last step
     steps: list[float] = field(default_factory=list)  # their sums, for each step
+    moments: list[float] = field(default_factory=list)  # when each was taken, seconds
 
 
 _watch = Watch()
@@ -38,6 +40,7 @@ async def watch(request):
         encoder.encode = _watched(encoder.encode)
         torch.optim.AdamW.step = _counted(torch.optim.AdamW.step)
     seen = {"encodings": _watch.encodings, "steps": _watch.steps, "shortage": _watch.shortage_after is not None}
+    seen["moments"] = _watch.moments
     _watch.__init__(shortage_after=(await request.json()).get("shortage_after"))
     return web.json_response(seen)
 
@@ -85,6 +88,7 @@ def _watched(plain):
 def _counted(plain):
     def step(self, *given, **named):
         _watch.steps.append(sum(_watch.pending))
+        _watch.moments.append(time.monotonic())
         _watch.pending.clear()
         return plain(self, *given, **named)
 
