@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -57,19 +57,29 @@ def _triton_kernels(device: torch.device) -> Kernels:
 
 
 def _with_gradients_of_nvrtc(launches: Launches, device: torch.device) -> Launches:
-    """These launches with the encoding's gradients in CUDA C++, which are faster, where they can be compiled."""
-    from . import nvrtc_kernels as n
+    """These launches with the encoding's gradients in CUDA C++, which are faster, where they can be compiled.
 
-    try:
-        n.check(device)
-    except (ImportError, RuntimeError) as reason:
-        _note(logging.INFO, f"the encoding's gradients stay triton's on {device}: {_why(reason)}")
-        return launches
-    return replace(
-        launches,
-        encode_to_table=n.LAUNCHES.encode_to_table,
-        encode_to_points=n.LAUNCHES.encode_to_points,
-    )
+    They are first compiled when a gradient is asked for: who only looks at a scene doesn't wait for it.
+    """
+
+    @cache  # a compiler that fails is not asked again in each step
+    def faster() -> Launches:
+        from . import nvrtc_kernels as n
+
+        try:
+            n.check(device)
+        except (ImportError, RuntimeError) as reason:
+            _note(logging.INFO, f"the encoding's gradients stay {launches.name}'s on {device}: {_why(reason)}")
+            return launches
+        return n.LAUNCHES
+
+    def to_table(*given) -> None:
+        faster().encode_to_table(*given)
+
+    def to_points(*given) -> None:
+        faster().encode_to_points(*given)
+
+    return replace(launches, encode_to_table=to_table, encode_to_points=to_points)
 
 
 def _nvrtc_kernels(device: torch.device) -> Kernels:

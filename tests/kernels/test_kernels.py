@@ -417,17 +417,29 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.usefixtures("a_new_process")
-def test_the_encodings_gradients_are_the_faster_backends_where_it_runs(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+@pytest.mark.parametrize("gradient", ["encode_to_table", "encode_to_points"])
+def test_the_encodings_gradients_are_the_faster_backends_where_it_runs(monkeypatch, caplog, gradient: str) -> None:
     from dream4d_engine import kernels
 
-    launches, cpu = triton_kernels.LAUNCHES, torch.device("cpu")
+    def saying(name: str) -> Launches:
+        said = {g: lambda *given: asked.append((name, given)) for g in ("encode_to_table", "encode_to_points")}
+        return replace(triton_kernels.LAUNCHES, name=name, **said)
+
+    asked: list = []
+    monkeypatch.setattr(nvrtc_kernels, "LAUNCHES", saying("nvrtc"))
+    launches = saying("triton")
+    mixed, later = (kernels._with_gradients_of_nvrtc(launches, torch.device("cpu")) for _ in range(2))
+    assert (
+        replace(mixed, encode_to_table=launches.encode_to_table, encode_to_points=launches.encode_to_points) == launches
+    )
     with caplog.at_level(logging.INFO):
-        assert kernels._with_gradients_of_nvrtc(launches, cpu) == launches
+        getattr(mixed, gradient)(1, 2)
+    assert asked == [("triton", (1, 2))], "there is no GPU that it could be compiled for"
     assert "the encoding's gradients stay triton's on cpu: they need a CUDA device" in caplog.text
     monkeypatch.setattr(nvrtc_kernels, "check", lambda device: None)
-    mixed, other = kernels._with_gradients_of_nvrtc(launches, cpu), nvrtc_kernels.LAUNCHES
-    gradients = {"encode_to_table": other.encode_to_table, "encode_to_points": other.encode_to_points}
-    assert mixed == replace(launches, **gradients) != launches
+    for one in (later, mixed):
+        getattr(one, gradient)(3)
+    assert asked[1:] == [("nvrtc", (3,)), ("triton", (3,))], "an answer holds"
 
 
 # ---- the other backends against the plain one -----------------------------------------------------------------------
