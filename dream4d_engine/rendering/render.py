@@ -44,6 +44,7 @@ class RenderOptions:
     alpha_threshold: float = 0.01  # 0 skips that second look
     normals: bool = False  # composite these too
     displacement: bool = False
+    z_variance: bool = False
     background: Tensor | None = None  # a colour [3], or [B, 3] one for each group, instead of the scene's background
     ray_jitter: float = 0.0  # standard deviation of a normal offset on the rays' directions (needs a generator)
     # With gradient: slices of so many rays, each rendered once more in the backward pass instead of keeping what that
@@ -67,8 +68,8 @@ class RenderOutput:
     rgb: Tensor  # 3 channels, over the background
     opacity: Tensor  # 1, sum w
     depth: Tensor  # 1, sum w t
-    z_variance: Tensor  # 1, sum w (t - depth)^2
     background: Tensor  # 3
+    z_variance: Tensor | None = None  # 1, sum w (t - depth)^2; this and the following where they were asked for
     normals: Tensor | None = None  # 3, sum w n
     displacement: Tensor | None = None  # 3, sum w d; None for a static scene
     samples: RaySamples | None = None  # S of them, only where all rays went at once
@@ -348,15 +349,16 @@ def _composite(
     intervals = samples.ray_indices, samples.t_starts, samples.t_ends, samples.n_rays
     weights, sums = scene.kernels.composite(found.density, side_by_side(*columns), *intervals)  # [S], [N, 5 or more]
     rgb, opacity, depth, *extras = sums.split([column.shape[-1] for column in columns], -1)
-    # HiFA 2305.18766, section 3.2
-    spread = weights[:, None] * (middles - depth.index_select(0, samples.ray_indices)) ** 2
-    z_variance = scene.kernels.accumulate(spread, samples.ray_indices, samples.n_rays)
+    z_variance = None
+    if options.z_variance:  # HiFA 2305.18766, section 3.2
+        spread = weights[:, None] * (middles - depth.index_select(0, samples.ray_indices)) ** 2
+        z_variance = scene.kernels.accumulate(spread, samples.ray_indices, samples.n_rays)
     return RenderOutput(
         rgb=rgb + (1 - opacity) * background,
         opacity=opacity,
         depth=depth,
-        z_variance=z_variance,
         background=background,
+        z_variance=z_variance,
         normals=extras.pop(0) if found.normals is not None else None,
         displacement=extras.pop(0) if displacement is not None else None,
         samples=samples,

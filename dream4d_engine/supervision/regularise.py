@@ -40,7 +40,7 @@ class RegularizerWeights:
 def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFunction) -> Supervision:
     """Return the supervision by the terms whose weights at a progress are not 0; the others are not computed.
 
-    The view must composite the normals and displacements that they look at.
+    The view must composite the normals, displacements and variances of depth that they look at.
     """
 
     def loss(scene: Scene, output: RenderOutput, view: View, progress: float, draw: Draw) -> Terms:
@@ -51,7 +51,8 @@ def regularisers(weights_at: Callable[[float], RegularizerWeights], view: ViewFu
         if weights.entropy:
             parts["entropy"] = weights.entropy * losses.opacity_entropy(output.opacity)
         if weights.z_variance:
-            parts["z_variance"] = weights.z_variance * losses.z_variance(output.z_variance, output.opacity)
+            spread = needed(output.z_variance, "a rendering of the variance of depth")
+            parts["z_variance"] = weights.z_variance * losses.z_variance(spread, output.opacity)
         if weights.displacement_tv:
             displacement = needed(output.displacement, "a rendering of displacements")
             parts["displacement_tv"] = weights.displacement_tv * losses.displacement_tv(displacement)

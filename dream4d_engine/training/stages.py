@@ -78,6 +78,7 @@ def seen_by_priors(
             # the smoothness in 3D asks the scene itself
             normals=bool(weights.orientation or weights.normal_smoothness_2d),
             displacement=bool(weights.displacement_tv),
+            z_variance=bool(weights.z_variance),
             rays_at_once=rays_at_once,
         )
 

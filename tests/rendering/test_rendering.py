@@ -28,13 +28,14 @@ from dream4d_engine.rendering import (
     render_chunked,
     render_view,
 )
+from dream4d_engine.rendering.render import _IMAGES
 from dream4d_engine.rendering.shading import KINDS, depth_image, displacement_image, image_of
 from dream4d_engine.scene import Scene, SceneConfig, build_scene
 
 GRID = HashGridConfig(n_levels=4, log2_entries=8, base_resolution=4, growth=1.5)
 CONFIG = SceneConfig(radiance=RadianceConfig(GRID, hidden_width=16), occupancy_resolution=16, n_samples=48)
 MOTION = DeformationConfig(GRID, hidden_width=16, hidden_layers=2)
-EVERYTHING = RenderOptions(normals=True, displacement=True)
+EVERYTHING = RenderOptions(normals=True, displacement=True, z_variance=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,7 +98,7 @@ def test_a_slab_has_its_closed_form() -> None:
     scene = build_scene(replace(CONFIG, n_samples=512), generator())
     constant_density(scene, 0.7)
     straight = orbit(1, 1, 1, elevation_deg=0.0)
-    output = render_chunked(scene, straight, RenderOptions(prune=False))
+    output = render_chunked(scene, straight, RenderOptions(prune=False, z_variance=True))
     expected = 1 - np.exp(-0.7 * 2.0)
     assert float(output.opacity) == pytest.approx(expected, abs=2e-3)
     t = np.linspace(2, 4, 200_001)
@@ -110,7 +111,7 @@ def test_a_slab_has_its_closed_form() -> None:
 
 def test_weights_sum_to_the_opacity_and_colours_mix_with_the_background() -> None:
     scene = static_scene()
-    output = render(scene, cameras(), RenderOptions(background=torch.tensor([1.0, 0.0, 0.0])))
+    output = render(scene, cameras(), RenderOptions(background=torch.tensor([1.0, 0.0, 0.0]), z_variance=True))
     n_rays = output.samples.n_rays
     summed = torch.zeros(n_rays).index_add(0, output.samples.ray_indices, output.weights)
     assert torch.allclose(summed, output.opacity.flatten(), atol=1e-6)
@@ -125,9 +126,10 @@ def test_weights_sum_to_the_opacity_and_colours_mix_with_the_background() -> Non
 def test_shapes_and_what_was_not_asked_for() -> None:
     plain = render(static_scene(), cameras(8), RenderOptions(displacement=True))
     assert plain.rgb.shape == (1, 3, 8, 8, 3) and plain.depth.shape == (1, 3, 8, 8, 1)
-    assert plain.normals is None and plain.displacement is None
+    assert plain.normals is None and plain.displacement is None and plain.z_variance is None
     full = render(moving_scene(), cameras(8), EVERYTHING)
     assert full.normals.shape == full.displacement.shape == (1, 3, 8, 8, 3)
+    assert full.z_variance.shape == (1, 3, 8, 8, 1)
 
 
 @pytest.mark.parametrize("options", [EVERYTHING, RenderOptions(), RenderOptions(prune=False, displacement=True)])
@@ -136,7 +138,7 @@ def test_chunks_change_nothing(options: RenderOptions) -> None:
     scene.refresh_occupancy()
     whole, seen = render(scene, cameras(), options), []
     parts = render_chunked(scene, cameras(), options, chunk_rays=37, on_progress=seen.append)
-    for name in ("rgb", "opacity", "depth", "z_variance", "background", "normals", "displacement"):
+    for name in _IMAGES:
         a, b = getattr(whole, name), getattr(parts, name)
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b, atol=1e-5), name
@@ -213,7 +215,7 @@ def test_rendering_slices_twice_gives_the_same_gradient(options: RenderOptions, 
     def rendered(options: RenderOptions) -> dict[str, torch.Tensor]:
         scene.zero_grad()
         output = render(scene, cameras(), options, generator(9))
-        images = {name: getattr(output, name) for name in ("rgb", "opacity", "depth", "normals", "displacement")}
+        images = {name: getattr(output, name) for name in _IMAGES}
         present = [image for image in images.values() if image is not None]
         torch.cat([(p * torch.randn(p.shape, generator=generator(3))).flatten() for p in present]).sum().backward()
         gradients = {name: p.grad.clone() for name, p in scene.named_parameters() if p.grad is not None}
