@@ -16,7 +16,16 @@ from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
-from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_note, track_vertices
+from ..surface import (
+    Surface,
+    SurfaceOptions,
+    Tracks,
+    bake_texture,
+    extract_surface,
+    outside_note,
+    outside_share,
+    track_vertices,
+)
 from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
@@ -71,8 +80,8 @@ class SceneMesh:
                 f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
                 "there): carried by their neighbours"
             )
-        outside = "" if self.tracks is None else outside_note(self.tracks.positions, self.radius, "the vertices'")
-        return (*notes, outside) if outside else tuple(notes)
+        share = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
+        return tuple(filter(None, (*notes, outside_note(share, "the vertices'"))))
 
 
 @dataclass(frozen=True)

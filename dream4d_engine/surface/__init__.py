@@ -4,7 +4,7 @@ from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
 from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
-from .tracks import Tracks, outside_note, track_vertices
+from .tracks import Tracks, outside_note, outside_share, track_vertices
 
 __all__ = [
     "MotionReadout",
@@ -18,6 +18,7 @@ __all__ = [
     "follow_surface",
     "measure_motion",
     "outside_note",
+    "outside_share",
     "surface_colors",
     "track_own_vertices",
     "track_vertices",
