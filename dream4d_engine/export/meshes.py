@@ -21,6 +21,7 @@ from ..surface import (
     SurfaceOptions,
     Tracks,
     bake_texture,
+    check_libraries,
     extract_surface,
     outside_note,
     outside_share,
@@ -110,6 +111,7 @@ def scene_mesh(
 ) -> SceneMesh:
     """Make a scene's mesh: with `moving` (if it moves at all) as one topology over all times, else at one moment."""
     report = on_progress or (lambda share: None)
+    check_libraries(options.surface.n_faces, options.texture)
     moving = moving and scene.deformation is not None and options.n_times > 1
     times = clip_times(scene, options.n_times) if moving else None  # refuses before the work
     frame = None if moving else options.time

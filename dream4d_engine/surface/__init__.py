@@ -2,6 +2,7 @@
 
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
+from .libraries import check_libraries
 from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
 from .tracks import Tracks, outside_note, outside_share, track_vertices
@@ -14,6 +15,7 @@ __all__ = [
     "SurfaceOptions",
     "Tracks",
     "bake_texture",
+    "check_libraries",
     "extract_surface",
     "follow_surface",
     "measure_motion",
