@@ -448,6 +448,11 @@ def test_bad_files(files, states, tmp_path):
     fails("shape.pt", "does not fit: conv_out.bias is of another shape", state=other)
     more = states["sd21"] | {"model.diffusion_model.output_blocks.0.7.odd.weight": torch.zeros(5)}
     fails("more.pt", "does not fit: up_blocks.0.resnets.0.odd.weight is not known", state=more)
+    over_time = states["zero123"] | {"model.diffusion_model.input_blocks.1.0.time_stack.out.bias": torch.zeros(5)}
+    over_time["model.diffusion_model.label_emb.0.0.weight"] = torch.zeros(5, 5)  # it was told to be SDXL's by this
+    fails(
+        "sv3d.safetensors", "of the kind of Stable Video Diffusion and SV3D; SV3D is read in ComfyUI", state=over_time
+    )
     fails("networks.safetensors", "without their configuration", state={"unet.conv_in.weight": torch.zeros(1)})
     with pytest.raises(PriorError, match="of kind 'image' and can't be used as 'multiview'"):
         load_prior(files["sd21"], "multiview")

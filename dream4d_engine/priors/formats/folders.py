@@ -28,6 +28,7 @@ from .checkpoints import SUFFIXES, Checkpoint, first_bytes, open_checkpoint
 from .configurations import built, encoder_config, noise_of
 from .loaders import (
     FRAMES,
+    ORBITS,
     Device,
     Metadata,
     PriorKind,
@@ -115,6 +116,7 @@ class FolderLoader:
         read_schedule(self.path)
         if "tokenizer" in listed and not (self.path / "tokenizer").is_dir():
             raise _incomplete(self.path, "tokenizer/")
+        self._check_unet()
         for part, stem in _WEIGHTS.items():
             if part in listed or part == "unet":
                 if part != "clip_camera_projection":  # of one layer, which its weights describe
@@ -124,15 +126,22 @@ class FolderLoader:
     def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
         return read_schedule(self.path)
 
-    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        self.check()
+    def _check_unet(self) -> str:
+        """The class of its UNet; PriorError where it can't be used."""
         config, where = part_config(self.path, "unet")
         name = field(config, "_class_name", str, where, PriorError, _UNETS[0])
+        if "SpatioTemporal" in name:
+            raise PriorError(f"{self.path} is {ORBITS}")
         if name not in _UNETS:
             raise PriorError(
                 f"{self.path}/unet is a {shortened(printable(name), 60)}; {' and '.join(_UNETS)} can be used "
                 "(from the model's original checkpoint, dream4d convert makes such a folder)"
             )
+        return name
+
+    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        self.check()
+        name, where = self._check_unet(), self.path / "unet/config.json"
         network = load_network(self.path, "unet", name, dtype, device)
         self._check_inputs(network, where)
         return network

@@ -25,6 +25,11 @@ ImageResize = Literal["corners", "antialiased"]
 
 FRAMES: dict[str, int] = {"multiview": 4, "video": 16}  # of a group, as MVDream and ModelScope were trained
 MOST_FRAMES = 1024
+ORBITS = (
+    "of the kind of Stable Video Diffusion and SV3D; SV3D is read in ComfyUI alone, by the node Novel-View Prior from "
+    "Model, with the recipe image-to-3d-orbit"
+)
+"""What to say of a model that is not read from files."""
 _MOST_LEVELS = 12
 
 

@@ -36,6 +36,7 @@ from .checkpoints import Checkpoint, shown
 from .configurations import built, noise_of, schedule_of
 from .loaders import (
     FRAMES,
+    ORBITS,
     Device,
     Metadata,
     PriorKind,
@@ -167,6 +168,8 @@ def ldm_kind(file: Checkpoint) -> PriorKind | None:
     first = file.shapes.get(f"{ldm_keys.UNET}input_blocks.0.0.weight")
     if first is None:
         return None
+    if any(name.startswith(ldm_keys.UNET) and ".time_stack." in name for name in file.shapes):
+        raise PriorError(f"{file.path} is {ORBITS}")
     if f"{ldm_keys.UNET}label_emb.0.0.weight" in file.shapes:
         raise PriorError(f"{file.path} is a Stable Diffusion XL or unCLIP model: Stable Diffusion 1 and 2 can be used")
     if f"{ldm_keys.PROJECTION}weight" in file.shapes:
