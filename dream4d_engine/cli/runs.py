@@ -110,7 +110,10 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
         if device.type != "cuda":
             raise UsageError(f"--memory-budget is for GPUs, and the work is done on {device.type}: leave it away")
     if options.gpu.share != "cameras" and not is_launched():
-        say(f"note: --share {options.gpu.share} is for several processes of torchrun: this is one, which does all")
+        say(
+            f"note: --share {options.gpu.share} is for several processes of torchrun: this is one, which does all",
+            error=True,
+        )
     settings = settings_tree(options, *recipes)
     if options.folders.dry_run:
         _check_numbers(options, recipes, scene)

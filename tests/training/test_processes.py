@@ -129,8 +129,8 @@ def test_what_is_checked_alone_is_said_once_and_what_has_no_use_is_said(tmp_path
     words = ["-m", "dream4d_engine.cli", "text-to-3d", "a red cube", "--device", "cpu", "--dry-run", "--share", "work"]
     codes, outputs, errors = together(words)
     assert codes == [0, 0] and "nothing was found wrong" in outputs[0] and not outputs[1] and not any(errors)
-    codes, outputs, _ = together(words, 1)
-    assert codes == [0] and "note: --share work is for several processes of torchrun" in outputs[0]
+    codes, _, errors = together(words, 1)
+    assert codes == [0] and "note: --share work is for several processes of torchrun" in errors[0]
 
 
 @needs_gloo
