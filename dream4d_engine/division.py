@@ -6,11 +6,30 @@ where all compute the same loss of the whole, the sum of their gradients is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone, or can't be reached any more."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Do inside what needs all processes; ProcessLost where one of them doesn't answer."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # one's own affair
+        raise
+    except RuntimeError as error:  # gloo's; NCCL's are torch.distributed's own, which derive from it
+        raise ProcessLost(
+            f"another of the {torch.distributed.get_world_size()} processes is gone, or can't be reached any more "
+            "(what it said last tells why)"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,8 @@ class _Gathered(torch.autograd.Function):
             mine = torch.cat((mine, mine.new_zeros(most - len(mine), *mine.shape[1:])))
         whole = mine.new_empty(division.size * most, *mine.shape[1:])
         sent = list(whole.split(most))
-        torch.distributed.all_gather(sent, mine.contiguous())
+        with together():
+            torch.distributed.all_gather(sent, mine.contiguous())
         if min(counts) == most:
             return whole
         return torch.cat([rows[:count] for rows, count in zip(sent, counts, strict=True)])

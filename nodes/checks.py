@@ -123,14 +123,21 @@ def check_recipe(name: str | None, known: Mapping) -> Verdict:
     return True if isinstance(name, str) and name in known else f"unknown recipe: choose one of {', '.join(known)}"
 
 
-def check_prompt(prompt: str | None) -> Verdict:
-    """Refuse an empty prompt, or one that no file can hold; None comes from another node and isn't known yet."""
+def check_prompt(prompt: str | None, read: bool = True) -> Verdict:
+    """Refuse an empty prompt, or one that no file can hold; None comes from another node and isn't known yet.
+
+    `read`: whether a model is told it; where none is, it may be empty.
+    """
     if prompt is None:
         return True
     fault = text_fault(prompt)
     if fault is not None:
         return f"the prompt {fault}"
-    return True if prompt.strip() else "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+    return (
+        True
+        if prompt.strip() or not read
+        else "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+    )
 
 
 def check_priors(recipe: StaticRecipe | MotionRecipe, connected: Mapping[str, str]) -> Verdict:

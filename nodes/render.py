@@ -13,13 +13,15 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.machine import check_memory
+from ..dream4d_engine.mesh import MeshError
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import image_of
 from ..dream4d_engine.scene import Scene
+from ..dream4d_engine.surface import follow_surface, outside_note, outside_share
 from ..dream4d_engine.training.estimate import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, unknown_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint, require
-from .session import RunError, gradients, interrupt_if_asked
+from .session import RunError, gradients, interrupt_if_asked, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
 _ROOM = 2**31
@@ -196,6 +198,9 @@ class Render(io.ComfyNode):
                 loop=scene.scene.loops,
             )
         output = render_passes(scene, batch, normals, cls.hidden.unique_id)
+        cut_off = outside_line(scene)
+        if cut_off:
+            say_on_node(cut_off, cls.hidden.unique_id)
         images = image_of(output, "rgb")[0]
         rate = Fraction(frame_rate).limit_denominator(1000)
         film = Types.VideoComponents(images=even_sides(images), audio=None, frame_rate=rate)
@@ -259,6 +264,18 @@ def render_passes(scene: SceneValue, cameras: CameraBatch, normals: bool, node_i
             frames.append(_moved(render_shot(there, shot, options), management.intermediate_device()))
             bar.update_absolute(index + 1)
     return _joined(frames)
+
+
+def outside_line(value: SceneValue) -> str:
+    """What to say of a motion that leaves the scene's box, or "": as it was measured before, else of a stronger one."""
+    share = None if value.motion is None else value.motion.outside
+    if share is None and value.scene.edit.strength > 1:  # what training came to was said then
+        try:
+            with scene_on_device(value) as there:
+                share = outside_share(follow_surface(there).positions, there.config.radius)
+        except MeshError:  # no surface to speak of
+            return ""
+    return outside_note(share or 0.0, "the surface's")
 
 
 def render_shot(scene: Scene, cameras: CameraBatch, options: RenderOptions) -> RenderOutput:

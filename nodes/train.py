@@ -23,7 +23,7 @@ from ..dream4d_engine.training.config import (
     with_loop,
     with_motion_strength,
 )
-from ..dream4d_engine.training.guidance import with_frames_of, with_longer_takes, with_views_of
+from ..dream4d_engine.training.guidance import prompt_readers, with_frames_of, with_longer_takes, with_views_of
 from ..dream4d_engine.training.motion import train_motion
 from ..dream4d_engine.training.reference import AUTOMATIC as AUTOMATIC_MASK
 from ..dream4d_engine.training.reference import MASK_SHOWS, Reference, UnclearMask, check_reference
@@ -162,7 +162,10 @@ class OptimizeStaticScene(io.ComfyNode):
                 ScenePort.Input(
                     "scene", optional=True, tooltip="A still scene to start from (a copy is trained); else a new one."
                 ),
-                _prompt("What to make, for example: a red cube. With the toy priors only their own words."),
+                _prompt(
+                    "What to make, for example: a red cube. With the toy priors only their own words. "
+                    f"{', '.join(ORBIT_RECIPES)} reads none: it may be empty."
+                ),
                 io.DynamicCombo.Input(
                     "recipe",
                     options=[io.DynamicCombo.Option(r.name, [steps_input(r.steps)]) for r in STILL_RECIPES.values()],
@@ -185,14 +188,14 @@ class OptimizeStaticScene(io.ComfyNode):
         preview_seconds: float | None = None,
         memory_budget: float | None = None,
     ) -> bool | str:
-        """Refuse empty prompts, unknown recipes, and sockets that don't fit the recipe."""
+        """Refuse empty prompts where one is read, unknown recipes, and sockets that don't fit the recipe."""
         name = recipe_name(recipe) or ""
         complaint = first_complaint(check_types(cls, input_types), check_recipe(name, STILL_RECIPES))
         if complaint is not True:
             return complaint
         image, mask = (socket in input_types for socket in ("reference_image", "reference_mask"))
         return first_complaint(
-            check_prompt(prompt),
+            check_prompt(prompt, read=bool(prompt_readers(STILL_RECIPES[name]))),
             check_budget(cls, memory_budget),
             check_ranges(cls, preview_seconds=preview_seconds),
             check_image(STILL_RECIPES[name], image, mask, FROM_IMAGES),
@@ -219,9 +222,9 @@ class OptimizeStaticScene(io.ComfyNode):
         memory_budget: float = 0.0,
     ) -> io.NodeOutput:
         """Train, on a copy of `scene` if there is one."""
-        require(check_prompt(prompt), check_budget(cls, memory_budget))
-        prompt = prompt.strip()
         settings: StaticRecipe = replace(find_recipe(recipe["recipe"], STILL_RECIPES), steps=recipe["steps"])
+        require(check_prompt(prompt, read=bool(prompt_readers(settings))), check_budget(cls, memory_budget))
+        prompt = prompt.strip()
         given: dict[PriorKind, PriorHandle | None] = {"multiview": multiview_prior, "image": image_prior}
         given |= {"novel_view": novel_view_prior, "pixel": pixel_prior}
         priors = pick_priors(settings, given)

@@ -502,11 +502,12 @@ def _reference(recipe: Recipe) -> Reference | None:
 
 def table(measured: list[Measured], device: torch.device) -> list[str]:
     """The measurements as lines of text."""
-    head = f"{'recipe':<26}{'variant':<12}{'images':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
+    wide = max([12, *(len(m.variant) + 2 for m in measured)])
+    head = f"{'recipe':<26}{'variant':<{wide}}{'images':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
     lines = [f"{head}   ({_device_name(device)})"]
     for m in measured:
         peak = "unknown" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / 2**30:.2f} GiB"
-        start = f"{m.recipe:<26}{m.variant:<12}{m.images:<16}"
+        start = f"{m.recipe:<26}{m.variant:<{wide}}{m.images:<16}"
         if m.seconds_per_step is None:
             lines.append(f"{start}{'failed: ' + (m.error or '')}")
             continue

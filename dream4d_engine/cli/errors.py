@@ -18,6 +18,7 @@ def report(error: Exception, show_traceback: bool = False) -> int:
     """Print one line about an error and return the exit code."""
     import torch
 
+    from ..division import ProcessLost
     from ..training.loop import Interrupted, TrainingDiverged
 
     if show_traceback:
@@ -38,7 +39,7 @@ def report(error: Exception, show_traceback: bool = False) -> int:
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
     elif isinstance(error, ImportError):
         text = f"{error}: install dream4d with its dependencies (pip install -e .)"
-    elif not isinstance(error, ValueError | TrainingDiverged):
+    elif not isinstance(error, ValueError | TrainingDiverged | ProcessLost):
         text = f"unexpected {type(error).__name__}: {error} (this is a defect; --debug shows where)"
     say(f"dream4d: error: {' '.join(text.split())}", error=True)
     return ERROR

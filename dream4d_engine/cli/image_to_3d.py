@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..training.config import StaticRecipe
-from ..training.guidance import active_terms
+from ..training.guidance import prompt_readers
 from . import options as shared
 from .command import Command
 from .errors import UsageError
@@ -55,7 +55,7 @@ def run(options: ImageTo3D, static: StaticRecipe) -> int:
 
 def _prompt(recipe: StaticRecipe, prompt: str | None) -> str:
     """The prompt; empty only where no model of the recipe reads it."""
-    readers = [term.prior for term in active_terms(recipe) if term.prior != "novel_view"]
+    readers = prompt_readers(recipe)
     if prompt is not None:
         return said(prompt, "--prompt")
     if not readers:

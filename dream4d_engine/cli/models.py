@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..priors.errors import PriorError
+from ..documents import named
 from ..priors.files import PriorFiles, prior_files, toy_prior, toy_subject
 from ..priors.formats.folders import FolderLoader
-from ..priors.formats.identify import identify, open_loader
+from ..priors.formats.identify import open_loader
 from ..priors.formats.lora_files import read_lora
 from ..priors.formats.pipelines import PipelineFolder, open_pipeline
-from ..priors.formats.tiny_vae import TinyDecoder
+from ..priors.formats.tiny_vae import TinyDecoder, tiny_config
 from ..priors.formats.weights import find_weights
 from ..priors.handle import PriorKind
 from ..priors.lora import check_strength
@@ -56,6 +56,7 @@ def prior_handles(
         handle = toy_prior(term.prior) if given is None else _find(given, term.prior, options)
         # a decoder makes what colours are compared with, and nothing else
         asked = not isinstance(tiny_vae, TinyDecoder) or term.distillation.color_weight > 0
+        asked = asked and (tiny_vae is None or handle.encodes())
         found[term.prior] = replace(handle, **added.get(term.prior, {}), tiny_vae=tiny_vae if asked else None)
         found[term.prior].check_added()
         if given is not None and is_toy(recipe) and open_pipeline(handle.path) is not None:
@@ -64,8 +65,13 @@ def prior_handles(
                 f"the recipe {recipe.name!r} is made for the package's own small models, {handle.name} is one of "
                 f"today's: give {flag} {'model-video' if term.prior == 'video' else 'model-image'}"
             )
-    if isinstance(tiny_vae, TinyDecoder) and not any(handle.tiny_vae for handle in found.values()):
-        say(f"note: the recipe {recipe.name!r} decodes nothing, --tiny-decoder is left out of it", error=True)
+    if tiny_vae is not None and not any(handle.tiny_vae for handle in found.values()):
+        decodes = any(term.distillation.color_weight > 0 for term in active_terms(recipe))
+        why = f"the recipe {recipe.name!r} decodes nothing"
+        if decodes or not isinstance(tiny_vae, TinyDecoder):
+            why = f"no model that the recipe {recipe.name!r} asks has an autoencoder"
+        flag = "--tiny-decoder" if isinstance(tiny_vae, TinyDecoder) else "--tiny-vae"
+        say(f"note: {why}, {flag} is left out of it", error=True)
     if prompt is not None:
         for handle in found.values():
             handle.check_prompt(prompt)
@@ -103,8 +109,9 @@ def _tiny_vae(priors: PriorOptions) -> Path | TinyDecoder | None:
     if priors.tiny_vae is not None and priors.tiny_decoder is not None:
         raise UsageError("--tiny-vae decodes, too: leave --tiny-decoder away")
     for flag, folder in (("--tiny-vae", priors.tiny_vae), ("--tiny-decoder", priors.tiny_decoder)):
-        if folder is not None and identify(folder).layout != "tiny autoencoder":
-            raise PriorError(f"{flag} {folder} is no AutoencoderTiny")
+        if folder is not None:
+            with named(flag):
+                tiny_config(folder)
     if priors.tiny_decoder is not None:
         return TinyDecoder(Path(priors.tiny_decoder))
     return None if priors.tiny_vae is None else Path(priors.tiny_vae)

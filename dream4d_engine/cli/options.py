@@ -19,6 +19,7 @@ from ..scene import MAX_SAMPLES, Scene
 from ..training.config import (
     IMAGE_RECIPES,
     MOTION_RECIPES,
+    ORBIT_RECIPES,
     STATIC_RECIPES,
     TRAINED_STRENGTHS,
     MotionRecipe,
@@ -378,6 +379,11 @@ def image_recipe(name: str) -> StaticRecipe:
     """A recipe that starts from an image."""
     if name in STATIC_RECIPES:
         raise UsageError(f"the recipe {name!r} starts from a sentence: use dream4d text-to-3d or text-to-4d")
+    if name in ORBIT_RECIPES:
+        raise UsageError(
+            f"the recipe {name!r} is for SV3D, which is read in ComfyUI alone, by the node Novel-View Prior from "
+            f"Model: choose one of {', '.join(IMAGE_RECIPES)}"
+        )
     return find_recipe(name, IMAGE_RECIPES)
 
 

@@ -16,7 +16,7 @@ from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
-from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_note
+from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_note, outside_share
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_later, evaluate_scene
 from .errors import UsageError
@@ -168,9 +168,10 @@ def say_outside(scene: Scene) -> None:
     if scene.edit.strength <= 1:  # what training came to was measured then
         return
     try:
-        note = outside_note(follow_surface(scene).positions, scene.config.radius, "the surface's")
+        share = outside_share(follow_surface(scene).positions, scene.config.radius)
     except MeshError:  # no surface to speak of; what was asked for may be made all the same
         return
+    note = outside_note(share, "the surface's")
     if note:
         say(f"note: {note}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..assets import AssetError, Provenance, check_header
+from ..division import ProcessLost
 from ..documents import first_line
 from ..machine import WriteError, check_memory, pick_device, versions
 from ..scene import Scene, SceneConfig
@@ -20,7 +21,7 @@ from ..training.estimate import disk_bytes, film_bytes, memory_bytes
 from ..training.loop import Interrupted, RunControl, StepReport
 from ..training.motion import check_scale
 from ..training.plan import parse_bytes
-from ..training.processes import SINGLE, Processes, join_processes, leave_processes
+from ..training.processes import SINGLE, Processes, is_launched, join_processes, leave_processes, speaks
 from ..training.validate import check_recipe
 from .errors import UsageError
 from .interrupts import Stopped, stop_on_interrupt
@@ -108,12 +109,18 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
         parse_bytes(options.gpu.memory_budget)
         if device.type != "cuda":
             raise UsageError(f"--memory-budget is for GPUs, and the work is done on {device.type}: leave it away")
+    if options.gpu.share != "cameras" and not is_launched():
+        say(
+            f"note: --share {options.gpu.share} is for several processes of torchrun: this is one, which does all",
+            error=True,
+        )
     settings = settings_tree(options, *recipes)
     if options.folders.dry_run:
         _check_numbers(options, recipes, scene)
         if options.folders.out is not None:
             check_out(Path(options.folders.out), RESULTS, options.folders.overwrite)
-        say("nothing was found wrong with this run; nothing was made")
+        if speaks():
+            say("nothing was found wrong with this run; nothing was made")
         raise Checked(settings)
     head = {"command": command, "prompt": options.prompt, "seed": options.seed, "settings": settings}
     processes, device = join_processes(device)
@@ -135,7 +142,9 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
                 raise Stopped(text, should_stop.code) from stop
             except BaseException as error:
                 run.end("failed", error=first_line(error))
-                if processes.is_main and isinstance(error, WriteError | AssetError | CheckpointError):
+                # that another is lost all say, as it may be the first one
+                told = processes.is_main or isinstance(error, ProcessLost)
+                if told and isinstance(error, WriteError | AssetError | CheckpointError | ProcessLost):
                     raise type(error)(f"{error}; {_way_on(run, error)}") from error
                 raise
             finally:

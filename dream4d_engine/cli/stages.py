@@ -16,7 +16,7 @@ from ..priors.handle import Prior
 from ..scene import Scene
 from ..toyworld.evaluate import reference_match
 from ..training.checkpoint import set_aside
-from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe
+from ..training.config import MotionRecipe, ReferenceConfig, StaticRecipe, shipped_recipe
 from ..training.guidance import Handles, explain_silence, load_guidance, runtime_for, with_frames_of, with_longer_takes
 from ..training.loop import PriorSilent, ResumeMismatch, train
 from ..training.motion import motion_stage
@@ -88,9 +88,25 @@ def new_motion(session: Session, recipe: MotionRecipe, still: Scene) -> Stage:
 def of_frames(recipe: MotionRecipe, handles: Handles, n_frames: int | None, flag: str) -> MotionRecipe:
     """The recipe with takes as its prior must have them, or of so many frames as `flag` asked for."""
     try:
-        return with_longer_takes(with_frames_of(recipe, handles), handles, n_frames)
+        fitting = with_frames_of(recipe, handles)
+        longer = with_longer_takes(fitting, handles, n_frames)
     except ValueError as error:
         raise UsageError(f"{error} ({flag})") from error
+    _check_frames(recipe, fitting, handles, flag)
+    return longer
+
+
+def _check_frames(recipe: MotionRecipe, fitting: MotionRecipe, handles: Handles, flag: str) -> None:
+    """Refuse a number of frames that somebody chose, where the prior makes takes of another: it would be left out."""
+    shipped = shipped_recipe(recipe)
+    own = recipe.n_frames if recipe.windows is None else recipe.windows.window
+    chosen = not isinstance(shipped, MotionRecipe) or own != shipped.n_frames
+    if chosen and own != fitting.n_frames:
+        names = ", ".join(handle.name for handle in handles.values() if handle.n_frames is not None)
+        raise UsageError(
+            f"--motion.n-frames is {own}, and {names} makes takes of {fitting.n_frames} frames: leave it away; {flag} "
+            f'asks for a longer animation, "dream4d": {{"n_frames": {own}}} in its model_index.json for other takes'
+        )
 
 
 def say_windows(session: Session, recipe: MotionRecipe) -> None:

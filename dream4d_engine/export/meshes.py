@@ -16,7 +16,17 @@ from ..fields.encodings import require_range
 from ..machine import write_atomically
 from ..mesh import Mesh, MeshError, face_normals, vertex_normals
 from ..scene import Scene
-from ..surface import Surface, SurfaceOptions, Tracks, bake_texture, extract_surface, outside_note, track_vertices
+from ..surface import (
+    Surface,
+    SurfaceOptions,
+    Tracks,
+    bake_texture,
+    check_libraries,
+    extract_surface,
+    outside_note,
+    outside_share,
+    track_vertices,
+)
 from .gltf import GltfOptions, glb_bytes, y_up
 from .images import save_image, to_bytes
 
@@ -71,8 +81,8 @@ class SceneMesh:
                 f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
                 "there): carried by their neighbours"
             )
-        outside = "" if self.tracks is None else outside_note(self.tracks.positions, self.radius, "the vertices'")
-        return (*notes, outside) if outside else tuple(notes)
+        share = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
+        return tuple(filter(None, (*notes, outside_note(share, "the vertices'"))))
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ def scene_mesh(
 ) -> SceneMesh:
     """Make a scene's mesh: with `moving` (if it moves at all) as one topology over all times, else at one moment."""
     report = on_progress or (lambda share: None)
+    check_libraries(options.surface.n_faces, options.texture)
     moving = moving and scene.deformation is not None and options.n_times > 1
     times = clip_times(scene, options.n_times) if moving else None  # refuses before the work
     frame = None if moving else options.time

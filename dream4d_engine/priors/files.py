@@ -16,7 +16,7 @@ from .formats.identify import open_loader
 from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
 from .formats.pipelines import open_pipeline
-from .formats.tiny_vae import TinyDecoder
+from .formats.tiny_vae import TinyDecoder, check_tiny_vae
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
 from .networks.denoisers import prepared
@@ -71,9 +71,16 @@ class PriorFiles:
             metadata = read_metadata(self.path, self.kind)
             check_prompt(metadata.name, metadata.known_words, words_for(self.kind, prompt))
 
+    def encodes(self) -> bool:
+        """Whether the model works on latents, so that there is an autoencoder."""
+        return open_pipeline(self.path) is not None or open_loader(self.path).latents() is not None
+
     def check_added(self) -> None:
-        """Raise PriorError where a LoRA or a tiny autoencoder is meant for a model that takes none here."""
+        """Raise PriorError where a LoRA or a tiny autoencoder is meant for a model that takes none here, or another."""
         if open_pipeline(self.path) is None:
+            latents = None if self._tiny_folder is None else open_loader(self.path).latents()
+            if self._tiny_folder is not None and latents is not None:
+                check_tiny_vae(self._tiny_folder, latents, self.name)
             return
         for what, given in (("a LoRA", self.lora), ("a tiny autoencoder", self._tiny_folder)):
             if given is not None:
@@ -88,7 +95,7 @@ class PriorFiles:
         if pipeline is not None:
             self.check_added()
             return load_pipeline(pipeline, runtime)
-        with_vae = self.tiny_vae is not None and open_loader(self.path).vae_scaling() is not None
+        with_vae = self.tiny_vae is not None and self.encodes()
         loaded = load_prior(
             self.path, self.kind, runtime.device, runtime.dtype, tiny_vae=self.tiny_vae if with_vae else None
         )

@@ -18,7 +18,7 @@ from .errors import PriorError
 from .formats.identify import open_loader
 from .formats.loaders import ImageResize, Loader, VectorKind
 from .formats.lora_files import read_lora
-from .formats.tiny_vae import TinyDecoder, TinyDecoderVAE, load_tiny_vae
+from .formats.tiny_vae import TinyDecoder, TinyDecoderVAE, check_tiny_vae, load_tiny_vae
 from .handle import PriorKind
 from .lora import TextLora, add_layers, add_text_loras, check_strength
 from .networks.denoisers import UNetDenoiser
@@ -131,8 +131,10 @@ def _load_vae(
     full = loader.vae(dtype, device) if tiny_vae is None or isinstance(tiny_vae, TinyDecoder) else None
     if tiny_vae is None:
         return full
-    scaling = loader.vae_scaling()
-    if scaling is None:
+    scaling, latents = loader.vae_scaling(), loader.latents()
+    if scaling is None or latents is None:
         raise PriorError(f"{loader.path} works on pixels: there is no autoencoder that a tiny one could replace")
-    tiny = load_tiny_vae(tiny_vae.folder if isinstance(tiny_vae, TinyDecoder) else tiny_vae, scaling, dtype, device)
+    folder = tiny_vae.folder if isinstance(tiny_vae, TinyDecoder) else tiny_vae
+    check_tiny_vae(folder, latents, loader.path)
+    tiny = load_tiny_vae(folder, scaling, dtype, device)
     return tiny if full is None else TinyDecoderVAE(full, tiny)

@@ -2,9 +2,10 @@
 
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
+from .libraries import check_libraries
 from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
-from .tracks import Tracks, outside_note, track_vertices
+from .tracks import Tracks, outside_note, outside_share, track_vertices
 
 __all__ = [
     "MotionReadout",
@@ -14,10 +15,12 @@ __all__ = [
     "SurfaceOptions",
     "Tracks",
     "bake_texture",
+    "check_libraries",
     "extract_surface",
     "follow_surface",
     "measure_motion",
     "outside_note",
+    "outside_share",
     "surface_colors",
     "track_own_vertices",
     "track_vertices",

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ..mesh import Mesh, MeshError, rasterize
 from ..scene import Scene
+from .libraries import library
 from .look import Progress, in_pieces, looks_at
 
 _N_DEPTHS = 12  # places along the normal that a colour is composed of
@@ -42,11 +43,9 @@ def bake_texture(
     Vertices on the cuts are there several times, with the same place and normal: the second value [V] says which of
     the given vertices each is.
     """
-    try:
-        import xatlas
-    except ImportError as error:
-        raise MeshError('textures need xatlas: pip install "dream4d[mesh]"') from error
-    origin, faces, uv = xatlas.parametrize(mesh.vertices.cpu().numpy(), mesh.faces.cpu().numpy().astype("uint32"))
+    origin, faces, uv = library("xatlas").parametrize(
+        mesh.vertices.cpu().numpy(), mesh.faces.cpu().numpy().astype("uint32")
+    )
     origin = torch.from_numpy(origin.astype("int64")).to(mesh.faces)
     faces, uv = torch.from_numpy(faces.astype("int64")).to(mesh.faces), torch.from_numpy(uv).to(mesh.vertices)
     if mesh.normals is None:

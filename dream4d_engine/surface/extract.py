@@ -14,6 +14,7 @@ from ..fields.encodings import require_range
 from ..mesh import Mesh, MeshError, edges_of, face_normals, smoothed, vertex_normals, without_unused
 from ..scene import Scene
 from .colors import surface_colors
+from .libraries import library
 from .look import Look, Progress, density_at, in_pieces
 from .silhouettes import find_threshold
 
@@ -190,14 +191,11 @@ def _points(low: Tensor, cell: float, shape: list[int]) -> Tensor:
 
 def _marching_cubes(values: Tensor, low: Tensor, cell: float) -> tuple[Tensor, Tensor]:
     """Return vertices and faces of the surface at 0, closed at the lattice's border."""
-    try:
-        from skimage.measure import marching_cubes
-    except ImportError as error:
-        raise MeshError('meshes need scikit-image: pip install "dream4d[mesh]"') from error
     lattice = functional.pad(values, [1] * 6, value=-1.0)
     if not bool((lattice > 0).any()):
         raise MeshError("the scene is empty: there is no surface at this threshold")
-    found, faces, *_ = marching_cubes(lattice.cpu().numpy(), 0.0)  # (2003, Lewiner et al.): topologically correct
+    # (2003, Lewiner et al.): topologically correct
+    found, faces, *_ = library("skimage.measure").marching_cubes(lattice.cpu().numpy(), 0.0)
     vertices = low + (torch.from_numpy(found.copy()).to(low) - 1) * cell
     faces = torch.from_numpy(faces.copy()).to(low.device, torch.int64)
     a, b, c = vertices[faces].unbind(1)
@@ -234,11 +232,7 @@ def _decimated(vertices: Tensor, faces: Tensor, n_faces: int) -> tuple[Tensor, T
     """Collapse edges, those first that change the shape least (quadric error, Garland and Heckbert 1997)."""
     if not n_faces or len(faces) <= n_faces:
         return vertices, faces
-    try:
-        import fast_simplification
-    except ImportError as error:
-        raise MeshError('fewer faces need fast-simplification: pip install "dream4d[mesh]"') from error
-    points, found = fast_simplification.simplify(
+    points, found = library("fast_simplification").simplify(
         vertices.cpu().numpy(), faces.cpu().numpy().astype("int32"), target_count=n_faces
     )
     return without_unused(torch.from_numpy(points).to(vertices), torch.from_numpy(found).to(faces))

@@ -17,7 +17,7 @@ from ..mesh import MeshError, edges_of
 from ..meshes.record import Model, Placement
 from ..scene import Scene
 from .look import Progress
-from .tracks import track_vertices
+from .tracks import outside_note, outside_share, track_vertices
 
 SAME = 1e-5  # of the model's size: places nearer than that are one
 _LONGEST = 0.04  # of the box's half side: edges that a motion bends within are halved until they are shorter
@@ -38,14 +38,19 @@ class OwnTracks:
     """The share of places in time that have no inverse in the field; their neighbours carry them."""
     followed: int
     """How many points of the model were followed one by one."""
+    outside: float
+    """The share of places in time outside of the scene's box (see `outside_share`)."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        if self.unconverged < 5e-5:  # what would read as 0.00 %
-            return ()
-        share = f"{self.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there)"
-        return (f"{share}: carried by their neighbours",)
+        folds = ""
+        if self.unconverged >= 5e-5:  # less would read as 0.00 %
+            folds = (
+                f"{self.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there): "
+                "carried by their neighbours"
+            )
+        return tuple(filter(None, (folds, outside_note(self.outside, "the vertices'"))))
 
 
 @torch.no_grad()
@@ -81,7 +86,7 @@ def track_own_vertices(
     positions = everything.repeat(len(moved), 1, 1)
     positions[:, used] = torch.stack([own + placement.directions_from_world(at)[of] for at in moved])
     share = float(tracks.carried[:, :n].float().mean()) if n else 0.0
-    return OwnTracks(positions.cpu(), times.cpu(), share, n)
+    return OwnTracks(positions.cpu(), times.cpu(), share, n, outside_share(tracks.positions[:, :n], radius))
 
 
 def _distinct(points: Tensor, near: float) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,8 @@ def outside_share(positions: Tensor, radius: float) -> float:
     return float(out.float().mean()) if out.numel() else 0.0
 
 
-def outside_note(positions: Tensor, radius: float, whose: str) -> str:
-    """What to say of positions that lie outside of a scene's box, "the vertices'" say; "" where hardly any do."""
-    share = outside_share(positions, radius)
+def outside_note(share: float, whose: str) -> str:
+    """What to say of a share of places outside of a scene's box, "the vertices'" say; "" where hardly any are."""
     if share < 5e-4:  # would read as 0.0 %
         return ""
     return (

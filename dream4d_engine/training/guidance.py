@@ -39,6 +39,11 @@ def active_terms(recipe: StaticRecipe | MotionRecipe) -> list[GuidanceTerm]:
     return [term for term in recipe.guidance if term.weight]
 
 
+def prompt_readers(recipe: StaticRecipe | MotionRecipe) -> list[PriorKind]:
+    """The kinds of model in a recipe that are told the prompt: those of novel views are told an image."""
+    return [term.prior for term in active_terms(recipe) if term.prior != "novel_view"]
+
+
 def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
     """Return the recipe with as many frames in a take as its prior must have, in order: nothing is interpolated."""
     wanted = {handle.n_frames for handle in handles.values() if handle.n_frames is not None}

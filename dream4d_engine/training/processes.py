@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..division import WHOLE, Division
+from ..division import WHOLE, Division, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,7 +69,8 @@ class Processes:
         if self.world_size > 1:
             # a part of the work may reach fewer parameters than the whole; what nothing reaches stays without
             reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-            torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX, group=self.words)
+            with together():
+                torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX, group=self.words)
             for parameter, somewhere in zip(parameters, reached.tolist(), strict=True):
                 if somewhere and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -86,7 +87,8 @@ class Processes:
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1).float() for t in tensors])  # in fp32: a sum may be too large for half precision
-        torch.distributed.all_reduce(flat)
+        with together():
+            torch.distributed.all_reduce(flat)
         if self.division.size == 1:
             flat /= self.world_size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -97,13 +99,15 @@ class Processes:
         if self.world_size == 1:
             return wish
         word = torch.tensor(int(wish))
-        torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MAX, group=self.words)
+        with together():
+            torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MAX, group=self.words)
         return bool(word)
 
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
-            torch.distributed.barrier(group=self.words)
+            with together():
+                torch.distributed.barrier(group=self.words)
 
 
 SINGLE = Processes()
@@ -112,6 +116,11 @@ SINGLE = Processes()
 def is_launched() -> bool:
     """Whether torchrun started this process beside others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def speaks() -> bool:
+    """Whether this process is the one that speaks, before it has met the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:

@@ -137,6 +137,10 @@ def test_image_to_3d_without_a_prompt_and_with_every_map(tmp_path, priors):
         (["image-to-3d", "cube.png", "--static.reference.depth", "1"], "weighs a depth map, but none was given"),
         (["image-to-3d", "cube.png", "--static.reference.rgb", "-1"], "static.reference.rgb must be at least 0"),
         (["image-to-3d", "cube.png", "--static.reference.fill", "0.9", "0.2"], "static.reference.fill must keep to"),
+        (
+            ["image-to-3d", "cube.png", "--recipe", "image-to-3d-orbit"],
+            "SV3D, which is read in ComfyUI alone, by the node",
+        ),
         (["image-to-3d", "cube.png", "--recipe", "text-to-3d"], "starts from a sentence: use dream4d text-to-3d"),
         (["image-to-3d", "cube.png", "--prompt", "x", "--recipe", "image-to-3d"], "--novel-view-prior MODEL"),
         (["text-to-3d", "x", "--recipe", "toy-image"], "starts from an image: use dream4d image-to-3d"),

@@ -13,6 +13,7 @@ from dream4d_engine.cli import main
 
 PROMPT = "a red cube is jumping"
 GRIDS = ["--static.scene.radiance.grid.log2-entries", "12", "--motion.deformation.grid.log2-entries", "12"]
+TO_4D = ["text-to-4d", PROMPT, "--recipe", "model-image", "--image-prior", "sdxl", "--video-prior", "wan"]
 SIZES = [flag for i in (1, 2) for side in ("height", "width") for flag in (f"--static.phases.{i}.{side}", "16")]
 
 
@@ -37,6 +38,17 @@ def test_both_stages_by_models_of_today(folders, tmp_path, capsys):
     assert scene.deformation is not None
 
 
+def test_a_number_of_frames_that_fits_is_taken(folders, tmp_path):
+    """As many as the model makes, whoever says it: the recipe, the command, or the record of a run of longer takes."""
+    for more in (
+        ["--motion.n-frames", "9"],
+        ["--motion-frames", "17"],
+        ["--motion-frames", "17", "--motion.n-frames", "9"],
+    ):
+        words = [folders.get(word, word) for word in [*TO_4D, *more]]
+        assert main([*words, "--out", str(tmp_path / "out"), "--device", "cpu", "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -49,6 +61,10 @@ def test_both_stages_by_models_of_today(folders, tmp_path, capsys):
         (
             ["text-to-3d", PROMPT, "--recipe", "model-image", "--image-prior", "sdxl", "--image-lora", "toy"],
             "take a LoRA in ComfyUI only",
+        ),
+        (
+            [*TO_4D, "--motion.n-frames", "21"],
+            "--motion.n-frames is 21, and wan makes takes of 9 frames: leave it away; --motion-frames asks",
         ),
     ],
 )

@@ -99,10 +99,15 @@ def test_convert(capsys, tmp_path, models):
     refuse(capsys, "there is no file", "convert", tmp_path / "no.pt", "--out", tmp_path / "b")
     asked, lora, tiny = text_to_3d(tmp_path / "c", models), models / "lora.safetensors", models / "tiny"
     for flag in ("--tiny-vae", "--tiny-decoder"):
-        refuse(capsys, f"{flag} {lora} is no AutoencoderTiny", *asked, flag, lora)
+        refuse(capsys, f"{flag}: {lora} is no AutoencoderTiny", *asked, flag, lora)
+        refuse(capsys, f"{flag}: {out / 'vae'} holds a AutoencoderKL", *asked, flag, out)
+        refuse(capsys, f"{flag}: there is no model folder", *asked, flag, tmp_path / "nowhere")
     refuse(capsys, "leave --tiny-decoder away", *asked, "--tiny-vae", tiny, "--tiny-decoder", tiny)
     code, _, errors = run(capsys, *asked, "--tiny-decoder", tiny, "--dry-run")
     assert code == 0 and "the recipe 'toy-personalised' decodes nothing" in errors
+    toys = ["text-to-3d", "a red cube", "--out", tmp_path / "c", "--dry-run"]
+    code, _, errors = run(capsys, *toys, "--tiny-vae", tiny)
+    assert code == 0 and "no model that the recipe 'toy' asks has an autoencoder, --tiny-vae" in errors
     assert not (tmp_path / "b").exists()
 
 

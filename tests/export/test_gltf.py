@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -279,6 +280,22 @@ def test_a_texture_of_a_moving_scene(tmp_path) -> None:
     for places in mesh.tracks:
         first = torch.zeros(int(same.max()) + 1, 3).index_copy(0, same, places)
         assert torch.equal(first[same], places)
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "options"),
+    [
+        ("xatlas", "textures need xatlas", replace(SMALL, texture=64)),
+        ("fast_simplification", "fewer faces need fast-simplification", SMALL),
+        ("skimage.measure", "meshes need scikit-image", SMALL),
+    ],
+)
+def test_a_missing_library_is_named_before_the_work(tmp_path, monkeypatch, module, said, options) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    shares: list[float] = []
+    with pytest.raises(MeshError, match=rf"{said}: pip install \"dream4d\[mesh\]\""):
+        export_scene(exact_scene("cube"), tmp_path / "cube.glb", options, on_progress=shares.append)
+    assert not shares, "the surface was not looked for"
 
 
 def test_a_name_without_a_format_is_refused(tmp_path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy_harness import node, render_node
-from server_runs import output_files
+from server_runs import ended, output_files
 
 from dream4d_engine.assets import load_scene
 from dream4d_engine.fields.edit import Box, MotionEdit, TimeMap
@@ -40,6 +40,22 @@ def test_a_changed_motion_is_saved_told_and_rendered(server) -> None:
     assert torch.equal(scene.density(points, times), scene.density(points, times * 0))
     frames = [path.read_bytes() for path in output_files(server, outputs["7"], "images")]
     assert len(frames) == 3 and len(set(frames)) == 1, "nothing moves"
+
+
+def test_what_a_film_cuts_off_is_said(server) -> None:
+    """The cube jumps through the top of the box; as it was trained it keeps in it."""
+    line = "of the surface's places in time lie outside of the scene's box, where images cut them off"
+    for strength, leaves in ((2.0, True), (1.0, False)):
+        graph = EXAMPLE | {"2": motion(["1", 0], strength=strength)}
+        graph |= {
+            "3": render_node(["2", 0], cameras="fixed view", frames=1),
+            "4": node("PreviewImage", images=["3", 0]),
+        }
+        with server.listen() as listener:
+            server.queue(graph, listener.client)
+            events = listener.until(ended)
+        assert events[-1][0] == "execution_success"
+        assert any(kind == "text" and line in str(content) for kind, content in events) == leaves
 
 
 def test_a_still_scene_is_passed_on(server) -> None:

@@ -518,6 +518,9 @@ def test_a_killed_server_loses_little(tmp_path):
             {"recipe": "image-to-3d-orbit", "reference_image": ["9", 0]},
             "'novel_view': connect a Novel-View Prior from Model node, with SV3D, to the socket novel_view_prior",
         ),
+        # it is not asked for a sentence that no model of it reads
+        ({"recipe": "image-to-3d-orbit", "reference_image": ["9", 0], "prompt": ""}, "'novel_view': connect a Novel-"),
+        ({"recipe": "image-to-3d", "reference_image": ["9", 0], "prompt": ""}, "prompt is empty"),
     ],
 )
 def test_refused_before_anything_runs(server, changes, message):

@@ -46,6 +46,21 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("UNetSpatioTemporalConditionModel", "of the kind of Stable Video Diffusion and SV3D; SV3D is read in ComfyUI"),
+        ("PriorTransformer", "unet is a PriorTransformer; UNet2DConditionModel and UNet3DConditionModel can be used"),
+    ],
+)
+def test_a_network_of_another_class_is_refused_by_a_look_at_the_folder(tmp_path, network, said) -> None:
+    """Before a run's folder is made, that is: a dry run found nothing wrong."""
+    folder = copy_of("novel_view", tmp_path / "model")
+    change(folder, UNET, {"_class_name": network})
+    with pytest.raises(PriorError, match=said):
+        FolderLoader(folder).check()
+
+
 def refusal(folder: Path) -> str:
     """What is said of a folder that can't be used: one line, with no advice that others give, soon and for little."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

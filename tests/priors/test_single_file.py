@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import ldm_layout as layout
@@ -20,6 +21,7 @@ from dream4d_engine.cameras import make_cameras, orbit
 from dream4d_engine.guidance.denoiser import Conditions
 from dream4d_engine.priors.conditioning import clip_pixels, embed_image, image_conditions, text_conditions
 from dream4d_engine.priors.errors import PriorError
+from dream4d_engine.priors.files import prior_files
 from dream4d_engine.priors.formats.checkpoints import open_checkpoint
 from dream4d_engine.priors.formats.convert import convert
 from dream4d_engine.priors.formats.identify import identify, identify_all
@@ -286,18 +288,15 @@ def test_long_prompts_are_cut_with_a_warning(files, caplog):
 # --- The tiny autoencoder ----------------------------------------------------------------------------------------
 
 
+SMALL_TINY = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+
+
 @pytest.fixture(scope="module")
 def tiny_vae(tmp_path_factory):
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    channels = (8, 8)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    )
+    tiny = AutoencoderTiny(**SMALL_TINY, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     folder = tmp_path_factory.mktemp("tiny") / "taesd"
     tiny.save_pretrained(folder)
     return folder, tiny.eval()
@@ -349,9 +348,32 @@ def test_tiny_autoencoder_errors(files, folders, tiny_vae, tmp_path):
         load_prior(files["sd21"], tiny_vae=tmp_path / "nowhere")
     with pytest.raises(PriorError, match="AutoencoderKL, not an AutoencoderTiny"):
         load_prior(files["sd21"], tiny_vae=folders["sd21"])
+    with pytest.raises(PriorError, match="config.json is no AutoencoderTiny: give the folder"):
+        load_prior(files["sd21"], tiny_vae=tiny_vae[0] / "config.json")
     pixel = ROOT / "dream4d_engine" / "priors" / "toy" / "pixel"
     with pytest.raises(PriorError, match="works on pixels"):
         load_prior(pixel, tiny_vae=tiny_vae[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent_channels": 16}, "of 16 channels, 2 times smaller than images; .* reads 4 channels, 2 times smaller"),
+        ({"encoder_block_out_channels": [8] * 4}, "of 4 channels, 8 times smaller than images; .* reads 4 channels, 2"),
+        ({"encoder_block_out_channels": []}, "encoder_block_out_channels has 0 entries"),
+    ],
+)
+@pytest.mark.parametrize("part", [Path, TinyDecoder])
+def test_a_tiny_autoencoder_of_other_latents_is_refused_before_its_weights_are_read(
+    files, folders, tmp_path, change, words, part
+):
+    """Of another family's: it failed in the first step, or gave latents of another size without a word."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **SMALL_TINY, **change}))
+    for model in (files["sd21"], folders["sd21"]):
+        with pytest.raises(PriorError, match=words):
+            load_prior(model, tiny_vae=part(tmp_path))
+        with pytest.raises(PriorError, match=words):
+            replace(prior_files(model), tiny_vae=part(tmp_path)).check_added()
 
 
 # --- Bad files ---------------------------------------------------------------------------------------------------
@@ -426,6 +448,11 @@ def test_bad_files(files, states, tmp_path):
     fails("shape.pt", "does not fit: conv_out.bias is of another shape", state=other)
     more = states["sd21"] | {"model.diffusion_model.output_blocks.0.7.odd.weight": torch.zeros(5)}
     fails("more.pt", "does not fit: up_blocks.0.resnets.0.odd.weight is not known", state=more)
+    over_time = states["zero123"] | {"model.diffusion_model.input_blocks.1.0.time_stack.out.bias": torch.zeros(5)}
+    over_time["model.diffusion_model.label_emb.0.0.weight"] = torch.zeros(5, 5)  # it was told to be SDXL's by this
+    fails(
+        "sv3d.safetensors", "of the kind of Stable Video Diffusion and SV3D; SV3D is read in ComfyUI", state=over_time
+    )
     fails("networks.safetensors", "without their configuration", state={"unet.conv_in.weight": torch.zeros(1)})
     with pytest.raises(PriorError, match="of kind 'image' and can't be used as 'multiview'"):
         load_prior(files["sd21"], "multiview")

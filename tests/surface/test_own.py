@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from exact_scene import exact_scene, sway, turn
+from exact_scene import exact_scene, jump, sway, turn
 
+from dream4d_engine.fields.edit import MotionEdit
 from dream4d_engine.mesh import MeshError
 from dream4d_engine.meshes import Model, model_from_tensors, place
 from dream4d_engine.surface import own, track_own_vertices
@@ -49,6 +50,14 @@ def test_the_zoom_is_taken_out(scale: float) -> None:
         assert (placement.to_world(positions) - swayed(start, time)).norm(dim=-1).max() < 0.004
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert tracks.positions[0] == pytest.approx(model.mesh.vertices, abs=0.2)  # in the file's units
+
+
+def test_what_leaves_the_box_is_said() -> None:
+    """As of the scene's own surface: at twice the strength a jump goes through the box's top."""
+    model, scene = cube(), exact_scene("cube", jump)
+    for strength, leaves in ((2.0, True), (1.0, False)):
+        tracks = track_own_vertices(scene.edited(MotionEdit(strength)), model, place(model, size=0.55), TIMES)
+        assert (tracks.outside > 0.1) == leaves == ("the vertices' places in time lie outside of" in str(tracks.notes))
 
 
 def test_cuts_stay_closed() -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +31,13 @@ from dream4d_engine.training.plan import divided, plan_of
 from dream4d_engine.training.processes import SINGLE, Processes, join_processes
 
 
-def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[str]]:
-    """Run a command in n processes, told what torchrun tells; return their exit codes, outputs and errors."""
+def together(
+    words: list[str], n: int = 2, kill: tuple[int, Callable[[], bool]] | None = None
+) -> tuple[list[int], list[str], list[str]]:
+    """Run a command in n processes, told what torchrun tells; return their exit codes, outputs and errors.
+
+    `kill`: which of them is killed, and when.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,6 +55,11 @@ def together(words: list[str], n: int = 2) -> tuple[list[int], list[str], list[s
         for rank in range(n)
     ]
     try:
+        if kill is not None:
+            while not kill[1]():
+                assert all(process.poll() is None for process in started)
+                time.sleep(0.02)
+            started[kill[0]].kill()
         said = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
@@ -113,6 +125,14 @@ def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
         torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_checked_alone_is_said_once_and_what_has_no_use_is_said(tmp_path):
+    words = ["-m", "dream4d_engine.cli", "text-to-3d", "a red cube", "--device", "cpu", "--dry-run", "--share", "work"]
+    codes, outputs, errors = together(words)
+    assert codes == [0, 0] and "nothing was found wrong" in outputs[0] and not outputs[1] and not any(errors)
+    codes, _, errors = together(words, 1)
+    assert codes == [0] and "note: --share work is for several processes of torchrun" in errors[0]
+
+
 @needs_gloo
 def test_a_mistake_in_two_processes_is_said_once_and_ends_both(tmp_path):
     (tmp_path / "file").write_text("x")
@@ -120,6 +140,19 @@ def test_a_mistake_in_two_processes_is_said_once_and_ends_both(tmp_path):
     codes, outputs, errors = together(["-m", "dream4d_engine.cli", *words])
     assert codes == [2, 0], "the second has nothing to do"
     assert "is a file" in errors[0] and "error" not in errors[1] and not any(outputs)
+
+
+@needs_gloo
+def test_who_is_left_says_that_another_process_is_gone_and_how_to_go_on(tmp_path):
+    """One that is killed (by hand, or by the system for its memory) is no defect of the others."""
+    out = tmp_path / "out"
+    words = ["text-to-3d", "a red cube", "--device", "cpu", "--share", "work", "--out", str(out)]
+    words += ["--static.loop.checkpoint-steps", "1", "--steps", "200"]
+    saved = out / "unfinished" / "static.checkpoint"
+    codes, _, errors = together(["-m", "dream4d_engine.cli", *words], kill=(1, saved.exists))
+    assert codes == [2, -9] and errors[0].count("\n") == 1, errors[0]
+    assert "another of the 2 processes is gone" in errors[0] and "defect" not in errors[0], errors[0]
+    assert f"dream4d text-to-3d --resume {out} goes on from there" in errors[0], errors[0]
 
 
 def test_shares_of_a_draw_make_up_the_whole():

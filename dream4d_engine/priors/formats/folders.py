@@ -28,6 +28,7 @@ from .checkpoints import SUFFIXES, Checkpoint, first_bytes, open_checkpoint
 from .configurations import built, encoder_config, noise_of
 from .loaders import (
     FRAMES,
+    ORBITS,
     Device,
     Metadata,
     PriorKind,
@@ -37,13 +38,13 @@ from .loaders import (
     encoder_state,
     filled,
     frozen,
+    latents_of,
     shapes_of,
 )
 
 INDEX = "model_index.json"
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"
 MOST_PIXELS = 4096
-_MOST_BLOCKS = 12
 _UNETS, _VAE = ("UNet2DConditionModel", "UNet3DConditionModel"), "AutoencoderKL"
 _ENCODERS = {"clip": ("CLIPTextModel", "CLIPTextConfig"), "t5": ("T5EncoderModel", "T5Config")}
 _VECTOR = 16  # numbers of a camera or a moment
@@ -95,13 +96,8 @@ class FolderLoader:
 
     def _image_size(self, unet: Mapping[str, Any]) -> tuple[int, int]:
         """Return (height, width) in pixels: the UNet's sample size times the autoencoder's factor."""
-        factor = 1
-        if self._has_vae:
-            config, where = part_config(self.path, "vae")
-            channels = field(config, "block_out_channels", list, where, PriorError, [0] * 4)
-            if not 1 <= len(channels) <= _MOST_BLOCKS:
-                raise PriorError(f"{where}: block_out_channels has {len(channels):,} entries")
-            factor = 2 ** (len(channels) - 1)  # every level but the last halves the image
+        latents = self.latents()
+        factor = 1 if latents is None else latents[1]
         size = unet.get("sample_size") or 64
         size = [size, size] if isinstance(size, int) else size
         return _size(size, factor, f"{self.path / 'unet/config.json'}: sample_size")
@@ -120,6 +116,7 @@ class FolderLoader:
         read_schedule(self.path)
         if "tokenizer" in listed and not (self.path / "tokenizer").is_dir():
             raise _incomplete(self.path, "tokenizer/")
+        self._check_unet()
         for part, stem in _WEIGHTS.items():
             if part in listed or part == "unet":
                 if part != "clip_camera_projection":  # of one layer, which its weights describe
@@ -129,26 +126,30 @@ class FolderLoader:
     def schedule(self) -> tuple[NoiseSchedule, PredictionType]:
         return read_schedule(self.path)
 
-    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
-        self.check()
+    def _check_unet(self) -> str:
+        """The class of its UNet; PriorError where it can't be used."""
         config, where = part_config(self.path, "unet")
         name = field(config, "_class_name", str, where, PriorError, _UNETS[0])
+        if "SpatioTemporal" in name:
+            raise PriorError(f"{self.path} is {ORBITS}")
         if name not in _UNETS:
             raise PriorError(
                 f"{self.path}/unet is a {shortened(printable(name), 60)}; {' and '.join(_UNETS)} can be used "
                 "(from the model's original checkpoint, dream4d convert makes such a folder)"
             )
+        return name
+
+    def unet(self, dtype: torch.dtype, device: Device) -> nn.Module:
+        self.check()
+        name, where = self._check_unet(), self.path / "unet/config.json"
         network = load_network(self.path, "unet", name, dtype, device)
         self._check_inputs(network, where)
         return network
 
     def _check_inputs(self, network: Any, where: Path) -> None:
         """Refuse a UNet that wants other inputs than it will get; a run without memory or time shows it."""
-        metadata, config = self.metadata(), network.config
-        n_latents = 3  # colors, where nothing is encoded
-        if self._has_vae:
-            vae, place = part_config(self.path, "vae")
-            n_latents = field(vae, "latent_channels", int, place, PriorError, 4)
+        metadata, config, latents = self.metadata(), network.config, self.latents()
+        n_latents = 3 if latents is None else latents[0]  # colors, where nothing is encoded
         # Zero123's reads the reference image's latents beside the noisy ones (2303.11328, section 3.2)
         n_given = n_latents * (2 if metadata.kind == "novel_view" else 1)
         if config.in_channels != n_given:
@@ -196,6 +197,11 @@ class FolderLoader:
         if name != _VAE:
             raise PriorError(f"{where}: _class_name is {describe(name)}; an {_VAE} can be used")
         return load_network(self.path, "vae", name, dtype, device)
+
+    def latents(self) -> tuple[int, int] | None:
+        if not self._has_vae:
+            return None
+        return latents_of(*part_config(self.path, "vae"))
 
     def vae_scaling(self) -> float | None:
         if not self._has_vae:

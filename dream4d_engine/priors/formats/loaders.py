@@ -25,6 +25,12 @@ ImageResize = Literal["corners", "antialiased"]
 
 FRAMES: dict[str, int] = {"multiview": 4, "video": 16}  # of a group, as MVDream and ModelScope were trained
 MOST_FRAMES = 1024
+ORBITS = (
+    "of the kind of Stable Video Diffusion and SV3D; SV3D is read in ComfyUI alone, by the node Novel-View Prior from "
+    "Model, with the recipe image-to-3d-orbit"
+)
+"""What to say of a model that is not read from files."""
+_MOST_LEVELS = 12
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class Loader(Protocol):
     def vae(self, dtype: torch.dtype, device: Device) -> nn.Module | None:
         """Load the autoencoder; None where images are not encoded."""
 
+    def latents(self) -> tuple[int, int] | None:
+        """Return their channels, and how many times smaller than images they are; None where nothing is encoded."""
+
     def vae_scaling(self) -> float | None:
         """Return what the autoencoder's latents are multiplied by; None where there is none."""
 
@@ -115,6 +124,15 @@ class Loader(Protocol):
 
     def projection(self, device: Device) -> tuple[Tensor, Tensor]:
         """Return (weight, bias), float32, of the layer that turns [embedding, pose] into a token."""
+
+
+def latents_of(config: Mapping[str, Any], where: object, levels: str = "block_out_channels") -> tuple[int, int]:
+    """An autoencoder's channels, and how many times smaller its latents are; `levels` lists those of its network."""
+    widths = field(config, levels, list, where, PriorError, [0] * 4)
+    if not 1 <= len(widths) <= _MOST_LEVELS:
+        raise PriorError(f"{where}: {levels} has {len(widths):,} entries")
+    # every level but the last halves the image
+    return field(config, "latent_channels", int, where, PriorError, 4), 2 ** (len(widths) - 1)
 
 
 def frozen(network: nn.Module, device: Device, what: Path | str) -> nn.Module:

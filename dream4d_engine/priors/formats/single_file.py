@@ -36,6 +36,7 @@ from .checkpoints import Checkpoint, shown
 from .configurations import built, noise_of, schedule_of
 from .loaders import (
     FRAMES,
+    ORBITS,
     Device,
     Metadata,
     PriorKind,
@@ -45,6 +46,7 @@ from .loaders import (
     filled,
     filled_network,
     frozen,
+    latents_of,
 )
 
 T = TypeVar("T")
@@ -166,6 +168,8 @@ def ldm_kind(file: Checkpoint) -> PriorKind | None:
     first = file.shapes.get(f"{ldm_keys.UNET}input_blocks.0.0.weight")
     if first is None:
         return None
+    if any(name.startswith(ldm_keys.UNET) and ".time_stack." in name for name in file.shapes):
+        raise PriorError(f"{file.path} is {ORBITS}")
     if f"{ldm_keys.UNET}label_emb.0.0.weight" in file.shapes:
         raise PriorError(f"{file.path} is a Stable Diffusion XL or unCLIP model: Stable Diffusion 1 and 2 can be used")
     if f"{ldm_keys.PROJECTION}weight" in file.shapes:
@@ -323,8 +327,8 @@ class LdmLoader:
         check_kind(kind, self.path)
         if kind != self._kind:
             raise PriorError(f"{self.path} is a model of kind {self._kind!r} and can't be used as {kind!r}")
-        # latents' side times the autoencoder's factor: every level but the last halves the image
-        size = self._latents() * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        # latents' side times the autoencoder's factor
+        size = self._latents() * self.latents()[1]
         _ = self.unet_config, self.scheduler_config  # PriorError where they make no sense
         if self.encoder_layout() in ("open_clip", "transformers"):
             self.text_parts()
@@ -362,6 +366,10 @@ class LdmLoader:
             flat = "attentions" in name and tensor.ndim > 2 and tensor[0, 0].numel() == 1
             state[name] = tensor.flatten(1) if flat else tensor
         return filled_network("AutoencoderKL", config, state, f"{self.path}: its autoencoder", device)
+
+    def latents(self) -> tuple[int, int]:
+        config = self.vae_config
+        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
 
     def vae_scaling(self) -> float:
         return self.settings.scale_factor
@@ -486,10 +494,8 @@ class NetworksLoader:
 
     def _image_size(self, unet: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> tuple[int, int]:
         """Return (height, width) in pixels: as declared, else the UNet's sample size times the autoencoder's factor."""
-        factor = 1
-        if self._has_vae():
-            vae, place = self._network_config("vae"), f"{self.config.where}: vae"
-            factor = 2 ** (len(field(vae, "block_out_channels", list, place, PriorError, [0])) - 1)
+        latents = self.latents()
+        factor = 1 if latents is None else latents[1]
         size = unet.get("sample_size") or 64
         said = ours.get("image_size") or [n * factor if type(n) is int else n for n in _pair(size)]
         if len(_pair(said)) != 2 or not all(type(n) is int and 8 <= n <= 8 * _MOST_LATENTS for n in _pair(said)):
@@ -525,6 +531,12 @@ class NetworksLoader:
             return None
         state, config = self._state("vae.", dtype, device), self._network_config("vae")
         return filled_network("AutoencoderKL", config, state, f"{self.path}: its autoencoder", device)
+
+    def latents(self) -> tuple[int, int] | None:
+        if not self._has_vae():
+            return None
+        # without a word of its levels an AutoencoderKL has one
+        return latents_of({"block_out_channels": [0], **self._network_config("vae")}, f"{self.config.where}: vae")
 
     def vae_scaling(self) -> float | None:
         if not self._has_vae():

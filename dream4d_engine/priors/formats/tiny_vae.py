@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...documents import printable, shortened
 from ..errors import PriorError
 from .folders import load_network, read_json
-from .loaders import Device
+from .loaders import Device, latents_of
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,42 @@ class TinyDecoderVAE(nn.Module):
         return self.tiny.decode(latents)
 
 
-def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype, device: Device) -> TinyVAE:
-    """Load an AutoencoderTiny from its folder (config.json and weights), or one that holds it as vae/.
-
-    Args:
-        scaling_factor: of the full autoencoder that it replaces.
-    """
-    folder = Path(folder)
+def tiny_config(folder: Path | str) -> tuple[Path, dict[str, Any]]:
+    """Where an AutoencoderTiny lies, the folder itself or vae/ in it, and its configuration; PriorError for others."""
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise PriorError(f"{folder} is no AutoencoderTiny: give the folder with its config.json and weights")
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():  # of a whole model's folder
         folder = folder / "vae"
     config = read_json(folder, "config.json")
     name = str(config.get("_class_name"))
     if name != "AutoencoderTiny":
         raise PriorError(f"{folder} holds a {shortened(printable(name), 60)}, not an AutoencoderTiny")
+    return folder, config
+
+
+def check_tiny_vae(folder: Path | str, latents: tuple[int, int], of: object) -> None:
+    """Raise PriorError unless an AutoencoderTiny makes a model's kind of latents.
+
+    Args:
+        latents: the channels that `of`, the model, reads, and how many times smaller than images they are.
+    """
+    folder, config = tiny_config(folder)
+    made = latents_of(config, folder / "config.json", "encoder_block_out_channels")
+    if made != latents:
+        (has, times), (wanted, factor) = made, latents
+        raise PriorError(
+            f"the tiny autoencoder {folder} has latents of {has} channels, {times} times smaller than images; {of} "
+            f"reads {wanted} channels, {factor} times smaller: choose one that was made for that model"
+        )
+
+
+def load_tiny_vae(folder: Path | str, scaling_factor: float, dtype: torch.dtype, device: Device) -> TinyVAE:
+    """Load an AutoencoderTiny from its folder (config.json and weights), or one that holds it as vae/.
+
+    Args:
+        scaling_factor: of the full autoencoder that it replaces.
+    """
+    folder, _ = tiny_config(folder)
     tiny: Any = load_network(folder, ".", "AutoencoderTiny", dtype, device)  # the folder itself is the part
     return TinyVAE(tiny, scaling_factor, tuple(tiny.config.encoder_block_out_channels))
