@@ -12,7 +12,7 @@ import torch
 from dream4d_engine.cli import bench, main
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.files import toy_folder
-from dream4d_engine.profiling import gaps
+from dream4d_engine.profiling import Idle, Profile, Work, gaps
 
 CPU = torch.device("cpu")
 CHANNELS = (32, 32, 64, 64)
@@ -204,10 +204,22 @@ def test_a_profile_says_what_takes_longest(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("spans", "uncovered"),
-    [([], 0), ([(3, 5)], 0), ([(7, 9), (0, 2), (1, 4)], 3), ([(0, 10), (2, 3), (4, 5), (11, 12)], 1)],
+    [
+        ([], {}),
+        ([(3, 5, "a")], {}),
+        ([(7, 9, "c"), (0, 2, "a"), (1, 4, "b")], {("b", "c"): (3, 1)}),
+        ([(0, 10, "a"), (2, 3, "b"), (4, 5, "c"), (11, 12, "d")], {("a", "d"): (1, 1)}),
+        ([(0, 1, "a"), (2, 3, "b"), (3, 4, "a"), (6, 7, "b")], {("a", "b"): (3, 2)}),
+    ],
 )
 def test_gaps_are_what_no_span_covers(spans, uncovered):
     assert gaps(spans) == uncovered
+
+
+def test_a_profile_tells_what_was_idle_between():
+    profile = Profile(0.2, 3, (Work("a", 0.2, 3),), {}, 0.004, (Idle("a", "b", 0.003, 2), Idle("b", "a", 0.001, 1)))
+    assert "    3.000 ms  x2      idle between a and b" in profile.lines(4) and "b and a" not in str(profile.lines(4))
+    assert profile.lines(8)[0] == "200.00 ms of work in 3 calls, 4.00 ms idle" and "b and a" in profile.lines(8)[-1]
 
 
 def test_what_was_measured_is_shown_where_it_cannot_be_saved(tmp_path, capsys, monkeypatch):
