@@ -196,7 +196,7 @@ def test_photographs_are_what_the_recipe_expects():
 
 def test_the_table_has_every_case_and_a_case_can_be_run():
     cases = all_cases(list(PARTS), toy_subject(), "cpu", [0], 0.01)
-    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 22, 22, 4, 12, 10]
+    assert [sum(c.part == part for c in cases) for part in PARTS] == [6, 2, 22, 22, 22, 4, 12, 15]
     result = measure_subject(next(c for c in cases if c.part == "subject"))
     assert result[2].shape == (8, 64, 64, 3)
     lines = table([result])
@@ -240,9 +240,11 @@ def test_a_latent_prior_and_its_two_autoencoders_can_be_trained_and_compared(tmp
     latents = prior.denoiser.encode(image)
     assert latents.shape == (1, 8, 4, 16, 16) and prior.denoiser.decode(latents).shape == image.shape
     cases = all_cases(["autoencoders"], toy_subject(), "cpu", [0], 0.008, tmp_path)
-    case = next(c for c in cases if c.name == "a red cube is jumping, tiny")
-    _, found, images = measure.measure_autoencoder(case)
-    assert -1 < found["gradient_cosine"] < 0.999 and images.shape == (8, 64, 64, 3)
+    # untrained, a tiny one encodes another way; its decoder alone hardly turns the gradient, which comes from encoding
+    for way, low, high in (("tiny", -1, 0.999), ("tiny decoder", 0.9, 1 - 1e-7)):
+        case = next(c for c in cases if c.name == f"a red cube is jumping, {way}")
+        _, found, images = measure.measure_autoencoder(case)
+        assert low < found["gradient_cosine"] < high and images.shape == (8, 64, 64, 3)
 
 
 def test_the_latent_part_asks_for_its_folder(capsys):
