@@ -100,7 +100,7 @@ def _check_frames(recipe: MotionRecipe, fitting: MotionRecipe, handles: Handles,
     """Refuse a number of frames that somebody chose, where the prior makes takes of another: it would be left out."""
     shipped = shipped_recipe(recipe)
     own = recipe.n_frames if recipe.windows is None else recipe.windows.window
-    chosen = not isinstance(shipped, MotionRecipe) or own != shipped.n_frames
+    chosen = shipped is None or own != shipped.n_frames
     if chosen and own != fitting.n_frames:
         names = ", ".join(handle.name for handle in handles.values() if handle.n_frames is not None)
         raise UsageError(

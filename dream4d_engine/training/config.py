@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..cameras import CameraBatch, CameraRanges, Orbit, sample_orbits, sample_takes, sample_views
 from ..fields.background import BackgroundConfig
@@ -140,6 +140,11 @@ class StaticRecipe:
             return sample_orbits(self.cameras, self.orbit, end, phase.n_groups, self.n_views, *size, source)
         return sample_views(self.cameras, phase.n_groups, self.n_views, phase.height, phase.width, source)
 
+    @property
+    def least_images(self) -> int:
+        """How many images its priors see in a step, at the least."""
+        return min(phase.n_groups for phase in self.phases) * self.n_views
+
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
         return scene
@@ -192,6 +197,11 @@ class MotionRecipe:
         spans = (self.time_span, self.loop_starts)
         return sample_takes(self.cameras, phase.n_groups, self.n_frames, *size, source, *spans)
 
+    @property
+    def least_images(self) -> int:
+        """How many images its prior sees in a step, at the least."""
+        return min(phase.n_groups for phase in self.phases) * self.n_frames
+
     def trained(self, scene: SceneConfig) -> SceneConfig:
         """The configuration of what is trained on a scene."""
         longer = None if self.windows is None else self.deformation.lasting(self.windows.length)
@@ -212,6 +222,10 @@ class MeshRecipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     stage: ClassVar[Literal["mesh"]] = "mesh"
+    least_images: ClassVar[int] = 1  # its rays are those of no whole image
+
+
+_Recipe = TypeVar("_Recipe", bound=StaticRecipe | MotionRecipe)
 
 
 # --- Stage 1, as published -------------------------------------------------------------------------------------
@@ -532,11 +546,15 @@ MESH_RECIPES = {recipe.name: recipe for recipe in (MESH, MESH_QUICK)}
 MOTION_RECIPES = {recipe.name: recipe for recipe in (TOY_MOTION, ZEROSCOPE, ZEROSCOPE_72X40, MODELSCOPE, MODEL_VIDEO)}
 
 
-def shipped_recipe(recipe: StaticRecipe | MotionRecipe) -> StaticRecipe | MotionRecipe | None:
+_SHIPPED: dict[str, dict[str, Any]] = {
+    "static": STATIC_RECIPES | IMAGE_RECIPES | ORBIT_RECIPES,
+    "motion": MOTION_RECIPES,
+}
+
+
+def shipped_recipe(recipe: _Recipe) -> _Recipe | None:
     """The recipe of this stage and name as it is shipped, or None."""
-    if isinstance(recipe, MotionRecipe):
-        return MOTION_RECIPES.get(recipe.name)
-    return (STATIC_RECIPES | IMAGE_RECIPES | ORBIT_RECIPES).get(recipe.name)
+    return _SHIPPED[recipe.stage].get(recipe.name)
 
 
 def find_recipe(name: str, recipes: dict):

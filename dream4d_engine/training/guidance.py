@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,8 +51,8 @@ def with_frames_of(recipe: _Recipe, handles: Handles) -> _Recipe:
         raise ValueError(f"the priors want takes of {' and '.join(map(str, sorted(wanted)))} frames: they must agree")
     if not wanted:
         return recipe
-    n = wanted.pop()
-    return replace(recipe, n_frames=n) if isinstance(recipe, MotionRecipe) else replace(recipe, n_views=n)
+    changes: dict[str, Any] = {recipe.group_field: wanted.pop()}
+    return replace(recipe, **changes)
 
 
 def with_views_of(recipe: StaticRecipe, handles: Handles) -> StaticRecipe:

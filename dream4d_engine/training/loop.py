@@ -34,7 +34,7 @@ from .history import History, all_answered, found
 from .plan import plan_steps
 from .prefetch import Prefetch
 from .processes import Processes
-from .stages import GuidanceOf, ParameterGroup, Stage, least_images
+from .stages import GuidanceOf, ParameterGroup, Stage
 
 __all__ = ["train", "make_optimizer", "RunControl", "StepReport", "FitSummary"]
 __all__ += ["Interrupted", "PriorSilent", "ResumeMismatch", "TrainingDiverged"]
@@ -54,7 +54,7 @@ def train(stage: Stage, guidance: GuidanceOf, seed: int, control: RunControl) ->
     steps, on_gpu = recipe.steps, scene.device.type == "cuda"
     if steps < 1:
         raise ValueError(f"a run needs at least one step, got {steps}")
-    control = _sharing(control, least_images(recipe))
+    control = _sharing(control, recipe.least_images)
     processes, division = control.processes, control.processes.division
     supervisions, prefetches = plan_steps(stage, guidance, control)
     optimizer = make_optimizer(stage.groups, recipe.optimizer)

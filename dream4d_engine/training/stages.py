@@ -46,13 +46,6 @@ def current_phase(phases: Sequence[AnyPhase], progress: float) -> AnyPhase:
     return begun[-1]
 
 
-def least_images(recipe: StaticRecipe | MotionRecipe | MeshRecipe) -> int:
-    """How many images a recipe's priors see in a step, at the least."""
-    if isinstance(recipe, MeshRecipe):
-        return 1  # its rays are those of no whole image
-    return min(phase.n_groups for phase in recipe.phases) * getattr(recipe, recipe.group_field)
-
-
 def seen_by_priors(
     recipe: StaticRecipe | MotionRecipe, guidance: GuidanceOf, rays_at_once: int | None
 ) -> tuple[Supervision, ...]:

@@ -33,7 +33,7 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
         if not 0 <= getattr(recipe.background, name) <= 1:
             raise ValueError(f"{where}.background.{name} must lie in [0, 1], got {getattr(recipe.background, name)}")
     _at_least(0, recipe.regularizers, f"{where}.regularizers", "rigidity")
-    if recipe.regularizers.rigidity and not isinstance(recipe, MotionRecipe):
+    if recipe.regularizers.rigidity and recipe.stage != "motion":
         raise ValueError(
             f"{where}.regularizers.rigidity is about motion, which a still scene has none of: leave it at 0"
         )
@@ -43,9 +43,8 @@ def check_recipe(recipe: StaticRecipe | MotionRecipe, where: str = "recipe") -> 
         raise ValueError(f"{where}.optimizer.betas must lie in [0, 1), got {recipe.optimizer.betas}")
     _at_least(1, recipe.loop, f"{where}.loop", "occupancy_every", "checkpoint_steps")
     _at_least(0, recipe.loop, f"{where}.loop", "checkpoint_seconds", "max_bad_steps")
-    if isinstance(recipe, MotionRecipe):
+    if recipe.stage == "motion":
         _check_motion(recipe, where)
-        return
     if recipe.reference is not None:
         _check_reference(recipe.reference, f"{where}.reference")
     if recipe.orbit is not None:
