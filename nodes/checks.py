@@ -133,11 +133,9 @@ def check_prompt(prompt: str | None, read: bool = True) -> Verdict:
     fault = text_fault(prompt)
     if fault is not None:
         return f"the prompt {fault}"
-    return (
-        True
-        if prompt.strip() or not read
-        else "the prompt is empty: say what to make, for example 'a red cube is jumping'"
-    )
+    if read and not prompt.strip():
+        return "the prompt is empty: say what to make, for example 'a red cube is jumping'"
+    return True
 
 
 def check_priors(recipe: StaticRecipe | MotionRecipe, connected: Mapping[str, str]) -> Verdict:

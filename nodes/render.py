@@ -13,11 +13,10 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..dream4d_engine.cameras import CameraBatch
 from ..dream4d_engine.machine import check_memory
-from ..dream4d_engine.mesh import MeshError
 from ..dream4d_engine.rendering import RenderOptions, RenderOutput, render_chunked
 from ..dream4d_engine.rendering.shading import image_of
 from ..dream4d_engine.scene import Scene
-from ..dream4d_engine.surface import follow_surface, outside_note, outside_share
+from ..dream4d_engine.surface import leaves_box, outside_note
 from ..dream4d_engine.training.estimate import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, unknown_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint, require
@@ -270,11 +269,8 @@ def outside_line(value: SceneValue) -> str:
     """What to say of a motion that leaves the scene's box, or "": as it was measured before, else of a stronger one."""
     share = None if value.motion is None else value.motion.outside
     if share is None and value.scene.edit.strength > 1:  # what training came to was said then
-        try:
-            with scene_on_device(value) as there:
-                share = outside_share(follow_surface(there).positions, there.config.radius)
-        except MeshError:  # no surface to speak of
-            return ""
+        with scene_on_device(value) as there:
+            share = leaves_box(there)
     return outside_note(share or 0.0, "the surface's")
 
 

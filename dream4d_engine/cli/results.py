@@ -16,7 +16,7 @@ from ..mesh import MeshError
 from ..rendering import RenderOptions, RenderOutput, render_chunked
 from ..rendering.shading import displacement_image, image_of
 from ..scene import Scene
-from ..surface import SurfaceMotion, follow_surface, measure_motion, outside_note, outside_share
+from ..surface import SurfaceMotion, follow_surface, leaves_box, measure_motion, outside_note
 from ..toyworld.captions import parse_caption
 from ..toyworld.evaluate import evaluate_later, evaluate_scene
 from .errors import UsageError
@@ -167,11 +167,7 @@ def say_outside(scene: Scene) -> None:
     """Say how much of the motion images cut off, where it is stronger than it was trained; a look takes a second."""
     if scene.edit.strength <= 1:  # what training came to was measured then
         return
-    try:
-        share = outside_share(follow_surface(scene).positions, scene.config.radius)
-    except MeshError:  # no surface to speak of; what was asked for may be made all the same
-        return
-    note = outside_note(share, "the surface's")
+    note = outside_note(leaves_box(scene), "the surface's")
     if note:
         say(f"note: {note}")
 

@@ -23,6 +23,7 @@ from ..surface import (
     bake_texture,
     check_libraries,
     extract_surface,
+    folds_note,
     outside_note,
     outside_share,
     track_vertices,
@@ -69,20 +70,14 @@ class SceneMesh:
     surface: Surface
     tracks: Tracks | None
     """None where nothing was followed."""
-    radius: float = 1.0
-    """Of the scene's box."""
+    outside: float = 0.0
+    """The share of vertices' places in time outside of the scene's box (see `outside_share`)."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        notes = list(self.surface.notes)
-        if self.tracks is not None and self.tracks.unconverged >= 5e-5:  # less would read as 0.00 %
-            notes.append(
-                f"{self.tracks.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds "
-                "there): carried by their neighbours"
-            )
-        share = 0.0 if self.tracks is None else outside_share(self.tracks.positions, self.radius)
-        return tuple(filter(None, (*notes, outside_note(share, "the vertices'"))))
+        folds = "" if self.tracks is None else folds_note(self.tracks.unconverged)
+        return tuple(filter(None, (*self.surface.notes, folds, outside_note(self.outside, "the vertices'"))))
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,8 @@ def scene_mesh(
         over_time = tracks.positions[:, order]
         mesh = replace(mesh, vertices=over_time[0], normals=None, tracks=over_time, times=times)
     report(1.0)
-    return SceneMesh(mesh, surface, tracks, scene.config.radius)
+    outside = 0.0 if tracks is None else outside_share(tracks.positions, scene.config.radius)
+    return SceneMesh(mesh, surface, tracks, outside)
 
 
 def _between(report: Callable[[float], None], start: float, end: float, share: float) -> None:

@@ -16,7 +16,7 @@ from .formats.identify import open_loader
 from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
 from .formats.pipelines import open_pipeline
-from .formats.tiny_vae import TinyDecoder, check_tiny_vae
+from .formats.tiny_vae import TinyDecoder, check_tiny_vae, folder_of
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
 from .networks.denoisers import prepared
@@ -47,7 +47,7 @@ class PriorFiles:
 
     @property
     def _tiny_folder(self) -> Path | None:
-        return self.tiny_vae.folder if isinstance(self.tiny_vae, TinyDecoder) else self.tiny_vae
+        return None if self.tiny_vae is None else folder_of(self.tiny_vae)
 
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""

@@ -18,7 +18,7 @@ from .errors import PriorError
 from .formats.identify import open_loader
 from .formats.loaders import ImageResize, Loader, VectorKind
 from .formats.lora_files import read_lora
-from .formats.tiny_vae import TinyDecoder, TinyDecoderVAE, check_tiny_vae, load_tiny_vae
+from .formats.tiny_vae import TinyDecoder, TinyDecoderVAE, check_tiny_vae, folder_of, load_tiny_vae
 from .handle import PriorKind
 from .lora import TextLora, add_layers, add_text_loras, check_strength
 from .networks.denoisers import UNetDenoiser
@@ -134,7 +134,7 @@ def _load_vae(
     scaling, latents = loader.vae_scaling(), loader.latents()
     if scaling is None or latents is None:
         raise PriorError(f"{loader.path} works on pixels: there is no autoencoder that a tiny one could replace")
-    folder = tiny_vae.folder if isinstance(tiny_vae, TinyDecoder) else tiny_vae
+    folder = folder_of(tiny_vae)
     check_tiny_vae(folder, latents, loader.path)
     tiny = load_tiny_vae(folder, scaling, dtype, device)
     return tiny if full is None else TinyDecoderVAE(full, tiny)

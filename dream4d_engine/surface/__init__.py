@@ -3,9 +3,9 @@
 from .colors import bake_texture, surface_colors
 from .extract import Surface, SurfaceOptions, extract_surface
 from .libraries import check_libraries
-from .motion import MotionReadout, SurfaceMotion, follow_surface, measure_motion, what_is_frozen
+from .motion import MotionReadout, SurfaceMotion, follow_surface, leaves_box, measure_motion, what_is_frozen
 from .own import OwnTracks, track_own_vertices
-from .tracks import Tracks, outside_note, outside_share, track_vertices
+from .tracks import Tracks, folds_note, outside_note, outside_share, track_vertices
 
 __all__ = [
     "MotionReadout",
@@ -18,6 +18,8 @@ __all__ = [
     "check_libraries",
     "extract_surface",
     "follow_surface",
+    "folds_note",
+    "leaves_box",
     "measure_motion",
     "outside_note",
     "outside_share",

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..mesh import MeshError
 from ..rays import RayBundle, RaySamples, rays_from_cameras
 from ..rendering import RenderOptions, View, render_view
 from ..rendering.march import is_visible, points_of, sample_rays
@@ -186,6 +187,17 @@ def follow_surface(scene: Scene, n_times: int = N_TIMES, on_progress: Progress =
     near = _near_pairs(points)
     tracks, rest = track_points(scene, points, near, times, _PRECISION, lambda share: report(0.2 + 0.8 * share))
     return SurfaceMotion(times, tracks.positions, rest, near, tracks.carried, rays.origins, rays.directions)
+
+
+def leaves_box(scene: Scene) -> float:
+    """The share of a scene's surface, over time, outside of its box (see `outside_share`); a look of some seconds.
+
+    0 where it has none, or none that can be followed.
+    """
+    try:
+        return outside_share(follow_surface(scene).positions, scene.config.radius)
+    except MeshError:
+        return 0.0
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..mesh import MeshError, edges_of
 from ..meshes.record import Model, Placement
 from ..scene import Scene
 from .look import Progress
-from .tracks import outside_note, outside_share, track_vertices
+from .tracks import folds_note, outside_note, outside_share, track_vertices
 
 SAME = 1e-5  # of the model's size: places nearer than that are one
 _LONGEST = 0.04  # of the box's half side: edges that a motion bends within are halved until they are shorter
@@ -44,13 +44,7 @@ class OwnTracks:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people."""
-        folds = ""
-        if self.unconverged >= 5e-5:  # less would read as 0.00 %
-            folds = (
-                f"{self.unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there): "
-                "carried by their neighbours"
-            )
-        return tuple(filter(None, (folds, outside_note(self.outside, "the vertices'"))))
+        return tuple(filter(None, (folds_note(self.unconverged), outside_note(self.outside, "the vertices'"))))
 
 
 @torch.no_grad()

@@ -66,6 +66,16 @@ def outside_note(share: float, whose: str) -> str:
     )
 
 
+def folds_note(unconverged: float) -> str:
+    """What to say of a share of vertices' places in time that have no inverse; "" where hardly any have none."""
+    if unconverged < 5e-5:  # would read as 0.00 %
+        return ""
+    return (
+        f"{unconverged:.2%} of the vertices' places in time have no inverse (the motion folds there): carried by their "
+        "neighbours"
+    )
+
+
 @dataclass(frozen=True)
 class Precision:
     """How hard inverses are looked for."""

@@ -23,6 +23,11 @@ class TinyDecoder:
     folder: Path
 
 
+def folder_of(tiny: Path | str | TinyDecoder) -> Path:
+    """Where the AutoencoderTiny lies of which all is taken, or the decoder alone."""
+    return tiny.folder if isinstance(tiny, TinyDecoder) else Path(tiny)
+
+
 class TinyVAE(nn.Module):
     """An AutoencoderTiny with AutoencoderKL's calls, as far as they are used here.
 
