@@ -105,7 +105,7 @@ def test_three_processes_are_one_sooner_or_one_with_more_groups(tmp_path):
 def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
     still, out, prompt = solid_ball(0.5), tmp_path / "out", "red cube jumping"  # no caption: measured quickly
     save_scene(tmp_path / "still.safetensors", still)
-    words = ["animate", str(tmp_path / "still.safetensors"), prompt, "--steps", "2", "--motion.optimizer.eps", "1e-3"]
+    words = ["animate", str(tmp_path / "still.safetensors"), prompt, "--steps", "2", "--motion.optimizer.eps", "1e-2"]
     words += ["--share", "work"]
     words += ["--motion.least-motion", "0", "--motion.first-levels", "4"]
     words += ["--size", "16", "--part-frames", "1", "--samples", "16", "--out", str(out), "--device", "cpu"]
@@ -114,7 +114,7 @@ def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
     assert (out / "video.mp4").exists() and not (out / "unfinished").exists()
     assert "scene.safetensors" in outputs[0] and not outputs[1], "one speaks"
     assert "2 processes do each step together" in outputs[0] + errors[0]
-    optimizer = replace(TOY_MOTION.optimizer, eps=1e-3)
+    optimizer = replace(TOY_MOTION.optimizer, eps=1e-2)  # rounding, which processors differ in, is not made large
     recipe = replace(TOY_MOTION, steps=2, optimizer=optimizer, least_motion=0.0, first_levels=4)
     guidance = load_guidance(recipe, {"video": toy_prior("video")}, prompt, runtime_for(recipe, CPU))
     guidance = plan_of(guidance, Execution(groups_at_once=1))  # as each process asks it: batches differ in rounding
@@ -122,9 +122,7 @@ def test_the_command_line_in_two_processes_writes_once_what_one_would(tmp_path):
     made, _ = load_scene(out / "scene.safetensors")
     assert alone.deformation.body.knots.abs().max() > 0.01, "it has moved"
     for name, value in alone.state_dict().items():
-        # of the body's gradient so much cancels that rounding, which processors differ in, shows in Adam's steps
-        within = 1e-5 if name == "deformation.body.knots" else 1e-6
-        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=within)
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_checked_alone_is_said_once_and_what_has_no_use_is_said(tmp_path):
