@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..kernels import Kernels
 from .encodings import HashGrid, HashGridConfig, require_range
-from .mlp import MLP
+from .mlp import MLP, ask_together
 
 Blob = Literal["magic3d", "dreamfusion"]
 _BLOBS: tuple[Blob, ...] = ("magic3d", "dreamfusion")
@@ -92,22 +92,28 @@ class RadianceField(nn.Module):
         # squared, the outline of what is opaque stays where it was
         self.softened = densest * solid.square()
 
-    def _density(self, u: Tensor, features: Tensor, kernels: Kernels) -> Tensor:
-        if self.softened is not None:
-            return _between(self.softened, u)
-        density = F.softplus(self.density_mlp(features, kernels).float()[:, 0] + self.blob(u))
+    def _density(self, u: Tensor, logit: Tensor) -> Tensor:
+        """The density [S] at u, by what the network says of it, [S, 1]."""
+        density = F.softplus(logit.float()[:, 0] + self.blob(u))
         if self.densest is None:
             return density
         return -self.densest * torch.expm1(-density / self.densest)  # the same where it is low
 
     def density(self, u: Tensor, kernels: Kernels) -> Tensor:
         """[S, 3] in [0, 1] -> [S]."""
-        return self._density(u, self.grid(u, kernels), kernels)
+        if self.softened is not None:
+            return _between(self.softened, u)
+        return self._density(u, self.density_mlp(self.grid(u, kernels), kernels))
 
     def forward(self, u: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
         """[S, 3] in [0, 1] -> density [S], rgb [S, 3] in (0, 1)."""
         features = self.grid(u, kernels)
-        return self._density(u, features, kernels), torch.sigmoid(self.color_mlp(features, kernels).float())
+        if self.softened is not None:
+            density, color = _between(self.softened, u), self.color_mlp(features, kernels)
+        else:
+            logit, color = ask_together(features, (self.density_mlp, self.color_mlp), kernels)
+            density = self._density(u, logit)
+        return density, torch.sigmoid(color.float())
 
 
 def _blurred(lattice: Tensor, deviation: float) -> Tensor:

@@ -20,7 +20,9 @@ _TOGETHER = 4
 """Levels that a thread interpolates: what it writes of them is a whole piece of memory."""
 _BESIDE = 4
 """Levels that neighbouring threads add to the table: they read the same piece of the gradient."""
-_RUN = 32
+_APART = 2
+"""Coordinates of which different threads add to the corners of a cell: one adds to both along the others."""
+_RUN = 64
 """Neighbouring samples whose gradients are summed before they are added to the table."""
 _AHEAD = 4
 """Of these, so many are read at once."""
@@ -69,7 +71,7 @@ class _Encoding:
 @lru_cache(maxsize=64)
 def _encoding(layout: GridLayout, dtype: torch.dtype, device: torch.device) -> _Encoding:
     n_dims, n_features, n_levels = layout.n_dims, layout.n_features, len(layout.levels)
-    together, beside = min(_TOGETHER, n_levels), min(_BESIDE, n_levels)
+    together, beside, both = min(_TOGETHER, n_levels), min(_BESIDE, n_levels), max(0, n_dims - _APART)
     # pairs of numbers are added at once from compute capability 9.0 on; before, by neighbouring threads
     few = 2 if n_features % 2 == 0 and nvrtc.capability(device) >= (9, 0) else 1
     numbers = 16 // dtype.itemsize  # what a thread reads or writes at once, at most
@@ -77,9 +79,9 @@ def _encoding(layout: GridLayout, dtype: torch.dtype, device: torch.device) -> _
         device, source.HASH, ("hash_forward", "hash_backward_table", "hash_backward_points"),
         D=n_dims, F=n_features, L=n_levels, OUT=NUMBERS[dtype], THREADS=_THREADS, TOGETHER=together,
         PIECE=math.gcd(n_features, 4), PACK=math.gcd(n_levels * n_features, together * n_features, numbers),
-        FEW=few, BESIDE=beside, LENGTH=_RUN, AHEAD=_AHEAD,
+        FEW=few, BOTH=both, BESIDE=beside, LENGTH=_RUN, AHEAD=_AHEAD,
     )  # fmt: skip
-    return _Encoding(forward, table, points, lanes=2**n_dims * (n_features // few) * beside)
+    return _Encoding(forward, table, points, lanes=2 ** (n_dims - both) * (n_features // few) * beside)
 
 
 def _encode(x: Tensor, table: Tensor, out: Tensor, layout: GridLayout, n_levels: int) -> None:
@@ -90,6 +92,7 @@ def _encode(x: Tensor, table: Tensor, out: Tensor, layout: GridLayout, n_levels:
 
 def _encode_to_table(x: Tensor, grad: Tensor, grad_table: Tensor, layout: GridLayout, n_levels: int) -> None:
     made = _encoding(layout, grad.dtype, x.device)
+    x, grad = _whole(x), _whole(grad)
     grid = (-(-(-(-len(x) // _RUN) * made.lanes) // _THREADS), -(-n_levels // _BESIDE))
     made.table(grid, _THREADS, x, grad, grad_table, *layout_tensors(layout, x.device), len(x), n_levels)
 

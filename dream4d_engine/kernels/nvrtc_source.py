@@ -42,6 +42,8 @@ struct __align__(4 * PIECE) Entry { float numbers[F]; };
 // OUT: float, f16 or b16. PACK: the numbers that are read and written at once
 struct __align__(PACK * sizeof(OUT)) Pack { OUT numbers[PACK]; };
 
+struct __align__(D % 4 ? D % 2 ? 4 : 8 : 16) Point { float numbers[D]; };
+
 struct Level { float scale; int offset, size; bool hashed; unsigned factors[D]; };
 
 __device__ __forceinline__ Level level_of(int k, const float* scales, const int* places, const int* factors) {
@@ -147,59 +149,80 @@ __device__ __forceinline__ void add_held(float* to, float (&held)[FEW]) {
     for (int f = 0; f < FEW; ++f) held[f] = 0.0f;
 }
 
+struct __align__(FEW * sizeof(OUT)) Given { OUT numbers[FEW]; };
+
 // A thread has FEW features of those corners of one level's cells whose coordinates are even or odd as its number says,
-// along LENGTH neighbouring samples. Neighbours along a ray mostly lie in the same cell of the coarse levels, or share
-// corners: what they give to a corner is summed here and added to its entry when they have left it. One addition a
-// sample would make the whole GPU queue up before a few hundred entries.
+// and of the last BOTH coordinates both, along LENGTH neighbouring samples. Neighbours along a ray mostly lie in the
+// same cell of the coarse levels, or share corners: what they give to a corner is summed here and added to its entry
+// when they have left it. One addition a sample would make the whole GPU queue up before a few hundred entries.
 KERNEL hash_backward_table(
     const float* __restrict__ x, const OUT* __restrict__ grad, float* __restrict__ grad_table,
     const float* __restrict__ scales, const int* __restrict__ places, const int* __restrict__ factors,
     long long n_samples, long long n_active
 ) {
-    const int parts = F / FEW;
+    const int parts = F / FEW, corners = C >> BOTH;
     const long long thread = (long long)blockIdx.x * THREADS + threadIdx.x;
-    const int lane = (int)(thread % (C * parts * BESIDE));
-    const long long first = thread / (C * parts * BESIDE) * LENGTH;
-    const int feature = lane % parts * FEW, corner = lane / parts % C, k = blockIdx.y * BESIDE + lane / (parts * C);
+    const int lane = (int)(thread % (corners * parts * BESIDE));
+    const long long first = thread / (corners * parts * BESIDE) * LENGTH;
+    const int feature = lane % parts * FEW, corner = lane / parts % corners;
+    const int k = blockIdx.y * BESIDE + lane / (parts * corners);
     if (k >= n_active || first >= n_samples) return;
     const Level level = level_of(k, scales, places, factors);
-    float held[FEW] = {};  // sums that were not added yet
-    int owner = 0;  // and the entry that they belong to
+    float held[1 << BOTH][FEW] = {};  // sums that were not added yet
+    int owner[1 << BOTH] = {};  // and the entries that they belong to
     for (int start = 0; start < LENGTH; start += AHEAD) {
         float u[AHEAD][D], given[AHEAD][FEW];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             const bool there = first + start + i < n_samples;
             const long long row = there ? first + start + i : n_samples - 1;
-            const OUT* from = grad + row * (L * F) + k * F + feature;
+            const Given from = *reinterpret_cast<const Given*>(grad + row * (L * F) + k * F + feature);
+            const Point point = *reinterpret_cast<const Point*>(x + row * D);
 #pragma unroll
-            for (int d = 0; d < D; ++d) u[i][d] = x[row * D + d];
+            for (int d = 0; d < D; ++d) u[i][d] = point.numbers[d];
 #pragma unroll
-            for (int f = 0; f < FEW; ++f) given[i][f] = there ? wide(from[f]) : 0.0f;
+            for (int f = 0; f < FEW; ++f) given[i][f] = there ? wide(from.numbers[f]) : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             const Cell cell = cell_of(u[i], level.scale);
-            unsigned mixed = 0, sum = 0;
-            float weight = 1.0f;
+            unsigned mixed[1 << BOTH] = {}, sum[1 << BOTH] = {};
+            float weight[1 << BOTH] = {1.0f};
 #pragma unroll
             for (int d = 0; d < D; ++d) {
-                const unsigned upper = (cell.low[d] ^ (corner >> d)) & 1;
+                const unsigned upper = (cell.low[d] ^ (d < D - BOTH ? corner >> d : 0)) & 1;
                 const unsigned part = (cell.low[d] + upper) * level.factors[d];
-                weight *= upper ? cell.share[d] : 1.0f - cell.share[d];
-                mixed ^= part;
-                sum += part;
-            }
-            const int number = place_of(mixed, sum, level);
-            if (number != owner) {
-                add_held(grad_table + (long long)owner * F + feature, held);
-                owner = number;
+                const unsigned other = (cell.low[d] + 1 - upper) * level.factors[d];
+                const float near = upper ? cell.share[d] : 1.0f - cell.share[d];
+                const float far = upper ? 1.0f - cell.share[d] : cell.share[d];
+                const int bit = d < D - BOTH ? 0 : 1 << (d - (D - BOTH));
+#pragma unroll
+                for (int c = 0; c < bit; ++c) {
+                    weight[c + bit] = weight[c] * far;
+                    mixed[c + bit] = mixed[c] ^ other;
+                    sum[c + bit] = sum[c] + other;
+                }
+#pragma unroll
+                for (int c = 0; c < (bit ? bit : 1); ++c) {
+                    weight[c] *= near;
+                    mixed[c] ^= part;
+                    sum[c] += part;
+                }
             }
 #pragma unroll
-            for (int f = 0; f < FEW; ++f) held[f] += weight * given[i][f];
+            for (int c = 0; c < 1 << BOTH; ++c) {
+                const int number = place_of(mixed[c], sum[c], level);
+                if (number != owner[c]) {
+                    add_held(grad_table + (long long)owner[c] * F + feature, held[c]);
+                    owner[c] = number;
+                }
+#pragma unroll
+                for (int f = 0; f < FEW; ++f) held[c][f] += weight[c] * given[i][f];
+            }
         }
     }
-    add_held(grad_table + (long long)owner * F + feature, held);
+#pragma unroll
+    for (int c = 0; c < 1 << BOTH; ++c) add_held(grad_table + (long long)owner[c] * F + feature, held[c]);
 }
 
 // A thread adds to one point's gradient what TOGETHER levels, from `first` on, give; it writes it where that is 0.
@@ -243,8 +266,8 @@ KERNEL hash_backward_points(
     for (int d = 0; d < D; ++d) grad_x[row * D + d] = slope[d];
 }
 """
-"""D, F, L; OUT, the type of what is encoded; THREADS of a block; PIECE, PACK, TOGETHER; FEW, BESIDE, AHEAD, and LENGTH,
-a multiple of that."""
+"""D, F, L; OUT, the type of what is encoded; THREADS of a block; PIECE, PACK, TOGETHER; FEW, BOTH, BESIDE, AHEAD, and
+LENGTH, a multiple of that."""
 
 MARCH = r"""
 // 32 threads walk a ray, as many lattice points at a time. Without `write` its intervals are counted into counts [N];

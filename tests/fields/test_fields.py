@@ -12,9 +12,9 @@ from places import GOLDEN
 from dream4d_engine.fields.background import Background, BackgroundConfig
 from dream4d_engine.fields.deformation import SEAM, DeformationConfig, DeformationField
 from dream4d_engine.fields.encodings import HashGrid, HashGridConfig, spherical_harmonics
-from dream4d_engine.fields.mlp import MLP
+from dream4d_engine.fields.mlp import MLP, ask_together, together
 from dream4d_engine.fields.radiance import RadianceConfig, RadianceField
-from dream4d_engine.kernels import select_kernels
+from dream4d_engine.kernels import select_kernels, torch_kernels
 
 GRID = HashGridConfig(n_levels=4, log2_entries=8, base_resolution=4, growth=1.5)
 KERNELS = select_kernels("cpu")
@@ -74,6 +74,31 @@ def test_mlp_is_relu_without_bias() -> None:
     assert torch.allclose(mlp(x), ((x @ a.T).relu() @ b.T).relu() @ c.T, atol=1e-6)
     assert (mlp(torch.zeros(1, 3)) == 0).all()
     assert torch.allclose(mlp(3 * x), 3 * mlp(x), atol=1e-5)
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: there networks are asked one by one")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_networks_asked_together_give_what_each_gives(device: str, layers: int) -> None:
+    networks = [MLP(5, n_outputs, 8, layers) for n_outputs in (1, 3)]
+    for seed, network in enumerate(networks):
+        network.reset(generator(seed))
+        network.to(device)
+    x = torch.rand(50, 5, generator=generator(7)).to(device).requires_grad_()
+    pulls = [torch.rand(50, n, generator=generator(8)).to(device) for n in (1, 3)]
+    wanted = [x, *(weight for network in networks for weight in network.layers)]
+    found = []
+    ways = [lambda: [network(x) for network in networks], lambda: ask_together(x, networks)]
+    if layers == 1:
+        ways.append(lambda: torch_kernels.mlp(x, together(networks)).split((1, 3), -1))
+    for ask in ways:
+        outputs = ask()
+        found.append([*outputs, *torch.autograd.grad(outputs, wanted, pulls)])
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("blob", ["magic3d", "dreamfusion"])
