@@ -234,6 +234,26 @@ def test_the_norm_kernels_against_double_precision(kernels_device, channels, n_g
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
 
+@pytest.mark.parametrize("used", ["both", "normed", "around"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_the_gradient_of_what_goes_around_a_norm_is_added_in_its_pass(kernels_device, used, kind):
+    def made(*shape, seed):
+        return randn(*shape, seed=seed).to(kernels_device, kind)
+
+    x, pull, pull_around = (made(3, 48, 5, 9, seed=s).contiguous(memory_format=torch.channels_last) for s in (0, 1, 2))
+    weight, bias = made(48, seed=3), made(48, seed=4)
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    z = functional.silu(functional.group_norm(exact, 8, weight.double(), bias.double(), 1e-5))
+    outputs = fused_norm.norm_silu_beside(x, weight, bias, 8, 1e-5)
+    pulls = pull, pull_around.contiguous()  # laid out otherwise
+    rows = {"both": slice(2), "normed": slice(1), "around": slice(1, 2)}[used]
+    (ours,) = torch.autograd.grad(outputs[rows], x, pulls[rows])
+    (theirs,) = torch.autograd.grad((z, exact * 1)[rows], exact, [p.double() for p in pulls[rows]])
+    assert (ours - theirs).norm() / theirs.norm() < (1e-6 if kind == torch.float32 else 1e-3)
+    assert torch.equal(outputs[1], x)
+
+
 VIDEOS = [(True, 2, False, 48), (False, 2, True, 48), (True, 0, False, 48), (True, 0, False, 300), (False, 0, False, 7)]
 
 

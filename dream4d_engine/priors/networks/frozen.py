@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .fused_norm import add_bias_, add_residual, double_size, gated, norm_silu
+from .fused_norm import add_bias_, add_residual, double_size, gated, norm_silu, norm_silu_beside
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -106,7 +106,8 @@ def _norm_forward(self: nn.GroupNorm, x: Tensor, silu: bool = False, offset: Ten
 
 def _resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
     """ResnetBlock2D: norm, silu, conv, + time, norm, silu, conv, + input."""
-    h = self.norm1(input_tensor, silu=True)
+    norm = self.norm1
+    h, input_tensor = norm_silu_beside(input_tensor, norm.weight, norm.bias, norm.num_groups, norm.eps)
     # what is added before the second norm goes into it as an offset, [1, C] or with time [N, C]: one pass less
     offset = None if self.conv1.bias is None else self.conv1.bias[None]
     h = frozen_conv(self.conv1, h, with_bias=False)

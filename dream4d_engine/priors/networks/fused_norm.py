@@ -79,15 +79,22 @@ def norm_silu(
         x: [N, C, ...]. offset: [N, C] or [1, C], what is added to every place of an image's channels, no gradient.
     """
     if launches := _launches(x):
-        return _NormSilu.apply(launches, x, weight, bias, offset, (n_groups, eps, silu))
+        return _NormSilu.apply(launches, x, weight, bias, offset, (n_groups, eps, silu))[0]
     if offset is not None:
         x = x + offset.reshape(*offset.shape, *[1] * (x.ndim - 2))
     normed = functional.group_norm(x, n_groups, weight, bias, eps)
     return functional.silu(normed) if silu else normed
 
 
+def norm_silu_beside(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return silu(group_norm(x)) and x, for what goes around it: the gradients on both are added up in one pass."""
+    if launches := _launches(x):
+        return _NormSilu.apply(launches, x, weight, bias, None, (n_groups, eps, True))
+    return norm_silu(x, weight, bias, n_groups, eps), x
+
+
 class _NormSilu(torch.autograd.Function):
-    """x [N, C, ...] in channels_last; returns the same. `settings`: number of groups, eps, silu."""
+    """x [N, C, ...] in channels_last; returns the same, and x. `settings`: number of groups, eps, silu."""
 
     @staticmethod
     def forward(ctx, launches, x, weight, bias, offset, settings):
@@ -95,17 +102,23 @@ class _NormSilu(torch.autograd.Function):
         if x.requires_grad:
             ctx.save_for_backward(x, found, weight)
             ctx.launches, ctx.settings = launches, settings
-        return out
+        ctx.set_materialize_grads(False)
+        return out, x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, around):
+        if grad is None:  # nobody asked for what was normed
+            return None, around, None, None, None, None
         x, found, weight = ctx.saved_tensors
         n_groups, _, silu = ctx.settings
-        if not grad.movedim(1, -1).is_contiguous():
-            last = torch.channels_last_3d if grad.ndim == 5 else torch.channels_last
-            grad = grad.contiguous(memory_format=last)
-        out = ctx.launches.norm_back(x, grad, found, weight, n_groups, silu)
+        more = None if around is None else _channels_last(around)
+        out = ctx.launches.norm_back(x, _channels_last(grad), found, weight, n_groups, silu, more)
         return None, out, None, None, None, None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x [N, C, ...] with its memory as [N, ..., C], copied where it isn't."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def rms_silu(x: Tensor, weight: Tensor | None, eps: float, ahead: int = 0, repeated: bool = False) -> Tensor:

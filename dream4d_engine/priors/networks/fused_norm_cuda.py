@@ -138,10 +138,11 @@ KERNEL apply(
     }
 }
 
+// has_more: `more` is added, a gradient that came another way
 KERNEL gradient(
     const Pack* __restrict__ x, const Pack* __restrict__ grad, const float* __restrict__ found,
-    const float* __restrict__ line, Pack* __restrict__ out,
-    long long images, long long r, long long c, long long lanes
+    const float* __restrict__ line, const Pack* __restrict__ more, Pack* __restrict__ out,
+    long long images, long long r, long long c, long long lanes, long long has_more
 ) {
     PLACE
     if (!inside) return;
@@ -152,12 +153,13 @@ KERNEL gradient(
     numbers_at(line + (images + blockIdx.y) * c + channel, constant);
     const long long first = (blockIdx.y * r * c + channel) / PACK;
     const long long begin = (long long)blockIdx.x * STEPS * rows + slot;
-    Pack given[STEPS], given_grad[STEPS];
+    Pack given[STEPS], given_grad[STEPS], added[STEPS];
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         if (begin + step * rows >= r) break;
         given[step] = x[first + (begin + step * rows) * row_packs];
         given_grad[step] = grad[first + (begin + step * rows) * row_packs];
+        if (has_more) added[step] = more[first + (begin + step * rows) * row_packs];
     }
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -167,7 +169,8 @@ KERNEL gradient(
             const float value = wide(given[step].numbers[i]);
             float dv = wide(given_grad[step].numbers[i]);
             if (SILU) dv = before_silu(dv, fmaf(value, a[i], b[i]));
-            narrow(fmaf(a[i], dv, fmaf(slope[i], value, constant[i])), given[step].numbers[i]);
+            const float dx = fmaf(a[i], dv, fmaf(slope[i], value, constant[i]));
+            narrow(has_more ? dx + wide(added[step].numbers[i]) : dx, given[step].numbers[i]);
         }
         out[first + (begin + step * rows) * row_packs] = given[step];
     }

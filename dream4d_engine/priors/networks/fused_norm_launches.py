@@ -18,7 +18,7 @@ class Launches:
 
     name: str
     norm: Callable[..., tuple[Tensor, Tensor]]  # x, weight, bias, offset, groups, eps, silu -> y, `found` [4, N, C]
-    norm_back: Callable[..., Tensor]  # x, grad, found, weight, groups, silu -> the gradient on x
+    norm_back: Callable[..., Tensor]  # x, grad, found, weight, groups, silu, more or None -> the gradient on x, + more
     rms: Callable[..., None]  # x [..., C], weight, grad, to out, eps; without grad: forward
     shift: Callable[[Tensor, Tensor], None]  # to x: bias is added
     add: Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, h, bias, to out

@@ -93,9 +93,11 @@ def _norm(
     return out, found
 
 
-def _norm_back(x: Tensor, grad: Tensor, found: Tensor, weight: Tensor, n_groups: int, silu: bool) -> Tensor:
-    out = torch.empty_like(x)
-    (n, r, c), tile = sizes(x), _tile(x.shape[1], x, grad, out)
+def _norm_back(
+    x: Tensor, grad: Tensor, found: Tensor, weight: Tensor, n_groups: int, silu: bool, more: Tensor | None
+) -> Tensor:
+    out, added = torch.empty_like(x), grad if more is None else more  # the kernel wants some tensor where there is none
+    (n, r, c), tile = sizes(x), _tile(x.shape[1], x, grad, added, out)
     _, _, gradient_sums, gradient = _norm_kernels(x, tile, silu)
     parts, per = parts_of(n, r, tile.rows)
     partial = torch.empty(2, n, parts, c, device=x.device)
@@ -103,7 +105,8 @@ def _norm_back(x: Tensor, grad: Tensor, found: Tensor, weight: Tensor, n_groups:
     line = torch.empty(2, n, c, device=x.device)  # dx = a dv + slope x + constant: slope and constant a channel
     _, gradient_line = _statistics_kernels(weight, weight)
     gradient_line((n_groups, n), _THREADS, partial, weight, found, line, n, r, c, c // n_groups, parts)
-    gradient((tile.blocks(r), n, tile.tiles), tile.threads, x, grad, found, line, out, n, r, c, tile.lanes)
+    known = (n, r, c, tile.lanes, more is not None)
+    gradient((tile.blocks(r), n, tile.tiles), tile.threads, x, grad, found, line, added, out, *known)
     return out
 
 

@@ -147,9 +147,10 @@ def apply(
 
 @triton.jit
 def gradient(
-    x, grad, found, line, out, images, r, c,
-    SILU: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, grad, found, line, more, out, images, r, c,
+    SILU: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
+    # MORE: `more` is added, a gradient that came another way
     n = tl.program_id(1)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     second = images * c
@@ -169,6 +170,8 @@ def gradient(
             s = tl.sigmoid(v)
             dv = dv * s * (1 + v * (1 - s))
         dx = a[None] * dv + p[None] * value + q[None]
+        if MORE:
+            dx += tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, dx.to(out.dtype.element_ty), mask=mask)
 
 

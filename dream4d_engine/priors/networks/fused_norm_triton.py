@@ -31,15 +31,17 @@ def _norm(
     return out, found
 
 
-def _norm_back(x: Tensor, grad: Tensor, found: Tensor, weight: Tensor, n_groups: int, silu: bool) -> Tensor:
+def _norm_back(
+    x: Tensor, grad: Tensor, found: Tensor, weight: Tensor, n_groups: int, silu: bool, more: Tensor | None
+) -> Tensor:
     from . import fused_norm_source as source
 
     n, r, c = sizes(x)
     partial = _sum_rows(source.gradient_sums, n, r, c, x, grad, found, silu)
     line = torch.empty(2, n, c, device=x.device)  # dx = a dv + slope x + constant: slope and constant a channel
     _finish(source.gradient_line, n, r, c, n_groups, partial, weight, found, line)
-    out = torch.empty_like(x)
-    _launch_rows(source.gradient, n, r, c, x, grad, found, line, out, silu)
+    out, added = torch.empty_like(x), grad if more is None else more  # the kernel wants some tensor where there is none
+    _launch_rows(source.gradient, n, r, c, x, grad, found, line, added, out, silu, MORE=more is not None)
     return out
 
 
@@ -102,13 +104,13 @@ def _finish(kernel: Any, n: int, r: int, c: int, n_groups: int, partial: Tensor,
     kernel[(n_groups, n)](partial, *arguments, n, r, c, width, parts, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
-def _launch_rows(kernel: Any, n: int, r: int, c: int, *arguments) -> None:
+def _launch_rows(kernel: Any, n: int, r: int, c: int, *arguments, **flags: bool) -> None:
     """Run an elementwise kernel; its last argument is whether there is a silu."""
     *tensors, silu = arguments
     block_rows, block_c = _tile(c)
     per = block_rows * 4  # STEPS tiles one after the other: fewer programs read the channels' numbers
     grid = (-(-r // per), n, -(-c // block_c))
-    kernel[grid](*tensors, n, r, c, SILU=silu, STEPS=4, BLOCK_R=block_rows, BLOCK_C=block_c)
+    kernel[grid](*tensors, n, r, c, SILU=silu, STEPS=4, BLOCK_R=block_rows, BLOCK_C=block_c, **flags)
 
 
 LAUNCHES = Launches("triton", _norm, _norm_back, _rms, _shift, _add, _double)
