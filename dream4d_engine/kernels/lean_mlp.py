@@ -6,7 +6,7 @@ computes these again: of a network only its inputs are kept. In full precision i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import torch_kernels
 
-_ROWS = 2**18
-"""Samples of a piece: 32 MiB of a hidden layer of 64."""
+_PIECE = 2**24
+"""Numbers of a hidden layer of a piece: 32 MiB."""
 
 
 def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
@@ -32,8 +32,7 @@ class _MLP(torch.autograd.Function):
         ctx.save_for_backward(x, *layers)
         weights, n_outputs = _in_type_of(x, layers), len(layers[-1])
         out = x.new_empty(len(x), n_outputs)
-        for start in range(0, len(x), _ROWS):
-            part = slice(start, start + _ROWS)
+        for part in _pieces(x, weights):
             out[part] = (_hidden(x[part], weights)[-1] @ weights[-1].t())[:, :n_outputs]
         return out
 
@@ -44,8 +43,7 @@ class _MLP(torch.autograd.Function):
         grad = F.pad(grad.to(x.dtype), (0, len(weights[-1]) - grad.shape[1]))
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        for start in range(0, len(x), _ROWS):
-            part = slice(start, start + _ROWS)
+        for part in _pieces(x, weights):
             inputs, along = _hidden(x[part], weights), grad[part]
             for k in reversed(range(len(weights))):
                 if ctx.needs_input_grad[k + 1]:
@@ -56,6 +54,12 @@ class _MLP(torch.autograd.Function):
                     grad_x[part] = along @ weights[0]
         sums[-1] = sums[-1][: len(layers[-1])]
         return grad_x, *(total.to(layer.dtype) for total, layer in zip(sums, layers, strict=True))
+
+
+def _pieces(x: Tensor, weights: Sequence[Tensor]) -> Iterator[slice]:
+    """Rows of x that go through the network together."""
+    rows = max(1, _PIECE // len(weights[0]))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 
 def _in_type_of(x: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:

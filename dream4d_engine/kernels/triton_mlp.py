@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
-from .launched import power_of_two
+from .launched import power_of_two, unobserved
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,7 @@ def first_error(shape: Shape, device: torch.device, n_samples: int, seed: int = 
             draws, x = [(w - 0.5 / w.shape[1]) * w.shape[1] ** 0.5 * 4 for w in draws], x - 0.5
         found = []
         for function in (lambda x, w: fused_mlp(x, w, shape), torch_kernels.mlp):
-            # the hooks keep a scene that is being rendered with activation checkpointing, in which this may be the
-            # first look at a network, from counting the tensors saved here
-            unobserved = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False), unobserved:
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False), unobserved():
                 leaves = [tensor.half().float().to(device).requires_grad_() for tensor in (x, *draws)]
                 out = function(leaves[0], leaves[1:])
                 gradients = torch.autograd.grad(out, leaves, grad.to(device))

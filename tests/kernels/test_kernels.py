@@ -258,7 +258,7 @@ def test_networks_asked_in_pieces_say_the_same(monkeypatch) -> None:
 
 @pytest.mark.parametrize("sizes", [(5, 16, 16, 3), (24, 64, 1), (3, 8)])
 def test_networks_that_keep_little_give_the_same_gradients(monkeypatch, sizes: tuple[int, ...]) -> None:
-    monkeypatch.setattr(lean_mlp, "_ROWS", 300)
+    monkeypatch.setattr(lean_mlp, "_PIECE", 300 * sizes[1])
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(o, i, generator=generator) for i, o in itertools.pairwise(sizes)]
     x, grad = (torch.randn(1000, n, generator=generator) for n in (sizes[0], sizes[-1]))

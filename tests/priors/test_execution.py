@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import sys
+import types
 from dataclasses import replace
 from importlib import import_module
 
@@ -39,6 +42,7 @@ from dream4d_engine.training.config import CameraRanges
 from dream4d_engine.training.guidance import capture_for
 from dream4d_engine.training.plan import LADDER
 
+PACKAGE = "dream4d_engine.priors.networks"
 SMALL_IF = {
     **architectures._IF,
     "block_out_channels": (32, 64),
@@ -199,9 +203,48 @@ def kernels_device(request, monkeypatch):
         pytest.skip("g++ is not installed")
     else:
         monkeypatch.setattr(nvrtc, "kernels_of", emulated_cuda.kernels_of)
-    launches = import_module(f"dream4d_engine.priors.networks.fused_norm_{name}").LAUNCHES
+    launches = import_module(f"{PACKAGE}.fused_norm_{name}").LAUNCHES
     monkeypatch.setattr(fused_norm, "launches_on", lambda device: launches)
     return device
+
+
+@pytest.fixture
+def launches_on():
+    """The choice itself, which remembers nothing."""
+    chosen = fused_norm.launches_on
+    chosen.cache_clear()
+    yield chosen
+    chosen.cache_clear()
+
+
+def test_the_kernels_are_tried_out(launches_on, kernels_device, monkeypatch, caplog):
+    """Where one gives something else, or fails, the next backend's are taken, or none."""
+    launches = fused_norm.launches_on(kernels_device)
+    for kernels in (triton_kernels, nvrtc_kernels):
+        monkeypatch.setattr(kernels, "check", lambda device: None)
+
+    def said(**changes) -> tuple[str | None, str]:
+        caplog.clear()
+        launches_on.cache_clear()
+        for name in ("triton", "nvrtc"):
+            made = replace(launches, name=name, **changes.get(name, {}))
+            monkeypatch.setitem(sys.modules, f"{PACKAGE}.fused_norm_{name}", types.SimpleNamespace(LAUNCHES=made))
+        with caplog.at_level(logging.INFO):
+            found = launches_on(kernels_device)
+        return found and found.name, caplog.text
+
+    def twice(x, h, bias, out):
+        launches.add(x, h, bias, out)
+        out.mul_(2)
+
+    def stops(*_):
+        raise RuntimeError("NVRTC: no such instruction\nmore")
+
+    assert said() == ("triton", "")
+    name, text = said(triton={"add": twice})
+    assert name == "nvrtc" and "the residual differs from PyTorch's by 1.0e+00 of its largest number" in text
+    name, text = said(triton={"norm_back": stops}, nvrtc={"rms": stops})
+    assert name is None and (kernels_device == CPU or "triton: NVRTC: no such instruction; nvrtc: " in text)
 
 
 NORMS = [

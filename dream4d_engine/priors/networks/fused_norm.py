@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from importlib import import_module
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from ...kernels import nvrtc_kernels, triton_kernels
-from .fused_norm_launches import MAX_CHANNELS, Launches
+from ...kernels.launched import first_line
+from .fused_norm_launches import MAX_CHANNELS, Launches, try_out
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +32,22 @@ _MAX_IMAGES = 2**16  # a GPU's limit for blocks beside each other
 
 @functools.cache
 def launches_on(device: torch.device) -> Launches | None:
-    """The kernels of a device; None where it has none."""
-    if has_triton(device):
-        from .fused_norm_triton import LAUNCHES
-
-        return LAUNCHES
-    try:
-        nvrtc_kernels.check(device)
-    except RuntimeError as error:
-        if device.type == "cuda":
-            logger.warning("the models' norms run in plain PyTorch, slower and with more memory: %s", error)
-        return None
-    from .fused_norm_nvrtc import LAUNCHES
-
-    return LAUNCHES
+    """The kernels of a device, tried out once; None where none run. The log says which don't, and why."""
+    reasons = []
+    for name, kernels in (("triton", triton_kernels), ("nvrtc", nvrtc_kernels)):
+        try:
+            kernels.check(device)
+            launches = import_module(f".fused_norm_{name}", __package__).LAUNCHES
+            try_out(launches, device)
+        except Exception as error:  # whatever a compiler may raise
+            reasons.append(f"{name}: {first_line(error)}")
+            continue
+        if reasons:
+            logger.info("the models' norms are %s's; %s", name, reasons[0])
+        return launches
+    if device.type == "cuda":
+        logger.warning("the models' norms run in plain PyTorch, slower and with more memory; %s", "; ".join(reasons))
+    return None
 
 
 @functools.cache
