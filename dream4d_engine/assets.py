@@ -64,6 +64,17 @@ class Provenance:
         """The mesh that this scene, or one that it was made from, began as."""
         return self.mesh if self.mesh is not None or self.parent is None else self.parent.first_mesh
 
+    @property
+    def lines(self) -> list[str]:
+        """The same in words."""
+        parts = [f"recipe {self.recipe}"] if self.recipe else []
+        parts += [f"{self.steps} steps"] if self.steps is not None else []
+        parts += [f"seed {self.seed}"] if self.seed is not None else []
+        mesh = None if self.mesh is None else f"a mesh: {self.mesh.source.name}"
+        told = [mesh or f"prompt: {self.prompt or '(unknown)'}", ", ".join(parts) or "(no recipe known)"]
+        told += [f"motion changed: {edit}" for edit in self.edits]
+        return told if self.parent is None else [*told, "made from:", *(f"  {line}" for line in self.parent.lines)]
+
 
 @dataclass(frozen=True)
 class AssetInfo:

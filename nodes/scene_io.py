@@ -10,7 +10,7 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..dream4d_engine.assets import AssetError, Provenance, load_scene, read_info, save_scene
+from ..dream4d_engine.assets import AssetError, load_scene, read_info, save_scene
 from ..dream4d_engine.dream_in_4d import import_checkpoint
 from .doors import DoorError, check_choice
 from .places import PlaceError, changed_at, check_prefix, files_below, new_file, path_below
@@ -161,22 +161,9 @@ def describe(value: SceneValue) -> str:
         f"{kind}, a loop" if scene.loops else kind,
         f"{n_numbers:,} parameters, {n_numbers * 4 / 2**20:.1f} MiB",
         f"{occupied:.0%} of the box may be occupied",
-        *_history(value.provenance),
+        *value.provenance.lines,
     ]
     return "\n".join(lines)
-
-
-def _history(provenance: Provenance) -> list[str]:
-    parts = [f"recipe {provenance.recipe}"] if provenance.recipe else []
-    parts += [f"{provenance.steps} steps"] if provenance.steps is not None else []
-    parts += [f"seed {provenance.seed}"] if provenance.seed is not None else []
-    mesh = None if provenance.mesh is None else f"a mesh: {provenance.mesh.source.name}"
-    told = mesh or f"prompt: {provenance.prompt or '(unknown)'}"
-    lines = [told, ", ".join(parts) or "(no recipe known)"]
-    lines += [f"motion changed: {edit}" for edit in provenance.edits]
-    if provenance.parent is not None:
-        lines += ["made from:", *(f"  {line}" for line in _history(provenance.parent))]
-    return lines
 
 
 def scene_files() -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -36,8 +37,10 @@ class Info:
     """How much the scene of a file moves: it is looked at for some seconds."""
     kernels: bool = False
     """Which kernels run on this machine, and why others don't."""
+    all: bool = False
+    """Everything: the whole configuration, versions, every tensor."""
     json: bool = False
-    """As JSON, for programs."""
+    """As JSON, for programs; everything, too."""
     machine: Machine = MachineOptions()
 
 
@@ -46,7 +49,7 @@ def run(options: Info) -> int:
     if options.file is None and not options.kernels:
         raise UsageError("name a scene file or a checkpoint, or ask for --kernels")
     found: dict = {} if options.file is None else describe(options.file)
-    lines = _lines(found) if found else []
+    lines = _lines(found, options.all) if found else []
     if options.motion:
         if options.file is None or not str(found.get("kind")).endswith("scene"):
             raise UsageError(f"--motion is for scene files: name one{_of_a_run(found)}")
@@ -65,7 +68,7 @@ def run(options: Info) -> int:
             state = "in use" if one.name == used else "usable, a faster one is in use"
             lines.append(f"  {one.name:<7} {state if one.usable else 'not usable: ' + one.reason}")
     if options.json:
-        say_json(found)
+        say_json({name: _plain(value) for name, value in found.items()})
     else:
         say(*lines)
     return 0
@@ -117,8 +120,8 @@ def describe(path: Path) -> dict:
     what = {
         "kind": "still scene" if asset.config.deformation is None else "moving scene",
         "format_version": asset.format_version,
-        "provenance": asdict(asset.provenance),
-        "config": asdict(asset.config),
+        "provenance": asset.provenance,
+        "config": asset.config,
     }
     return common | what | {"tensors": tensors}
 
@@ -141,25 +144,44 @@ def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
     return metadata, tensors
 
 
-def _lines(found: dict) -> list[str]:
-    """The description as text."""
+def _lines(found: dict, everything: bool) -> list[str]:
+    """The description as text, or `everything` that is known."""
     if "tensors" not in found:
         told = {name: value for name, value in found.items() if name not in ("file", "kind")}
         if "motion" in told:
             told["motion"] = MotionReadout(**told["motion"]).line
         first = f"{found['file']}: {found['kind']}"
         return [first, *(line for name, value in told.items() for line in _tree_lines(name, value))]
-    tensors = found["tensors"]
-    lines = [f"{found['file']}: {found['kind']}, {found['bytes'] / 2**20:.2f} MiB"]
+    tensors, lines = found["tensors"], [f"{found['file']}: {_kind(found)}, {found['bytes'] / 2**20:.2f} MiB"]
+    if not everything:
+        if "provenance" in found:
+            lines += [shortened(line, _MOST_LETTERS) for line in found["provenance"].lines]
+        else:
+            told = {"step": found["step"]} | found["identity"]
+            short = ((name, value) for name, value in told.items() if isinstance(value, str | int | float))
+            lines += [line for name, value in short for line in _tree_lines(name, value)]
+        n_numbers = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        return [*lines, f"{len(tensors)} tensors, {n_numbers:,} numbers: --all names them, and every setting"]
     for name in ("format_version", "step", "provenance", "config", "identity"):
         if name in found:
-            lines += _tree_lines(name, found[name])
+            lines += _tree_lines(name, _plain(found[name]))
     lines.append(f"{len(tensors)} tensors:")
     width = max(map(len, tensors), default=0)
     for name, t in tensors.items():
         shape = "x".join(map(str, t["shape"])) or "scalar"
         lines.append(f"  {name:<{width}}  {t['dtype']:<5} {shape:<12} {t['bytes']:>12,} bytes")
     return lines
+
+
+def _kind(found: dict) -> str:
+    """What it is; a motion with its zoom, as Scene Info says it."""
+    motion = None if "config" not in found else found["config"].deformation
+    return found["kind"] if motion is None else f"{found['kind']}, zoom {motion.scale:.2f}"
+
+
+def _plain(value: Any) -> Any:
+    """A record as a dictionary."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _tree_lines(name: str, value: object, depth: int = 0) -> list[str]:

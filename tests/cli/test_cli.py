@@ -623,7 +623,15 @@ def test_info_says_what_a_file_holds(run, tmp_path, capsys):
     }
     assert main(["info", str(path)]) == 0
     text = capsys.readouterr().out
-    assert PROMPT in text and "canonical.grid.table" in text and "motion: --motion measures it" in text
+    first, motion, *told, last = text.splitlines()
+    assert first == f"{path}: moving scene, zoom 1.00, {path.stat().st_size / 2**20:.2f} MiB"
+    assert motion == "motion: --motion measures it" and told == assets.read_info(path).provenance.lines
+    assert f"prompt: {PROMPT}" in told and "made from:" in told
+    n_numbers = sum(tensor.numel() for tensor in held.values())
+    assert last == f"{len(held)} tensors, {n_numbers:,} numbers: --all names them, and every setting"
+    assert main(["info", str(path), "--all"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (PROMPT, "canonical.grid.table", "n_samples: 24", "torch: ", *held))
 
 
 def test_a_run_and_info_say_how_much_the_scene_moves(run, tmp_path, capsys):
