@@ -20,6 +20,7 @@ from ..priors.architectures import BY_FLAG, Architecture, VaeKind, architecture_
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
+from ..rendering import RenderOptions, prefetch_samples, prepare_view
 from ..scene import Scene, build_scene
 from ..training.config import (
     IMAGE_RECIPES,
@@ -124,6 +125,8 @@ class Measured:
     peak_memory_bytes: int | None = None
     """The GPU's in the measured steps (see machine.peak_memory), or the whole process's so far on a CPU."""
     reserved_bytes: int | None = None  # what the process took of the GPU in all
+    samples: int | None = None
+    """Of a step's images in the scene as the last step left it, opaque enough to count: rendering costs as much."""
     plan: str | None = None  # how the memory budget is kept to, and what several processes share
     gradient_cosine: float | None = None
     """Of a step's gradient on the images through the tiny autoencoder with that through the full one, same images,
@@ -336,11 +339,11 @@ def _measure_phase(
     )
     clock.tick()
     if recipe.stage == "static":
-        train_static(recipe, guidance, seed=0, device=device, control=control, reference=_reference(recipe))
+        scene, _ = train_static(recipe, guidance, seed=0, device=device, control=control, reference=_reference(recipe))
     else:
-        scene = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
-        still = build_scene(scene, torch.Generator().manual_seed(0)).to(device)
-        train_motion(still, recipe, guidance, seed=0, device=device, control=control)
+        config = STATIC_RECIPES["toy" if is_toy(recipe) else "text-to-3d"].scene
+        still = build_scene(config, torch.Generator().manual_seed(0)).to(device)
+        scene, _ = train_motion(still, recipe, guidance, seed=0, device=device, control=control)
     if not job.processes.is_main:  # the first one has looked at the clock
         return blank
     alone = job.processes.world_size == 1
@@ -356,11 +359,20 @@ def _measure_phase(
         preparing_seconds=seconds[0],
         peak_memory_bytes=peak,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        samples=_samples(scene, recipe),
         plan="; ".join(plans) or None,
         gradient_cosine=_gradient_cosine(job, recipe) if compares else None,
         parts=_parts(job, recipe, a_step) if alone and job.named and not job.variant.budget else None,
         profile=profile,
     )
+
+
+def _samples(scene: Scene, recipe: Recipe) -> int:
+    """How many samples the images of a step have that are looked at with gradient."""
+    cameras = recipe.sample_cameras(recipe.phases[0], torch.Generator().manual_seed(0))
+    found, _ = prefetch_samples(scene, prepare_view(scene, cameras, RenderOptions()), None).take()
+    assert found is not None  # there is room for as many as there are
+    return len(found.t_starts)
 
 
 class _Clock:
@@ -503,7 +515,8 @@ def _reference(recipe: Recipe) -> Reference | None:
 def table(measured: list[Measured], device: torch.device) -> list[str]:
     """The measurements as lines of text."""
     wide = max([12, *(len(m.variant) + 2 for m in measured)])
-    head = f"{'recipe':<26}{'variant':<{wide}}{'images':<16}{'seconds a step':>15}{'guidance':>10}{'peak memory':>14}"
+    head = f"{'recipe':<26}{'variant':<{wide}}{'images':<16}{'seconds a step':>15}{'guidance':>10}{'samples':>12}"
+    head += f"{'peak memory':>14}"
     lines = [f"{head}   ({_device_name(device)})"]
     for m in measured:
         peak = "unknown" if m.peak_memory_bytes is None else f"{m.peak_memory_bytes / 2**30:.2f} GiB"
@@ -515,7 +528,9 @@ def table(measured: list[Measured], device: torch.device) -> list[str]:
         notes = [m.plan] if m.plan else []
         notes += [", ".join(f"{name} {seconds:.3f}" for name, seconds in (m.parts or {}).items())] if m.parts else []
         notes += [] if m.gradient_cosine is None else [f"gradient's cosine with the full one's {m.gradient_cosine:.3f}"]
-        lines.append(f"{start}{m.seconds_per_step:>15.3f}{guidance:>10}{peak:>14}   {'; '.join(notes)}".rstrip())
+        samples = "" if m.samples is None else f"{m.samples:,}"
+        numbers = f"{m.seconds_per_step:>15.3f}{guidance:>10}{samples:>12}{peak:>14}"
+        lines.append(f"{start}{numbers}   {'; '.join(notes)}".rstrip())
     if device.type != "cuda":
         lines.append("(median over the steps; peak memory is that of the whole process so far)")
     for m in measured:
