@@ -16,9 +16,8 @@ class UsageError(ValueError):
 
 def report(error: Exception, show_traceback: bool = False) -> int:
     """Print one line about an error and return the exit code."""
-    import torch
-
     from ..division import ProcessLost
+    from ..kernels.launched import lacks_memory
     from ..training.loop import Interrupted, TrainingDiverged
 
     if show_traceback:
@@ -27,9 +26,7 @@ def report(error: Exception, show_traceback: bool = False) -> int:
         say(str(error), error=True)
         return getattr(error, "code", INTERRUPTED)
     text = str(error)
-    # torch's CPU allocator raises a bare RuntimeError that only its text tells apart
-    no_memory = "DefaultCPUAllocator" in text or "out of memory" in text.lower()
-    if no_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if lacks_memory(error):
         text = (
             "out of memory: lower the images' size (--static.phases.N.height and .width, or --motion...), "
             "the samples (--static.scene.n-samples), the grids (log2-entries), or --size for videos"

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .launched import Launches, Walk, layout_tensors, power_of_two, try_out
+from .launched import Launches, Walk, layout_tensors, on_device, power_of_two, try_out
 from .layout import GridLayout
 
 _RUN = 32
@@ -34,11 +34,6 @@ def _fused() -> bool:
     return os.environ.get("TRITON_INTERPRET") != "1"
 
 
-def _on(device: torch.device):
-    """Launch on the tensors' device, whichever is current."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
 def _constants(layout: GridLayout) -> dict:
     return {
         "L": len(layout.levels),
@@ -54,7 +49,7 @@ def _encode(x: Tensor, table: Tensor, out: Tensor, layout: GridLayout, n_levels:
 
     whole = layout.n_features == power_of_two(layout.n_features)
     block, levels = 128, 4 if whole else 1  # measured
-    with _on(x.device):
+    with on_device(x.device):
         source.hash_forward[(-(-len(x) // block), -(-n_levels // levels))](
             x, table, out, *layout_tensors(layout, x.device), len(x), n_levels,
             **_constants(layout), BLOCK=block, LEVELS=levels, num_warps=4,
@@ -65,7 +60,7 @@ def _encode_to_table(x: Tensor, grad: Tensor, grad_table: Tensor, layout: GridLa
     from . import triton_source as source
 
     runs = max(1, 128 // (2**layout.n_dims * power_of_two(layout.n_features)))  # a number for each thread
-    with _on(x.device):
+    with on_device(x.device):
         source.hash_backward_table[(-(-len(x) // (runs * _RUN)), n_levels)](
             x, grad, grad_table, *layout_tensors(layout, x.device), len(x),
             **_constants(layout), RUNS=runs, LENGTH=_RUN, num_warps=4,
@@ -78,7 +73,7 @@ def _encode_to_points(
     from . import triton_source as source
 
     block = 128
-    with _on(x.device):
+    with on_device(x.device):
         source.hash_backward_points[(-(-len(x) // block),)](
             x, table, grad, grad_x, *layout_tensors(layout, x.device), len(x), n_levels,
             **_constants(layout), BLOCK=block, num_warps=4,
@@ -91,7 +86,7 @@ def _march(
     from . import triton_source as source
 
     n_rays, at_once, ahead = len(walk.first), 16, 32
-    with _on(marks.device):
+    with on_device(marks.device):
         source.march[(-(-n_rays // at_once),)](
             walk.first, walk.last, walk.start, walk.slope, marks if walk.moved is None else walk.moved, marks,
             walk.first if walk.cells is None else walk.cells, counts, ray, t_starts, t_ends,
@@ -105,7 +100,7 @@ def _composite(density: Tensor, values: Tensor, *tensors: Tensor) -> None:
     from . import triton_source as source
 
     n_rays, n_columns = tensors[-1].shape
-    with _on(density.device):
+    with on_device(density.device):
         source.composite_forward[(-(-n_rays // _RAYS),)](
             density, values, *tensors, n_rays,
             K=n_columns, KP=power_of_two(n_columns), RAYS=_RAYS, C=_AHEAD, num_warps=2,
@@ -116,7 +111,7 @@ def _composite_back(density: Tensor, values: Tensor, t_starts: Tensor, t_ends: T
     from . import triton_source as source
 
     n_rays = len(bounds) - 1
-    with _on(density.device):
+    with on_device(density.device):
         source.composite_backward[(-(-n_rays // _RAYS),)](
             density, values, t_starts, t_ends, bounds, *more,
             n_rays, K=values.shape[1], RAYS=_RAYS, C=_AHEAD, num_warps=2,
@@ -127,7 +122,7 @@ def _sum_rays(values: Tensor, bounds: Tensor, sums: Tensor) -> None:
     from . import triton_source as source
 
     n_rays, n_columns = sums.shape
-    with _on(values.device):
+    with on_device(values.device):
         source.sum_rays[(-(-n_rays // _RAYS),)](
             values, bounds, sums, n_rays, K=n_columns, RAYS=_RAYS, C=_AHEAD, num_warps=2
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
-from .launched import power_of_two, unobserved
+from .launched import on_device, power_of_two, unobserved
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class _MLP(torch.autograd.Function):
         ctx.shape = shape
         out = torch.empty(len(x), shape[3], dtype=torch.float32, device=x.device)
         if len(x):
-            with _on(x.device):
+            with on_device(x.device):
                 source.mlp_forward[(_programs(len(x), x.device, 4),)](
                     x, weights, out, len(x), **_constants(shape), B=_TILE, num_warps=4
                 )
@@ -130,7 +130,7 @@ class _MLP(torch.autograd.Function):
         n_programs = _programs(len(x), x.device, 1 if wants_weights else 2)
         grad_x = torch.empty_like(x) if wants_x else None
         parts = weights.new_empty(n_programs, len(weights)) if wants_weights else None
-        with _on(x.device):
+        with on_device(x.device):
             source.mlp_backward[(n_programs,)](
                 x, weights, grad.contiguous(), x if grad_x is None else grad_x, weights if parts is None else parts,
                 len(x), len(weights), **_constants(ctx.shape), B=_TILE,
@@ -159,8 +159,3 @@ def _multiprocessors(device: torch.device) -> int:
 def _programs(n_samples: int, device: torch.device, each: int) -> int:
     """Programs, at most `each` for a multiprocessor."""
     return min(-(-n_samples // _TILE), each * _multiprocessors(device))
-
-
-def _on(device: torch.device):
-    """Launch on the tensors' device, whichever is current."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
@@ -23,7 +24,7 @@ from dream4d_engine.guidance.distillation import DistillationConfig, Guidance, d
 from dream4d_engine.kernels import nvrtc, nvrtc_kernels, triton_kernels
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.architectures import ARCHITECTURES, MVDREAM, ZEROSCOPE_V2, random_network
-from dream4d_engine.priors.networks import fused_norm
+from dream4d_engine.priors.networks import fused_norm, fused_norm_triton
 from dream4d_engine.priors.networks.denoisers import accelerated
 from dream4d_engine.priors.networks.execution import (
     PLAIN,
@@ -245,6 +246,55 @@ def test_the_kernels_are_tried_out(launches_on, kernels_device, monkeypatch, cap
     assert name == "nvrtc" and "the residual differs from PyTorch's by 1.0e+00 of its largest number" in text
     name, text = said(triton={"norm_back": stops}, nvrtc={"rms": stops})
     assert name is None and (kernels_device == CPU or "triton: NVRTC: no such instruction; nvrtc: " in text)
+
+
+def test_a_full_card_is_no_answer_about_the_kernels(launches_on, kernels_device, monkeypatch):
+    launches = fused_norm.launches_on(kernels_device)
+    for kernels in (triton_kernels, nvrtc_kernels):
+        monkeypatch.setattr(kernels, "check", lambda device: None)
+
+    def full(*_):
+        raise RuntimeError("CUDA driver: out of memory (2)")
+
+    def made(**changes):
+        return types.SimpleNamespace(LAUNCHES=replace(launches, name="triton", **changes))
+
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.fused_norm_triton", made(norm=full))
+    with pytest.raises(torch.OutOfMemoryError, match="the models' norms were tried out: CUDA driver"):
+        launches_on(kernels_device)
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.fused_norm_triton", made())
+    assert launches_on(kernels_device).name == "triton", "there is room again"
+
+
+def test_triton_launches_norms_on_the_tensors_device(monkeypatch):
+    """Which need not be the current one: there the memory may not be in reach."""
+    inside, launched = [], []
+
+    @contextmanager
+    def on_device(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *tensors, **known: launched.append((*inside, tensors[0].device))
+
+    names = ("sums", "statistics", "apply", "gradient_sums", "gradient_line", "gradient")
+    names += ("rms", "shift", "residual", "double")
+    source = types.SimpleNamespace(**{name: Kernel() for name in names})
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.fused_norm_source", source)
+    monkeypatch.setattr(import_module(PACKAGE), "fused_norm_source", source, raising=False)
+    monkeypatch.setattr(fused_norm_triton, "on_device", on_device)
+    x, c = torch.empty(2, 8, 4, 4, device="meta"), torch.empty(8, device="meta")
+    launches = fused_norm_triton.LAUNCHES
+    _, found = launches.norm(x, c, c, None, 2, 1e-5, True)
+    launches.norm_back(x, x, found, c, 2, True, x)
+    launches.rms(x, None, None, x, 1e-5)
+    launches.shift(x, c)
+    launches.add(x, x, c, x)
+    launches.double(x, x)
+    assert launched == [(x.device, x.device)] * len(names)
 
 
 NORMS = [

@@ -22,7 +22,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ...kernels import nvrtc_kernels, triton_kernels
-from ...kernels.launched import first_line
+from ...kernels.launched import first_line, lacks_memory
 from .fused_norm_launches import MAX_CHANNELS, Launches, try_out
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def launches_on(device: torch.device) -> Launches | None:
             launches = import_module(f".fused_norm_{name}", __package__).LAUNCHES
             try_out(launches, device)
         except Exception as error:  # whatever a compiler may raise
+            if lacks_memory(error):  # that says nothing of the kernels, and the answer would hold for the whole run
+                raise torch.OutOfMemoryError(f"while the models' norms were tried out: {error}") from error
             reasons.append(f"{name}: {first_line(error)}")
             continue
         if reasons:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.launched import power_of_two
+from ...kernels.launched import on_device, power_of_two
 from .fused_norm_launches import MAX_CHANNELS, Launches, offset_stride, parts_of, sizes
 
 _TILE = 4096
@@ -54,21 +54,26 @@ def _rms(x: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor, eps
     given = x if grad is None else grad  # the kernel wants some tensor where there is none
     known = x if weight is None else weight
     flags = {"WEIGHTED": weight is not None, "BACKWARD": grad is not None}
-    source.rms[(-(-r // block_rows),)](x, known, given, out, r, c, eps, **flags, BLOCK_R=block_rows, BLOCK_C=block_c)
+    with on_device(x.device):
+        source.rms[(-(-r // block_rows),)](
+            x, known, given, out, r, c, eps, **flags, BLOCK_R=block_rows, BLOCK_C=block_c
+        )
 
 
 def _shift(x: Tensor, bias: Tensor) -> None:
     from . import fused_norm_source as source
 
     n, c = x.numel(), x.shape[1]
-    source.shift[(-(-n // 4096),)](x, bias, n, c, BLOCK=4096)
+    with on_device(x.device):
+        source.shift[(-(-n // 4096),)](x, bias, n, c, BLOCK=4096)
 
 
 def _add(x: Tensor, h: Tensor, bias: Tensor, out: Tensor) -> None:
     from . import fused_norm_source as source
 
     n, c = x.numel(), x.shape[1]
-    source.residual[(-(-n // 4096),)](x, h, bias, out, n, c, BLOCK=4096)
+    with on_device(x.device):
+        source.residual[(-(-n // 4096),)](x, h, bias, out, n, c, BLOCK=4096)
 
 
 def _double(x: Tensor, out: Tensor) -> None:
@@ -76,7 +81,8 @@ def _double(x: Tensor, out: Tensor) -> None:
 
     n, c, height, width = x.shape
     block = min(power_of_two(c), 1024)
-    source.double[(n * height * width, -(-c // block))](x, out, height, width, c, BLOCK=block, num_warps=2)
+    with on_device(x.device):
+        source.double[(n * height * width, -(-c // block))](x, out, height, width, c, BLOCK=block, num_warps=2)
 
 
 def _tile(c: int) -> tuple[int, int]:
@@ -92,7 +98,8 @@ def _sum_rows(kernel: Any, n: int, r: int, c: int, *arguments) -> Tensor:
     parts, per = parts_of(n, r, block_rows)
     out = torch.empty(2, n, parts, c, device=arguments[0].device)
     grid = (parts, n, -(-c // block_c))
-    kernel[grid](*tensors, out, n, r, c, per, BLOCK_R=block_rows, BLOCK_C=block_c, **silu)
+    with on_device(out.device):
+        kernel[grid](*tensors, out, n, r, c, per, BLOCK_R=block_rows, BLOCK_C=block_c, **silu)
     return out
 
 
@@ -101,7 +108,8 @@ def _finish(kernel: Any, n: int, r: int, c: int, n_groups: int, partial: Tensor,
     width, parts = c // n_groups, partial.shape[2]
     block_c = power_of_two(width)
     block_p = min(power_of_two(parts), max(1, 2048 // block_c))
-    kernel[(n_groups, n)](partial, *arguments, n, r, c, width, parts, BLOCK_P=block_p, BLOCK_C=block_c)
+    with on_device(partial.device):
+        kernel[(n_groups, n)](partial, *arguments, n, r, c, width, parts, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
 def _launch_rows(kernel: Any, n: int, r: int, c: int, *arguments, **flags: bool) -> None:
@@ -110,7 +118,8 @@ def _launch_rows(kernel: Any, n: int, r: int, c: int, *arguments, **flags: bool)
     block_rows, block_c = _tile(c)
     per = block_rows * 4  # STEPS tiles one after the other: fewer programs read the channels' numbers
     grid = (-(-r // per), n, -(-c // block_c))
-    kernel[grid](*tensors, n, r, c, SILU=silu, STEPS=4, BLOCK_R=block_rows, BLOCK_C=block_c, **flags)
+    with on_device(tensors[0].device):
+        kernel[grid](*tensors, n, r, c, SILU=silu, STEPS=4, BLOCK_R=block_rows, BLOCK_C=block_c, **flags)
 
 
 LAUNCHES = Launches("triton", _norm, _norm_back, _rms, _shift, _add, _double)
