@@ -20,7 +20,7 @@ from ..priors.architectures import BY_FLAG, Architecture, VaeKind, architecture_
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
-from ..rendering import RenderOptions, prefetch_samples, prepare_view
+from ..rendering import RenderOptions, count_samples, prepare_view
 from ..scene import Scene, build_scene
 from ..training.config import (
     IMAGE_RECIPES,
@@ -370,9 +370,7 @@ def _measure_phase(
 def _samples(scene: Scene, recipe: Recipe) -> int:
     """How many samples the images of a step have that are looked at with gradient."""
     cameras = recipe.sample_cameras(recipe.phases[0], torch.Generator().manual_seed(0))
-    found, _ = prefetch_samples(scene, prepare_view(scene, cameras, RenderOptions()), None).take()
-    assert found is not None  # there is room for as many as there are
-    return len(found.t_starts)
+    return count_samples(scene, prepare_view(scene, cameras, RenderOptions()))
 
 
 class _Clock:

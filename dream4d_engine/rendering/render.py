@@ -203,9 +203,7 @@ def render_chunked(
     options = options or RenderOptions()
     view = prepare_view(scene, cameras, options, source)
     n_rays = len(view.rays.origins)
-    more = _gpu_factor(scene.device)
-    lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)  # if no cell is empty
-    size = max(1, min(chunk_rays or more * 2**15, lattice_rays))
+    size = _rays_of_a_chunk(scene, options, chunk_rays)
     parts = []
     for start in range(0, n_rays, size):
         with torch.autocast("cuda", torch.float16, enabled=options.half and scene.device.type == "cuda"):
@@ -216,6 +214,27 @@ def render_chunked(
     columns = torch.cat(parts).split([image.shape[-1] for image in images.values()], -1)
     whole = {name: column.reshape(*view.rays.shape, -1) for name, column in zip(images, columns, strict=True)}
     return RenderOutput(**whole)
+
+
+@torch.no_grad()
+def count_samples(scene: Scene, view: View) -> int:
+    """How many samples of a view are looked at with gradient where it is rendered so; found in bounded memory."""
+    options, n_samples = view.options, 0
+    size = _rays_of_a_chunk(scene, options, None)
+    for start in range(0, len(view.rays.origins), size):
+        part = _slice(view, slice(start, start + size))
+        samples = sample_rays(scene, part.rays, options.n_samples, part.jitter, options.prune)
+        if options.prune and options.alpha_threshold > 0:
+            samples = cull_invisible(scene, part.rays, samples, options.alpha_threshold, _samples_at_once(scene))
+        n_samples += len(samples.t_starts)
+    return n_samples
+
+
+def _rays_of_a_chunk(scene: Scene, options: RenderOptions, wished: int | None) -> int:
+    """So many rays at once, or as many as suit the device."""
+    more = _gpu_factor(scene.device)
+    lattice_rays = more * LATTICE_AT_ONCE // (options.n_samples or scene.config.n_samples)  # if no cell is empty
+    return max(1, min(wished or more * 2**15, lattice_rays))
 
 
 def _render_checkpointed(scene: Scene, view: View, rays_at_once: int) -> RenderOutput:

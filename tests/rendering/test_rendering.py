@@ -22,6 +22,7 @@ from dream4d_engine.machine import limit_memory
 from dream4d_engine.rendering import (
     RenderOptions,
     View,
+    count_samples,
     prefetch_samples,
     prepare_view,
     render,
@@ -255,6 +256,25 @@ def test_shares_of_several_processes_make_up_the_images_and_the_gradient(n, size
     for name, whole in gradients.items():
         summed = torch.stack([one[name] for _, one in found]).sum(0)
         torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("options", [RenderOptions(), RenderOptions(stratified=True), RenderOptions(prune=False)])
+def test_samples_are_counted_a_few_rays_at_a_time(monkeypatch, options) -> None:
+    scene = moving_scene()
+    view = prepare_view(scene, cameras(12, 2), options, generator(9))
+    module, most = importlib.import_module("dream4d_engine.rendering.render"), []
+    sample = module.sample_rays
+
+    def observed(*given):
+        found = sample(*given)
+        most.append(len(found.t_starts))
+        return found
+
+    monkeypatch.setattr(module, "LATTICE_AT_ONCE", 100 * CONFIG.n_samples)
+    monkeypatch.setattr(module, "sample_rays", observed)
+    found = count_samples(scene, view)
+    assert len(most) == 3 and max(most) < sum(most)
+    assert found == len(render_view(scene, view).samples.t_starts) > 0
 
 
 def test_stratified_samples_stay_one_step_apart() -> None:
