@@ -138,11 +138,13 @@ KERNEL apply(
     }
 }
 
-// has_more: `more` is added, a gradient that came another way
-KERNEL gradient(
+// MORE: `more` is added, a gradient that came another way. Asked at run time, all would take half as many registers
+// again.
+template <bool MORE>
+__device__ __forceinline__ void gradient_with(
     const Pack* __restrict__ x, const Pack* __restrict__ grad, const float* __restrict__ found,
     const float* __restrict__ line, const Pack* __restrict__ more, Pack* __restrict__ out,
-    long long images, long long r, long long c, long long lanes, long long has_more
+    long long images, long long r, long long c, long long lanes
 ) {
     PLACE
     if (!inside) return;
@@ -159,7 +161,7 @@ KERNEL gradient(
         if (begin + step * rows >= r) break;
         given[step] = x[first + (begin + step * rows) * row_packs];
         given_grad[step] = grad[first + (begin + step * rows) * row_packs];
-        if (has_more) added[step] = more[first + (begin + step * rows) * row_packs];
+        if (MORE) added[step] = more[first + (begin + step * rows) * row_packs];
     }
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -170,11 +172,22 @@ KERNEL gradient(
             float dv = wide(given_grad[step].numbers[i]);
             if (SILU) dv = before_silu(dv, fmaf(value, a[i], b[i]));
             const float dx = fmaf(a[i], dv, fmaf(slope[i], value, constant[i]));
-            narrow(has_more ? dx + wide(added[step].numbers[i]) : dx, given[step].numbers[i]);
+            narrow(MORE ? dx + wide(added[step].numbers[i]) : dx, given[step].numbers[i]);
         }
         out[first + (begin + step * rows) * row_packs] = given[step];
     }
 }
+
+#define GRADIENT(name, more_is_added)                                                                          \
+    KERNEL name(                                                                                               \
+        const Pack* __restrict__ x, const Pack* __restrict__ grad, const float* __restrict__ found,            \
+        const float* __restrict__ line, const Pack* __restrict__ more, Pack* __restrict__ out,                 \
+        long long images, long long r, long long c, long long lanes                                            \
+    ) {                                                                                                        \
+        gradient_with<more_is_added>(x, grad, found, line, more, out, images, r, c, lanes);                    \
+    }
+GRADIENT(gradient, false)
+GRADIENT(gradient_and_more, true)
 """
 )
 """NUMBER, PACK, THREADS; SILU, 0 or 1; STEPS, rows of a thread."""

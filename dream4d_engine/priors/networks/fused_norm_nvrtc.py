@@ -63,7 +63,7 @@ def _compiled(device: torch.device, code: str, names: tuple[str, ...], **defined
 
 
 def _norm_kernels(x: Tensor, tile: _Tile, silu: bool) -> tuple[Kernel, ...]:
-    names = ("sums", "apply", "gradient_sums", "gradient")
+    names = ("sums", "apply", "gradient_sums", "gradient", "gradient_and_more")
     return _compiled(
         x.device, source.NORM, names, NUMBER=NUMBERS[x.dtype], PACK=tile.pack, SILU=int(silu), STEPS=_STEPS
     )
@@ -79,7 +79,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x)
     (n, r, c), tile = sizes(x), _tile(x.shape[1], x, out)
-    sums, apply, _, _ = _norm_kernels(x, tile, silu)
+    sums, apply, *_ = _norm_kernels(x, tile, silu)
     parts, per = parts_of(n, r, tile.rows)
     partial = torch.empty(2, n, parts, c, device=x.device)
     sums((parts, n, tile.tiles), tile.threads, x, partial, n, r, c, per, tile.lanes)
@@ -98,14 +98,14 @@ def _norm_back(
 ) -> Tensor:
     out, added = torch.empty_like(x), grad if more is None else more  # the kernel wants some tensor where there is none
     (n, r, c), tile = sizes(x), _tile(x.shape[1], x, grad, added, out)
-    _, _, gradient_sums, gradient = _norm_kernels(x, tile, silu)
+    _, _, gradient_sums, alone, and_more = _norm_kernels(x, tile, silu)
     parts, per = parts_of(n, r, tile.rows)
     partial = torch.empty(2, n, parts, c, device=x.device)
     gradient_sums((parts, n, tile.tiles), tile.threads, x, grad, found, partial, n, r, c, per, tile.lanes)
     line = torch.empty(2, n, c, device=x.device)  # dx = a dv + slope x + constant: slope and constant a channel
     _, gradient_line = _statistics_kernels(weight, weight)
     gradient_line((n_groups, n), _THREADS, partial, weight, found, line, n, r, c, c // n_groups, parts)
-    known = (n, r, c, tile.lanes, more is not None)
+    known, gradient = (n, r, c, tile.lanes), alone if more is None else and_more
     gradient((tile.blocks(r), n, tile.tiles), tile.threads, x, grad, found, line, added, out, *known)
     return out
 
