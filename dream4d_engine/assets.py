@@ -22,7 +22,7 @@ from torch import Tensor
 from .documents import describe, disguise, first_line, parse_document, shortened
 from .kernels import Kernels
 from .machine import WriteError, write_atomically
-from .meshes.record import MeshOrigin
+from .meshes import READ_FORMATS, MeshOrigin
 from .priors.formats.checkpoints import shown
 from .scene import Scene, SceneConfig
 
@@ -216,7 +216,7 @@ def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def read_info(path: Path | str) -> AssetInfo:
-    """Read an asset's header without its tensors."""
+    """Read an asset's header, checked as `load_scene` does, without its tensors' numbers."""
     path = Path(path)
     with opened(path) as file:
         return _info(path, file)
@@ -229,7 +229,6 @@ def load_scene(
     path = Path(path)
     with opened(path) as file:
         info = _info(path, file)
-        _check_shapes(path, info)
         tensors = {}
         for name in info.shapes:
             try:
@@ -253,6 +252,8 @@ def opened(path: Path):
             "is not a readable .safetensors file but one of torch's, or an archive (dream4d import makes a scene of a "
             "checkpoint of Dream-in-4D)"
         )
+    if strange is None and head[8:9] != b"{" and path.suffix.lower().removeprefix(".") in READ_FORMATS:
+        strange = "is a mesh, not a scene: dream4d import makes a scene of it"
     if strange is None and _MOST_HEADER < int.from_bytes(head[:8], "little") < path.stat().st_size:
         strange = "has a header too large to be meant"
     if strange is not None:
@@ -293,7 +294,9 @@ def _info(path: Path, file) -> AssetInfo:
     except ValueError as error:
         raise AssetError(f"{path} has a header that cannot be understood: {first_words(error)}") from error
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return AssetInfo(version, config, provenance, shapes)
+    info = AssetInfo(version, config, provenance, shapes)
+    _check_shapes(path, info)
+    return info
 
 
 def _check_shapes(path: Path, info: AssetInfo) -> None:

@@ -176,6 +176,12 @@ def test_foreign_and_damaged_files_are_refused(asset: Path, tmp_path: Path) -> N
     save_file({"x": torch.zeros(3)}, target)
     with pytest.raises(AssetError, match="not a dream4d scene"):
         load_scene(target)
+    for name, mesh in (("cube.glb", b"glTF\2\0\0\0" + bytes(20)), ("cube.OBJ", b"v 0 0 0\nv 1 0 0\nv 0 1 0\n")):
+        (tmp_path / name).write_bytes(mesh)
+        with pytest.raises(AssetError, match="is a mesh, not a scene: dream4d import makes a scene of it"):
+            load_scene(tmp_path / name)
+    (tmp_path / "scene.ply").write_bytes(content)
+    assert read_info(tmp_path / "scene.ply") == read_info(asset), "a scene under a mesh's name"
     with pytest.raises(AssetError, match="does not exist"):
         load_scene(tmp_path / "nothing.safetensors")
     with pytest.raises(AssetError, match="not a file"):
@@ -197,6 +203,9 @@ def test_wrong_tensors_are_refused(asset: Path, tmp_path: Path) -> None:
         save_file({n: v for n, v in (whole | changes).items() if v is not None}, target, metadata)
         with pytest.raises(AssetError, match=said):
             load_scene(target)
+        if said.startswith(("lacks", "has the tensor", "has shape")):  # the header says as much
+            with pytest.raises(AssetError, match=said):
+                read_info(target)
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
