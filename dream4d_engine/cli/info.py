@@ -26,6 +26,7 @@ from .run_folder import LOCK, RECORD, read_record, state_of
 from .runs import METRICS, SCENE
 from .terminal import say, say_json
 
+_OF_A_RUN = ("prompt", "recipe", "seed")
 _MOST_LETTERS = 1000  # of a value, shown to people: a mask has thousands
 
 
@@ -108,8 +109,8 @@ def describe(path: Path) -> dict:
         found = {"file": str(path), "kind": f"run, {state}"} | {name: record[name] for name in known if name in record}
         motion = _motion_of_run(path)
         return found if motion is None else found | {"motion": motion}
-    if not path.is_file():
-        raise AssetError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if path.is_dir():
+        raise AssetError(f"{path} is no run's folder, it has no {RECORD}: name one that has, or a file")
     header, tensors = _safetensors_header(path)
     common = {"file": str(path), "bytes": path.stat().st_size}
     if header.get("format", "").endswith("checkpoint"):
@@ -147,7 +148,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
 def _lines(found: dict, everything: bool) -> list[str]:
     """The description as text, or `everything` that is known."""
     if "tensors" not in found:
-        told = {name: value for name, value in found.items() if name not in ("file", "kind")}
+        told = {name: value for name, value in found.items() if name not in ("file", "kind") and value is not None}
         if "motion" in told:
             told["motion"] = MotionReadout(**told["motion"]).line
         first = f"{found['file']}: {found['kind']}"
@@ -158,6 +159,8 @@ def _lines(found: dict, everything: bool) -> list[str]:
             lines += [shortened(line, _MOST_LETTERS) for line in found["provenance"].lines]
         else:
             told = {"step": found["step"]} | found["identity"]
+            options = told.get("options")  # of a command; a node's runs have none
+            told |= {} if not isinstance(options, dict) else {name: options.get(name) for name in _OF_A_RUN}
             short = ((name, value) for name, value in told.items() if isinstance(value, str | int | float))
             lines += [line for name, value in short for line in _tree_lines(name, value)]
         n_numbers = sum(math.prod(tensor["shape"]) for tensor in tensors.values())

@@ -180,6 +180,7 @@ def test_two_stages_one_by_one(run, tmp_path, priors, capsys):
         (["export", "OUT/none.safetensors"], "does not exist"),
         (["export", "OUT/none.safetensors", "--out", "OUT/mesh.fbx"], "names no format for meshes"),
         (["info", "OUT/none"], "does not exist"),
+        (["info", "."], "no run's folder, it has no run.json: name one that has, or a file"),
         (["import", "OUT/none.ckpt", "--out", "OUT/s.safetensors"], "does not exist"),
         (["bench", "--recipes", "grand"], "unknown recipe 'grand'"),
         (["bench", "--recipes", "static:grand"], "unknown recipe 'grand'"),

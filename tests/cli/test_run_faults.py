@@ -22,7 +22,7 @@ from places import ROOT
 from dream4d_engine import locks
 from dream4d_engine.assets import AssetError, Provenance, check_header
 from dream4d_engine.cli import main
-from dream4d_engine.cli.run_folder import LOCK
+from dream4d_engine.cli.run_folder import LOCK, UNFINISHED
 from dream4d_engine.documents import document_bytes
 from dream4d_engine.machine import WriteError, check_folder, replacing, write_atomically
 from dream4d_engine.scene import SceneConfig
@@ -183,6 +183,16 @@ def test_damaged_notes_of_a_record_stop_no_run_whose_checkpoint_is_good(name, va
     assert record["status"] == "finished" and record["seconds"]["static"] > 0 and record["peak_memory_bytes"] > 0
     if isinstance(value, dict) and "load models" in value:
         assert record["seconds"]["load models"] > 2.5, "what is good of a table is kept"
+
+
+def test_a_stopped_run_and_its_checkpoint_are_told_by_what_is_known(stopped, capsys):
+    (checkpoint,) = (stopped / UNFINISHED).iterdir()
+    record = record_of(stopped)
+    for path in (stopped, checkpoint):
+        assert main(["info", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"prompt: {record['prompt']}" in lines and f"step: {record['step']}" in lines
+        assert not any(line.endswith("None") for line in lines), "when it ended isn't known yet"
 
 
 @pytest.mark.parametrize("name", RECORDS)
