@@ -145,6 +145,27 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
         raise ValueError(f"{what} needs about {n_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {way_out}")
 
 
+@contextmanager
+def failing_allocations() -> Iterator[None]:
+    """Let what takes more main memory than is free now fail, where Linux would end the whole process later."""
+    free = available_memory()
+    if free is None:
+        yield
+        return
+    import resource  # where /proc is, this is
+
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmData:\s+(\d+) kB", status)  # what RLIMIT_DATA counts
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(0.95 * free) + (int(found[1]) * 1024 if found else 0)  # others want some, too
+    limits = [limit, *(bound for bound in before if bound != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def check_folder(folder: Path, n_bytes: int, otherwise: str = "choose another --out") -> None:
     """Make `folder` if needed and make sure that files of `n_bytes` in all can be written there.
 

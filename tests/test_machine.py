@@ -40,3 +40,26 @@ def test_freed_memory_is_kept_for_the_next_step():
         command = [sys.executable, "-c", PAGES_OF_A_ROUND, how]
         pages[how] = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     assert pages["kept"] < 100 < 10_000 < pages["as it is"]
+
+
+OF_MAIN_MEMORY = """
+import torch
+from dream4d_engine.machine import available_memory, failing_allocations
+
+free = available_memory()
+with failing_allocations():
+    torch.empty(free // 2, dtype=torch.uint8)
+    try:
+        torch.empty(free, dtype=torch.uint8)
+    except RuntimeError as error:
+        print("can't allocate memory" in str(error))
+print(torch.empty(free, dtype=torch.uint8).nbytes == free)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that ends processes instead")
+def test_what_main_memory_does_not_hold_fails_while_told_to():
+    """Nothing is written into what is asked for, so none of it is taken."""
+    command = [sys.executable, "-c", OF_MAIN_MEMORY]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert said.split() == ["True", "True"]

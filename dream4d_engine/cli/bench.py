@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,16 @@ import torch
 
 from ..documents import document_bytes
 from ..guidance.distillation import Guidance, distill, guided_prediction, resize_images
-from ..machine import WriteError, check_folder, limit_memory, peak_memory, pick_device, versions, write_atomically
+from ..machine import (
+    WriteError,
+    check_folder,
+    failing_allocations,
+    limit_memory,
+    peak_memory,
+    pick_device,
+    versions,
+    write_atomically,
+)
 from ..priors.architectures import BY_FLAG, Architecture, VaeKind, architecture_for, random_guidance
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
@@ -166,6 +176,8 @@ class _Job:
         if recipe.reference is not None:  # the last and largest size of the image all the time
             last = replace(recipe.reference.phases[-1], start=0.0)
             changes["reference"] = replace(recipe.reference, phases=(last,))
+        if isinstance(recipe, MotionRecipe):
+            changes["least_motion"] = 0.0  # so few steps move little: that is no reason to take it back, and to say so
         steps = options.warmup + options.steps + PROFILED * options.profile
         return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
 
@@ -182,7 +194,9 @@ def run(options: Bench) -> int:
     subjects, variants = _subjects(options), [_variant(name, device) for name in options.variants]
     processes, device = join_processes(device)
     try:
-        return _run_together(options, subjects, variants, processes, device)
+        # a GPU's driver counts as its own what is no main memory
+        with failing_allocations() if device.type == "cpu" else nullcontext():
+            return _run_together(options, subjects, variants, processes, device)
     finally:
         leave_processes()
 
@@ -193,21 +207,23 @@ def _run_together(
     """Measure all, where the processes work; the first of them says what it took."""
     measured: list[Measured] = []
     unsaved: WriteError | None = None
-    with stop_on_interrupt() as should_stop, make_progress() if processes.is_main else Quiet() as progress:
-        for subject in subjects:
-            for variant in variants:
-                found = _measure(subject, variant, options, processes, device, progress, should_stop)
-                measured += found
-                try:
-                    if processes.is_main:
-                        _save(options.out, measured, device)
-                    unsaved = None
-                except WriteError as error:  # what was measured is still shown at the end
-                    unsaved = error
-                if any(m.error for m in found):
-                    progress.say(f"{subject.name} {variant.name}: {next(m.error for m in found if m.error)}")
-    if processes.is_main:
-        say(*table(measured, device))
+    try:
+        with stop_on_interrupt() as should_stop, make_progress() if processes.is_main else Quiet() as progress:
+            for subject in subjects:
+                for variant in variants:
+                    found = _measure(subject, variant, options, processes, device, progress, should_stop)
+                    measured += found
+                    try:
+                        if processes.is_main:
+                            _save(options.out, measured, device)
+                        unsaved = None
+                    except WriteError as error:  # what was measured is still shown at the end
+                        unsaved = error
+                    if any(m.error for m in found):
+                        progress.say(f"{subject.name} {variant.name}: {next(m.error for m in found if m.error)}")
+    finally:  # where it is stopped, or a later model can't be had, too: measuring may have taken an hour
+        if measured and processes.is_main:
+            say(*table(measured, device))
     if unsaved is not None:
         raise unsaved
     return 1 if any(m.error for m in measured) else 0
@@ -282,10 +298,10 @@ def _measure(
     name, recipe = subject.name, subject.recipe
     try:
         guidance, models = _guidance(subject, variant, options, device)
-    except torch.OutOfMemoryError as error:
-        if processes.world_size > 1:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if processes.world_size > 1 or not _lacks_memory(error):
             raise
-        return [Measured(name, variant.name, {}, "", options.steps, error=f"the weights don't fit: {error}"[:500])]
+        return [Measured(name, variant.name, {}, "", options.steps, error=_shown(error, "the weights don't fit: "))]
     job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None, processes)
     found: list[Measured] = []
     for number, phase in enumerate(recipe.phases):
@@ -300,16 +316,28 @@ def _measure(
 
         try:
             found.append(_measure_phase(blank, job, fitted, show, should_stop))
-        except (RuntimeError, ValueError) as error:  # of memory, of CUDA, of a network
+        except (RuntimeError, ValueError, MemoryError) as error:  # of memory, of CUDA, of a network
             if should_stop() or processes.world_size > 1:
                 raise
-            found.append(replace(blank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]))
+            found.append(replace(blank, error=_shown(error, f"{type(error).__name__}: ")))
             break
     del guidance, job  # the next models need the room
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that isn't there; PyTorch says it of main memory in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _shown(error: BaseException, what: str) -> str:
+    """A failure on one line; of main memory with the way out."""
+    if _lacks_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+        return "it needs more main memory than is free: measure it on a GPU, or on a machine that has more"
+    return " ".join(f"{what}{error}".split())[:500]
 
 
 def _measure_phase(
@@ -320,6 +348,7 @@ def _measure_phase(
     clock, last = _Clock(device), options.warmup + options.steps
     plans: list[str] = []
     profiler = Profiler(device) if options.profile else None
+    profiles: list[Profile] = []
 
     def on_step(report: StepReport, _scene: Scene) -> None:
         clock.tick()
@@ -327,6 +356,8 @@ def _measure_phase(
             torch.cuda.reset_peak_memory_stats(device)  # what compiling and tuning took is not a step's
         if report.step == last and profiler is not None:
             profiler.start()  # only now: what looks on takes time itself
+        if report.step == recipe.steps and profiler is not None:
+            profiles.append(profiler.stop(PROFILED))  # before what ends a run, which is no step's
         show(report)
 
     control = RunControl(
@@ -347,7 +378,6 @@ def _measure_phase(
     if not job.processes.is_main:  # the first one has looked at the clock
         return blank
     alone = job.processes.world_size == 1
-    profile = None if profiler is None else profiler.stop(PROFILED)
     seconds, peak = clock.between(), peak_memory(device)  # before the priors are asked alone
     compares = job.variant.kind in _TINY and options.models == ("toy",)  # with random weights that says nothing
     a_step = median(seconds[options.warmup : last])
@@ -363,7 +393,7 @@ def _measure_phase(
         plan="; ".join(plans) or None,
         gradient_cosine=_gradient_cosine(job, recipe) if compares else None,
         parts=_parts(job, recipe, a_step) if alone and job.named and not job.variant.budget else None,
-        profile=profile,
+        profile=profiles[0] if profiles else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from dream4d_engine.cli import bench, main
 from dream4d_engine.priors import architectures
 from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.profiling import Idle, Profile, Work, gaps
+from dream4d_engine.scene import Scene
 
 CPU = torch.device("cpu")
 CHANNELS = (32, 32, 64, 64)
@@ -200,6 +202,49 @@ def test_a_profile_says_what_takes_longest(tmp_path, capsys):
     seconds = [work["seconds"] for work in profile["work"]]
     assert seconds == sorted(seconds, reverse=True) and sum(seconds) == pytest.approx(profile["seconds"])
     assert any("convolution" in work["name"] for work in profile["work"]) and profile["idle"] == 0
+
+
+def test_a_profile_is_of_steps_alone(tmp_path, monkeypatch):
+    """Not of what ends a run, of which there is one."""
+    refresh = Scene.refresh_occupancy
+
+    def marked(scene):
+        torch.cummax(torch.zeros(9), 0)  # which nothing else asks for
+        refresh(scene)
+
+    monkeypatch.setattr(Scene, "refresh_occupancy", marked)
+    _, [found] = measured(tmp_path, "--recipes", "static:toy", "--profile")
+    assert not any("cummax" in work["name"] for work in found["profile"]["work"])
+
+
+def test_a_motion_that_few_steps_leave_small_is_measured_as_it_is(caplog):
+    assert main(["bench", "--recipes", "motion:toy", "--steps", "1", "--warmup", "0", "--device", "cpu"]) == 0
+    assert "least-motion" not in caplog.text, "no flag of the bench"
+
+
+def test_what_was_measured_is_shown_where_a_later_way_cannot_be(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    words = ["bench", "--recipes", "static:toy", "--variants", "fast", "tiny", *ONE_STEP, "--out", str(out)]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "needs --tiny-vae FOLDER" in captured.err and "static:toy                fast" in captured.out
+    assert len(json.loads(out.read_text())["recipes"]) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that ends processes instead")
+def test_a_model_that_main_memory_does_not_hold_is_noted(small, tmp_path, capsys, monkeypatch):
+    build = bench.random_guidance
+
+    def large(architecture, *given):
+        if architecture.kind == "video":
+            torch.empty(2**44)
+        return build(architecture, *given)
+
+    monkeypatch.setattr(bench, "random_guidance", large)
+    words = ["--models", "full", "--recipes", "motion:zeroscope-144x80", "static:text-to-3d", "--variants", "plain"]
+    code, found = measured(tmp_path, *words)
+    assert code == 1 and [row["error"] is None for row in found] == [False, True, True]
+    assert "needs more main memory than is free: measure it on a GPU" in found[0]["error"]
 
 
 @pytest.mark.parametrize(
