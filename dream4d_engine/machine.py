@@ -145,6 +145,14 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
         raise ValueError(f"{what} needs about {n_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: {way_out}")
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory, which says nothing else of what was tried."""
+    # torch's CPU allocator and CUDA's driver raise a bare RuntimeError that only its text tells apart
+    text = str(error)
+    said = "DefaultCPUAllocator" in text or "out of memory" in text.lower()
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 @contextmanager
 def failing_allocations() -> Iterator[None]:
     """Let what takes more main memory than is free now fail, where Linux would end the whole process later."""

@@ -49,7 +49,7 @@ LEVELS = {
 SAME_LEVEL = {("cameras", "randomness"), ("cameras", "transfers"), ("priors", "guidance")}
 SAME_LEVEL |= {("dream_in_4d", "assets"), ("surface", "rendering"), ("export", "surface")}
 SAME_LEVEL |= {("locks", "documents"), ("occupancy", "fields"), ("toyworld", "training"), ("machine", "documents")}
-SAME_LEVEL |= {("meshes", "fields")}
+SAME_LEVEL |= {("meshes", "fields"), ("kernels", "machine")}
 """Rooms of one level that may still be used, in this direction only."""
 HEAVY = {"diffusers", "transformers", "accelerate", "av", "PIL", "matplotlib", "yaml", "safetensors", "triton"}
 HEAVY |= {"numba", "tinycudann", "nerfacc", "scipy", "hypothesis", "pytest", "torchvision"}

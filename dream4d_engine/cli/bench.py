@@ -20,6 +20,7 @@ from ..machine import (
     WriteError,
     check_folder,
     failing_allocations,
+    lacks_memory,
     limit_memory,
     peak_memory,
     pick_device,
@@ -176,7 +177,7 @@ class _Job:
         if recipe.reference is not None:  # the last and largest size of the image all the time
             last = replace(recipe.reference.phases[-1], start=0.0)
             changes["reference"] = replace(recipe.reference, phases=(last,))
-        if isinstance(recipe, MotionRecipe):
+        if recipe.stage == "motion":
             changes["least_motion"] = 0.0  # so few steps move little: that is no reason to take it back, and to say so
         steps = options.warmup + options.steps + PROFILED * options.profile
         return replace(recipe, steps=steps, phases=(replace(phase, start=0.0),), **changes)
@@ -299,7 +300,7 @@ def _measure(
     try:
         guidance, models = _guidance(subject, variant, options, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if processes.world_size > 1 or not _lacks_memory(error):
+        if processes.world_size > 1 or not lacks_memory(error):
             raise
         return [Measured(name, variant.name, {}, "", options.steps, error=_shown(error, "the weights don't fit: "))]
     job = _Job(recipe, variant, guidance, options, device, subject.architecture is not None, processes)
@@ -328,14 +329,9 @@ def _measure(
     return found
 
 
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether memory was asked for that isn't there; PyTorch says it of main memory in words alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def _shown(error: BaseException, what: str) -> str:
     """A failure on one line; of main memory with the way out."""
-    if _lacks_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+    if lacks_memory(error) and not isinstance(error, torch.OutOfMemoryError):
         return "it needs more main memory than is free: measure it on a GPU, or on a machine that has more"
     return " ".join(f"{what}{error}".split())[:500]
 

@@ -17,7 +17,7 @@ class UsageError(ValueError):
 def report(error: Exception, show_traceback: bool = False) -> int:
     """Print one line about an error and return the exit code."""
     from ..division import ProcessLost
-    from ..kernels.launched import lacks_memory
+    from ..machine import lacks_memory
     from ..training.loop import Interrupted, TrainingDiverged
 
     if show_traceback:

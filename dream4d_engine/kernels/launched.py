@@ -64,14 +64,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:300]
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether something failed for want of memory, which says nothing else of what was tried."""
-    # torch's CPU allocator and CUDA's driver raise a bare RuntimeError that only its text tells apart
-    text = str(error)
-    said = "DefaultCPUAllocator" in text or "out of memory" in text.lower()
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def on_device(device: torch.device) -> torch.cuda.device:
     """Triton launches on the current device: in here that is the tensors', whichever it was."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..machine import lacks_memory
 from . import torch_kernels
 from .launched import on_device, power_of_two, unobserved
 
@@ -40,7 +41,11 @@ def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
     if not _fits(x, layers):
         return torch_kernels.mlp(x, layers)
     shape = (layers[0].shape[1], layers[0].shape[0], len(layers) - 1, layers[-1].shape[0])
-    return fused_mlp(x, layers, shape) if _trusted(shape, x.device) else torch_kernels.mlp(x, layers)
+    try:
+        trusted = _trusted(shape, x.device)
+    except torch.OutOfMemoryError:  # no answer: it is tried again the next time
+        trusted = False
+    return fused_mlp(x, layers, shape) if trusted else torch_kernels.mlp(x, layers)
 
 
 def fused_mlp(x: Tensor, layers: Sequence[Tensor], shape: Shape) -> Tensor:
@@ -58,6 +63,8 @@ def _trusted(shape: Shape, device: torch.device) -> bool:
         # as many samples as let every program of the forward pass take three tiles
         error = first_error(shape, device, 3 * 4 * _multiprocessors(device) * _TILE + 5)
     except Exception as reason:  # whatever a compiler may raise
+        if lacks_memory(reason):
+            raise torch.OutOfMemoryError(str(reason)) from reason
         logger.warning("networks of %s are not fused on %s: %s: %s", shape, device, type(reason).__name__, reason)
         return False
     if not error < _TOLERANCE:  # NaN is no agreement either

@@ -81,3 +81,34 @@ def test_a_kernel_that_fails_or_differs_is_passed_over_with_its_reason(monkeypat
     monkeypatch.setattr(triton_mlp, "first_error", lambda *_: 1e-3)
     assert triton_mlp._trusted(shape, device)
     triton_mlp._trusted.cache_clear()
+
+
+def test_a_full_card_is_no_answer(monkeypatch) -> None:
+    """Then PyTorch's own has the network this time, and the kernel is tried again the next time."""
+    shape = (5, 16, 1, 3)
+    layers, x, asked = weights(shape), torch.randn(7, 5), []
+    monkeypatch.setattr(triton_mlp, "_fits", lambda *_: True)
+    monkeypatch.setattr(triton_mlp, "fused_mlp", lambda x, layers, shape: torch_kernels.mlp(x, layers) + 1)
+
+    full = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA driver: out of memory (2)")]
+
+    def first_error(*_) -> float:
+        asked.append(None)
+        if full:
+            raise full.pop()
+        return 0.0
+
+    monkeypatch.setattr(triton_mlp, "first_error", first_error)
+    monkeypatch.setattr(triton_mlp, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_a_card = triton_mlp._trusted
+
+    def trusted(shape, device):
+        return on_a_card(shape, torch.device("cuda", 0))
+
+    monkeypatch.setattr(triton_mlp, "_trusted", trusted)
+    on_a_card.cache_clear()
+    plain = torch_kernels.mlp(x, layers)
+    differences = [float((triton_mlp.mlp(x, layers) - plain).mean()) for _ in range(4)]
+    on_a_card.cache_clear()
+    assert differences == pytest.approx([0, 0, 1, 1], abs=1e-6) and len(asked) == 3

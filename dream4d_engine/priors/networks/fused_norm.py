@@ -22,7 +22,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ...kernels import nvrtc_kernels, triton_kernels
-from ...kernels.launched import first_line, lacks_memory
+from ...kernels.launched import first_line
+from ...machine import lacks_memory
 from .fused_norm_launches import MAX_CHANNELS, Launches, try_out
 
 logger = logging.getLogger(__name__)
