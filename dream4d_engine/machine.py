@@ -147,10 +147,14 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether something failed for want of memory, which says nothing else of what was tried."""
-    # torch's CPU allocator and CUDA's driver raise a bare RuntimeError that only its text tells apart
-    text = str(error)
-    said = "DefaultCPUAllocator" in text or "out of memory" in text.lower()
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # CUDA's driver and libraries raise a bare RuntimeError that only its text tells apart
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    return on_gpu or lacks_main_memory(error)
+
+
+def lacks_main_memory(error: BaseException) -> bool:
+    """The same, where it was main memory and not a GPU's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # which raises a bare RuntimeError
 
 
 @contextmanager

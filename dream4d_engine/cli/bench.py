@@ -20,6 +20,7 @@ from ..machine import (
     WriteError,
     check_folder,
     failing_allocations,
+    lacks_main_memory,
     lacks_memory,
     limit_memory,
     peak_memory,
@@ -299,7 +300,7 @@ def _measure(
     name, recipe = subject.name, subject.recipe
     try:
         guidance, models = _guidance(subject, variant, options, device)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         if processes.world_size > 1 or not lacks_memory(error):
             raise
         return [Measured(name, variant.name, {}, "", options.steps, error=_shown(error, "the weights don't fit: "))]
@@ -331,7 +332,7 @@ def _measure(
 
 def _shown(error: BaseException, what: str) -> str:
     """A failure on one line; of main memory with the way out."""
-    if lacks_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+    if lacks_main_memory(error):
         return "it needs more main memory than is free: measure it on a GPU, or on a machine that has more"
     return " ".join(f"{what}{error}".split())[:500]
 

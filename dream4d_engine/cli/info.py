@@ -151,23 +151,30 @@ def _lines(found: dict, everything: bool) -> list[str]:
         told = {name: value for name, value in found.items() if name not in ("file", "kind") and value is not None}
         if "motion" in told:
             told["motion"] = MotionReadout(**told["motion"]).line
-        first = f"{found['file']}: {found['kind']}"
-        return [first, *(line for name, value in told.items() for line in _tree_lines(name, value))]
-    tensors, lines = found["tensors"], [f"{found['file']}: {_kind(found)}, {found['bytes'] / 2**20:.2f} MiB"]
-    if not everything:
-        if "provenance" in found:
-            lines += [shortened(line, _MOST_LETTERS) for line in found["provenance"].lines]
-        else:
-            told = {"step": found["step"]} | found["identity"]
-            options = told.get("options")  # of a command; a node's runs have none
-            told |= {} if not isinstance(options, dict) else {name: options.get(name) for name in _OF_A_RUN}
-            short = ((name, value) for name, value in told.items() if isinstance(value, str | int | float))
-            lines += [line for name, value in short for line in _tree_lines(name, value)]
-        n_numbers = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
-        return [*lines, f"{len(tensors)} tensors, {n_numbers:,} numbers: --all names them, and every setting"]
-    for name in ("format_version", "step", "provenance", "config", "identity"):
-        if name in found:
-            lines += _tree_lines(name, _plain(found[name]))
+        return [f"{found['file']}: {found['kind']}", *_all_lines(told)]
+    first = f"{found['file']}: {_kind(found)}, {found['bytes'] / 2**20:.2f} MiB"
+    return [first, *(_everything(found) if everything else _in_short(found))]
+
+
+def _in_short(found: dict) -> list[str]:
+    """Where a scene comes from, or what a checkpoint is of, and how large it is."""
+    if "provenance" in found:
+        lines = [shortened(line, _MOST_LETTERS) for line in found["provenance"].lines]
+    else:
+        told = {"step": found["step"]} | found["identity"]
+        options = told.get("options")  # of a command; a node's runs have none
+        if isinstance(options, dict):
+            told |= {name: options.get(name) for name in _OF_A_RUN}
+        lines = _all_lines({name: value for name, value in told.items() if isinstance(value, str | int | float)})
+    tensors = found["tensors"].values()
+    n_numbers = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return [*lines, f"{len(tensors)} tensors, {n_numbers:,} numbers: --all names them, and every setting"]
+
+
+def _everything(found: dict) -> list[str]:
+    """All settings, and all tensors."""
+    names, tensors = ("format_version", "step", "provenance", "config", "identity"), found["tensors"]
+    lines = _all_lines({name: _plain(found[name]) for name in names if name in found})
     lines.append(f"{len(tensors)} tensors:")
     width = max(map(len, tensors), default=0)
     for name, t in tensors.items():
@@ -185,6 +192,10 @@ def _kind(found: dict) -> str:
 def _plain(value: Any) -> Any:
     """A record as a dictionary."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _all_lines(told: dict) -> list[str]:
+    return [line for name, value in told.items() for line in _tree_lines(name, value)]
 
 
 def _tree_lines(name: str, value: object, depth: int = 0) -> list[str]:

@@ -223,11 +223,17 @@ def count_samples(scene: Scene, view: View) -> int:
     size = _rays_of_a_chunk(scene, options, None)
     for start in range(0, len(view.rays.origins), size):
         part = _slice(view, slice(start, start + size))
-        samples = sample_rays(scene, part.rays, options.n_samples, part.jitter, options.prune)
-        if options.prune and options.alpha_threshold > 0:
-            samples = cull_invisible(scene, part.rays, samples, options.alpha_threshold, _samples_at_once(scene))
-        n_samples += len(samples.t_starts)
+        n_samples += len(_find_samples(scene, part, options.prune and options.alpha_threshold > 0).t_starts)
     return n_samples
+
+
+def _find_samples(scene: Scene, view: View, look_first: bool) -> RaySamples:
+    """The samples of all rays; with a first look, those that are opaque enough."""
+    options = view.options
+    samples = sample_rays(scene, view.rays, options.n_samples, view.jitter, options.prune)
+    if not look_first:
+        return samples
+    return cull_invisible(scene, view.rays, samples, options.alpha_threshold, _samples_at_once(scene))
 
 
 def _rays_of_a_chunk(scene: Scene, options: RenderOptions, wished: int | None) -> int:
@@ -286,9 +292,7 @@ def _render_rays(scene: Scene, view: View) -> RenderOutput:
     thin_out = options.prune and options.alpha_threshold > 0
     look_first = thin_out and (torch.is_grad_enabled() or options.normals)
     if samples is None:
-        samples = sample_rays(scene, rays, options.n_samples, view.jitter, options.prune)
-        if look_first:
-            samples = cull_invisible(scene, rays, samples, options.alpha_threshold, _samples_at_once(scene))
+        samples = _find_samples(scene, view, look_first)
     gradient = view.gradient if torch.is_grad_enabled() else None
     points, times = points_of(rays, samples)
 

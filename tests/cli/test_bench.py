@@ -247,6 +247,19 @@ def test_a_model_that_main_memory_does_not_hold_is_noted(small, tmp_path, capsys
     assert "needs more main memory than is free: measure it on a GPU" in found[0]["error"]
 
 
+def test_a_full_card_is_not_called_full_main_memory(small, tmp_path, monkeypatch):
+    def full(*given, **known):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(bench, "random_guidance", full)
+    code, [found] = measured(tmp_path, "--models", "full", "--recipes", "motion:zeroscope-144x80")
+    assert code == 1 and found["error"] == "the weights don't fit: CUDA error: out of memory"
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "train_static", full)
+    code, [found] = measured(tmp_path, "--recipes", "static:toy")
+    assert code == 1 and found["error"] == "RuntimeError: CUDA error: out of memory"
+
+
 @pytest.mark.parametrize(
     ("spans", "uncovered"),
     [
