@@ -14,6 +14,7 @@ import torch
 from ..assets import AssetError, Provenance, check_header
 from ..division import ProcessLost
 from ..documents import first_line
+from ..export.video import pick_codec
 from ..machine import WriteError, check_memory, pick_device, versions
 from ..scene import Scene, SceneConfig
 from ..training.checkpoint import CheckpointError, set_aside
@@ -116,7 +117,7 @@ def open_run(command: str, options: RunOptions, recipes: tuple[Recipe, ...], sce
         )
     settings = settings_tree(options, *recipes)
     if options.folders.dry_run:
-        _check_numbers(options, recipes, scene)
+        _check_settings(options, recipes, scene)
         if options.folders.out is not None:
             check_out(Path(options.folders.out), RESULTS, options.folders.overwrite)
         if speaks():
@@ -198,7 +199,7 @@ def _open(
     `head`: how the record of a new run begins.
     """
     folders = options.folders
-    _check_numbers(options, recipes, scene)  # with --overwrite a folder's results go: not for a run that can't be made
+    _check_settings(options, recipes, scene)  # with --overwrite a folder's results go: not for a run that can't be made
     if folders.resume is None:
         check_out(folders.out and Path(folders.out), RESULTS, folders.overwrite)
     elif read_record(Path(folders.resume)).get("status") == "finished":
@@ -226,8 +227,9 @@ def _open(
     return run
 
 
-def _check_numbers(options: RunOptions, recipes: tuple[Recipe, ...], scene: SceneConfig) -> None:
-    """Refuse numbers that no run can be made with, or whose result could not be read, before anything is touched."""
+def _check_settings(options: RunOptions, recipes: tuple[Recipe, ...], scene: SceneConfig) -> None:
+    """Refuse what no run can be made with, or whose result could not be read or filmed, before anything is touched."""
+    pick_codec()
     scale = getattr(options, "deformation_scale", None)
     if scale is not None:
         check_scale(scale, "--deformation-scale")

@@ -40,8 +40,8 @@ class Video:
     codec: str
 
 
-def _pick_codec() -> _Codec:
-    """Return the first H.264 encoder this build of PyAV has, else MPEG-4's."""
+def pick_codec() -> _Codec:
+    """Return the first H.264 encoder this build of PyAV has, else MPEG-4's; ValueError or ImportError if none is."""
     import av
 
     for name in _CODECS:
@@ -97,7 +97,7 @@ class VideoWriter:
         image = to_bytes(frame)
         if self._stream is None:
             self._shape = image.shape
-            self._stream = _add_stream(self._container, _pick_codec(), _pad_to_even(image).shape, self.fps)
+            self._stream = _add_stream(self._container, pick_codec(), _pad_to_even(image).shape, self.fps)
         if image.shape != self._shape:
             raise ValueError(f"frame {self.count} has the shape {list(image.shape)}, the first {list(self._shape)}")
         picture = av.VideoFrame.from_ndarray(_pad_to_even(image), format="rgb24")

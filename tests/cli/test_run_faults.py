@@ -37,6 +37,17 @@ def still(folder, priors, *more: str) -> list[str]:
     return ["text-to-3d", PROMPT, "--out", str(folder), *priors[:2], *STILL, *STEPS, *more]
 
 
+def test_what_can_not_be_filmed_is_not_begun(tmp_path, priors, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)
+        said = fails(capsys, *still(folder, priors))
+    assert "of av" in said and "pip install" in said
+    monkeypatch.setattr("dream4d_engine.export.video._CODECS", ("none such",))
+    assert "none of the encoders none such: reinstall the package av" in fails(capsys, *still(folder, priors))
+    assert not folder.exists()
+
+
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
