@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dream4d_engine.guidance.execution import Execution
 from ..dream4d_engine.priors.networks.checkpointing import checkpointing
+from .graph_fused import encode_fused, fused_encoder
 
 _ORDERS = ("comfy_cast_weights", "weight_function", "bias_function", "model_loaded_weight_memory")
 
@@ -25,13 +27,15 @@ class Encoder:
     network: Any  # an nn.Module of one of ComfyUI's classes, with encode and decode
     vae: Any  # of the graph: its sizes and how pixels are scaled
     latents: Any  # the model's latent format: how latents are scaled
+    fused: Any = None  # the encoder, where diffusers' class of it runs faster; the network has none then
 
     @staticmethod
-    def copied(vae: Any, latents: Any, device: torch.device | None = None) -> Encoder:
+    def copied(vae: Any, latents: Any, device: torch.device | None = None, accelerated: bool = False) -> Encoder:
         """Copy a VAE's network so that gradients can pass it, in the dtype it works in.
 
         `device`: where to; None leaves it there. With dynamic memory weights keep their file's dtype until they are
-        used: half precision, which a scaled gradient is too large for.
+        used: half precision, which a scaled gradient is too large for. `accelerated`: with the encoder's layers
+        fused, where they are known.
         """
         with torch.inference_mode(False):
             network = _without_traces(vae.first_stage_model)
@@ -49,7 +53,16 @@ class Encoder:
         if hasattr(network, "parallel"):  # a tiny autoencoder of videos: frame after frame would cut the gradient
             network.parallel = True
         # a VAE that waits for its turn lies in main memory
-        return Encoder(network.eval().to(device, vae.vae_dtype), vae, scaling)
+        network = network.eval().to(device, vae.vae_dtype)
+        fused = fused_encoder(network) if accelerated else None
+        if fused is not None:  # its weights are once on the GPU, not twice
+            network.encoder = None
+        return Encoder(network, vae, scaling, fused)
+
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        """All that takes memory."""
+        return (self.network,) if self.fused is None else (self.network, self.fused)
 
     @property
     def of_videos(self) -> bool:
@@ -69,15 +82,19 @@ class Encoder:
         in_time, *in_space = ratio
         return (1, self.vae.latent_channels, in_time(n_frames), size[0] // in_space[0], size[1] // in_space[1])
 
-    def encode(self, pixels: Tensor, checkpointed: bool = False, frames: range | None = None) -> Tensor:
-        """Encode [n, 3, (F,) H, W] in [0, 1]; differentiable. `checkpointed`: in less memory, with more work.
+    def encode(self, pixels: Tensor, execution: Execution | None = None, frames: range | None = None) -> Tensor:
+        """Encode [n, 3, (F,) H, W] in [0, 1]; differentiable. `execution`: of videos, in less memory with more work.
 
         `frames`: those of a video that a gradient is asked for; None: all.
         """
         device, dtype = self._place
-        scaled = self.vae.process_input(pixels).to(device, dtype)
-        with torch.autocast(device.type, enabled=False), checkpointing(self.network, checkpointed, frames):
-            z = self.network.encode(scaled)
+        scaled, way = self.vae.process_input(pixels).to(device, dtype), execution or Execution()
+        with torch.autocast(device.type, enabled=False):
+            if self.fused is not None:
+                z = encode_fused(self.fused, scaled, way, frames)
+            else:
+                with checkpointing(self.network, way.images_kept is not None, frames):
+                    z = self.network.encode(scaled)
         return self.latents.process_in(z.float())
 
     def decode(self, z: Tensor) -> Tensor:

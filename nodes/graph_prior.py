@@ -117,7 +117,9 @@ class GraphPrior:
 
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
-        encoder = Encoder.copied(self.vae, self.model.model.latent_format, runtime.device)
+        encoder = Encoder.copied(self.vae, self.model.model.latent_format, runtime.device, runtime.accelerated)
+        if encoder.fused is not None:
+            torch.backends.cudnn.benchmark = True  # shapes don't change from step to step; the session puts it back
         first = LiveModel(self.model, runtime.device)
         live: LiveModel | Pair = first
         if self.low_noise is not None and self.family.switch is not None:
@@ -133,7 +135,7 @@ class GraphPrior:
                 return _view_guidance(self, denoiser, reference, config)
             return _guidance(self, denoiser, prompt, negative, config)
 
-        return Prior(self.name, self.kind, guide, None, (encoder.network,), live.release)
+        return Prior(self.name, self.kind, guide, None, encoder.networks, live.release)
 
 
 def _looks(model: Any) -> list:
@@ -351,9 +353,8 @@ class GraphDenoiser:
     def encode(self, images: Tensor, carried: Tensor | None = None) -> Tensor:
         """Encode [B, F, 3, H, W] in [0, 1] to [B, f, c, h, w]; differentiable."""
         if self.encoder.of_videos:
-            checkpointed = self.execution.images_kept is not None
             takes = zip(images.movedim(1, 2).split(1), frames_asked_for(carried, len(images)), strict=True)
-            return torch.cat([self.encoder.encode(one, checkpointed, asked) for one, asked in takes]).movedim(2, 1)
+            return torch.cat([self.encoder.encode(one, self.execution, asked) for one, asked in takes]).movedim(2, 1)
         each = None if carried is None else carried.flatten()
         z = in_slices(self.encoder.encode, images.flatten(0, 1), self.execution, carried=each)
         return z.unflatten(0, images.shape[:2])

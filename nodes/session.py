@@ -122,9 +122,16 @@ def run_files(identity: dict) -> RunFiles:
 
 @contextmanager
 def gradients() -> Iterator[None]:
-    """Leave ComfyUI's inference mode; what is made inside can be trained and shared."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
+    """Leave ComfyUI's inference mode; what is made inside can be trained and shared.
+
+    How cuDNN chooses convolutions, which fast priors change, is as before afterwards: samplers would see other shapes.
+    """
+    tuned = torch.backends.cudnn.benchmark
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def interrupt_if_asked() -> None:

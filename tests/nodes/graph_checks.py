@@ -56,6 +56,8 @@ cameras, distillation = pack("dream4d_engine.cameras"), pack("dream4d_engine.gui
 execution, randomness = pack("dream4d_engine.guidance.execution"), pack("dream4d_engine.randomness")
 schedules = pack("dream4d_engine.schedules")
 Runtime = pack("dream4d_engine.priors.networks.execution").Runtime
+Encoder = pack("nodes.graph_encoder").Encoder
+Execution = execution.Execution
 
 PROMPT, SHARES = "a red cube is jumping", (0.1, 0.5, 0.9)
 VIDEOS = ("wan", "wan22", "ltx", "hunyuan")
@@ -784,21 +786,20 @@ def encoder(name: str) -> dict:
     make, family = VAES[name]
     vae, latents = make(), getattr(comfy.latent_formats, FORMATS[family])()
     size, frames = models.SIZES[family]
-    pack_encoder = pack("nodes.graph_encoder").Encoder
     traces = _hang_on(vae.first_stage_model)
     with training():
-        private = pack_encoder.copied(vae, latents)
+        private = Encoder.copied(vae, latents)
         shape = (2, 3, *size) if frames is None else (1, 3, 2 * frames - 1, *size)
         pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
         found, gradients, encoded = {}, [], []
-        for checkpointed in (False, True):
-            z = private.encode(pixels, checkpointed)
+        for way in (Execution(), Execution(images_kept=0)):
+            z = private.encode(pixels, way)
             weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(6))
             gradients.append(torch.autograd.grad((z * weights).sum(), pixels)[0])
             encoded.append(z.detach())
         if frames:  # the second half alone is asked for
             half = shape[2] // 2
-            late = private.encode(pixels, False, range(half, shape[2]))
+            late = private.encode(pixels, frames=range(half, shape[2]))
             (pulled,) = torch.autograd.grad((late * weights).sum(), pixels)
             found["late latents"] = difference(late.detach(), encoded[0])
             found["late gradient"] = difference(pulled[:, :, half:], gradients[0][:, :, half:])
@@ -824,6 +825,64 @@ def encoder(name: str) -> dict:
     for key in ("other than ComfyUI's", "checkpointed latents", "checkpointed gradient", "decoded other"):
         assert found[key] < ENCODING_TOLERANCE, found
     return found
+
+
+@for_each("kl", "kl of 16 channels", "wan")
+def fused_encoder(name: str) -> dict:
+    """As on a GPU: the same latents and gradient as core's layers give, in every way, and no weight twice."""
+    import comfy.latent_formats
+
+    make, family = VAES[name]
+    latents = getattr(comfy.latent_formats, FORMATS[family])()
+    size, frames = models.SIZES[family]
+    found = {}
+    with training():
+        plain, fast = (Encoder.copied(make(), latents, None, accelerated) for accelerated in (False, True))
+        assert fast.fused is not None and plain.fused is None
+        n_weights = sum(p.numel() for network in fast.networks for p in network.parameters())
+        quantised = sum(p.numel() for n, p in fast.fused.named_parameters() if n.startswith("quant_conv."))
+        assert n_weights == sum(p.numel() for p in plain.network.parameters()) + quantised
+        shape = (2, 3, *size) if frames is None else (1, 3, 2 * frames - 1, *size)
+        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        z = plain.encode(pixels)
+        weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(6))
+        (pulled,) = torch.autograd.grad((z * weights).sum(), pixels)
+        few = Execution(images_at_once=2, images_kept=0)
+        for way in (Execution(), Execution(images_kept=0), *((few,) if frames else ())):
+            ours = fast.encode(pixels, way)
+            (gradient,) = torch.autograd.grad((ours * weights).sum(), pixels)
+            found[f"latents, {way}"] = difference(ours.detach(), z.detach())
+            found[f"gradient, {way}"] = difference(gradient, pulled)
+        with torch.no_grad():
+            found["decoded"] = difference(fast.decode(z), plain.decode(z))
+    assert max(found.values()) < ENCODING_TOLERANCE, found
+    return found
+
+
+@for_each("kl", "wan")
+def another_encoder(name: str) -> dict:
+    """What doesn't give the same as diffusers' class stays as it is; out of memory is no reason for it."""
+    import comfy.latent_formats
+
+    make, family = VAES[name]
+    latents = getattr(comfy.latent_formats, FORMATS[family])()
+    with training():
+        vae = make()
+        first = next(m for m in vae.first_stage_model.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        first.register_forward_hook(lambda module, given, out: out.flip(-1))  # another version's
+        assert Encoder.copied(vae, latents, None, True).fused is None
+        vae = make()
+        taken = vae.first_stage_model.encoder
+
+        def out_of_memory(module: nn.Module, given: tuple) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+        taken.register_forward_pre_hook(out_of_memory)
+        try:
+            Encoder.copied(vae, latents, None, True)
+        except torch.OutOfMemoryError:
+            return {}
+    raise AssertionError("out of memory was hidden")
 
 
 @check
@@ -856,7 +915,7 @@ def tiny_autoencoders() -> dict:
             continue
         vae = made[wanted]
         with training():
-            private = pack("nodes.graph_encoder").Encoder.copied(vae, latents)
+            private = Encoder.copied(vae, latents)
             shape = (1, 3, 32, 32) if vae.latent_dim == 2 else (1, 3, 5, 32, 32)
             pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
             z = private.encode(pixels)
@@ -913,13 +972,13 @@ def out_of_memory_in_the_encoder(name: str) -> dict:
     size, frames = models.SIZES[family]
     with training():
         latents = getattr(comfy.latent_formats, FORMATS[family])()
-        private = pack("nodes.graph_encoder").Encoder.copied(make(), latents)
+        private = Encoder.copied(make(), latents)
         pixels = torch.rand((1, 3, frames, *size), generator=torch.Generator().manual_seed(5)).requires_grad_()
         shortage = _Shortage(private.network)
 
         def encoded(at: int | None = None) -> list[Tensor]:
             shortage.calls, shortage.at = 0, at
-            z = private.encode(pixels, True)
+            z = private.encode(pixels, Execution(images_kept=0))
             shortage.forwards = shortage.calls
             return [z.detach(), torch.autograd.grad(z.square().sum(), pixels)[0]]
 
@@ -940,7 +999,7 @@ def out_of_memory_in_the_encoder(name: str) -> dict:
             assert _tensor_bytes() == before, moment
             assert not any(getattr(m, "temporal_cache_state", None) for m in private.network.modules()), moment
             assert all(one.equal(other) for one, other in zip(encoded(), expected, strict=True)), moment
-        z = private.encode(pixels, True)
+        z = private.encode(pixels, Execution(images_kept=0))
         del z  # it ran out elsewhere: what the graph holds goes with it
         assert _tensor_bytes() == before
     return {"forwards": forwards, "calls": calls}

@@ -204,15 +204,29 @@ def shortage(s: Session) -> None:
 
 
 def speed(s: Session) -> None:
-    """What a step of Wan takes, through its own autoencoder and through a tiny one, in turns."""
-    steps, found = 3 * s.steps, {}
+    """What a step takes, seconds, and the most memory: by core's encoders, by ours, through a tiny one, in turns."""
+    steps, found, peaks = 3 * s.steps, {}, {}
+    image = {"recipe__steps": steps}
+    ways = {
+        "Wan, core's encoder": (True, lambda seed: s.moving(seed, steps=steps)),
+        "Wan": (False, lambda seed: s.moving(seed, steps=steps)),
+        "Wan, tiny autoencoder": (False, lambda seed: s.moving(seed, steps=steps, vae="tiny_wan")),
+        "Stable Diffusion 1.5, core's encoder": (True, lambda seed: s.still(seed, **image)),
+        "Stable Diffusion 1.5": (False, lambda seed: s.still(seed, **image)),
+    }
     for turn in range(2):
-        for vae in (None, "tiny_wan"):
-            name = f"{vae or 'its own'}, turn {turn}"
-            s.watched(name, s.moving(70 + turn, steps=steps, vae=vae), steps)
+        for i, (way, (own, graph)) in enumerate(ways.items()):
+            name = f"{way}, turn {turn}"
+            tuned = s.server.post("/dream4d_test/encoder", {"own": own})[1]["cudnn.benchmark"]
+            s.held("cuDNN's choice is put back", not tuned, tuned)
+            s.memory()
+            s.watched(name, graph(70 + 10 * turn + i), steps)
+            peaks[name] = s.memory().get("peak")
             late = s.moments[len(s.moments) // 3 :]  # the first ones compile
             found[name] = round(median(b - a for a, b in pairwise(late)), 3)
-    s.held("seconds a step", all(seconds > 0 for seconds in found.values()), found)
+            first = [round(b - a, 1) for a, b in pairwise(s.moments[:4])]
+            print(f"{name}: {found[name]} s a step, {peaks[name]} bytes at most, the first ones {first}", flush=True)
+    s.held("seconds a step", all(seconds > 0 for seconds in found.values()), {"steps": found, "peaks": peaks})
 
 
 PARTS = {part.__name__: part for part in (images, videos, cancel, shortage, speed)}

@@ -18,19 +18,17 @@ from ...guidance.denoiser import Conditions, split_conditions
 from ...guidance.execution import Execution
 from ...guidance.noise import NoiseSchedule
 from ...transfers import send
-from .checkpointing import checkpointing, frames_asked_for
+from .checkpointing import frames_asked_for
 from .denoisers import WORTH_COMPILING, flow_input, predicted_clean
 from .execution import PLAIN, Capture, Runtime, can_compile, compile_blocks, in_slices, without_autocast
 from .frozen import speed_up
-from .video_encoders import encode_whole, encodes_whole, lay_out
+from .video_encoders import encode_video, encodes_whole, lay_out
 
 LTX_FRAMES_A_SECOND = 25  # of the videos that LTX-Video was trained on; its positions in time are seconds
 FLUX_GUIDANCE = 3.5
 """What a Flux that was distilled from guided answers is told of how much they were guided: its pipeline's own."""
 HUNYUAN_GUIDANCE = 6.0
 """Likewise, a HunyuanVideo."""
-FEW_AT_ONCE = 4
-"""Frames: where no more are to be encoded at once, they are as the library does it, Wan's four by four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,8 @@ class TransformerDenoiser:
                 z = in_slices(self._encode_images, images.flatten(0, 1), self.execution, self.capture, each)
                 return z.unflatten(0, images.shape[:2])
             videos = (2 * images - 1).to(dtype).movedim(1, 2).split(1)
-            asked = frames_asked_for(carried, len(videos))
-            z = torch.cat([self._encode_video(*one) for one in zip(videos, asked, strict=True)]).float()
+            takes = zip(videos, frames_asked_for(carried, len(videos)), strict=True)
+            z = torch.cat([encode_video(self.vae, *one, self.execution, self.fused) for one in takes]).float()
         mean, deviation = self._scaling(z)
         return ((z - mean) / deviation).movedim(2, 1)
 
@@ -89,18 +87,6 @@ class TransformerDenoiser:
         z = self.vae.encode((2 * images - 1).to(next(self.vae.parameters()).dtype)).latent_dist.mode().float()
         config = self.vae.config  # numbers: a CUDA graph can't copy tensors from the CPU
         return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-
-    def _encode_video(self, video: Tensor, asked: range | None) -> Tensor:
-        """Encode [1, 3, F, H, W] in [-1, 1] to [1, c, f, h, w], not scaled. `asked`: see `checkpointing`."""
-        checkpointed, at_once = self.execution.images_kept is not None, self.execution.images_at_once
-        if self.fused and (at_once is None or at_once > FEW_AT_ONCE):
-            return encode_whole(self.vae, video, checkpointed)
-        try:
-            with checkpointing(self.vae, checkpointed, asked):
-                return self.vae.encode(video).latent_dist.mode()
-        finally:
-            if hasattr(self.vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
-                self.vae.clear_cache()
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode to [B, F, 3, H, W] in [0, 1] (not clamped)."""

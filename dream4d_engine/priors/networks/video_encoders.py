@@ -15,11 +15,15 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...guidance.execution import Execution
+from .checkpointing import checkpointing
 from .frozen import frozen_conv, halved
 from .fused_norm import add_residual, rms_silu
 
 Block = Callable[[Any, Tensor], Tensor]
 _LAST = torch.channels_last_3d
+FEW_AT_ONCE = 4
+"""Frames: where no more are to be encoded at once, they are as the library does it, Wan's four by four."""
 
 
 def encodes_whole(vae: Any) -> bool:
@@ -40,6 +44,22 @@ def lay_out(vae: nn.Module) -> None:
     for parameter in vae.parameters():
         if parameter.ndim in formats:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def encode_video(vae: Any, video: Tensor, asked: range | None, execution: Execution, fused: bool) -> Tensor:
+    """Encode a video [1, 3, F, H, W] in [-1, 1] to the mean of the autoencoder's guess [1, c, f, h, w].
+
+    `asked`: the frames that a gradient is asked for, see `checkpointing`. `fused`: in one piece, where there is room.
+    """
+    checkpointed, at_once = execution.images_kept is not None, execution.images_at_once
+    if fused and (at_once is None or at_once > FEW_AT_ONCE):
+        return encode_whole(vae, video, checkpointed)
+    try:
+        with checkpointing(vae, checkpointed, asked):
+            return vae.encode(video).latent_dist.mode()
+    finally:
+        if hasattr(vae, "clear_cache"):  # Wan's: where memory ran out it would hold the features of before
+            vae.clear_cache()
 
 
 def encode_whole(vae: Any, video: Tensor, checkpointed: bool = False) -> Tensor:

@@ -45,6 +45,16 @@ async def watch(request):
     return web.json_response(seen)
 
 
+@routes.post("/dream4d_test/encoder")
+async def encoder(request):
+    """Let priors of the graph encode by core's own layers from now on (`own`), or as they do."""
+    room = _module("nodes.graph_encoder")
+    if not hasattr(room, "plain"):
+        room.plain = room.fused_encoder
+    room.fused_encoder = (lambda network: None) if (await request.json())["own"] else room.plain
+    return web.json_response({"cudnn.benchmark": torch.backends.cudnn.benchmark})
+
+
 @routes.get("/dream4d_test/memory")
 async def memory(request):
     """Bytes that are taken once all rubbish is gone: of the card, of PyTorch's there, of the process."""

@@ -1,0 +1,101 @@
+"""Encoding for a gradient by a graph's autoencoders, core's own layers and the fused ones in turns.
+
+    PYTHON_OF_COMFYUI benchmarks/graph_encoders.py COMFYUI
+
+Autoencoders of real width with random weights, as core's loader makes them; forward and backward, medians, the most
+memory, and the cosine between the two gradients. On a GPU; elsewhere small images.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [sys.argv[1], str(ROOT / "tests" / "nodes")]
+sys.argv = [sys.argv[0]]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    sys.argv.append("--cpu")
+
+import comfy.latent_formats  # noqa: E402
+import comfy.model_management as management  # noqa: E402
+import graph_models as models  # noqa: E402
+
+SPEC = importlib.util.spec_from_file_location(
+    "dream4d_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+)
+sys.modules["dream4d_pack"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(sys.modules["dream4d_pack"])
+Encoder = importlib.import_module("dream4d_pack.nodes.graph_encoder").Encoder
+Execution = importlib.import_module("dream4d_pack.dream4d_engine.guidance.execution").Execution
+
+DEVICE = management.get_torch_device()
+CUDA = DEVICE.type == "cuda"
+TURNS, REPEATS = (4, 3) if CUDA else (1, 1)
+CASES = {
+    "Stable Diffusion's, 4 images of 512x512": (lambda: models.kl_vae(), "SD15", (4, 3, 512, 512)),
+    "Wan 2.1's, 17 frames of 576x320": (lambda: models.wan_vae(dim=96), "Wan21", (1, 3, 17, 320, 576)),
+}
+WAYS = {"core's": (False, Execution()), "fused": (True, Execution())}
+WAYS |= {f"{name}, computed again": (fused, Execution(images_kept=0)) for name, (fused, _) in WAYS.items()}
+
+
+def gradient(encoder: Encoder, pixels: torch.Tensor, way: Execution, fused: bool) -> tuple[torch.Tensor, float]:
+    """The gradient of a weighted sum of latents, and the seconds it took."""
+    torch.backends.cudnn.benchmark = fused and CUDA  # as the priors of the graph have it
+    began = time.perf_counter()
+    z = encoder.encode(pixels, way)
+    pull = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
+    (found,) = torch.autograd.grad(z, pixels, pull)
+    if CUDA:
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - began
+
+
+def main() -> None:
+    """Print a line for each way of each autoencoder."""
+    for name, (make, latents, shape) in CASES.items():
+        if not CUDA:
+            shape = (*shape[:-2], 32, 32)
+        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+        vae, form = models.vae(make()), getattr(comfy.latent_formats, latents)()
+        encoders = {fused: Encoder.copied(vae, form, DEVICE, fused) for fused in (False, True)}
+        if encoders[True].fused is None:
+            print(f"{name}: not fused, the log says why")
+            continue
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        peaks: dict[str, int] = {}
+        for turn in range(TURNS):
+            for way, (fused, execution) in WAYS.items():
+                if execution.images_kept == 0 and len(shape) == 4:
+                    continue  # images are computed again slice by slice, whichever layers do it
+                for _ in range(REPEATS):
+                    if CUDA:
+                        torch.cuda.reset_peak_memory_stats()
+                        before = torch.cuda.memory_allocated()
+                    _, took = gradient(encoders[fused], pixels, execution, fused)
+                    if turn or TURNS == 1:
+                        seconds[way].append(took)
+                        peaks[way] = torch.cuda.max_memory_allocated() - before if CUDA else 0
+        ours, theirs = (gradient(encoders[fused], pixels, Execution(), fused)[0] for fused in (True, False))
+        cosine = float(torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), 0))
+        print(f"{name}, {vae.vae_dtype}: cosine of the gradients {cosine:.6f}")
+        for way, found in seconds.items():
+            if found:
+                print(f"  {way}: {1000 * median(found):.1f} ms, {peaks[way] / 2**30:.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+        main()
