@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -29,6 +29,7 @@ from ..machine import (
     write_atomically,
 )
 from ..priors.architectures import BY_FLAG, Architecture, VaeKind, architecture_for, random_guidance
+from ..priors.files import PriorFiles
 from ..priors.handle import PriorKind
 from ..profiling import Profile, Profiler
 from ..randomness import Draw
@@ -156,6 +157,8 @@ class _Subject:
     name: str  # as it was asked for
     recipe: Recipe
     architecture: Architecture | None = None
+    handles: Mapping[str, Mapping[PriorKind, PriorFiles]] = field(default_factory=dict)
+    """Models that are loaded, by the kind of variant; empty for those that are built."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,9 @@ def _run_together(
     """Measure all, where the processes work; the first of them says what it took."""
     measured: list[Measured] = []
     unsaved: WriteError | None = None
+    if options.models == ("toy",):  # one that is missing is missed before another is measured for an hour
+        kinds = dict.fromkeys(variant.kind for variant in variants)
+        subjects = [replace(s, handles={kind: _handles(s.recipe, kind, options) for kind in kinds}) for s in subjects]
     try:
         with stop_on_interrupt() as should_stop, make_progress() if processes.is_main else Quiet() as progress:
             for subject in subjects:
@@ -505,13 +511,7 @@ def _guidance(
     recipe = subject.recipe
     runtime = runtime_for(recipe, device, accelerate=variant.kind != "plain")
     if options.models == ("toy",):
-        asked = _TINY.get(variant.kind)
-        if asked is not None and getattr(options.priors, asked) is None:
-            flag = f"--{asked.replace('_', '-')}"
-            raise UsageError(f"the variant {variant.kind} needs {flag} FOLDER and models of your own, or --models full")
-        whole, decoder = (getattr(options.priors, n) if n == asked else None for n in ("tiny_vae", "tiny_decoder"))
-        options = replace(options, priors=replace(options.priors, tiny_vae=whole, tiny_decoder=decoder))
-        handles = prior_handles(recipe, options, toys=True)
+        handles = subject.handles.get(variant.kind) or _handles(recipe, variant.kind, options)
         loaded = load_guidance(recipe, handles, _PROMPT, runtime, _reference(recipe))
         return loaded, {kind: str(handle.path) for kind, handle in handles.items()}
     guidance: dict[PriorKind, Guidance] = {}
@@ -522,6 +522,17 @@ def _guidance(
         guidance[term.prior] = random_guidance(architecture, term.distillation, runtime, vae)
         models[term.prior] = f"{architecture.name}, random weights"
     return guidance, models
+
+
+def _handles(recipe: Recipe, kind: str, options: Bench) -> dict[PriorKind, PriorFiles]:
+    """The models of one's own, or of the package, for a kind of variant; errors as `prior_handles`."""
+    asked = _TINY.get(kind)
+    if asked is not None and getattr(options.priors, asked) is None:
+        flag = f"--{asked.replace('_', '-')}"
+        raise UsageError(f"the variant {kind} needs {flag} FOLDER and models of your own, or --models full")
+    whole, decoder = (getattr(options.priors, n) if n == asked else None for n in ("tiny_vae", "tiny_decoder"))
+    given = replace(options, priors=replace(options.priors, tiny_vae=whole, tiny_decoder=decoder))
+    return prior_handles(recipe, given, toys=True)
 
 
 def _reference(recipe: Recipe) -> Reference | None:

@@ -12,6 +12,7 @@ import torch
 
 from dream4d_engine.cli import bench, main
 from dream4d_engine.priors import architectures
+from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.files import toy_folder
 from dream4d_engine.profiling import Idle, Profile, Work, gaps
 from dream4d_engine.scene import Scene
@@ -222,12 +223,32 @@ def test_a_motion_that_few_steps_leave_small_is_measured_as_it_is(caplog):
     assert "least-motion" not in caplog.text, "no flag of the bench"
 
 
-def test_what_was_measured_is_shown_where_a_later_way_cannot_be(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--variants", "fast", "tiny"], "needs --tiny-vae FOLDER"),
+        (["--recipes", "static:toy", "motion:toy", "--video-prior", "nowhere"], "no model folder or file nowhere"),
+    ],
+)
+def test_what_a_later_one_lacks_is_missed_before_the_first_is_measured(tmp_path, capsys, words, said):
     out = tmp_path / "bench.json"
-    words = ["bench", "--recipes", "static:toy", "--variants", "fast", "tiny", *ONE_STEP, "--out", str(out)]
-    assert main(words) == 2
+    assert main(["bench", "--recipes", "static:toy", *ONE_STEP, "--out", str(out), *words]) == 2
     captured = capsys.readouterr()
-    assert "needs --tiny-vae FOLDER" in captured.err and "static:toy                fast" in captured.out
+    assert said in captured.err and not captured.out and not out.exists()
+
+
+def test_what_was_measured_is_shown_where_a_later_way_cannot_be(tmp_path, capsys, monkeypatch):
+    load, out = bench.load_guidance, tmp_path / "bench.json"
+
+    def load_still(recipe, *given):
+        if recipe.stage == "motion":
+            raise PriorError("a file that was damaged meanwhile")
+        return load(recipe, *given)
+
+    monkeypatch.setattr(bench, "load_guidance", load_still)
+    assert main(["bench", *ONE_STEP, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert "damaged meanwhile" in captured.err and "static:toy                fast" in captured.out
     assert len(json.loads(out.read_text())["recipes"]) == 1
 
 
