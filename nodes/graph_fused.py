@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dream4d_engine.documents import first_line
 from ..dream4d_engine.guidance.execution import Execution
-from ..dream4d_engine.machine import lacks_memory
+from ..dream4d_engine.machine import must_be_able
 from ..dream4d_engine.priors.formats import ldm_keys
 from ..dream4d_engine.priors.formats.loaders import empty_network, filled, shapes_of
 from ..dream4d_engine.priors.networks.frozen import speed_up
@@ -41,8 +41,7 @@ def fused_encoder(network: Any) -> nn.Module | None:
         if not difference < _SAME:
             raise ValueError(f"an encoding differs by {difference:.3g}")
     except Exception as error:  # whatever other versions of the two classes may raise
-        if lacks_memory(error):
-            raise
+        must_be_able(error, "the VAE's fused layers")
         logging.info("[Dream4D] the VAE's encoder runs as ComfyUI's own, slower: %s", first_line(error))
         return None
     return twin

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..machine import must_be_able
 from .layout import PUBLISHED_GROWTH, GridLayout, GridLevel, grid_layout
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _with_gradients_of_nvrtc(launches: Launches, device: torch.device) -> Launch
         try:
             n.check(device)
         except (ImportError, RuntimeError) as reason:
+            must_be_able(reason, "the encoding's gradients")
             _note(logging.INFO, f"the encoding's gradients stay {launches.name}'s on {device}: {_why(reason)}")
             return launches
         return n.LAUNCHES
@@ -204,6 +206,7 @@ def select_kernels(device: torch.device | str = "cpu", prefer: str = "auto") -> 
         try:
             kernels = _BACKENDS[name](device)
         except (ImportError, RuntimeError) as reason:
+            must_be_able(reason, f"the {name} kernels")
             if prefer != "auto":
                 raise ValueError(f"the {name} kernels cannot run on {device}: {_why(reason)}") from reason
             passed_over[name] = _why(reason)

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..machine import lacks_memory
+from ..machine import must_be_able
 from . import torch_kernels
 from .launched import on_device, power_of_two, unobserved
 
@@ -63,8 +63,7 @@ def _trusted(shape: Shape, device: torch.device) -> bool:
         # as many samples as let every program of the forward pass take three tiles
         error = first_error(shape, device, 3 * 4 * _multiprocessors(device) * _TILE + 5)
     except Exception as reason:  # whatever a compiler may raise
-        if lacks_memory(reason):
-            raise torch.OutOfMemoryError(str(reason)) from reason
+        must_be_able(reason, "fused networks")
         logger.warning("networks of %s are not fused on %s: %s: %s", shape, device, type(reason).__name__, reason)
         return False
     if not error < _TOLERANCE:  # NaN is no agreement either

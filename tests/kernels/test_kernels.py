@@ -417,6 +417,30 @@ def test_selection_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.usefixtures("a_new_process")
+def test_a_full_card_is_no_reason_to_pass_over_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scene would keep the slow ones for good."""
+    from dream4d_engine import kernels
+
+    def full(device):
+        raise RuntimeError("a first kernel failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_BACKENDS", {"fast": full, **kernels._BACKENDS})
+        for asked in ("auto", "fast"):
+            with pytest.raises(torch.OutOfMemoryError, match="while the fast kernels were tried out: a first kernel"):
+                select_kernels("cpu", asked)
+        assert kernel_status("cpu")[0].reason.endswith("Tried to allocate 2.00 MiB")
+    mixed = kernels._with_gradients_of_nvrtc(
+        replace(triton_kernels.LAUNCHES, encode_to_table=list), torch.device("cpu")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc_kernels, "check", full)
+        with pytest.raises(torch.OutOfMemoryError, match="the encoding's gradients were tried out"):
+            mixed.encode_to_table()
+    mixed.encode_to_table()  # it is asked again
+
+
+@pytest.mark.usefixtures("a_new_process")
 @pytest.mark.parametrize("gradient", ["encode_to_table", "encode_to_points"])
 def test_the_encodings_gradients_are_the_faster_backends_where_it_runs(monkeypatch, caplog, gradient: str) -> None:
     from dream4d_engine import kernels

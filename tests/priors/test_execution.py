@@ -188,6 +188,24 @@ def test_models_are_not_compiled_where_that_fails(fresh_answers, monkeypatch, ca
     assert "run without being compiled: RuntimeError: Compiler: cl is not found." in caplog.text
 
 
+def test_a_full_card_is_no_answer_about_compiling(fresh_answers, monkeypatch):
+    def full(*_):
+        raise RuntimeError("a first kernel failed: OutOfMemoryError: CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_kernels, "check", full)
+        for asked in (fused_norm.has_triton, can_compile):
+            with pytest.raises(torch.OutOfMemoryError, match="Triton's kernels were tried out: a first kernel failed"):
+                asked(CPU)
+    monkeypatch.setattr(triton_kernels, "check", lambda device: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: full)
+        with pytest.raises(torch.OutOfMemoryError, match="compiled models were tried out"):
+            can_compile(CPU)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert can_compile(CPU), "there is room again"
+
+
 @pytest.fixture(params=["triton", "nvrtc"])
 def kernels_device(request, monkeypatch):
     """Where a backend's kernels run: on a GPU, or interpreted or emulated on the CPU."""

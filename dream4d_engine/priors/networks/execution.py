@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...guidance.execution import Execution
 from ...kernels.launched import first_line
+from ...machine import must_be_able
 from ...transfers import send
 from .fused_norm import has_triton
 
@@ -327,6 +328,7 @@ def can_compile(device: torch.device) -> bool:
         gated = torch.compile(lambda x: functional.silu(x) * x, dynamic=False)
         gated(torch.ones(64, 64, device=device, dtype=torch.float16))  # small, and in the models' own precision
     except Exception as error:  # whatever the compilers raise
+        must_be_able(error, "compiled models")
         reason = first_line(error)
         logger.warning("the models run without being compiled: %s: %s", type(error).__name__, reason)
         return False

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...kernels import nvrtc_kernels, triton_kernels
 from ...kernels.launched import first_line
-from ...machine import lacks_memory
+from ...machine import must_be_able
 from .fused_norm_launches import MAX_CHANNELS, Launches, try_out
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def launches_on(device: torch.device) -> Launches | None:
             launches = import_module(f".fused_norm_{name}", __package__).LAUNCHES
             try_out(launches, device)
         except Exception as error:  # whatever a compiler may raise
-            if lacks_memory(error):  # that says nothing of the kernels, and the answer would hold for the whole run
-                raise torch.OutOfMemoryError(f"while the models' norms were tried out: {error}") from error
+            must_be_able(error, "the models' norms")
             reasons.append(f"{name}: {first_line(error)}")
             continue
         if reasons:
@@ -58,7 +57,8 @@ def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: it may be there and lack the C compiler that it starts kernels with."""
     try:
         triton_kernels.check(device)
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError) as error:
+        must_be_able(error, "Triton's kernels")
         return False
     return True
 
