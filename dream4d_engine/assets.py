@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "dream4d"
 FORMAT_VERSION = 1
 _MOST_HEADER = 2**25
+_MOST_EDITS = 8  # that are told in words
 
 
 class _Dataclass(Protocol):
@@ -66,13 +67,15 @@ class Provenance:
 
     @property
     def lines(self) -> list[str]:
-        """The same in words."""
+        """The same in words; of many edits the latest."""
         parts = [f"recipe {self.recipe}"] if self.recipe else []
         parts += [f"{self.steps} steps"] if self.steps is not None else []
         parts += [f"seed {self.seed}"] if self.seed is not None else []
         mesh = None if self.mesh is None else f"a mesh: {self.mesh.source.name}"
         told = [mesh or f"prompt: {self.prompt or '(unknown)'}", ", ".join(parts) or "(no recipe known)"]
-        told += [f"motion changed: {edit}" for edit in self.edits]
+        before, latest = self.edits[:-_MOST_EDITS], self.edits[-_MOST_EDITS:]
+        told += [f"motion changed: {len(before):,} times, then"] if before else []
+        told += [f"motion changed: {edit}" for edit in latest]
         return told if self.parent is None else [*told, "made from:", *(f"  {line}" for line in self.parent.lines)]
 
 

@@ -94,6 +94,13 @@ def test_an_asset_keeps_the_motion_as_a_whole_and_one_of_before_has_none(asset: 
     assert torch.equal(of_before.density(points, times), now.density(points, times))
 
 
+def test_of_many_edits_the_latest_are_told() -> None:
+    told = Provenance("a cube", edits=tuple(f"strength {i}" for i in range(5000))).lines
+    assert len(told) < 15 and told[-1] == "motion changed: strength 4999"
+    assert told[2:4] == ["motion changed: 4,992 times, then", "motion changed: strength 4992"]
+    assert "times" not in " ".join(Provenance("a cube", edits=("strength 1",)).lines)
+
+
 def test_info_reads_the_header_alone(asset: Path) -> None:
     info = read_info(asset)
     assert info.format_version == 1 and info.config == CONFIG and info.provenance == PROVENANCE
