@@ -6,6 +6,7 @@ Names and shapes of the weights say which class that is; a look at one small enc
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,10 +75,17 @@ def _videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
 
     sizes = {name: getattr(network, name) for name in ("z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")}
     config = {"base_dim": network.dim, "attn_scales": network.attn_scales, **sizes}
-    channels = state["encoder.conv1.weight"].shape[1]
+    channels, residual = state["encoder.conv1.weight"].shape[1], _RESIDUAL in state
+    if residual:  # Wan 2.2's
+        config |= {"is_residual": True, "patch_size": 2}
     if channels != 3:
         config["in_channels"] = channels
     given = convert_wan_vae_to_diffusers({n: v for n, v in state.items() if n.startswith((*_ENCODERS, "conv1."))})
+    if residual:  # where Wan 2.1 has a list of layers, it has a list of blocks with such lists
+        within = re.compile(r"(down_blocks\.\d+)\.downsamples\.")
+        after = re.compile(r"(down_blocks\.\d+)\.resnets\.\d+\.(resample|time_conv)\.")
+        named = {within.sub(r"\1.resnets.", name): value for name, value in given.items()}
+        given = {after.sub(r"\1.downsampler.\2.", name): value for name, value in named.items()}
     twin = _without_decoder(empty_network("AutoencoderKLWan", config, len(state), "the VAE"))
     if not encodes_whole(twin):
         raise ValueError("a VAE of Wan's layout with other layers")
@@ -87,9 +95,11 @@ def _videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 _ENCODERS = ("encoder.", "quant_conv.")
+_RESIDUAL = "encoder.downsamples.0.downsamples.0.residual.2.weight"
 _MAKERS: dict[str, Callable[[Any, Mapping[str, Tensor]], nn.Module]] = {
     "encoder.down.0.block.0.conv1.weight": _images,
     "encoder.downsamples.0.residual.2.weight": _videos,
+    _RESIDUAL: _videos,
 }
 """By a name among the weights."""
 
@@ -109,7 +119,7 @@ def _difference(network: Any, twin: Any) -> float:
     weight = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
     of_videos = weight.ndim == 5
-    channels = getattr(twin.config, "in_channels", 3)
+    channels = getattr(twin.config, "in_channels", 3) // (twin.config.get("patch_size") or 1) ** 2
     shape = (1, channels, *((_FRAMES,) if of_videos else ()), _SIDE, _SIDE)
     scaled = (2 * torch.rand(shape, generator=generator) - 1).to(weight)
     with torch.autocast(weight.device.type, enabled=False):

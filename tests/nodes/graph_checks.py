@@ -827,7 +827,7 @@ def encoder(name: str) -> dict:
     return found
 
 
-@for_each("kl", "kl of 16 channels", "wan")
+@for_each("kl", "kl of 16 channels", "wan", "wan 2.2")
 def fused_encoder(name: str) -> dict:
     """As on a GPU: the same latents and gradient as core's layers give, in every way, and no weight twice."""
     import comfy.latent_formats

@@ -23,7 +23,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "one_expert": (),
     "gaussian": ("eps", "v", "flow"),
     "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
-    "fused_encoder": ("kl", "kl of 16 channels", "wan"),
+    "fused_encoder": ("kl", "kl of 16 channels", "wan", "wan 2.2"),
     "another_encoder": ("kl", "wan"),
     "tiny_autoencoders": (),
     "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),

@@ -22,28 +22,33 @@ from dream4d_engine.randomness import Draw
 from dream4d_engine.schedules import constant
 
 CPU = torch.device("cpu")
-TRANSFORMERS = {
-    "WanTransformer3DModel": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1}
-    | {"text_dim": 16, "freq_dim": 32},
-    "LTXVideoTransformer3DModel": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
-    | {"caption_channels": 16, "cross_attention_dim": 16},
+WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "text_dim": 16}
+WAN |= {"freq_dim": 32}
+LTX = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+LTX |= {"caption_channels": 16, "cross_attention_dim": 16}
+LTX_VAE = {"block_out_channels": (8, 8, 16, 16), "decoder_block_out_channels": (8, 8, 16, 16)}
+LTX_VAE |= {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+WAN_VAE = {"base_dim": 8, "z_dim": 16}
+WAN22_VAE = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12}
+WAN22_VAE |= {"out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [2.0] * 48}
+FAMILIES = {  # transformer, its numbers, autoencoder, its numbers, height and width
+    "wan": ("WanTransformer3DModel", WAN, "AutoencoderKLWan", WAN_VAE, (32, 48)),
+    "wan 2.2": (
+        *("WanTransformer3DModel", WAN | {"in_channels": 48, "out_channels": 48}),
+        *("AutoencoderKLWan", WAN22_VAE, (64, 96)),
+    ),
+    "ltx": ("LTXVideoTransformer3DModel", LTX, "AutoencoderKLLTXVideo", LTX_VAE, (64, 96)),
 }
-VAES = {
-    "AutoencoderKLWan": {"base_dim": 8, "z_dim": 16},
-    "AutoencoderKLLTXVideo": {"block_out_channels": (8, 8, 16, 16), "decoder_block_out_channels": (8, 8, 16, 16)}
-    | {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5},
-}
-SIZES = {"WanTransformer3DModel": (32, 48), "LTXVideoTransformer3DModel": (64, 96)}
 
 
-@pytest.fixture(params=["WanTransformer3DModel", "LTXVideoTransformer3DModel"])
+@pytest.fixture(params=list(FAMILIES))
 def denoiser(request) -> TransformerDenoiser:
-    vae = "AutoencoderKLWan" if request.param.startswith("Wan") else "AutoencoderKLLTXVideo"
+    transformer, numbers, vae, vae_numbers, size = FAMILIES[request.param]
     return TransformerDenoiser(
-        architectures.random_network(request.param, TRANSFORMERS[request.param], CPU, torch.float32),
-        architectures.random_network(vae, VAES[vae], CPU, torch.float32),
+        architectures.random_network(transformer, numbers, CPU, torch.float32),
+        architectures.random_network(vae, vae_numbers, CPU, torch.float32),
         rectified_flow(3.0),
-        SIZES[request.param],
+        size,
         n_frames=9,
     )
 
@@ -101,13 +106,12 @@ def test_a_video_encoded_in_one_piece_is_what_the_library_makes_of_it(denoiser):
                 assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": 2}, {"is_residual": True}])
-def test_other_autoencoders_are_left_to_the_library(denoiser, changes):
+def test_other_autoencoders_are_left_to_the_library(denoiser):
     assert video_encoders.encodes_whole(denoiser.vae)
     odd = replace(denoiser, vae=architectures.random_network("AutoencoderKL", {}, CPU, torch.float32))
     assert not video_encoders.encodes_whole(odd.vae)
     if type(denoiser.vae).__name__ == "AutoencoderKLWan":
-        denoiser.vae.register_to_config(**changes)
+        denoiser.vae.register_to_config(attn_scales=[0.5])
         assert not video_encoders.encodes_whole(denoiser.vae)
 
 
@@ -187,7 +191,7 @@ def test_checkpointed_activations_change_memory_and_nothing_else(denoiser, monke
 
 
 def wan() -> TransformerDenoiser:
-    vae = architectures.random_network("AutoencoderKLWan", VAES["AutoencoderKLWan"], CPU, torch.float32)
+    vae = architectures.random_network("AutoencoderKLWan", WAN_VAE, CPU, torch.float32)
     return TransformerDenoiser(torch.nn.Linear(1, 1), vae, rectified_flow(3.0), (16, 16), n_frames=9)
 
 

@@ -30,8 +30,7 @@ def encodes_whole(vae: Any) -> bool:
     """Whether `encode_whole` knows an autoencoder's layers."""
     config = getattr(vae, "config", {})
     if type(vae).__name__ == "AutoencoderKLWan":
-        plain = config.get("patch_size") is None and not config.get("is_residual") and not config.get("attn_scales")
-        return plain and isinstance(vae.encoder.nonlinearity, nn.SiLU)
+        return not config.get("attn_scales") and isinstance(vae.encoder.nonlinearity, nn.SiLU)
     if type(vae).__name__ != "AutoencoderKLLTXVideo":
         return False
     blocks = config.get("down_block_types") or ()
@@ -79,10 +78,20 @@ def encode_whole(vae: Any, video: Tensor, checkpointed: bool = False) -> Tensor:
 
 
 def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
-    encoder = vae.encoder
-    x = _wan_conv(encoder.conv_in, _zeros_ahead(video.contiguous(memory_format=_LAST)))
+    encoder, p = vae.encoder, vae.config.get("patch_size") or 1
+    # Wan 2.2's: squares of pixels become channels, in the order of the library: colour, column, row
+    x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+    x = _wan_conv(encoder.conv_in, _zeros_ahead(x.contiguous(memory_format=_LAST)))
     for layer in encoder.down_blocks:
-        x = run(_WAN[type(layer).__name__], layer, x)
+        if type(layer).__name__ != "WanResidualDownBlock":
+            x = run(_WAN[type(layer).__name__], layer, x)
+            continue
+        around = layer.avg_shortcut(x).contiguous(memory_format=_LAST)
+        for resnet in layer.resnets:
+            x = run(_wan_block, resnet, x)
+        if layer.downsampler is not None:
+            x = run(_wan_resample, layer.downsampler, x)
+        x = add_residual(x, around, None)
     x = run(_wan_block, encoder.mid_block.resnets[0], x)
     for attention, block in zip(encoder.mid_block.attentions, encoder.mid_block.resnets[1:], strict=True):
         x = run(_wan_attention, attention, x)
