@@ -28,6 +28,10 @@ LTX = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 LTX |= {"caption_channels": 16, "cross_attention_dim": 16}
 LTX_VAE = {"block_out_channels": (8, 8, 16, 16), "decoder_block_out_channels": (8, 8, 16, 16)}
 LTX_VAE |= {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+LTX95_VAE = LTX_VAE | {"block_out_channels": (8, 16, 16, 32, 32), "layers_per_block": (1, 1, 1, 1, 1)}
+LTX95_VAE |= {"down_block_types": ("LTXVideo095DownBlock3D",) * 4, "spatio_temporal_scaling": (True,) * 4}
+LTX95_VAE |= {"downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal")}
+LTX95_VAE |= {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 WAN_VAE = {"base_dim": 8, "z_dim": 16}
 WAN22_VAE = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12}
 WAN22_VAE |= {"out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [2.0] * 48}
@@ -37,6 +41,7 @@ FAMILIES = {  # transformer, its numbers, autoencoder, its numbers, height and w
         *("WanTransformer3DModel", WAN | {"in_channels": 48, "out_channels": 48}),
         *("AutoencoderKLWan", WAN22_VAE, (64, 96)),
     ),
+    "ltx 0.9.5": ("LTXVideoTransformer3DModel", LTX, "AutoencoderKLLTXVideo", LTX95_VAE, (64, 96)),
     "ltx": ("LTXVideoTransformer3DModel", LTX, "AutoencoderKLLTXVideo", LTX_VAE, (64, 96)),
 }
 

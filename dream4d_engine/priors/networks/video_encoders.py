@@ -34,7 +34,7 @@ def encodes_whole(vae: Any) -> bool:
     if type(vae).__name__ != "AutoencoderKLLTXVideo":
         return False
     blocks = config.get("down_block_types") or ()
-    return bool(config.get("encoder_causal")) and all(name == "LTXVideoDownBlock3D" for name in blocks)
+    return bool(config.get("encoder_causal")) and set(blocks) <= {"LTXVideoDownBlock3D", "LTXVideo095DownBlock3D"}
 
 
 def lay_out(vae: nn.Module) -> None:
@@ -172,8 +172,9 @@ def _encode_ltx(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Ten
         for resnet in block.resnets:
             x = run(_ltx_block, resnet, x)
         for downsampler in block.downsamplers or ():
-            x = _ltx_conv(downsampler, x)
-        if block.conv_out is not None:
+            plain = type(downsampler).__name__ == "LTXVideoCausalConv3d"
+            x = _ltx_conv(downsampler, x) if plain else run(_ltx_down, downsampler, x)
+        if getattr(block, "conv_out", None) is not None:  # blocks of 0.9.5 and later have none
             x = run(_ltx_block, block.conv_out, x)
     for resnet in encoder.mid_block.resnets:
         x = run(_ltx_block, resnet, x)
@@ -185,6 +186,21 @@ def _ltx_conv(conv: Any, x: Tensor) -> Tensor:
     """LTXVideoCausalConv3d: the first frame is repeated before itself."""
     ahead = x[:, :, :1].expand(-1, -1, conv.kernel_size[0] - 1, -1, -1)
     return frozen_conv(conv.conv, torch.cat((ahead, x), 2).contiguous(memory_format=_LAST))
+
+
+def _ltx_down(layer: Any, x: Tensor) -> Tensor:
+    """LTXVideoDownsampler3d: the places of a cell become channels; around the convolution their means."""
+    x = torch.cat((x[:, :, : layer.stride[0] - 1], x), 2)
+    around = _cells(x, layer.stride).unflatten(1, (-1, layer.group_size)).mean(2)
+    h = _cells(_ltx_conv(layer.conv, x), layer.stride)
+    return add_residual(h, around, None).contiguous(memory_format=_LAST)
+
+
+def _cells(x: Tensor, sides: tuple[int, int, int]) -> Tensor:
+    """[1, C, T, H, W] as [1, C t h w, T/t, H/h, W/w]."""
+    t, h, w = sides
+    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
 
 
 def _ltx_block(block: Any, x: Tensor) -> Tensor:
