@@ -44,8 +44,8 @@ DEVICE = management.get_torch_device()
 CUDA = DEVICE.type == "cuda"
 TURNS, REPEATS = (4, 3) if CUDA else (1, 1)
 CASES = {
-    "Stable Diffusion's, 4 images of 512x512": (lambda: models.kl_vae(), "SD15", (4, 3, 512, 512)),
-    "Wan 2.1's, 17 frames of 576x320": (lambda: models.wan_vae(dim=96), "Wan21", (1, 3, 17, 320, 576)),
+    "Stable Diffusion's": (lambda: models.kl_vae(), "SD15", (4, 3, 512, 512)),
+    "Wan 2.1's": (lambda: models.wan_vae(dim=96), "Wan21", (1, 3, 17, 320, 576)),
 }
 WAYS = {"core's": (False, Execution()), "fused": (True, Execution())}
 WAYS |= {f"{name}, computed again": (fused, Execution(images_kept=0)) for name, (fused, _) in WAYS.items()}
@@ -90,10 +90,13 @@ def main() -> None:
                         peaks[way] = torch.cuda.max_memory_allocated() - before if CUDA else 0
         ours, theirs = (gradient(encoders[fused], pixels, Execution(), fused)[0] for fused in (True, False))
         cosine = float(torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), 0))
-        print(f"{name}, {vae.vae_dtype}: cosine of the gradients {cosine:.6f}")
+        n_images, (height, width) = shape[0] if len(shape) == 4 else shape[2], shape[-2:]
+        what = f"{name}, {n_images} {'images' if len(shape) == 4 else 'frames'} of {width}x{height}, {vae.vae_dtype}"
+        print(f"{what}: cosine of the gradients {cosine:.6f}")
         for way, found in seconds.items():
             if found:
-                print(f"  {way}: {1000 * median(found):.1f} ms, {peaks[way] / 2**30:.2f} GiB", flush=True)
+                memory = f", {peaks[way] / 2**30:.2f} GiB" if CUDA else ""
+                print(f"  {way}: {1000 * median(found):.1f} ms{memory}", flush=True)
 
 
 if __name__ == "__main__":
