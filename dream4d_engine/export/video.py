@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..documents import printable, shortened
+from ..documents import first_line, printable, shortened
 from ..machine import write_error
 from .images import to_bytes
 
@@ -42,7 +42,12 @@ class Video:
 
 def pick_codec() -> _Codec:
     """Return the first H.264 encoder this build of PyAV has, else MPEG-4's; ValueError or ImportError if none is."""
-    import av
+    try:
+        import av
+    except ModuleNotFoundError:  # which says what to install
+        raise
+    except (ImportError, OSError) as error:  # it is there, without a library of its own
+        raise ValueError(f"PyAV can't be loaded ({first_line(error)}): reinstall the package av") from error
 
     for name in _CODECS:
         try:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,12 +38,23 @@ def still(folder, priors, *more: str) -> list[str]:
     return ["text-to-3d", PROMPT, "--out", str(folder), *priors[:2], *STILL, *STEPS, *more]
 
 
+def _without_its_library(name: str, *_: object) -> None:
+    if name == "av":
+        raise ImportError("libavcodec.so.61: cannot open")
+
+
 def test_what_can_not_be_filmed_is_not_begun(tmp_path, priors, monkeypatch, capsys):
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)
         said = fails(capsys, *still(folder, priors))
     assert "of av" in said and "pip install" in said
+    broken = SimpleNamespace(find_spec=_without_its_library)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "av", raising=False)
+        patch.setattr(sys, "meta_path", [broken, *sys.meta_path])
+        said = fails(capsys, *still(folder, priors))
+    assert "PyAV can't be loaded (libavcodec.so.61: cannot open): reinstall the package av" in said
     monkeypatch.setattr("dream4d_engine.export.video._CODECS", ("none such",))
     assert "none of the encoders none such: reinstall the package av" in fails(capsys, *still(folder, priors))
     assert not folder.exists()
