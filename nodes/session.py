@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -120,18 +121,36 @@ def run_files(identity: dict) -> RunFiles:
     return RunFiles(folder / f"{name}.checkpoint", folder / f"{name}.safetensors", folder / f"{name}.lock")
 
 
+class _Convolutions:
+    """While inside, how cuDNN chooses convolutions may change, for the whole process; the last one out puts it back."""
+
+    def __init__(self) -> None:
+        self._counting, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._counting:
+            if not self._inside:
+                self._before = torch.backends.cudnn.benchmark
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._counting:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.benchmark = self._before
+
+
+_CONVOLUTIONS = _Convolutions()
+
+
 @contextmanager
 def gradients() -> Iterator[None]:
     """Leave ComfyUI's inference mode; what is made inside can be trained and shared.
 
     How cuDNN chooses convolutions, which fast priors change, is as before afterwards: samplers would see other shapes.
     """
-    tuned = torch.backends.cudnn.benchmark
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = tuned
+    with _CONVOLUTIONS, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def interrupt_if_asked() -> None:

@@ -886,6 +886,35 @@ def another_encoder(name: str) -> dict:
 
 
 @check
+def choices_of_convolutions() -> dict:
+    """Whatever a run lets cuDNN do is over with the last run, however it ends."""
+    gradients, cudnn = pack("nodes.session").gradients, torch.backends.cudnn
+    before = cudnn.benchmark
+    for error in (None, ValueError, torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
+        for wanted in (False, True):
+            cudnn.benchmark = wanted
+            with contextlib.suppress(error or ()), gradients():
+                cudnn.benchmark = not wanted
+                with gradients():
+                    pass
+                assert cudnn.benchmark != wanted  # by what a run renders in between
+                if error is not None:
+                    raise error
+            assert cudnn.benchmark == wanted, error
+    cudnn.benchmark = False
+    first, second = gradients(), gradients()  # in two threads
+    first.__enter__()
+    cudnn.benchmark = True
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert cudnn.benchmark
+    second.__exit__(None, None, None)
+    assert not cudnn.benchmark
+    cudnn.benchmark = before
+    return {}
+
+
+@check
 def tiny_autoencoders() -> dict:
     """Each as core loads it: taken by its family with the scale that the family reads, refused by the others."""
     import comfy.latent_formats

@@ -25,6 +25,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "encoder": ("kl", "kl of 16 channels", "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
     "fused_encoder": ("kl", "kl of 16 channels", "wan", "wan 2.2"),
     "another_encoder": ("kl", "wan"),
+    "choices_of_convolutions": (),
     "tiny_autoencoders": (),
     "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),
     "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
