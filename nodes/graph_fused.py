@@ -105,7 +105,7 @@ _MAKERS: dict[str, Callable[[Any, Mapping[str, Tensor]], nn.Module]] = {
 
 
 def _without_decoder(twin: Any) -> Any:
-    twin.decoder = twin.post_quant_conv = None
+    twin.decoder, twin.post_quant_conv = nn.Identity(), None  # diffusers 0.33 counts the decoder's layers to encode
     return twin
 
 

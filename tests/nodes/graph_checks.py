@@ -842,6 +842,7 @@ def fused_encoder(name: str) -> dict:
         n_weights = sum(p.numel() for network in fast.networks for p in network.parameters())
         quantised = sum(p.numel() for n, p in fast.fused.named_parameters() if n.startswith("quant_conv."))
         assert n_weights == sum(p.numel() for p in plain.network.parameters()) + quantised
+        assert all(list(part.modules()) for part in (fast.fused.encoder, fast.fused.decoder))  # diffusers 0.33 counts
         shape = (2, 3, *size) if frames is None else (1, 3, 2 * frames - 1, *size)
         pixels = torch.rand(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
         z = plain.encode(pixels)
