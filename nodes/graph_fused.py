@@ -6,8 +6,9 @@ Names and shapes of the weights say which class that is; a look at one small enc
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,16 +30,22 @@ _SAME = 0.1
 def fused_encoder(network: Any) -> nn.Module | None:
     """Build the encoder alone of diffusers' class with the weights of a copied `network`, laid out to be run fast.
 
-    None where diffusers has none that gives the same, and the log says why. Out of memory is raised as it is.
+    None where diffusers has none that gives the same, or where something was hung on the layers, which only they would
+    run; the log says why. Out of memory is raised as it is.
     """
     state = dict(network.named_parameters())
     made = next((make for mark, make in _MAKERS.items() if mark in state), None)
     if made is None or getattr(network, "bn", None) is not None:  # latents that are scaled by what was seen
         return None
     try:
+        changed = next((name for name, module in _encoding(network) if _is_changed(module)), None)
+        if changed is not None:
+            raise ValueError(f"something was hung on {changed or 'its network'}, which may act on other sizes alone")
         with torch.no_grad():
             twin = made(network, state)
             difference = _difference(network, twin)
+        if not math.isfinite(difference):
+            raise ValueError(f"an encoding of noise in {next(twin.parameters()).dtype} is not finite")
         if not difference < _SAME:
             raise ValueError(f"an encoding differs by {difference:.3g}")
     except Exception as error:  # whatever other versions of the two classes may raise
@@ -53,6 +60,20 @@ def encode_fused(twin: Any, scaled: Tensor, execution: Execution, frames: range 
     if scaled.ndim == 4:
         return twin.encode(scaled).latent_dist.mode()
     return torch.cat([encode_video(twin, one, frames, execution, True) for one in scaled.split(1)])
+
+
+def _encoding(network: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all that an encoding goes through."""
+    return (one for one in network.named_modules() if not one[0].startswith("decoder"))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether another pack has hung something on a module: tiles for large images, edges that meet, a hook."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _CALLED & vars(module).keys())
+
+
+_CALLED = {"forward", "_conv_forward", "encode"}
+"""What is a class's own unless somebody has put another into a module."""
 
 
 def _images(network: Any, state: Mapping[str, Tensor]) -> nn.Module:

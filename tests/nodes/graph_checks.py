@@ -11,6 +11,8 @@ import gc
 import importlib
 import importlib.util
 import json
+import logging
+import math
 import sys
 import time
 import traceback
@@ -860,29 +862,66 @@ def fused_encoder(name: str) -> dict:
     return found
 
 
+def _mirrored(module: nn.Module) -> None:
+    """Layers of another version."""
+    plain = type(module)
+    forward = lambda self, x, *given, **named: plain.forward(self, x, *given, **named).flip(-1)  # noqa: E731
+    module.__class__ = type("Mirrored", (plain,), {"forward": forward})
+
+
+def _spoilt(module: nn.Module) -> None:
+    """A file that is damaged."""
+    module.weight.data = module.weight.data.clone()
+    module.weight.data[0] = math.nan
+
+
+def _hooked(module: nn.Module) -> None:
+    """Another pack's tiles of large images."""
+    module.register_forward_hook(lambda module, given, out: out.flip(-1) if out.shape[-1] > 100 else out)
+
+
+def _edgeless(module: nn.Module) -> None:
+    """Another pack's images without a seam."""
+    module._conv_forward = module._conv_forward
+
+
+def _tiled(module: nn.Module) -> None:
+    """Tiles again, otherwise."""
+    module.forward = module.forward
+
+
 @for_each("kl", "wan")
 def another_encoder(name: str) -> dict:
-    """What doesn't give the same as diffusers' class stays as it is; out of memory is no reason for it."""
+    """What doesn't give the same as diffusers' class, or might not, stays; out of memory is no reason for it."""
     import comfy.latent_formats
 
     make, family = VAES[name]
     latents = getattr(comfy.latent_formats, FORMATS[family])()
-    with training():
-        vae = make()
-        first = next(m for m in vae.first_stage_model.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-        first.register_forward_hook(lambda module, given, out: out.flip(-1))  # another version's
-        assert Encoder.copied(vae, latents, None, True).fused is None
+    lines, said = [], {}
+    changes = {_mirrored: "differs by", _spoilt: "is not finite", _hooked: "hung on", _edgeless: "hung on"}
+    with training(), mock.patch.object(logging, "info", lambda text, *given: lines.append(text % given)):
+        for change, words in (changes | {_tiled: "hung on"}).items():
+            vae = make()
+            layers = vae.first_stage_model.encoder.modules()
+            change(next(m for m in layers if isinstance(m, nn.Conv2d | nn.Conv3d)))
+            assert Encoder.copied(vae, latents, None, True).fused is None, change
+            said[change.__name__] = lines.pop()
+            assert words in said[change.__name__], said
         vae = make()
         taken = vae.first_stage_model.encoder
+        with mock.patch.dict(sys.modules, {"diffusers": None}):  # not there, or too old
+            assert Encoder.copied(vae, latents, None, True).fused is None
+        said["without diffusers"] = lines.pop()
+        assert "slower: import of diffusers" in said["without diffusers"], said
 
-        def out_of_memory(module: nn.Module, given: tuple) -> None:
+        def out_of_memory(*_: object, **__: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
-        taken.register_forward_pre_hook(out_of_memory)
+        taken.__class__ = type("Large", (type(taken),), {"forward": out_of_memory})
         try:
             Encoder.copied(vae, latents, None, True)
         except torch.OutOfMemoryError:
-            return {}
+            return said
     raise AssertionError("out of memory was hidden")
 
 
