@@ -77,9 +77,9 @@ _CALLED = {"forward", "_conv_forward", "encode"}
 
 
 def _images(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """AutoencoderKL, of the layout of latent diffusion."""
+    """AutoencoderKL, of the layout of latent diffusion; the decoder may be another (SV3D's looks at time, too)."""
     encoder = {name: value for name, value in state.items() if name.startswith(_ENCODERS)}
-    names, shapes = ldm_keys.vae_names(state), shapes_of(state)
+    names, shapes = ldm_keys.vae_names(encoder), shapes_of(state)
     moments = shapes["encoder.conv_out.weight"][0]
     config = ldm_keys.vae_config({"post_quant_conv.weight": (moments // 2, moments // 2, 1, 1)} | shapes)
     config["use_quant_conv"] = config["use_post_quant_conv"] = "quant_conv.weight" in state

@@ -745,6 +745,7 @@ def gaussian(predicts: str) -> dict:
 VAES = {
     "kl": (lambda: models.vae(models.kl_vae()), "sd15"),
     "kl of 16 channels": (lambda: models.vae(models.kl_vae(16, False)), "flux"),
+    "kl with a decoder of videos": (lambda: models.vae(models.temporal_vae()), "sd15"),
     "taesd": (lambda: models.vae(models.tiny_image_vae()), "sd15"),
     "wan": (lambda: models.vae(models.wan_vae()), "wan"),
     "wan 2.2": (models.wan22_vae, "wan22"),
@@ -829,7 +830,7 @@ def encoder(name: str) -> dict:
     return found
 
 
-@for_each("kl", "kl of 16 channels", "wan", "wan 2.2")
+@for_each("kl", "kl of 16 channels", "kl with a decoder of videos", "wan", "wan 2.2")
 def fused_encoder(name: str) -> dict:
     """As on a GPU: the same latents and gradient as core's layers give, in every way, and no weight twice."""
     import comfy.latent_formats

@@ -305,29 +305,40 @@ def flux_transformer(seed: int = 0, in_channels: int = 16) -> dict[str, Tensor]:
     return random_weights(network, seed)
 
 
+def _kl_sizes(channels: int, ch: int = 128) -> dict:
+    sizes = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": ch}
+    return sizes | {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+
+
 def kl_vae(channels: int = 4, quantised: bool = True, seed: int = 1) -> dict[str, Tensor]:
     """The autoencoder of the image families; its width can only be cut on the way out."""
-    sizes = {"double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
-    sizes |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+    sizes = _kl_sizes(channels)
     if quantised:
         return random_weights(
             kl.AutoencoderKL(ddconfig=sizes, embed_dim=channels, decoder_ddconfig=sizes | {"ch": 32}), seed
         )
+    return _engine(sizes, "diffusionmodules.model.Decoder", sizes | {"ch": 32}, seed)
+
+
+def _engine(encoder: dict, decoder: str, of_decoder: dict, seed: int) -> dict[str, Tensor]:
     network = kl.AutoencodingEngine(
         regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": sizes},
-        decoder_config={
-            "target": "comfy.ldm.modules.diffusionmodules.model.Decoder",
-            "params": sizes | {"ch": 32},
-        },
+        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": encoder},
+        decoder_config={"target": f"comfy.ldm.modules.{decoder}", "params": of_decoder},
     )
     return random_weights(network, seed)
 
 
+def temporal_vae(seed: int = 1) -> dict[str, Tensor]:
+    """The autoencoder of SV3D: its decoder looks at time, too."""
+    sizes = _kl_sizes(4)
+    of_time = {"video_kernel_size": [3, 1, 1], "alpha": 0.0}
+    return _engine(sizes, "temporal_ae.VideoDecoder", sizes | of_time, seed)
+
+
 def hunyuan_vae(seed: int = 1) -> Any:
     """The autoencoder of HunyuanVideo; the loader knows one width, so its network is cut and put into its place."""
-    sizes = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32}
-    sizes |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+    sizes = _kl_sizes(16, 32)
     sizes |= {"conv3d": True, "time_compress": 4}
     config = {"params": {"ddconfig": sizes, "embed_dim": 16}}
     vae = comfy.sd.VAE(sd=random_weights(kl.AutoencoderKL(**config["params"]), seed), config=config)

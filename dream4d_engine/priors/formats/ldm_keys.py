@@ -235,11 +235,12 @@ def ema_name(key: str) -> str:
 def vae_names(keys: Iterable[str]) -> dict[str, str]:
     """Map the names of an autoencoder's tensors (without `first_stage_model.`) to AutoencoderKL's.
 
-    What only its training needed (`loss.`) is left out.
+    What only its training needed (`loss.`) is left out. The names may be the encoder's alone.
     """
     keys = [key for key in keys if not key.startswith(("loss.", "model_ema."))]
-    what = "the checkpoint's autoencoder (decoder.up.*)"
-    n_levels = count_numbered(dict.fromkeys(keys, ()), r"decoder\.up\.(\d+)\.", what, MOST_LEVELS)
+    what, n_levels = "the checkpoint's autoencoder (decoder.up.*)", 0
+    if any(key.startswith("decoder.") for key in keys):
+        n_levels = count_numbered(dict.fromkeys(keys, ()), r"decoder\.up\.(\d+)\.", what, MOST_LEVELS)
     names = {key: _vae_name(key, n_levels) for key in keys}
     taken: dict[str, str] = {}
     for key, name in names.items():
