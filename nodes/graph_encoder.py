@@ -88,7 +88,7 @@ class Encoder:
         `frames`: those of a video that a gradient is asked for; None: all.
         """
         device, dtype = self._place
-        scaled, way = self.vae.process_input(pixels).to(device, dtype), execution or Execution()
+        scaled, way = self.vae.process_input(self._whole(pixels)).to(device, dtype), execution or Execution()
         with torch.autocast(device.type, enabled=False):
             if self.fused is not None:
                 z = encode_fused(self.fused, scaled, way, frames)
@@ -97,11 +97,19 @@ class Encoder:
                     z = self.network.encode(scaled)
         return self.latents.process_in(z.float())
 
+    def _whole(self, pixels: Tensor) -> Tensor:
+        """Pixels with what a VAE reads beside their colours: opacity, filled up as `vae.encode` does."""
+        lacking = self.vae.output_channels - pixels.shape[1]
+        if lacking <= 0:
+            return pixels
+        filled = self.vae.pad_channel_value or 0.0
+        return torch.cat((pixels, pixels.new_full((len(pixels), lacking, *pixels.shape[2:]), filled)), 1)
+
     def decode(self, z: Tensor) -> Tensor:
         """Decode [n, c, (f,) h, w] to [n, 3, (F,) H, W] in [0, 1]."""
         device, dtype = self._place
         with torch.autocast(device.type, enabled=False):
-            images = self.network.decode(self.latents.process_out(z).to(device, dtype)).float().to(z.device)
+            images = self.network.decode(self.latents.process_out(z).to(device, dtype))[:, :3].float().to(z.device)
         # as the VAE scales its images, without the clamping: most have them in [-1, 1], some tiny ones in [0, 1]
         zero, half = (float(self.vae.process_output(torch.full((1,), value))) for value in (0.0, 0.5))
         return images * ((half - zero) / 0.5) + zero

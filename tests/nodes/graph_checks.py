@@ -748,6 +748,7 @@ VAES = {
     "kl with a decoder of videos": (lambda: models.vae(models.temporal_vae()), "sd15"),
     "taesd": (lambda: models.vae(models.tiny_image_vae()), "sd15"),
     "wan": (lambda: models.vae(models.wan_vae()), "wan"),
+    "wan with opacity": (lambda: models.vae(models.wan_vae(channels=4)), "wan"),
     "wan 2.2": (models.wan22_vae, "wan22"),
     "taew": (lambda: models.vae(models.tiny_video_vae()), "wan"),
     "ltx": (lambda: models.vae(*models.ltx_vae_state()), "ltx"),
@@ -821,7 +822,7 @@ def encoder(name: str) -> dict:
         decoded = private.decode(encoded[0])
     assert decoded.shape == pixels.shape, (decoded.shape, pixels.shape)
     theirs = vae.decode(own)
-    theirs = theirs.reshape(-1, *theirs.shape[-3:]).movedim(-1, 1).clamp(0, 1).clone()
+    theirs = theirs.reshape(-1, *theirs.shape[-3:]).movedim(-1, 1)[:, :3].clamp(0, 1).clone()
     mine = (decoded[0].movedim(0, 1) if frames else decoded).clamp(0, 1)
     found["decoded other"] = float((mine - theirs).abs().max())
     assert found["gradient"] > 0 and not found["frames without"], found
@@ -830,7 +831,7 @@ def encoder(name: str) -> dict:
     return found
 
 
-@for_each("kl", "kl of 16 channels", "kl with a decoder of videos", "wan", "wan 2.2")
+@for_each("kl", "kl of 16 channels", "kl with a decoder of videos", "wan", "wan with opacity", "wan 2.2")
 def fused_encoder(name: str) -> dict:
     """As on a GPU: the same latents and gradient as core's layers give, in every way, and no weight twice."""
     import comfy.latent_formats

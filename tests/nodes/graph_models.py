@@ -350,11 +350,11 @@ def hunyuan_vae(seed: int = 1) -> Any:
     return vae
 
 
-def wan_vae(seed: int = 1, dim: int = 16) -> dict[str, Tensor]:
-    """The autoencoder of Wan 2.1, narrow; the real one has a `dim` of 96."""
-    return random_weights(
-        comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], image_channels=3), seed
-    )
+def wan_vae(seed: int = 1, dim: int = 16, channels: int = 3) -> dict[str, Tensor]:
+    """The autoencoder of Wan 2.1, narrow; the real one has a `dim` of 96. `channels`: 4 with opacity."""
+    sizes = {"dim": dim, "z_dim": 16, "temperal_downsample": [False, True, True]}
+    network = comfy.ldm.wan.vae.WanVAE(image_channels=channels, conv_out_channels=channels, **sizes)
+    return random_weights(network, seed)
 
 
 LTX_VAE = {

@@ -16,15 +16,15 @@ from comfy_harness import find_comfyui, find_python, why_no_server
 
 SCRIPT = Path(__file__).with_name("graph_checks.py")
 IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
-IMAGE_VAES = ("kl", "kl of 16 channels", "kl with a decoder of videos")
+IMAGE_VAES, WAN_VAES = ("kl", "kl of 16 channels", "kl with a decoder of videos"), ("wan", "wan with opacity")
 GROUPS = {  # checks that share a process, each with the arguments it is made for
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
     "the_toys": ("image", "video"),
     "two_experts": (),
     "one_expert": (),
     "gaussian": ("eps", "v", "flow"),
-    "encoder": (*IMAGE_VAES, "taesd", "wan", "wan 2.2", "taew", "ltx", "hunyuan"),
-    "fused_encoder": (*IMAGE_VAES, "wan", "wan 2.2"),
+    "encoder": (*IMAGE_VAES, "taesd", *WAN_VAES, "wan 2.2", "taew", "ltx", "hunyuan"),
+    "fused_encoder": (*IMAGE_VAES, *WAN_VAES, "wan 2.2"),
     "another_encoder": ("kl", "wan"),
     "choices_of_convolutions": (),
     "tiny_autoencoders": (),
