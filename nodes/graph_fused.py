@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,12 @@ def encode_fused(twin: Any, scaled: Tensor, execution: Execution, frames: range 
     """Encode [n, 3, (F,) H, W], scaled as the network wants it, to the mean of its guess [n, c, (f,) h, w]."""
     if scaled.ndim == 4:
         return twin.encode(scaled).latent_dist.mode()
-    return torch.cat([encode_video(twin, one, frames, execution, True) for one in scaled.split(1)])
+    z = torch.cat([encode_video(twin, one, frames, execution, True) for one in scaled.split(1)])
+    scaling = dict(twin.named_buffers())
+    if "latents_mean" not in scaling:
+        return z
+    mean, deviation = (scaling[name].view(-1, 1, 1, 1).to(z) for name in ("latents_mean", "latents_std"))
+    return (z - mean) / deviation  # core's LTX-Video does this itself
 
 
 def _encoding(network: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -90,7 +95,7 @@ def _images(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
     return speed_up(_filled(twin, given))
 
 
-def _videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
+def _wan_videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
     """AutoencoderKLWan."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
@@ -107,22 +112,88 @@ def _videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
         after = re.compile(r"(down_blocks\.\d+)\.resnets\.\d+\.(resample|time_conv)\.")
         named = {within.sub(r"\1.resnets.", name): value for name, value in given.items()}
         given = {after.sub(r"\1.downsampler.\2.", name): value for name, value in named.items()}
-    twin = _without_decoder(empty_network("AutoencoderKLWan", config, len(state), "the VAE"))
-    if not encodes_whole(twin):
-        raise ValueError("a VAE of Wan's layout with other layers")
-    twin = _filled(twin, given)
-    lay_out(twin)
-    return twin
+    return _of_videos("AutoencoderKLWan", config, given)
+
+
+def _ltx_videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """AutoencoderKLLTXVideo, of any version."""
+    described = network.config
+    config, places = _ltx_layers(described.get("encoder_blocks") or described["blocks"])
+    width = state["encoder.conv_in.conv.weight"].shape[0]
+    config["block_out_channels"] = tuple(width * wider for wider in config["block_out_channels"])
+    config |= {"latent_channels": described["latent_channels"], "patch_size": described.get("patch_size", 1)}
+    given = {}
+    for name, value in state.items():
+        if found := re.match(r"encoder\.(?:down_blocks\.(\d+)\.)?", name):
+            place = found[0] if found[1] is None else f"encoder.{places[int(found[1])]}."
+            rest = name[found.end() :].replace("res_blocks.", "resnets.").replace("norm3.norm.", "norm3.")
+            given[place + rest.replace("conv_shortcut.", "conv_shortcut.conv.")] = value
+    for ours, theirs in (("latents_mean", "mean-of-means"), ("latents_std", "std-of-means")):
+        given[ours] = network.per_channel_statistics.get_buffer(theirs)
+    return _of_videos("AutoencoderKLLTXVideo", config, given)
+
+
+_LTX_DOWN = {"compress_all": "conv", "compress_all_res": "spatiotemporal"}
+_LTX_DOWN |= {"compress_space_res": "spatial", "compress_time_res": "temporal"}
+
+
+def _ltx_layers(described: Sequence) -> tuple[dict[str, Any], list[str]]:
+    """Diffusers' numbers for core's list of layers, with widths in the first one's, and where there each of it lies.
+
+    A block of diffusers' is some residual layers and what makes the video smaller after them; the last is without.
+    """
+    blocks: list[dict[str, Any]] = [{}]  # of each, how many layers, how it makes the video smaller, how much wider
+    places = []
+    for kind, given in described:
+        numbers = {"num_layers": given} if isinstance(given, int) else given
+        wider = numbers.get("multiplier", 2)
+        if kind == "res_x":
+            added, part = {"layers": numbers["num_layers"], "down": None, "wider": 1}, ""
+        elif kind in _LTX_DOWN:
+            added, part = {"down": _LTX_DOWN[kind], "wider": wider if kind.endswith("_res") else 1}, ".downsamplers.0"
+        elif kind == "res_x_y":
+            added, part = {"wider": wider, "ends": True}, ".conv_out"
+        else:
+            raise ValueError(f"a VAE of LTX-Video with layers that diffusers has not: {kind}")
+        last = blocks[-1]
+        if "ends" in last or (part != ".conv_out" and last.get("down")) or (not part and "layers" in last):
+            blocks.append({})
+        blocks[-1] |= added
+        places.append(f"down_blocks.{len(blocks) - 1}{part}")
+    *down, middle = ({"layers": 0, "down": None, "wider": 1} | block for block in blocks)
+    places[-1] = "mid_block"
+    widths = [1]
+    for block in down:
+        widths.append(widths[-1] * block["wider"])
+    later = any(kind.endswith("_res") for kind, _ in described)  # blocks of 0.9.5 and later get wider when smaller
+    config = {
+        "down_block_types": ("LTXVideo095DownBlock3D" if later else "LTXVideoDownBlock3D",) * len(down),
+        "block_out_channels": tuple(widths if later else widths[:-1]),
+        "layers_per_block": tuple(block["layers"] for block in (*down, middle)),
+        "spatio_temporal_scaling": tuple(block["down"] is not None for block in down),
+        "downsample_type": tuple(block["down"] or "conv" for block in down),
+    }
+    return config, places
 
 
 _ENCODERS = ("encoder.", "quant_conv.")
 _RESIDUAL = "encoder.downsamples.0.downsamples.0.residual.2.weight"
 _MAKERS: dict[str, Callable[[Any, Mapping[str, Tensor]], nn.Module]] = {
     "encoder.down.0.block.0.conv1.weight": _images,
-    "encoder.downsamples.0.residual.2.weight": _videos,
-    _RESIDUAL: _videos,
+    "encoder.downsamples.0.residual.2.weight": _wan_videos,
+    _RESIDUAL: _wan_videos,
+    "encoder.down_blocks.0.res_blocks.0.conv1.conv.weight": _ltx_videos,
 }
 """By a name among the weights."""
+
+
+def _of_videos(name: str, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> nn.Module:
+    twin = _without_decoder(empty_network(name, config, len(given), "the VAE"))
+    if not encodes_whole(twin):
+        raise ValueError(f"a VAE like {name} with other layers")
+    twin = _filled(twin, given)
+    lay_out(twin)
+    return twin
 
 
 def _without_decoder(twin: Any) -> Any:
@@ -131,8 +202,8 @@ def _without_decoder(twin: Any) -> Any:
 
 
 def _filled(twin: nn.Module, given: Mapping[str, Tensor]) -> nn.Module:
-    own = {name: nn.Parameter(value.detach(), requires_grad=False) for name, value in given.items()}
-    return filled(twin, own, "the VAE").eval()
+    twin = filled(twin, {name: value.detach() for name, value in given.items()}, "the VAE")
+    return twin.eval().requires_grad_(False)
 
 
 def _difference(network: Any, twin: Any) -> float:
@@ -140,7 +211,8 @@ def _difference(network: Any, twin: Any) -> float:
     weight = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
     of_videos = weight.ndim == 5
-    channels = getattr(twin.config, "in_channels", 3) // (twin.config.get("patch_size") or 1) ** 2
+    # of a patch's channels Wan 2.2's numbers tell, LTX-Video's of an image's
+    channels = max(3, getattr(twin.config, "in_channels", 3) // (twin.config.get("patch_size") or 1) ** 2)
     shape = (1, channels, *((_FRAMES,) if of_videos else ()), _SIDE, _SIDE)
     scaled = (2 * torch.rand(shape, generator=generator) - 1).to(weight)
     with torch.autocast(weight.device.type, enabled=False):

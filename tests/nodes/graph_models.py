@@ -375,10 +375,17 @@ LTX_VAE = {
 LTX_VAE["blocks"] = [*LTX_VAE["blocks"], ["res_x", 1]]
 
 
-def ltx_vae_state(seed: int = 1) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The autoencoder of LTX-Video, narrow, and the metadata that says so, as its files carry it."""
-    state = random_weights(ltx_vae.VideoVAE(config=LTX_VAE), seed)
-    return state, {"config": json.dumps({"vae": LTX_VAE})}
+def ltx_vae_state(seed: int = 1, version: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The autoencoder of LTX-Video, narrow, and the metadata that says so, as its files carry it.
+
+    `version`: with all layers of 0.9 (0), 0.9.1 (1) or 0.9.5 and later (2); None: with few.
+    """
+    config: dict[str, Any] = LTX_VAE
+    if version is not None:
+        config = ltx_vae.VideoVAE.get_default_config(None, version)
+        config |= {"encoder_base_channels": 8, "decoder_base_channels": 16, "timestep_conditioning": False}
+    state = random_weights(ltx_vae.VideoVAE(config=config), seed)
+    return state, {"config": json.dumps({"vae": config})}
 
 
 TINY_SCALES = {"taesd": (4, 0.18215, 0.0), "taesdxl": (4, 0.13025, 0.0), "taesd3": (16, 1.5305, 0.0609)}

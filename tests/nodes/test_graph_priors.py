@@ -16,6 +16,7 @@ from comfy_harness import find_comfyui, find_python, why_no_server
 
 SCRIPT = Path(__file__).with_name("graph_checks.py")
 IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
+LTX_VAES = ("ltx", "ltx 0.9", "ltx 0.9.1", "ltx 0.9.5")
 IMAGE_VAES, WAN_VAES = ("kl", "kl of 16 channels", "kl with a decoder of videos"), ("wan", "wan with opacity")
 GROUPS = {  # checks that share a process, each with the arguments it is made for
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
@@ -24,7 +25,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "one_expert": (),
     "gaussian": ("eps", "v", "flow"),
     "encoder": (*IMAGE_VAES, "taesd", *WAN_VAES, "wan 2.2", "taew", "ltx", "hunyuan"),
-    "fused_encoder": (*IMAGE_VAES, *WAN_VAES, "wan 2.2"),
+    "fused_encoder": (*IMAGE_VAES, *WAN_VAES, "wan 2.2", *LTX_VAES),
     "another_encoder": ("kl", "wan"),
     "choices_of_convolutions": (),
     "tiny_autoencoders": (),

@@ -79,6 +79,7 @@ def encode_whole(vae: Any, video: Tensor, checkpointed: bool = False) -> Tensor:
 
 def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
     encoder, p = vae.encoder, vae.config.get("patch_size") or 1
+    video = video[:, :, : 1 + (video.shape[2] - 1) // 4 * 4]  # what makes no four is left out, as the library does it
     # Wan 2.2's: squares of pixels become channels, in the order of the library: colour, column, row
     x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
     x = _wan_conv(encoder.conv_in, _zeros_ahead(x.contiguous(memory_format=_LAST)))
