@@ -142,6 +142,17 @@ class HeldPriors:
             self._load()
         return gone
 
+    def give_back_trials(self, step: int) -> None:
+        """After the first steps, and ever more rarely, return the memory that trying convolutions out has taken.
+
+        cuDNN is offered all that is free then. ComfyUI's usual allocator takes it for that from the GPU and keeps it,
+        so that others would find none: other programs, and ComfyUI's own dynamic memory. Nor is it what a step holds.
+        """
+        asked = torch.backends.cudnn.benchmark and step & (step - 1) == 0  # 1, 2, 4, 8, ...
+        if asked and self._device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
     def release(self) -> None:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
         if self._limited:

@@ -518,6 +518,7 @@ def _train(
 
     def on_step(report: StepReport, scene: Scene) -> None:
         reporter.step(report, scene, device)
+        held.give_back_trials(report.step)
         if held.bring_back():
             for one in guidance.values():
                 one.denoiser.forget()

@@ -964,6 +964,31 @@ def choices_of_convolutions() -> dict:
 
 
 @check
+def what_was_taken_for_trials_is_given_back() -> dict:
+    """By the pool that keeps it, and seldom: a step after it asks the GPU for its memory again."""
+    memory = pack("nodes.memory")
+    found: dict[str, list[int]] = {}
+    cases = {"cudaMallocAsync": (True, "cuda"), "native": (True, "cuda")}
+    cases |= {"cudaMallocAsync untried": (False, "cuda"), "cudaMallocAsync elsewhere": (True, "cpu")}
+    for name, (tried, device) in cases.items():
+        held, found[name] = memory.HeldPriors(torch.device(device), 0), []
+        with (
+            torch.backends.cudnn.flags(benchmark=tried),
+            mock.patch.object(torch.cuda, "get_allocator_backend", lambda name=name: name.split()[0]),
+            mock.patch.object(torch.cuda, "empty_cache") as emptied,
+            mock.patch.object(torch.cuda, "reset_peak_memory_stats") as forgotten,
+        ):
+            for step in range(1, 40):
+                emptied.reset_mock()
+                forgotten.reset_mock()
+                held.give_back_trials(step)
+                found[name] += [step] * emptied.call_count
+                assert forgotten.call_count == emptied.call_count
+    assert found.pop("cudaMallocAsync") == [1, 2, 4, 8, 16, 32] and not any(found.values()), found
+    return found
+
+
+@check
 def tiny_autoencoders() -> dict:
     """Each as core loads it: taken by its family with the scale that the family reads, refused by the others."""
     import comfy.latent_formats

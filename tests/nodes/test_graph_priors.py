@@ -28,6 +28,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "fused_encoder": (*IMAGE_VAES, *WAN_VAES, "wan 2.2", *LTX_VAES),
     "another_encoder": ("kl", "wan"),
     "choices_of_convolutions": (),
+    "what_was_taken_for_trials_is_given_back": (),
     "tiny_autoencoders": (),
     "out_of_memory_in_the_encoder": ("wan", "ltx", "hunyuan"),
     "different_prompts_in_one_batch": (*IMAGES, *VIDEOS),
