@@ -8,15 +8,12 @@ memory, and the cosine between the two gradients. On a GPU; elsewhere small imag
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [sys.argv[1], str(ROOT / "tests" / "nodes")]
+sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parent.parent / "tests" / "nodes")]
 sys.argv = [sys.argv[0]]
 
 import comfy.options  # noqa: E402
@@ -31,14 +28,10 @@ if not torch.cuda.is_available():
 import comfy.latent_formats  # noqa: E402
 import comfy.model_management as management  # noqa: E402
 import graph_models as models  # noqa: E402
+from graph_pack import pack  # noqa: E402
 
-SPEC = importlib.util.spec_from_file_location(
-    "dream4d_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-)
-sys.modules["dream4d_pack"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sys.modules["dream4d_pack"])
-Encoder = importlib.import_module("dream4d_pack.nodes.graph_encoder").Encoder
-Execution = importlib.import_module("dream4d_pack.dream4d_engine.guidance.execution").Execution
+Encoder = pack("nodes.graph_encoder").Encoder
+Execution = pack("dream4d_engine.guidance.execution").Execution
 
 DEVICE = management.get_torch_device()
 CUDA = DEVICE.type == "cuda"
@@ -100,5 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-        main()
+    main()

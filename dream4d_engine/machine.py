@@ -152,6 +152,11 @@ def lacks_memory(error: BaseException) -> bool:
     return on_gpu or lacks_main_memory(error)
 
 
+def lacks_main_memory(error: BaseException) -> bool:
+    """The same, where it was main memory and not a GPU's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # which raises a bare RuntimeError
+
+
 def must_be_able(error: BaseException, what: str) -> None:
     """Raise torch.OutOfMemoryError where trying something out failed for want of memory, and return where it didn't.
 
@@ -159,11 +164,6 @@ def must_be_able(error: BaseException, what: str) -> None:
     """
     if lacks_memory(error):
         raise torch.OutOfMemoryError(f"while {what} were tried out: {error}") from error
-
-
-def lacks_main_memory(error: BaseException) -> bool:
-    """The same, where it was main memory and not a GPU's."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # which raises a bare RuntimeError
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Encoder:
             network.parallel = True
         # a VAE that waits for its turn lies in main memory
         network = network.eval().to(device, vae.vae_dtype)
-        fused = fused_encoder(network) if accelerated else None
+        fused = fused_encoder(network, vae.output_channels) if accelerated else None
         if fused is not None:  # its weights are once on the GPU, not twice
             network.encoder = None
         return Encoder(network, vae, scaling, fused)

@@ -27,11 +27,11 @@ _SAME = 0.1
 """Of two encodings, relative: bfloat16 differs by a sixth of it, other layers by ten times as much."""
 
 
-def fused_encoder(network: Any) -> nn.Module | None:
+def fused_encoder(network: Any, channels: int) -> nn.Module | None:
     """Build the encoder alone of diffusers' class with the weights of a copied `network`, laid out to be run fast.
 
-    None where diffusers has none that gives the same, or where something was hung on the layers, which only they would
-    run; the log says why. Out of memory is raised as it is.
+    `channels`: of the pixels that it reads. None where diffusers has none that gives the same, or where something was
+    hung on the layers, which only they would run; the log says why. Raises torch.OutOfMemoryError.
     """
     state = dict(network.named_parameters())
     made = next((make for mark, make in _MAKERS.items() if mark in state), None)
@@ -43,7 +43,7 @@ def fused_encoder(network: Any) -> nn.Module | None:
             raise ValueError(f"something was hung on {changed or 'its network'}, which may act on other sizes alone")
         with torch.no_grad():
             twin = made(network, state)
-            difference = _difference(network, twin)
+            difference = _difference(network, twin, channels)
         if not math.isfinite(difference):
             raise ValueError(f"an encoding of noise in {next(twin.parameters()).dtype} is not finite")
         if not difference < _SAME:
@@ -60,10 +60,9 @@ def encode_fused(twin: Any, scaled: Tensor, execution: Execution, frames: range 
     if scaled.ndim == 4:
         return twin.encode(scaled).latent_dist.mode()
     z = torch.cat([encode_video(twin, one, frames, execution, True) for one in scaled.split(1)])
-    scaling = dict(twin.named_buffers())
-    if "latents_mean" not in scaling:
+    if "latents_mean" not in twin._buffers:
         return z
-    mean, deviation = (scaling[name].view(-1, 1, 1, 1).to(z) for name in ("latents_mean", "latents_std"))
+    mean, deviation = (twin.get_buffer(name).view(-1, 1, 1, 1).to(z) for name in ("latents_mean", "latents_std"))
     return (z - mean) / deviation  # core's LTX-Video does this itself
 
 
@@ -135,6 +134,8 @@ def _ltx_videos(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
 
 _LTX_DOWN = {"compress_all": "conv", "compress_all_res": "spatiotemporal"}
 _LTX_DOWN |= {"compress_space_res": "spatial", "compress_time_res": "temporal"}
+_LTX_PARTS = ("", ".downsamplers.0", ".conv_out")
+"""Of a block, in their order; none need be there."""
 
 
 def _ltx_layers(described: Sequence) -> tuple[dict[str, Any], list[str]]:
@@ -142,25 +143,26 @@ def _ltx_layers(described: Sequence) -> tuple[dict[str, Any], list[str]]:
 
     A block of diffusers' is some residual layers and what makes the video smaller after them; the last is without.
     """
-    blocks: list[dict[str, Any]] = [{}]  # of each, how many layers, how it makes the video smaller, how much wider
+    blocks: list[dict[str, Any]] = []
     places = []
+    last = len(_LTX_PARTS)
     for kind, given in described:
         numbers = {"num_layers": given} if isinstance(given, int) else given
         wider = numbers.get("multiplier", 2)
         if kind == "res_x":
-            added, part = {"layers": numbers["num_layers"], "down": None, "wider": 1}, ""
+            part, added = 0, {"layers": numbers["num_layers"]}
         elif kind in _LTX_DOWN:
-            added, part = {"down": _LTX_DOWN[kind], "wider": wider if kind.endswith("_res") else 1}, ".downsamplers.0"
+            part, added = 1, {"down": _LTX_DOWN[kind], "wider": wider if kind.endswith("_res") else 1}
         elif kind == "res_x_y":
-            added, part = {"wider": wider, "ends": True}, ".conv_out"
+            part, added = 2, {"wider": wider}
         else:
             raise ValueError(f"a VAE of LTX-Video with layers that diffusers has not: {kind}")
-        last = blocks[-1]
-        if "ends" in last or (part != ".conv_out" and last.get("down")) or (not part and "layers" in last):
-            blocks.append({})
+        if part <= last:
+            blocks.append({"layers": 0, "down": None, "wider": 1})
+        last = part
         blocks[-1] |= added
-        places.append(f"down_blocks.{len(blocks) - 1}{part}")
-    *down, middle = ({"layers": 0, "down": None, "wider": 1} | block for block in blocks)
+        places.append(f"down_blocks.{len(blocks) - 1}{_LTX_PARTS[part]}")
+    *down, middle = blocks
     places[-1] = "mid_block"
     widths = [1]
     for block in down:
@@ -206,13 +208,11 @@ def _filled(twin: nn.Module, given: Mapping[str, Tensor]) -> nn.Module:
     return twin.eval().requires_grad_(False)
 
 
-def _difference(network: Any, twin: Any) -> float:
+def _difference(network: Any, twin: Any, channels: int) -> float:
     """Between the two's encodings of noise, relative."""
     weight = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
     of_videos = weight.ndim == 5
-    # of a patch's channels Wan 2.2's numbers tell, LTX-Video's of an image's
-    channels = max(3, getattr(twin.config, "in_channels", 3) // (twin.config.get("patch_size") or 1) ** 2)
     shape = (1, channels, *((_FRAMES,) if of_videos else ()), _SIDE, _SIDE)
     scaled = (2 * torch.rand(shape, generator=generator) - 1).to(weight)
     with torch.autocast(weight.device.type, enabled=False):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
-import importlib.util
 import json
 import logging
 import math
@@ -18,7 +16,6 @@ import time
 import traceback
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -36,23 +33,10 @@ import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import graph_models as models  # noqa: E402
 import torch  # noqa: E402
+from graph_pack import pack  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 torch.set_num_threads(1)
-_ROOT = Path(__file__).resolve().parents[2]
-_SPEC = importlib.util.spec_from_file_location(
-    "dream4d_pack", _ROOT / "__init__.py", submodule_search_locations=[str(_ROOT)]
-)
-_PACK = importlib.util.module_from_spec(_SPEC)
-sys.modules["dream4d_pack"] = _PACK
-_SPEC.loader.exec_module(_PACK)
-
-
-def pack(name: str):
-    """A module of the pack."""
-    return importlib.import_module(f"dream4d_pack.{name}")
-
-
 families, graph_prior, graph_nodes = pack("nodes.graph_families"), pack("nodes.graph_prior"), pack("nodes.graph_nodes")
 cameras, distillation = pack("dream4d_engine.cameras"), pack("dream4d_engine.guidance.distillation")
 execution, randomness = pack("dream4d_engine.guidance.execution"), pack("dream4d_engine.randomness")
@@ -632,7 +616,7 @@ def the_toys(kind: str) -> dict:
     engine = "dream4d_engine"
     conditioning, loading = pack(f"{engine}.priors.conditioning"), pack(f"{engine}.priors.loading")
     config, static, motion = (pack(f"{engine}.training.{name}") for name in ("config", "static", "motion"))
-    folder, plain = _ROOT / engine / "priors" / "toy" / kind, conditioning.frame_time_vector
+    folder, plain = pack(f"{engine}.priors.files").toy_folder(kind), conditioning.frame_time_vector
     three = graph_toys.toy(folder, loading.load_prior, plain)
     direct = pack(f"{engine}.priors.files").PriorFiles("toy", kind, folder)
     if kind == "image":

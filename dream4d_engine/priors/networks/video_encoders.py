@@ -74,15 +74,25 @@ def encode_whole(vae: Any, video: Tensor, checkpointed: bool = False) -> Tensor:
     return whole(vae, video, run)
 
 
+def _cells(x: Tensor, sides: tuple[int, int, int], row_first: bool = True) -> Tensor:
+    """[1, C, T, H, W] as [1, C t h w, T/t, H/h, W/w]: the places of a cell become channels, frame by frame.
+
+    `row_first`: of a frame row by row, else column by column, as the squares of pixels that encoders begin with.
+    """
+    t, h, w = sides
+    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
+    row, column = (5, 7) if row_first else (7, 5)
+    return x.permute(0, 1, 3, row, column, 2, 4, 6).flatten(1, 4)
+
+
 # ---- Wan ---------------------------------------------------------------------------------------------------------
 
 
 def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
     encoder, p = vae.encoder, vae.config.get("patch_size") or 1
     video = video[:, :, : 1 + (video.shape[2] - 1) // 4 * 4]  # what makes no four is left out, as the library does it
-    # Wan 2.2's: squares of pixels become channels, in the order of the library: colour, column, row
-    x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-    x = _wan_conv(encoder.conv_in, _zeros_ahead(x.contiguous(memory_format=_LAST)))
+    x = _cells(video, (1, p, p), row_first=False).contiguous(memory_format=_LAST)
+    x = _wan_conv(encoder.conv_in, _zeros_ahead(x))
     for layer in encoder.down_blocks:
         if type(layer).__name__ != "WanResidualDownBlock":
             x = run(_WAN[type(layer).__name__], layer, x)
@@ -92,7 +102,7 @@ def _encode_wan(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Ten
             x = run(_wan_block, resnet, x)
         if layer.downsampler is not None:
             x = run(_wan_resample, layer.downsampler, x)
-        x = add_residual(x, around, None)
+        x = x + around
     x = run(_wan_block, encoder.mid_block.resnets[0], x)
     for attention, block in zip(encoder.mid_block.attentions, encoder.mid_block.resnets[1:], strict=True):
         x = run(_wan_attention, attention, x)
@@ -165,9 +175,7 @@ _WAN: dict[str, Block] = {"WanResidualBlock": _wan_block, "WanResample": _wan_re
 def _encode_ltx(vae: Any, video: Tensor, run: Callable[[Block, Any, Tensor], Tensor]) -> Tensor:
     encoder = vae.encoder
     p, p_t = encoder.patch_size, encoder.patch_size_t
-    # squares of pixels become channels, in the order of the library: colour, frame, column, row
-    x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p_t))
-    x = x.permute(0, 1, 3, 7, 5, 2, 4, 6).flatten(1, 4).contiguous(memory_format=_LAST)
+    x = _cells(video, (p_t, p, p), row_first=False).contiguous(memory_format=_LAST)
     x = _ltx_conv(encoder.conv_in, x)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
@@ -194,14 +202,7 @@ def _ltx_down(layer: Any, x: Tensor) -> Tensor:
     x = torch.cat((x[:, :, : layer.stride[0] - 1], x), 2)
     around = _cells(x, layer.stride).unflatten(1, (-1, layer.group_size)).mean(2)
     h = _cells(_ltx_conv(layer.conv, x), layer.stride)
-    return add_residual(h, around, None).contiguous(memory_format=_LAST)
-
-
-def _cells(x: Tensor, sides: tuple[int, int, int]) -> Tensor:
-    """[1, C, T, H, W] as [1, C t h w, T/t, H/h, W/w]."""
-    t, h, w = sides
-    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    return (h + around).contiguous(memory_format=_LAST)
 
 
 def _ltx_block(block: Any, x: Tensor) -> Tensor:

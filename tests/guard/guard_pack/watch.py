@@ -51,7 +51,7 @@ async def encoder(request):
     room = _module("nodes.graph_encoder")
     if not hasattr(room, "plain"):
         room.plain = room.fused_encoder
-    room.fused_encoder = (lambda network: None) if (await request.json())["own"] else room.plain
+    room.fused_encoder = (lambda *_: None) if (await request.json())["own"] else room.plain
     return web.json_response({"cudnn.benchmark": torch.backends.cudnn.benchmark})
 
 
