@@ -37,8 +37,15 @@ DEVICE = management.get_torch_device()
 CUDA = DEVICE.type == "cuda"
 TURNS, REPEATS = (4, 3) if CUDA else (1, 1)
 CASES = {
-    "Stable Diffusion's": (lambda: models.kl_vae(), "SD15", (4, 3, 512, 512)),
-    "Wan 2.1's": (lambda: models.wan_vae(dim=96), "Wan21", (1, 3, 17, 320, 576)),
+    "Stable Diffusion's": (lambda: models.vae(models.kl_vae()), "SD15", (4, 3, 512, 512)),
+    "Wan 2.1's": (lambda: models.vae(models.wan_vae(dim=96)), "Wan21", (1, 3, 17, 320, 576)),
+    "Wan 2.2's": (lambda: models.wan22_vae(dim=160), "Wan22", (1, 3, 25, 352, 640)),
+    "LTX-Video 0.9's": (lambda: models.vae(*models.ltx_vae_state(version=0, width=128)), "LTXV", (1, 3, 25, 320, 576)),
+    "LTX-Video 0.9.5's": (
+        lambda: models.vae(*models.ltx_vae_state(version=2, width=128)),
+        "LTXV",
+        (1, 3, 25, 320, 576),
+    ),
 }
 WAYS = {"core's": (False, Execution()), "fused": (True, Execution())}
 WAYS |= {f"{name}, computed again": (fused, Execution(images_kept=0)) for name, (fused, _) in WAYS.items()}
@@ -62,7 +69,7 @@ def main() -> None:
         if not CUDA:
             shape = (*shape[:-2], 32, 32)
         pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
-        vae, form = models.vae(make()), getattr(comfy.latent_formats, latents)()
+        vae, form = make(), getattr(comfy.latent_formats, latents)()
         encoders = {fused: Encoder.copied(vae, form, DEVICE, fused) for fused in (False, True)}
         if encoders[True].fused is None:
             print(f"{name}: not fused, the log says why")

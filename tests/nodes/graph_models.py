@@ -191,10 +191,13 @@ def sv3d_unet(told: int, seed: int = 0) -> dict[str, Tensor]:
     return random_weights(network, seed)
 
 
-def wan22_vae(seed: int = 1) -> Any:
-    """The autoencoder of Wan 2.2 5B; the loader knows one width, so its network is cut and put into its place."""
+def wan22_vae(seed: int = 1, dim: int = 16) -> Any:
+    """The autoencoder of Wan 2.2 5B; the loader knows one width, so its network is cut and put into its place.
+
+    `dim`: of its encoder; the real one's is 160.
+    """
     network = comfy.ldm.wan.vae2_2.WanVAE(
-        dim=16, dec_dim=16, z_dim=48, temperal_downsample=[False, True, True], dropout=0.0
+        dim=dim, dec_dim=16, z_dim=48, temperal_downsample=[False, True, True], dropout=0.0
     )
     network.load_state_dict(random_weights(network, seed))
     vae = comfy.sd.VAE(sd=wan_vae(seed))
@@ -375,15 +378,18 @@ LTX_VAE = {
 LTX_VAE["blocks"] = [*LTX_VAE["blocks"], ["res_x", 1]]
 
 
-def ltx_vae_state(seed: int = 1, version: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def ltx_vae_state(
+    seed: int = 1, version: int | None = None, width: int = 8
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The autoencoder of LTX-Video, narrow, and the metadata that says so, as its files carry it.
 
-    `version`: with all layers of 0.9 (0), 0.9.1 (1) or 0.9.5 and later (2); None: with few.
+    `version`: with all layers of 0.9 (0), 0.9.1 (1) or 0.9.5 and later (2), its encoder `width` wide, where
+    the real one is 128; None: with few.
     """
     config: dict[str, Any] = LTX_VAE
     if version is not None:
         config = ltx_vae.VideoVAE.get_default_config(None, version)
-        config |= {"encoder_base_channels": 8, "decoder_base_channels": 16, "timestep_conditioning": False}
+        config |= {"encoder_base_channels": width, "decoder_base_channels": 16, "timestep_conditioning": False}
     state = random_weights(ltx_vae.VideoVAE(config=config), seed)
     return state, {"config": json.dumps({"vae": config})}
 
