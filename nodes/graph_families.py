@@ -74,13 +74,14 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             "sample with it as with its own: load it with one of ComfyUI's own loaders"
         )
     name = type(base).__name__
+    known = ", ".join(f.name for f in FAMILIES.values() if f.kind == kind)
     if name in _NOT_SO:
-        raise PriorError(f"the model ({name}) is {_NOT_SO[name]}")
+        raise PriorError(f"the model ({name}) is {_NOT_SO[name]}: connect one of {known}")
     family = FAMILIES.get(name)
     if family is None:
-        known = ", ".join(f.name for f in FAMILIES.values() if f.kind == kind)
         raise PriorError(
-            f"models of the class {name} are not among those that have been tried as {kind} priors: {known}"
+            f"models of the class {name} are not among those that have been tried as {kind} priors: connect one of "
+            f"{known}"
         )
     if family.kind != kind:
         raise PriorError(
@@ -93,6 +94,11 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"the model carries an image that controls it ({control}), of one view and one size: training looks from "
             "all around, remove it"
         )
+    if model.model_options.get("context_handler") is not None:
+        raise PriorError(
+            "the model takes long videos apart for a sampler (context windows), which training does by itself: remove "
+            "that node, and ask Animate Scene for more frames"
+        )
     more = _more_channels(base)
     if more and kind != "novel_view":
         raise PriorError(
@@ -103,6 +109,7 @@ def family_of(model: Any, kind: PriorKind) -> Family:
 
 
 _PATCHER = ("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup")
+_PATCHER += ("object_patches",)
 """What of ComfyUI's ModelPatcher is asked for."""
 _CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")
 """Parts of the class names of patches that carry an image or a sound of one result."""
@@ -128,9 +135,15 @@ def noise_schedule(model: Any) -> NoiseSchedule:
     levels = model.get_model_object("model_sampling")
     if isinstance(levels, sampling.CONST):
         if getattr(levels, "noise_scale", 1.0) != 1.0:
-            raise PriorError(f"the model's noise is scaled by {levels.noise_scale:g}: that has not been tried")
+            raise PriorError(
+                f"the model's noise is scaled by {levels.noise_scale:g}, which has not been tried: remove Model Noise "
+                "Scale, or set it to 1"
+            )
         if isinstance(levels, sampling.ModelSamplingAV):
-            raise PriorError("the model has noise levels for sound and video together: that has not been tried")
+            raise PriorError(
+                "the model has noise levels for sound and video together, which has not been tried: remove the model "
+                "sampling node, or connect a model of videos alone"
+            )
         if isinstance(levels, sampling.ModelSamplingFlux):
             # e^mu / (e^mu + 1 / t - 1) is the shift by e^mu
             return rectified_flow(math.exp(levels.shift))
@@ -146,9 +159,16 @@ def noise_schedule(model: Any) -> NoiseSchedule:
         if own and not isinstance(levels, others | sampling.ModelSamplingContinuousV):
             return log_spaced(float(levels.sigma_min), float(levels.sigma_max))
     raise PriorError(
-        f"the model's noise levels are of the class {type(levels).__name__}: known are those of discrete eps and v "
-        "models, of rectified flows, and SV3D's own"
+        f"the model's noise levels are of the class {_class_of(levels)}: known are those of discrete eps and v "
+        "models, of rectified flows, and SV3D's own: remove the model sampling node, or connect another model"
     )
+
+
+def _class_of(levels: Any) -> str:
+    """What noise levels are; the classes that ComfyUI's nodes put together have all one name."""
+    kind = type(levels)
+    made_of = kind.__bases__ if kind.__name__ == "ModelSamplingAdvanced" else (kind,)
+    return " and ".join(one.__name__ for one in made_of)
 
 
 WHOLE, HIGH, LOW = "all noise", "high noise", "low noise"
@@ -196,6 +216,8 @@ def is_flow(model: Any) -> bool:
 
 _ANY_FAMILY = ("comfy.taesd", "comfy.pixel_space_convert")
 """Where the autoencoders are that are made for several families, and that of models that work on pixels."""
+_VAE = ("latent_channels", "latent_dim", "downscale_ratio", "vae_dtype", "process_input", "process_output")
+"""What of ComfyUI's VAE is asked for."""
 
 
 def check_vae(model: Any, vae: Any, family: Family) -> None:
@@ -203,6 +225,12 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
     latents = model.model.latent_format
     if getattr(vae, "first_stage_model", None) is None:
         raise PriorError("the VAE holds no autoencoder: connect the one that belongs to the model")
+    missing = [part for part in _VAE if not hasattr(vae, part)]
+    if missing:
+        raise PriorError(
+            f"the VAE comes in a wrapper ({type(vae).__name__}) without {' and '.join(missing)}: load it with one of "
+            "ComfyUI's own loaders"
+        )
     channels, dimensions = latents.latent_channels, latents.latent_dimensions
     if vae.latent_channels != channels or (vae.latent_dim == 3) != (dimensions == 3):
         what = {2: "images", 3: "videos"}
@@ -260,7 +288,7 @@ def _shift(latents: Any) -> float:
 def check_clip(model: Any, clip: Any, family: Family) -> None:
     """Refuse a text encoder of another family."""
     if family.kind == "novel_view":
-        width = getattr(clip, "config", {}).get("projection_dim")
+        width = (getattr(clip, "config", None) or {}).get("projection_dim")
         encoder, wanted = ("ViT-L", 768) if family.orbit is None else ("ViT-H", 1024)
         if width != wanted:
             raise PriorError(
@@ -273,6 +301,11 @@ def check_clip(model: Any, clip: Any, family: Family) -> None:
         raise PriorError(
             f"the CLIP splits words for another model ({type(clip.tokenizer).__name__}), {family.name} reads those "
             f"of {wanted.__name__}: connect the CLIP that belongs to the model, loaded with its type"
+        )
+    if family is families.SDXL and not hasattr(clip.cond_stage_model, "clip_l"):
+        raise PriorError(
+            f"the CLIP ({type(clip.cond_stage_model).__name__}) is the refiner's, or one of {family.name}'s two: "
+            "connect that of the model's own checkpoint, or both files by DualCLIPLoader (type sdxl)"
         )
     if clip.use_clip_schedule or clip.apply_hooks_to_conds is not None:
         raise PriorError(

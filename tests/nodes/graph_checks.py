@@ -1473,6 +1473,32 @@ def _controlled(three: models.Three) -> dict:
     return said
 
 
+def _of_others(sd15: models.Three, wan: models.Three) -> dict:
+    """What other nodes and packs have put in the way of a step."""
+    from comfy_extras import nodes_context_windows as windows
+    from comfy_extras import nodes_model_advanced as advanced
+
+    context = windows.WanContextWindowsManualNode.execute(
+        wan.model, 81, 30, "standard_static", 1, False, "pyramid", False
+    )
+    (scaled,) = advanced.ModelNoiseScale().patch(wan.model, 2.0)
+    (edm,) = advanced.ModelSamplingContinuousEDM().patch(sd15.model, "v_prediction", 120.0, 0.002)
+    lacking = SimpleNamespace(first_stage_model=nn.Linear(1, 1), latent_channels=4, latent_dim=2)
+    xl = models.FAMILIES["sdxl"]()
+    cases = [
+        ("video", "(context windows), which training does by itself: remove", replace(wan, model=context.result[0])),
+        (
+            "video",
+            "noise is scaled by 2, which has not been tried: remove Model Noise Scale",
+            replace(wan, model=scaled),
+        ),
+        ("image", "of the class ModelSamplingContinuousEDM and V_PREDICTION", replace(sd15, model=edm)),
+        ("image", "a wrapper (SimpleNamespace) without downscale_ratio and vae_dtype", replace(sd15, vae=lacking)),
+        ("image", "(SDXLRefinerClipModel) is the refiner's, or one of", replace(xl, clip=models.refiner_clip())),
+    ]
+    return {expected: _refused(node, expected, three) for node, expected, three in cases}
+
+
 @check
 def bad_input() -> dict:
     """What can't be a prior is refused with the reason, before anything is loaded."""
@@ -1541,10 +1567,13 @@ def bad_input() -> dict:
         ("novel_view", "has 16 channels", replace(zero123, vae=flux_vae)),
     ]
     said |= {f"{node}: {expected}": _refused(node, expected, three) for node, expected, three in cases}
-    said |= _controlled(sd15)
+    said |= _controlled(sd15) | _of_others(sd15, wan)
     for name, words in (
         ("NunchakuFlux", "not among those that have been tried"),
-        ("SDXLRefiner", "a refiner"),
+        (
+            "SDXLRefiner",
+            "finishes images of another model: connect one of Stable Diffusion 1 or 2, Stable Diffusion XL",
+        ),
         ("SV3D_p", "SV3D_p makes novel views: connect it to Novel-View Prior"),
         ("SVD_img2vid", "no words"),
     ):

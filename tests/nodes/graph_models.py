@@ -453,6 +453,11 @@ def sdxl_clips() -> Any:
     return _clip(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel)
 
 
+def refiner_clip() -> Any:
+    """The refiner's, or what a loader makes of one of SDXL's two files."""
+    return _clip(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLRefinerClipModel)
+
+
 def sd3_clips() -> Any:
     models = comfy.text_encoders.sd3_clip
     return _clip(models.SD3Tokenizer, models.sd3_clip(clip_l=True, clip_g=True, t5=False))
