@@ -140,7 +140,9 @@ class GraphPrior:
 
 def _looks(model: Any) -> list:
     """A sample of a MODEL's weights and of what was put on them."""
-    return [_sample(_unpatched(model)), _sample(_tensors("", model.patches)), _named(model.model_options)]
+    put = {name: value for name, value in model.object_patches.items() if name != "model_sampling"}  # see the levels
+    looks = [_sample(_unpatched(model)), _sample(_tensors("", model.patches)), _named(model.model_options)]
+    return [*looks, *([_named(put)] if put else [])]  # runs of before these were looked at are found again
 
 
 def _unpatched(patcher: Any) -> dict[str, Any]:
@@ -166,6 +168,8 @@ def _named(options: Any) -> Any:
         return [_named(value) for value in options]
     if options is None or isinstance(options, bool | int | float | str):
         return options
+    if isinstance(options, torch.dtype):
+        return str(options)
     return getattr(options, "__qualname__", type(options).__qualname__)
 
 
