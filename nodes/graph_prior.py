@@ -147,7 +147,11 @@ def _looks(model: Any) -> list:
 
 def _unpatched(patcher: Any) -> dict[str, Any]:
     """A model's weights as they were before patches were added to them, which a loaded model keeps aside."""
-    return patcher.model.state_dict() | {name: kept.weight for name, kept in patcher.backup.items()}
+    found = patcher.model.state_dict()
+    for name, kept in patcher.backup.items():
+        scaled = hasattr(kept.weight, "state_dict")  # in core's formats with scales, which a state has beside it
+        found |= kept.weight.state_dict(name) if scaled else {name: kept.weight}
+    return found
 
 
 def _sample(state: dict[str, Any]) -> list:

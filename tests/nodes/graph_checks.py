@@ -1263,6 +1263,31 @@ def another_precision_before_it() -> dict:
     return found
 
 
+@check
+def weights_with_scales() -> dict:
+    """A model in the files' fp8 with scales is nearly the plain one; a LoRA in use changes no fingerprint."""
+    three = models.FAMILIES["wan"]()
+    scaled = models.diffusion_model(models.scaled_fp8(models.wan_transformer()))
+    state = models.attention_lora(scaled)
+    changed, clip = comfy.sd.load_lora_for_models(scaled, three.clip, state, 1.0, 0.0)
+    handles = [handle_of("wan", replace(three, model=model)) for model in (three.model, scaled)]
+    handles.append(handle_of("wan", replace(three, model=changed, clip=clip)))
+    prints, answers = [handle.fingerprint() for handle in handles], []
+    assert len(set(prints)) == 3, prints
+    with training():
+        for handle in (*handles, handles[1]):
+            prior = handle.load(Runtime(torch.device("cpu")))
+            guidance = prior.guide(PROMPT, None, config())
+            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
+            x = noisy_takes(guidance, handle, 1) * sigma
+            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
+            prior.release()
+            assert [h.fingerprint() for h in handles] == prints
+    found = {"scaled": difference(answers[1], answers[0]), "lora": difference(answers[2], answers[1])}
+    assert 0 < found["scaled"] < 0.1 < found["lora"] and answers[3].equal(answers[1]), found
+    return found
+
+
 @for_each(*NAMED)
 def shares_of_noise(name: str) -> dict:
     """Shares are places in the family's own schedule, its shift included, as core's samplers count them."""

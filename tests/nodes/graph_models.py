@@ -560,6 +560,19 @@ def vae(state: dict[str, Tensor], metadata: dict | None = None) -> Any:
     return comfy.sd.VAE(sd=dict(state), metadata=metadata)
 
 
+def scaled_fp8(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as the files that are called fp8_scaled have it: matrices of the blocks in fp8, a scale beside each."""
+    found = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, value in state.items():
+        if value.ndim == 2 and "blocks" in name and min(value.shape) >= 64:
+            scale = value.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            found[name] = (value / scale).to(torch.float8_e4m3fn)
+            found[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+        else:
+            found[name] = value
+    return found
+
+
 def attention_lora(model: Any, seed: int = 0) -> dict[str, Tensor]:
     """A LoRA of a model's attention, in the layout that trainers save."""
     keys, state = comfy.lora.model_lora_keys_unet(model.model, {}), model.model.state_dict()

@@ -39,6 +39,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "novel_views": ("zero123", "sv3d_u", "sv3d_p"),
     "a_lora_before_it": (),
     "another_precision_before_it": (),
+    "weights_with_scales": (),
     "shares_of_noise": (*IMAGES, *VIDEOS),
     "ten_steps": (*IMAGES, *VIDEOS),
     "two_at_once": (),
