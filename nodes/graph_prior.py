@@ -6,8 +6,10 @@ go through it, and ComfyUI's weights are made for inference.
 
 from __future__ import annotations
 
+import dis
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -164,17 +166,49 @@ def _sample(state: dict[str, Any]) -> list:
     return [len(names), found]
 
 
-def _named(options: Any) -> Any:
-    """What stands in a MODEL's options: by name, where it is neither a number nor a word."""
+_APPLIED = ("transformer_options", "model_function_wrapper")
+"""Of a MODEL's options, what has a part in every answer; the others are a sampler's."""
+
+
+def _named(options: Any, applied: bool = False) -> Any:
+    """What stands in a MODEL's options: by name, where it is neither a number nor a word.
+
+    `applied`: functions also by the numbers that they were made with.
+    """
     if isinstance(options, dict):
-        return {str(key): _named(value) for key, value in options.items()}
+        return {str(key): _named(value, applied or key in _APPLIED) for key, value in options.items()}
     if isinstance(options, list | tuple):
-        return [_named(value) for value in options]
+        return [_named(value, applied) for value in options]
     if options is None or isinstance(options, bool | int | float | str):
         return options
     if isinstance(options, torch.dtype):
         return str(options)
-    return getattr(options, "__qualname__", type(options).__qualname__)
+    name = getattr(options, "__qualname__", type(options).__qualname__)
+    made_with = _made_with(options) if applied else {}
+    return [name, made_with] if made_with else name
+
+
+def _made_with(function: Any) -> dict[str, Any]:
+    """Numbers and words that a function got where it was defined, and doesn't change itself."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells:
+        return {}
+    changes = {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}
+    found = {}
+    for name, cell in zip(code.co_freevars, cells, strict=True):
+        with suppress(ValueError):  # nothing is in it yet
+            if name not in changes and _plain(cell.cell_contents):
+                found[name] = _named(cell.cell_contents)
+    return found
+
+
+def _plain(value: Any) -> bool:
+    """Whether there are numbers and words in it, and nothing else; None may be a place that is yet to be filled."""
+    if isinstance(value, dict):
+        return bool(value) and all(_plain(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_plain(one) for one in value)
+    return isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, Any]:

@@ -1462,8 +1462,10 @@ def room_is_made_in_the_middle_of_a_step() -> dict:
 
 @check
 def fingerprints() -> dict:
-    """Equal for the same, other for another size, number of frames, text encoder or sampling."""
+    """Equal for the same, other for another size, number of frames, text encoder, sampling or numbers of a patch."""
     from comfy_extras import nodes_model_advanced as advanced
+    from comfy_extras.nodes_freelunch import FreeU
+    from comfy_extras.nodes_tomesd import TomePatchModel
 
     one, again = models.FAMILIES["wan"](), models.FAMILIES["wan"]()
     (shifted,) = advanced.ModelSamplingSD3().patch(one.model, 3.0)
@@ -1471,6 +1473,14 @@ def fingerprints() -> dict:
     first = handle_of("wan", one).fingerprint()
     seconds = time.monotonic() - seconds
     assert handle_of("wan", again).fingerprint() == first
+    sd15 = models.FAMILIES["sd15"]()
+    freed = [replace(sd15, model=FreeU.execute(sd15.model, b, 1.2, 0.9, 0.2).result[0]) for b in (1.1, 1.1, 1.3)]
+    freed = [handle_of("sd15", three).fingerprint() for three in (sd15, *freed)]
+    assert freed[1] == freed[2] and len(set(freed)) == 3, freed
+    merged = replace(sd15, model=TomePatchModel.execute(sd15.model, 0.3).result[0])
+    before = handle_of("sd15", merged).fingerprint()
+    _sampled(merged, "sd15")  # its functions hand each other what they have found
+    assert handle_of("sd15", merged).fingerprint() == before
     others = {
         "size": handle_of("wan", one, size=(48, 32)),
         "frames": handle_of("wan", one, n_frames=9),
