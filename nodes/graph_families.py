@@ -108,8 +108,10 @@ def family_of(model: Any, kind: PriorKind) -> Family:
     return family
 
 
-_PATCHER = ("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup")
-_PATCHER += ("object_patches",)
+_PATCHER = (
+    *("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup"),
+    "object_patches",
+)
 """What of ComfyUI's ModelPatcher is asked for."""
 _CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")
 """Parts of the class names of patches that carry an image or a sound of one result."""
