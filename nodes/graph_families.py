@@ -110,7 +110,7 @@ def family_of(model: Any, kind: PriorKind) -> Family:
 
 _PATCHER = (
     *("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup"),
-    "object_patches",
+    *("object_patches", "injections"),
 )
 """What of ComfyUI's ModelPatcher is asked for."""
 _CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")

@@ -99,7 +99,7 @@ class GraphPrior:
             self.n_frames,
             *(part for model in self._models for part in _looks(model)),
             _sample(_unpatched(self.clip.patcher)),
-            _sample(_tensors("", self.clip.patcher.patches)),
+            _sample(_adapters(self.clip.patcher)),
             _sample(self.vae.first_stage_model.state_dict()),
         ]
         return digest(parts)
@@ -143,8 +143,19 @@ class GraphPrior:
 def _looks(model: Any) -> list:
     """A sample of a MODEL's weights and of what was put on them."""
     put = {name: value for name, value in model.object_patches.items() if name != "model_sampling"}  # see the levels
-    looks = [_sample(_unpatched(model)), _sample(_tensors("", model.patches)), _named(model.model_options)]
+    looks = [_sample(_unpatched(model)), _sample(_adapters(model)), _named(model.model_options)]
     return [*looks, *([_named(put)] if put else [])]  # runs of before these were looked at are found again
+
+
+def _adapters(patcher: Any) -> dict[str, Any]:
+    """What is put on a model's weights, and what works beside them: core's LoRAs in bypass mode."""
+    found = _tensors("", patcher.patches)
+    for name, injections in patcher.injections.items():
+        for i, injection in enumerate(injections):
+            for cell in getattr(injection.inject, "__closure__", None) or ():
+                with suppress(ValueError):  # nothing is in it
+                    found |= _tensors(f"{name}.{i}", getattr(cell.cell_contents, "adapters", None))
+    return found
 
 
 def _unpatched(patcher: Any) -> dict[str, Any]:

@@ -1235,6 +1235,33 @@ def a_lora_before_it() -> dict:
 
 
 @check
+def a_lora_beside_it() -> dict:
+    """In bypass mode a LoRA gives the same answer as in the weights, and its strength is part of the fingerprint."""
+    three = models.FAMILIES["wan"]()
+    state, answers = models.attention_lora(three.model), []
+    load, beside = comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models
+    given = [(beside, 1.0), (load, 1.0), (beside, 1.0), (beside, 0.3)]
+    handles = [handle_of("wan", three)]
+    for loader, strength in given:
+        model, clip = loader(three.model, three.clip, dict(state), strength, 0.0)
+        handles.append(handle_of("wan", replace(three, model=model, clip=clip)))
+    prints = [handle.fingerprint() for handle in handles]
+    assert prints[1] == prints[3] and len(set(prints)) == 4, prints
+    with training():
+        for handle in handles:
+            prior = handle.load(Runtime(torch.device("cpu")))
+            guidance = prior.guide(PROMPT, None, config())
+            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
+            x = noisy_takes(guidance, handle, 1) * sigma
+            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
+            prior.release()
+    assert [handle.fingerprint() for handle in handles] == prints
+    found = {"the same": difference(answers[1], answers[2]), "weaker": difference(answers[4], answers[1])}
+    assert found["the same"] < 1e-4 < found["weaker"] and difference(answers[1], answers[0]) > 1e-2, found
+    return found
+
+
+@check
 def another_precision_before_it() -> dict:
     """Weights and computing in other number formats change the answer a little, and the fingerprint."""
     from comfy_extras.nodes_model_advanced import ModelComputeDtype

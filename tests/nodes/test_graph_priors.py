@@ -38,6 +38,7 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "the_model_stays_usable": ("sd15", "wan"),
     "novel_views": ("zero123", "sv3d_u", "sv3d_p"),
     "a_lora_before_it": (),
+    "a_lora_beside_it": (),
     "another_precision_before_it": (),
     "weights_with_scales": (),
     "shares_of_noise": (*IMAGES, *VIDEOS),
