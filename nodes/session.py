@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import comfy.model_management as management
 import folder_paths
@@ -58,8 +58,16 @@ from .sockets import SceneValue
 AUTOMATIC, START_OVER = "resume automatically", "start over"
 KEPT_RESULTS = 16
 _SECONDS_BETWEEN_REPORTS = 0.1
-_CHOICES = ("gradient_frames", "orbit")
+_CHOICES = ("gradient_frames", "orbit", "last_guidance_scale")
 """What a recipe may say and didn't always know."""
+
+
+def _said(recipe: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a recipe says, of it or of a part of it.
+
+    What is left as it was before there was a choice is of no run: those from then are found again.
+    """
+    return {name: value for name, value in recipe if value is not None or name not in _CHOICES}
 
 
 class RunError(ValueError):
@@ -404,8 +412,7 @@ class Run:
 
         tree = {
             "stage": self.stage,
-            # what is left as it was before there was a choice is of no run: those from then are found again
-            "recipe": {k: v for k, v in asdict(self.recipe).items() if v is not None or k not in _CHOICES},
+            "recipe": asdict(self.recipe, dict_factory=_said),
             "prompt": self.prompt,
             "negative": self.negative,
             "seed": self.seed,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -56,6 +56,14 @@ class DistillationConfig:
     # Images whose camera is this far from the front or farther are left out (180: none is). For priors that see
     # single images.
     max_azimuth_deg: float = 180.0
+    last_guidance_scale: float | None = None  # what the scale goes to over the run, linearly; None: it stays
+
+    def at(self, progress: float) -> DistillationConfig:
+        """What holds at this share of the run."""
+        if self.last_guidance_scale is None:
+            return self
+        scale = Schedule(self.guidance_scale, self.last_guidance_scale)(progress)
+        return replace(self, guidance_scale=scale, last_guidance_scale=None)
 
     def __post_init__(self) -> None:
         if self.loss not in get_args(LossForm):
@@ -347,4 +355,5 @@ def distill(
     if keep is not None:
         seen, cameras, share = seen[send(keep, seen.device)], cameras.groups(keep), share[keep]
         carried = None if carried is None else carried[keep]
-    return distill_at(guidance, seen, cameras, share, noise, carried, encoded_by)
+    now = replace(guidance, config=guidance.config.at(progress))
+    return distill_at(now, seen, cameras, share, noise, carried, encoded_by)

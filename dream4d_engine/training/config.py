@@ -352,7 +352,8 @@ MODELSCOPE = replace(
 )
 
 _ANY_VIDEO = DistillationConfig(
-    guidance_scale=25.0,  # where CHORD begins with Wan
+    guidance_scale=25.0,  # where CHORD begins with Wan 2.2,
+    last_guidance_scale=12.0,  # and where it ends
     # motion is decided at high noise, and lower noise prefers stillness: stay high for long, from much to less
     min_noise=Schedule(0.97, 0.3),
     max_noise=Schedule(0.98, 0.7),

@@ -572,6 +572,25 @@ def test_same_seed_same_loss_and_single_images_get_their_own_timestep() -> None:
     assert distill(grouped, images, flat_cameras(2, 4), 0.1, Draw(0)).share.shape == (2,)
 
 
+class ToldDenoiser(GaussianDenoiser):
+    """Answers the number that it is told, everywhere."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return conditions.tokens[..., None].expand_as(x)
+
+
+def test_guidance_goes_from_one_scale_to_another_over_the_run() -> None:
+    """Told 1 by the text and 0 by the negative prompt, the guided answer is the scale."""
+
+    def conditions(cameras: CameraBatch) -> tuple[Conditions, Conditions]:
+        return Conditions(torch.ones(*cameras.shape, 1, 1)), Conditions(torch.zeros(*cameras.shape, 1, 1))
+
+    guidance = Guidance("told", ToldDenoiser(torch.zeros(3, 4, 4)), conditions, plain(9.0, last_guidance_scale=2.0))
+    for progress, scale in ((0.0, 9.0), (0.5, 5.5), (1.0, 2.0)):
+        output = distill(guidance, torch.rand(1, 2, 3, 4, 4), flat_cameras(1, 2), progress, Draw(0))
+        assert output.x0.unique().tolist() == [scale]
+
+
 def test_images_seen_from_behind_can_be_left_out() -> None:
     images = torch.rand(1, 4, 3, 4, 4).requires_grad_()
     cameras = flat_cameras(1, 4)  # azimuths 0, 90, 180, 270 degrees

@@ -1531,6 +1531,9 @@ def fingerprints() -> dict:
     identity = [one.identity(torch.device("cpu")) for one in made]
     # a run of before there was a choice is found again
     assert [one["recipe"].get("gradient_frames", "not there") for one in identity] == ["not there", 3]
+    made = [run("motion", r, {}, "x", "", 0, {}, start) for r in (recipes.ZEROSCOPE, recipes.MODEL_VIDEO)]
+    told = [one.identity(torch.device("cpu"))["recipe"]["guidance"][0]["distillation"] for one in made]
+    assert [one.get("last_guidance_scale", "not there") for one in told] == ["not there", 12.0]
     made = [run("static", r, {}, "x", "", 0, {}, start) for r in (recipes.IMAGE_TO_3D, recipes.IMAGE_TO_3D_ORBIT)]
     identity = [one.identity(torch.device("cpu")) for one in made]
     assert [one["recipe"].get("orbit", "not there") for one in identity] == ["not there", "dynamic"]

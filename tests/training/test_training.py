@@ -31,6 +31,7 @@ from dream4d_engine.supervision import (
 from dream4d_engine.training import loop
 from dream4d_engine.training.checkpoint import CheckpointError, first_difference, load_checkpoint, set_aside
 from dream4d_engine.training.config import (
+    MODEL_VIDEO,
     MODELSCOPE,
     MOTION_RECIPES,
     STATIC_RECIPES,
@@ -79,6 +80,11 @@ def test_the_text_recipe_has_the_published_numbers():
     assert (grid.n_levels, grid.n_features, grid.log2_entries, grid.base_resolution) == (16, 2, 19, 16)
     assert grid.base_resolution * grid.growth**15 == pytest.approx(4096, rel=1e-3)
     assert TEXT_TO_3D.optimizer.betas == (0.9, 0.99) and TEXT_TO_3D.optimizer.eps == 1e-15
+
+
+def test_any_video_model_is_guided_less_as_the_run_goes_on():
+    video = MODEL_VIDEO.guidance[0].distillation
+    assert [video.at(progress).guidance_scale for progress in (0.0, 0.5, 1.0)] == [25.0, 18.5, 12.0]
 
 
 def test_the_motion_recipes_have_the_published_numbers():
