@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("graph_checks.py")
 IMAGES, VIDEOS = ("sd15", "sdxl", "sd3", "flux"), ("wan", "wan22", "ltx", "hunyuan")
 LTX_VAES = ("ltx", "ltx 0.9", "ltx 0.9.1", "ltx 0.9.5")
 IMAGE_VAES, WAN_VAES = ("kl", "kl of 16 channels", "kl with a decoder of videos"), ("wan", "wan with opacity")
-GROUPS = {  # checks that share a process, each with the arguments it is made for
+CHECKS = {  # each with the arguments that it is made for
     "equal_to_diffusers": ("sd15", "sdxl", "wan", "ltx", "sd3", "hunyuan"),
     "the_toys": ("image", "video"),
     "two_experts": (),
@@ -48,32 +48,31 @@ GROUPS = {  # checks that share a process, each with the arguments it is made fo
     "fingerprints": (),
     "bad_input": (),
 }
-NAMES = {group: [f"{group}[{one}]" for one in ones] or [group] for group, ones in GROUPS.items()}
+NAMES = [name for check, ones in CHECKS.items() for name in ([f"{check}[{one}]" for one in ones] or [check])]
 
 
 @pytest.fixture(scope="module")
-def outcomes():
-    """Run a group of checks once; return what came of each."""
+def outcomes(request) -> Callable[[str], dict]:
+    """Run the checks that were asked for, in one process: to start one takes longer than most of them."""
     reason = why_no_server()
     if reason:
         pytest.skip(reason)
-    comfyui, found = find_comfyui(), {}
+    comfyui, here = find_comfyui(), request.node.path
+    asked = [item.callspec.params["name"] for item in request.session.items if item.path == here]
+    words = [find_python(comfyui), str(SCRIPT), str(comfyui), *asked]
+    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=2400)
+    lines = [line.removeprefix("CHECK ") for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+    found = {outcome["name"]: outcome for outcome in map(json.loads, lines)}
 
     def of(name: str) -> dict:
-        group = re.match(r"\w+", name)[0]
-        if group not in found:
-            words = [find_python(comfyui), str(SCRIPT), str(comfyui), *NAMES[group]]
-            environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ | {"HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1200)
-            lines = [line.removeprefix("CHECK ") for line in done.stdout.splitlines() if line.startswith("CHECK ")]
-            assert lines, done.stderr[-3000:]
-            found[group] = {outcome["name"]: outcome for outcome in map(json.loads, lines)}
-        return found[group][name]
+        assert name in found, f"the process ended before, with {done.returncode}: {done.stderr[-3000:]}"
+        return found[name]
 
     return of
 
 
-@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+@pytest.mark.parametrize("name", NAMES)
 def test_check(name, outcomes):
     outcome = outcomes(name)
     assert outcome["error"] is None, outcome["error"]
