@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -455,7 +455,7 @@ def carry_out(run: Work, train: Trainer, *, node_id: str | None, resume: str, pr
         held = HeldPriors(device, run.needed_bytes(), run.memory_budget)
         with gradients():
             try:
-                return _finished(files) or _train(run, train, device, identity, files, reporter, held)
+                return _finished(files, run) or _train(run, train, device, identity, files, reporter, held)
             except Interrupted as stop:
                 logging.info("[Dream4D] %s", stop)
                 traceback.clear_frames(stop.__traceback__)  # they hold the models
@@ -489,8 +489,12 @@ def out_of_memory(run: Work, reporter: Reporter, kept: bool) -> str:
     )
 
 
-def _finished(files: RunFiles) -> SceneValue | None:
-    """Return the result of a finished run, if it can be read."""
+def _finished(files: RunFiles, run: Work) -> SceneValue | None:
+    """Return the result of a finished run, if it can be read.
+
+    It comes from where this run's scene does: another one can have the same numbers, as that of a mesh has which was
+    saved again with another normal map.
+    """
     if not files.result.exists():
         return None
     try:
@@ -501,7 +505,7 @@ def _finished(files: RunFiles) -> SceneValue | None:
         logging.warning("[Dream4D] a finished run can't be used (%s): %sthe run is done again", error, name)
         return None
     files.result.touch()
-    return SceneValue(scene, provenance)
+    return SceneValue(scene, replace(run.provenance(), versions=provenance.versions))
 
 
 def _train(
