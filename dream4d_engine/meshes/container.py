@@ -208,12 +208,39 @@ def read_bytes(path: Path, most: int = MOST_FILE) -> bytes:
         raise MeshError(f"{path} can't be read: {error.strerror or error}") from error
 
 
+_AS_GLB = "open it in a program for models, and export it as GLB"
+_OTHER_FORMATS = {
+    b"Kaydara FBX": f"is an FBX file: {_AS_GLB}",
+    b"; FBX": f"is an FBX file: {_AS_GLB}",
+    b"BLENDER": "is a file of Blender: open it there, and export it as GLB",
+    b"#usda": f"is a USD file: {_AS_GLB}",
+    b"PXR-USDC": f"is a USD file: {_AS_GLB}",
+    b"PK\x03\x04": f"is an archive, as those of USDZ and 3MF are: unpack it, or {_AS_GLB}",
+    b"\x1f\x8b": "is compressed (gzip): unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd), as files of Blender are: open it there, and export it as GLB",
+    b"\xff\xfe": "is text in UTF-16: save it in UTF-8",
+    b"\xfe\xff": "is text in UTF-16: save it in UTF-8",
+}
+_OWN_BEGINNINGS = {b"glTF": "glb", b"ply\n": "ply", b"ply\r": "ply"}
+"""How files of the formats that are read begin; the others begin as they like."""
+
+
+def require_form(data: bytes, path: Path, *forms: str) -> None:
+    """Raise MeshError for a file's bytes that are of none of these formats, with what they are."""
+    strange = disguise(data[:512])
+    if strange is None:
+        others = (what for start, what in _OTHER_FORMATS.items() if data.startswith(start))
+        own = (form for start, form in _OWN_BEGINNINGS.items() if data.startswith(start) and form not in forms)
+        named = (f"is a file of {form.upper()} under another name: let its name end in .{form}" for form in own)
+        strange = next(others, None) or next(named, None)
+    if strange is not None:
+        raise MeshError(f"{path} {strange}")
+
+
 def read_gltf(path: Path) -> Gltf:
     """Read a .glb or .gltf file and the buffers that it names; which of the two it is its first bytes say."""
     data, name = read_bytes(path), path.name
-    strange = disguise(data[:512])
-    if strange is not None:
-        raise MeshError(f"{path} {strange}")
+    require_form(data, path, "glb", "gltf")
     text, chunk = _chunks(data, name) if data[:4] == b"glTF" else (data, b"")
     if len(text) > MOST_BYTES["JSON"]:
         most = MOST_BYTES["JSON"]

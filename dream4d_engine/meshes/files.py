@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..documents import describe, disguise
+from ..documents import describe, printable
 from ..mesh import Mesh, MeshError
-from .container import read_bytes
+from .container import read_bytes, require_form
 from .gltf import MOST_FACES, MOST_VERTICES
 from .mtl import image_beside, read_mtl
 from .polygons import cut_concave
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
     """Read an OBJ, PLY or STL file. Raises MeshError where there is no model to be had."""
     data = read_bytes(path)
-    strange = disguise(data[:512])
-    if strange is not None:
-        raise MeshError(f"{path} {strange}")
+    if form != "stl" or not _is_binary_stl(data):  # which may begin as it likes
+        require_form(data, path, form)
     readers: dict[str, Callable[[bytes, Path], _Read]] = {"obj": _read_obj, "ply": _read_ply, "stl": _read_stl}
     try:
         read = readers[form](data, path)
@@ -60,7 +59,7 @@ def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
     colors = None if read.colors is None else read.colors.clamp(0, 1)
     mesh = Mesh(read.vertices, read.faces, read.normals, colors, read.uv)
     of_face = torch.zeros(len(read.faces), dtype=torch.int64) if read.of_face is None else read.of_face
-    source = Source(path.name, form, hashlib.sha256(data).hexdigest())
+    source = Source(printable(path.name), form, hashlib.sha256(data).hexdigest())
     return Model(mesh, tuple(read.materials), of_face, source, (), tuple(dict.fromkeys(read.notes)))
 
 
@@ -222,7 +221,8 @@ def _tensor(values: np.ndarray) -> Tensor:
     import numpy as np
 
     with np.errstate(over="ignore"):  # what is too large is found as infinite
-        return torch.from_numpy(np.ascontiguousarray(values, "f4"))
+        there = np.ascontiguousarray(values, "f4")
+    return torch.from_numpy(there if there.flags.writeable else there.copy())  # not the file's own bytes
 
 
 # ---- PLY ---------------------------------------------------------------------------------------------------------
@@ -439,8 +439,8 @@ class _AsciiRows:
 def _read_stl(data: bytes, path: Path) -> _Read:
     import numpy as np
 
-    count = int.from_bytes(data[80:84], "little")
-    if data.lstrip()[:5].lower() == b"solid" and 84 + 50 * count != len(data):
+    count = _stl_faces(data)
+    if data.lstrip()[:5].lower() == b"solid" and not _is_binary_stl(data):
         words = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", data)
         places = np.array(words, "f8").reshape(-1, 3)
         if len(places) % 3:
@@ -454,3 +454,13 @@ def _read_stl(data: bytes, path: Path) -> _Read:
     if len(places) > min(MOST_VERTICES, 3 * MOST_FACES):
         raise MeshError(f"{path.name} has more than {MOST_VERTICES // 3:,} faces: reduce it first")
     return _Read(_tensor(places), torch.arange(len(places)).view(-1, 3))
+
+
+def _stl_faces(data: bytes) -> int:
+    """How many faces a binary STL says that it has."""
+    return int.from_bytes(data[80:84], "little")
+
+
+def _is_binary_stl(data: bytes) -> bool:
+    """Whether a file is as long as a binary STL says it is."""
+    return len(data) == 84 + 50 * _stl_faces(data)

@@ -17,6 +17,8 @@ Front = Literal["+x", "-x", "+y", "-y", "+z", "-z"]
 Wrap = Literal["repeat", "mirror", "clamp"]
 SIZE = 0.6
 """Of the box's side: an object of this length leaves room to move, and cameras of all recipes see it whole."""
+_SMALLEST, _LARGEST = 1e-18, 1e18
+"""Lengths of objects, in their files' units: what brings others to the box's size is no number that scenes keep."""
 
 Rows = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
@@ -42,7 +44,7 @@ class Source:
     """Which file a model was read from, and at which moment of it."""
 
     name: str
-    """The file's own name, without folders."""
+    """The file's own name, without folders, as it can be written in UTF-8 and shown."""
     format: ModelFormat
     sha256: str
     """Of the file's bytes; of the tensors where there is no file."""
@@ -148,8 +150,11 @@ def place(
     used = model.mesh.vertices[model.mesh.faces.unique()].double()
     low, high = used.amin(0), used.amax(0)
     extent = max(float((high - low).max()), float((high - low).norm()) / 2**0.5)
-    if not 1e-30 < extent < 1e30:
-        raise MeshError(f"{model.source.name} is {extent:g} long: it has no size to scale by")
+    if not extent:
+        raise MeshError(f"{model.source.name} is 0 long: it has no size to scale by")
+    if not _SMALLEST < extent < _LARGEST:
+        much = "small" if extent < 1 else "large"
+        raise MeshError(f"{model.source.name} is {extent:g} long, which is too {much}: scale it, and save it again")
     middle = ((low + high) / 2).tolist()
     rows = rotation.tolist()
     return Placement(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 from gltf_files import png
 
-from dream4d_engine.export import save_mesh
+from dream4d_engine.assets import config_from_dict
+from dream4d_engine.export import glb_bytes, save_mesh
 from dream4d_engine.export.gltf import y_up
 from dream4d_engine.mesh import Mesh, MeshError, vertex_normals
 from dream4d_engine.meshes import Placement, model_from_tensors, place, read_model
@@ -240,6 +243,46 @@ def test_files_that_are_none(tmp_path, name: str, content: str | bytes, said: st
     assert "a." in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.glb", "a.gltf", "a.obj", "a.ply", "a.stl"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Kaydara FBX Binary  \0\x1a\0" + bytes(200), "is an FBX file: .* export it as GLB"),
+        (b"BLENDER-v402" + bytes(200), "is a file of Blender: open it there"),
+        (b"PK\x03\x04" + bytes(200), "is an archive, as those of USDZ and 3MF are"),
+        (b"PXR-USDC" + bytes(200), "is a USD file"),
+        ("v 0 0 0\n".encode("utf-16"), "is text in UTF-16: save it in UTF-8"),
+    ],
+)
+def test_other_formats_under_these_names_are_told(tmp_path, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(MeshError, match=said):
+        read_model(written(tmp_path, name, content))
+
+
+def test_formats_under_each_others_names_are_told(tmp_path) -> None:
+    glb, ply = b"glTF\2\0\0\0" + bytes(80), PLY.format("ascii", 1, 1) + "0 0 0\n3 0 0 0\n"
+    for content, form, others in ((glb, "glb", ("obj", "ply", "stl")), (ply, "ply", ("obj", "glb", "gltf", "stl"))):
+        for other in others:
+            said = f"is a file of {form.upper()} under another name: let its name end in .{form}"
+            with pytest.raises(MeshError, match=said):
+                read_model(written(tmp_path, f"a.{other}", content))
+
+
+def test_a_binary_stl_may_begin_with_anything(tmp_path) -> None:
+    triangle = struct.pack("<12fH", 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0)
+    for start in (b"glTF", b"PK\x03\x04", b"BLENDER", b"\xff\xfe", b"<html>", b"solid"):
+        data = start.ljust(80, b" ") + struct.pack("<I", 1) + triangle
+        assert len(read_model(written(tmp_path, "a.stl", data)).mesh.faces) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are text there")
+@pytest.mark.parametrize("form", ["obj", "glb"])
+def test_a_name_that_is_no_utf_8_is_kept_as_it_can_be_written(tmp_path, form: str) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9." + form.encode())
+    path.write_bytes(glb_bytes(box(False))[0] if form == "glb" else b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    assert read_model(path).source.name == f"caf\ufffd.{form}"
+
+
 def test_clips_belong_to_gltf(tmp_path) -> None:
     path = written(tmp_path, "a.obj", "v 0 0 0\nf 1 1 1\n")
     with pytest.raises(MeshError, match="OBJ files have no clips"):
@@ -302,6 +345,12 @@ def test_placements_that_are_none() -> None:
         place(model, size=0)
     with pytest.raises(MeshError, match="no size"):
         place(model_from_tensors(PLACES * 0, FACES))
+    for scale, said in ((1e-25, "long, which is too small: scale it"), (1e25, "long, which is too large: scale it")):
+        with pytest.raises(MeshError, match=said):
+            place(model_from_tensors(PLACES * scale, FACES))
+    for scale in (1e-17, 1e17):
+        placement = place(model_from_tensors(PLACES * scale, FACES))
+        assert config_from_dict(Placement, asdict(placement)) == placement, "a scene's file can keep it"
     assert isinstance(place(model, "z", "-x"), Placement)
 
 

@@ -320,7 +320,7 @@ def test_containers_that_lie(tmp_path) -> None:
         (b"<html>", "web page"),
         (b"", "is empty"),
         (b"[" * 100_000, "nested too deep"),
-        (b"PK\x03\x04" + bytes(60), "not valid JSON|no text"),
+        (b"PK\x03\x04" + bytes(60), "is an archive"),
     ):
         path.write_bytes(changed)
         with pytest.raises(MeshError, match=said):
