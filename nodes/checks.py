@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import comfy.model_management as management
 from comfy_api.latest import Types, io
 
-from ..dream4d_engine.documents import describe, text_fault
+from ..dream4d_engine.documents import describe, is_text, printable, text_fault
 from ..dream4d_engine.priors.handle import PriorHandle
 from ..dream4d_engine.training.config import MotionRecipe, StaticRecipe
 from .doors import DoorError, check_values
@@ -31,7 +31,9 @@ _CLASSES |= {io.Mesh.io_type: Types.MESH, io.File3DAny.io_type: Types.File3D}
 def at_the_door(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """Let a node look at everything that comes in before it does anything; RunError names the input and the value.
 
-    The choices that `validate_inputs` asks for are the node's own to look through, as they are for ComfyUI.
+    The choices that `validate_inputs` asks for are the node's own to look through, as they are for ComfyUI. What a node
+    raises can be written in UTF-8: names of files needn't be, and ComfyUI's worker ends for good where it logs an error
+    that says one.
     """
     inner = node.execute.__func__
     own = frozenset(inspect.signature(node.validate_inputs).parameters)
@@ -41,11 +43,27 @@ def at_the_door(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         try:
             checked = check_values(cls.INPUT_TYPES(), values, _CLASSES, own)
         except DoorError as error:
-            raise RunError(str(error)) from None
-        return inner(cls, **checked)
+            raise RunError(printable(str(error))) from None
+        try:
+            return inner(cls, **checked)
+        except Exception as error:
+            if _can_be_logged(error):
+                raise
+            raise RunError(printable(str(error))) from None
 
     node.execute = classmethod(execute)
     return node
+
+
+def _can_be_logged(error: BaseException | None) -> bool:
+    """Whether an error's text, and those of all that it came from, can be written in UTF-8."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if not is_text(error):
+            return False
+        error = error.__cause__ or error.__context__
+    return True
 
 
 def first_complaint(*verdicts: Verdict) -> Verdict:

@@ -23,6 +23,7 @@ import torch
 
 from ..dream4d_engine import locks
 from ..dream4d_engine.assets import AssetError, Provenance, check_header, load_scene, save_scene
+from ..dream4d_engine.documents import printable
 from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import WriteError, check_folder, check_memory, peak_memory, versions
 from ..dream4d_engine.priors.files import digest
@@ -182,11 +183,12 @@ def steps_end_first() -> Iterator[None]:
 
 
 def say_on_node(text: str, node_id: str | None) -> None:
-    """Put a line of text on a node."""
+    """Put lines of text on a node."""
     from server import PromptServer
 
     if node_id is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        lines = map(printable, text.split("\n"))  # names of files, which stand in many, needn't be UTF-8
+        PromptServer.instance.send_progress_text("\n".join(lines), node_id)
 
 
 def show_taken(text: str, image: torch.Tensor, node_id: str | None) -> None:
