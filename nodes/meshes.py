@@ -10,6 +10,7 @@ from io import BytesIO
 from comfy_api.latest import Types, io
 
 from ..dream4d_engine.export import (
+    ROOM,
     ExportOptions,
     GltfOptions,
     SceneMesh,
@@ -18,7 +19,7 @@ from ..dream4d_engine.export import (
     require_own,
     scene_mesh,
 )
-from ..dream4d_engine.machine import check_memory, write_atomically
+from ..dream4d_engine.machine import check_folder, check_memory, write_atomically
 from ..dream4d_engine.mesh import MeshError
 from ..dream4d_engine.priors.formats.weights import human_size
 from ..dream4d_engine.surface import SurfaceOptions
@@ -239,6 +240,7 @@ class ExportAnimatedGLB(io.ComfyNode):
     ) -> io.NodeOutput:
         """Follow the surface, or the mesh's own vertices, through the times and write the file."""
         gltf, node_id = GltfOptions(duration, bounce, lit=lit), cls.hidden.unique_id
+        _require_room(filename_prefix, cls.hidden.prompt)
         if own_mesh is None:
             require(check_surface(cls, resolution, faces, texture))
             surface = SurfaceOptions(resolution, threshold or None, faces, smoothing)
@@ -252,6 +254,14 @@ class ExportAnimatedGLB(io.ComfyNode):
         say_on_node("\n".join(lines), node_id)
         data = BytesIO(made.data)  # and not the path: what was saved may be moved or removed
         return io.NodeOutput(Types.File3D(data, "glb"), ui={"3d": [file.saved]})
+
+
+def _require_room(prefix: str, graph: Mapping | None) -> None:
+    """RunError, before the work, where no file of this prefix can be written."""
+    try:
+        check_folder(new_file(prefix, graph, ".glb").path.parent, ROOM, "choose another filename_prefix")
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Annotated
 from ..assets import load_scene
 from ..documents import named
 from ..export import (
+    ROOM,
     ExportOptions,
     GltfOptions,
     MeshFormat,
@@ -47,7 +48,6 @@ from .progress import make_progress
 from .terminal import say
 
 _STEPS = 100  # of the progress bar
-_MOST_BYTES = 2**26  # of a file as these flags make it
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def run(options: Export) -> int:
     moving = form == "glb" and options.times > 1 and scene.deformation is not None
     if moving:
         _check_times(scene, options.times)
-    check_folder(out.parent, _MOST_BYTES)
+    check_folder(out.parent, ROOM)
     with _progress() as on_progress:
         report = export_scene(scene, out, export_options, form, on_progress)
     for note in report.made.notes:
@@ -152,7 +152,7 @@ def _run_own(options: Export, mesh: Path) -> int:
     scene, provenance = load_scene(options.scene, pick_device(options.machine.device))
     origin = require_own_file(mesh, provenance.first_mesh)
     model = read_model(mesh, origin.source.clip, origin.source.time)
-    check_folder(out.parent, mesh.stat().st_size + _MOST_BYTES)
+    check_folder(out.parent, mesh.stat().st_size + ROOM)
     scene, _ = edited(scene, options.edit)
     _check_times(scene, options.times)
     with _progress() as on_progress:

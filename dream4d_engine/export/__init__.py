@@ -4,6 +4,7 @@ from .gltf import GltfOptions, glb_bytes
 from .images import contact_sheet, save_image, to_bytes
 from .meshes import (
     MESH_FORMATS,
+    ROOM,
     ExportOptions,
     ExportReport,
     MeshFormat,
@@ -24,6 +25,7 @@ __all__ = [
     "GltfOptions",
     "MeshFormat",
     "OwnMesh",
+    "ROOM",
     "SceneMesh",
     "Video",
     "VideoWriter",

@@ -33,6 +33,8 @@ from .images import save_image, to_bytes
 
 MeshFormat = Literal["glb", "obj", "ply", "stl"]
 MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
+ROOM = 2**26
+"""Bytes on the disk that there should be before a file is made: how large it becomes is known at the end."""
 
 
 def mesh_format(path: Path) -> MeshFormat | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from browsers import why_no_module
-from comfy_harness import REPOSITORY, Server, node, why_no_meshes
+from comfy_harness import REPOSITORY, Server, motion_nodes, node, why_no_meshes
 from glb import Glb, issues_of
 from safetensors import safe_open
 from server_runs import ended, output_files, steps_in
@@ -198,6 +199,18 @@ def test_scenes_without_a_surface_are_said_to_have_none(meshes, blob, message):
     assert not list((meshes.base / "output" / "meshes").glob("none*"))
 
 
+def test_where_nothing_can_be_written_is_said_before_the_work(meshes):
+    (meshes.base / "output" / "a_file").write_bytes(b"")
+    graph = {"1": load(MOVING), "2": export(["1", 0], ["3", 0], times=900), "3": value('"a_file/moving"')}
+    with meshes.listen() as listener:
+        meshes.queue(graph, listener.client)
+        events = listener.until(ended, 30)
+    assert events[-1][0] == "execution_error"
+    assert "'a_file' in filename_prefix is a file, not a folder" in events[-1][1]["exception_message"]
+    states = [content["nodes"].get("2", {}) for kind, content in events if kind == "progress_state"]
+    assert not any(state.get("value") for state in states), "nothing was counted"
+
+
 def test_an_export_can_be_cancelled_and_leaves_nothing(meshes):
     graph = {"1": load(MOVING), "2": export(["1", 0], "meshes/cancelled", times=900)}
     with meshes.listen() as listener:
@@ -334,6 +347,46 @@ def test_the_motion_is_written_into_the_users_own_file(small, moving_cube):
         assert issues["numErrors"] == issues["numWarnings"] == 0, issues["messages"]
     text = next(text for kind, text in events if kind == "text" and text.startswith("meshes/own"))
     assert "lid.glb: 25 vertices, 32 faces" in text and "key frames" in text
+
+
+def test_a_mesh_that_was_saved_again_gets_the_motion_that_was_trained_before(small):
+    """Its scene has the same numbers, so a finished run is taken up; it comes from the new file all the same."""
+    folder = small.base / "input" / "3d"
+    folder.mkdir(exist_ok=True)
+    data = (EXAMPLES / MESH.split()[0]).read_bytes()
+    (folder / "first.glb").write_bytes(data)
+    (folder / "again.glb").write_bytes(data + bytes(4))
+    events = {}
+    for name in ("first", "again"):
+        graph = {"1": mesh_file(f"3d/{name}.glb [input]"), "2": fit(["1", 0], 5)} | motion_nodes(3, seed=61)
+        graph |= {
+            "5": export(["4", 0], f"meshes/{name}", own_mesh=["1", 0]),
+            "6": node("Dream4DSceneInfo", scene=["4", 0]),
+        }
+        with small.listen() as listener:
+            prompt = small.queue(graph, listener.client)
+            events[name] = listener.until(ended, 120)
+        assert events[name][-1][0] == "execution_success", events[name][-1]
+        assert f"a mesh: {name}.glb" in small.wait(prompt)["outputs"]["6"]["text"][0]
+    assert steps_in(events["first"], "motion") and not steps_in(events["again"], "motion"), "it was not trained again"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are text there")
+def test_names_of_files_that_are_no_utf_8_end_nothing(small):
+    """ComfyUI's worker would end for good where it logs an error that says such a name."""
+    folder = small.base / "input" / "3d"
+    folder.mkdir(exist_ok=True)
+    good, bad = (os.fsdecode(name) for name in (b"caf\xe9.glb", b"caf\xe9_cut.glb"))
+    data = (EXAMPLES / MESH.split()[0]).read_bytes()
+    (folder / good).write_bytes(data)
+    (folder / bad).write_bytes(data[:-100])
+    info = {"3": node("Dream4DSceneInfo", scene=["2", 0])}
+    said = small.error({"1": mesh_file(f"3d/{bad} [input]"), "2": fit(["1", 0], 3)} | info)
+    assert said.startswith("caf\ufffd_cut.glb: the header says")
+    outputs = small.run({"1": mesh_file(f"3d/{good} [input]"), "2": fit(["1", 0], 3)} | info)
+    assert "a mesh: caf\ufffd.glb" in outputs["3"]["text"][0]
+    for name in (good, bad):
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize(
