@@ -235,4 +235,6 @@ def _decimated(vertices: Tensor, faces: Tensor, n_faces: int) -> tuple[Tensor, T
     points, found = library("fast_simplification").simplify(
         vertices.cpu().numpy(), faces.cpu().numpy().astype("int32"), target_count=n_faces
     )
+    if not len(found):
+        raise MeshError(f"{n_faces} faces are too few: none of the surface's {len(faces):,} is left; ask for more")
     return without_unused(torch.from_numpy(points).to(vertices), torch.from_numpy(found).to(faces))

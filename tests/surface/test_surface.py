@@ -269,3 +269,8 @@ def test_scenes_that_were_made_in_inference_mode_are_followed_too() -> None:
         mesh = extract_surface(scene, options=replace(QUICK, n_faces=500, colors=False)).mesh
         tracks = track_vertices(scene, mesh.vertices, mesh.faces, torch.linspace(0, 1, 2))
     assert tracks.unconverged == 0 and tracks.residual.max() < 5e-3
+
+
+def test_faces_that_are_too_few_are_said_to_be() -> None:
+    with pytest.raises(MeshError, match=r"1 faces are too few: none of the surface's [\d,]+ is left; ask for more"):
+        extract_surface(exact_scene("sphere"), options=replace(QUICK, n_faces=1, colors=False))
