@@ -17,6 +17,7 @@ from ..priors.handle import Prior, PriorHandle, PriorKind, ReferenceView
 from ..priors.networks.execution import PLAIN, Capture, GraphCapture, Runtime
 from .config import (
     IMAGE_RECIPES,
+    MOTION_RECIPES,
     ORBIT_RECIPES,
     GuidanceTerm,
     LoopConfig,
@@ -90,7 +91,7 @@ def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | No
         if handle.most_frames is not None and window > handle.most_frames:
             raise ValueError(
                 f"motion.n_frames is {window}, and the {handle.name} prior sees {handle.most_frames} frames at most at "
-                f"once: leave it at {handle.most_frames}, and ask for a longer animation by its number of frames"
+                f"once: {_fewer_frames(recipe, handle.most_frames)}"
             )
     if n_frames is None or n_frames == window:
         return recipe
@@ -104,6 +105,15 @@ def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | No
             f"{most} at most"
         )
     return replace(recipe, n_frames=n_frames, windows=Windows(n_frames, window, *steps))
+
+
+def _fewer_frames(recipe: MotionRecipe, most: int) -> str:
+    """How to come to takes of no more frames: by another recipe where it is the recipe's own number."""
+    shipped = shipped_recipe(recipe)
+    if isinstance(shipped, MotionRecipe) and shipped.n_frames > most:
+        others = [one.name for one in MOTION_RECIPES.values() if one.n_frames <= most]
+        return f"the recipe {recipe.name!r} is for other models, so choose {', '.join(others)}"
+    return f"leave it at {most}, and ask for a longer animation by its number of frames"
 
 
 def load_guidance(

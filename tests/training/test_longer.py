@@ -82,6 +82,11 @@ def test_a_take_that_the_prior_can_not_see_at_once_is_refused(n_frames):
     assert longer(n_frames, handle=toy_prior("video")).n_frames == (n_frames or 8)
 
 
+def test_a_recipe_for_other_models_is_said_to_be_one():
+    with pytest.raises(ValueError, match="the recipe 'model-video' is for other models, so choose toy$"):
+        longer(None, MODEL_VIDEO, toy_prior("video"))
+
+
 def test_the_most_frames_can_be_asked_for():
     assert longer(449).windows.length == 64 and longer(1025, with_frames_of(MODEL_VIDEO, {"video": WAN}), WAN)
 
