@@ -50,6 +50,7 @@ FROM_IMAGES = IMAGE_RECIPES | ORBIT_RECIPES
 STILL_RECIPES = STATIC_RECIPES | FROM_IMAGES
 _MOST_STEPS, _MOST_SEED, _MOST_FRAMES = 1_000_000, 2**63 - 1, 10_000
 _GOES_ON = "Cancel keeps what is done: queue again to go on."
+_REPLACED = "the scene moved before: that motion was replaced, not added to"
 _ALIASES = ("dream4d", "score distillation", "sds")
 
 
@@ -268,7 +269,9 @@ class AnimateScene(io.ComfyNode):
             f"deformation over time. {_GOES_ON}",
             search_aliases=["text to 4d", "animate 3d", "motion", *_ALIASES],
             inputs=[
-                ScenePort.Input("scene", tooltip="The still scene (a copy is animated)."),
+                ScenePort.Input(
+                    "scene", tooltip="The still scene (a copy is animated). Of one that moves, the motion is replaced."
+                ),
                 _prior("video", ".", optional=False),
                 _prompt("What it does, for example: a red cube is jumping. With the toy prior only its words."),
                 io.DynamicCombo.Input(
@@ -403,7 +406,8 @@ class AnimateScene(io.ComfyNode):
         node_id = cls.hidden.unique_id
         moving = carry_out(run, train, node_id=node_id, resume=resume, preview_seconds=preview_seconds)
         moving, line = with_motion(moving, node_id)
-        say_on_node(line, node_id)
+        replaced = "" if scene.scene.deformation is None else _REPLACED
+        say_on_node("\n".join(filter(None, (line, replaced))), node_id)
         return io.NodeOutput(moving)
 
 

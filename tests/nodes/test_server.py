@@ -633,6 +633,19 @@ def test_said_on_the_node(server, change, message):
     assert message in server.error(graph)
 
 
+def test_a_moving_scene_that_is_animated_is_said_to_lose_its_motion(server):
+    moving, still = (f"{name}_cube.safetensors [example]" for name in ("jumping", "red"))
+    for file in (moving, still):
+        graph = motion_nodes(2, seed=32) | {"2": node("Dream4DLoadScene", file=file)}
+        graph["8"] = node("Dream4DSceneInfo", scene=["4", 0])
+        with server.listen() as listener:
+            server.queue(graph, listener.client)
+            events = listener.until(ended)
+        assert events[-1][0] == "execution_success"
+        lines = [content for kind, content in events if kind == "text"]
+        assert any(line.endswith("that motion was replaced, not added to") for line in lines) == (file == moving)
+
+
 def test_a_moving_scene_is_no_start_for_a_still_one(server):
     graph = static_nodes(3, seed=31) | motion_nodes(3, seed=31)
     graph["20"] = static_nodes(3, seed=31, scene=["4", 0])["2"]
