@@ -264,7 +264,9 @@ def opened(path: Path):
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except Exception as error:
-        raise AssetError(f"{path} is not a readable .safetensors file ({first_words(error)})") from error
+        raise AssetError(
+            f"{path} is not a readable .safetensors file ({first_words(error)}): is it complete?"
+        ) from error
 
 
 def head_of(path: Path) -> bytes:

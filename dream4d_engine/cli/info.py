@@ -136,7 +136,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict]]:
             (length,) = struct.unpack("<Q", file.read(8))  # a safetensors file: 8 bytes, so much JSON, the numbers
             entries = json.loads(file.read(length))
     except (OSError, ValueError) as error:
-        raise AssetError(f"{path} is not a readable .safetensors file ({error})") from error
+        raise AssetError(f"{path} is not a readable .safetensors file ({error}): is it complete?") from error
     tensors = {
         name: {"dtype": e["dtype"], "shape": e["shape"], "bytes": e["data_offsets"][1] - e["data_offsets"][0]}
         for name, e in sorted(entries.items())

@@ -148,7 +148,8 @@ def _open_safetensors(path: Path, head: bytes) -> Checkpoint:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             return Checkpoint(path, shapes, file.get_tensor, file.metadata() or {})
     except Exception as error:  # its library's own error, and those of names and numbers that python can't take
-        raise PriorError(f"{path} is not a readable .safetensors file ({shortened(first_line(error), 200)})") from error
+        said = shortened(first_line(error), 200)
+        raise PriorError(f"{path} is not a readable .safetensors file ({said}): is it complete?") from error
     raise _too_many(path, len(names))
 
 
