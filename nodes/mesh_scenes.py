@@ -16,7 +16,7 @@ from ..dream4d_engine.documents import describe
 from ..dream4d_engine.guidance.distillation import Guidance
 from ..dream4d_engine.machine import versions
 from ..dream4d_engine.mesh import MeshError
-from ..dream4d_engine.meshes import Front, MeshOrigin, Model, Placement, Up, place
+from ..dream4d_engine.meshes import Front, MeshOrigin, Model, Placement, Up, files_beside, place
 from ..dream4d_engine.priors.handle import Prior, PriorHandle, PriorKind
 from ..dream4d_engine.training.config import MESH_RECIPES, MeshRecipe, find_recipe
 from ..dream4d_engine.training.estimate import mesh_disk_bytes, mesh_memory_bytes
@@ -75,8 +75,8 @@ class LoadMesh(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str:
-        """Give the file again when it has changed."""
-        return changed_at(lambda: model_path(file or ""))
+        """Give the file again when it has changed, or its materials and textures have."""
+        return changed_at(lambda: model_path(file or ""), files_beside)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

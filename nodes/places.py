@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -70,13 +70,14 @@ def path_below(file: str, suffixes: tuple[str, ...], what: str) -> Path:
     return path
 
 
-def changed_at(find: Callable[[], Path]) -> str:
-    """What is another text once the file that is found has changed."""
+def changed_at(find: Callable[[], Path], beside: Callable[[Path], Iterable[Path]]) -> str:
+    """What is another text once the file that is found has changed, or one of those that are read with it."""
     try:
-        found = find().stat()
+        path = find()
+        found = [(one.name, one.stat()) for one in (path, *beside(path))]
     except (PlaceError, OSError):
         return ""
-    return f"{found.st_mtime_ns} {found.st_size}"
+    return " ".join(f"{name!r} {stat.st_mtime_ns} {stat.st_size}" for name, stat in found)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..dream4d_engine.assets import AssetError, load_scene, read_info, save_scene
-from ..dream4d_engine.dream_in_4d import import_checkpoint
+from ..dream4d_engine.dream_in_4d import import_checkpoint, settings_beside
 from .doors import DoorError, check_choice
 from .places import PlaceError, changed_at, check_prefix, files_below, new_file, path_below
 from .readout import with_motion
@@ -110,8 +110,8 @@ class LoadScene(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str:
-        """Read the file again when it has changed."""
-        return changed_at(lambda: scene_path(file or ""))
+        """Read the file again when it has changed, or the settings beside a checkpoint have."""
+        return changed_at(lambda: scene_path(file or ""), settings_beside)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

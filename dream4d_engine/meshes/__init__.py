@@ -1,5 +1,6 @@
 """Meshes of others: read, placed into a scene's box, and given motion."""
 
+from .beside import files_beside
 from .glb import GltfOptions
 from .patch import MovingGlb, moving_glb
 from .read import READ_FORMATS, read_model
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "Up",
     "Wrap",
+    "files_beside",
     "model_from_tensors",
     "moving_glb",
     "place",

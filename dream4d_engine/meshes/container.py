@@ -256,6 +256,15 @@ def read_gltf(path: Path) -> Gltf:
     return whole
 
 
+def document_of(path: Path) -> bytes:
+    """The JSON of a .glb or .gltf file; of a GLB nothing else is read."""
+    with open(path, "rb") as file:
+        head = file.read(20)
+        if head[:4] != b"glTF" or len(head) < 20:
+            return head + file.read(MOST_BYTES["JSON"])
+        return file.read(min(struct.unpack_from("<I", head, 12)[0], MOST_BYTES["JSON"]))
+
+
 def _without_null(tree: Any) -> Any:
     """The document without what is null, which says as much as what is missing; `extras` are the user's own."""
     if isinstance(tree, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +34,16 @@ def find_beside(path: Path, name: str) -> Path | None:
                 return found
         except (OSError, ValueError, RuntimeError):
             continue
-    try:
-        alike = (one for one in folder.iterdir() if one.name.lower() == plain.name.lower())
-        return next((one for one in alike if one.is_file() and one.resolve().is_relative_to(folder.resolve())), None)
-    except OSError:
-        return None
+    for place in (folder / plain.parent, folder):
+        try:
+            alike = [one for one in place.iterdir() if one.name.lower() == plain.name.lower()]
+            inside = (one for one in alike if one.is_file() and one.resolve().is_relative_to(folder.resolve()))
+            found = next(inside, None)
+        except (OSError, ValueError, RuntimeError):
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def image_beside(path: Path, name: str, notes: list[str]) -> Tensor | None:
@@ -53,12 +59,28 @@ def image_beside(path: Path, name: str, notes: list[str]) -> Tensor | None:
         return None
 
 
+def libraries_beside(path: Path, library: str) -> list[tuple[str, Path | None]]:
+    """The .mtl file that a model names, or several: names may hold spaces. None: it isn't there."""
+    several = find_beside(path, library) is None and any(find_beside(path, one) for one in library.split())
+    return [(name, find_beside(path, name)) for name in (library.split() if several else [library])]
+
+
+def texture_names(beside: Path) -> list[str]:
+    """The textures that a .mtl file names."""
+    return [_named(rest) for key, rest, _ in _lines(beside) if key == "map_kd" and rest]
+
+
+def _lines(beside: Path) -> Iterator[tuple[str, str, str]]:
+    """Of each line the first word, small, what follows it, and the whole."""
+    for line in read_bytes(beside, 2**26).decode("utf-8-sig", "replace").splitlines():
+        key, _, rest = line.strip().replace("\t", " ").partition(" ")
+        yield key.lower(), rest.strip(), line
+
+
 def read_mtl(path: Path, library: str, notes: list[str]) -> dict[str, Material]:
     """The materials of the .mtl file that a model names, or of several: names may hold spaces."""
-    several = find_beside(path, library) is None and any(find_beside(path, one) for one in library.split())
     found: dict[str, Material] = {}
-    for name in library.split() if several else [library]:
-        beside = find_beside(path, name)
+    for name, beside in libraries_beside(path, library):
         if beside is None:
             notes.append(f"the material file {describe(name)} is not beside the model: the model is shown white")
         else:
@@ -69,9 +91,8 @@ def read_mtl(path: Path, library: str, notes: list[str]) -> dict[str, Material]:
 def _materials(path: Path, beside: Path, notes: list[str]) -> dict[str, Material]:
     found: dict[str, Material] = {}
     name = ""
-    for line in read_bytes(beside, 2**26).decode("utf-8-sig", "replace").splitlines():
-        key, _, rest = line.strip().replace("\t", " ").partition(" ")
-        key, rest, material = key.lower(), rest.strip(), found.get(name)
+    for key, rest, line in _lines(beside):
+        material = found.get(name)
         if key == "newmtl":
             name = rest
             found[name] = Material(name, double_sided=True)

@@ -16,6 +16,7 @@ from .formats.identify import open_loader
 from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
 from .formats.pipelines import open_pipeline
+from .formats.single_file import configs_beside
 from .formats.tiny_vae import TinyDecoder, check_tiny_vae, folder_of
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
@@ -130,8 +131,11 @@ def _guide(
 
 
 def list_files(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of a file, or of all files below a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """(name, bytes, time of change) of a file and the configuration beside it, or of all files below a folder."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+    else:
+        files = [path, *configs_beside(path)]
     return [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 

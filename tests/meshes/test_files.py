@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -17,7 +18,7 @@ from dream4d_engine.assets import config_from_dict
 from dream4d_engine.export import glb_bytes, save_mesh
 from dream4d_engine.export.gltf import y_up
 from dream4d_engine.mesh import Mesh, MeshError, vertex_normals
-from dream4d_engine.meshes import Placement, model_from_tensors, place, read_model
+from dream4d_engine.meshes import Placement, files_beside, model_from_tensors, place, read_model
 
 PLACES = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 2, 0], [0, 2, 0], [0, 0, 3]])
 FACES = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 4, 1], [3, 4, 0], [1, 4, 2], [2, 4, 3]])
@@ -360,3 +361,28 @@ def test_vertices_colors_stand_in_place_of_a_materials(tmp_path, second: str, co
     lines = f"mtllib a.mtl\nusemtl a\nv 0 0 0 1 1 1\nv 1 0 0 1 1 1\nv 1 1 0 {second}\nf 1 2 3\n"
     model = read_model(written(tmp_path, "a.obj", lines))
     assert model.materials[1].color == color  # one white for all says nothing
+
+
+# ---- what lies beside --------------------------------------------------------------------------------------------
+
+
+def test_the_files_that_a_model_names_are_known(tmp_path) -> None:
+    for name in ("maps/my paint.png", "data.bin", "other.png", "named.mtl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    obj = written(tmp_path, "a.obj", "mtllib named.mtl\r\nv 0 0 0\nmtllib missing.mtl\n")
+    written(tmp_path, "named.mtl", "newmtl x\nmap_Kd -s 1 1 1 C:\\work\\other.png\nmap_Kd maps\\My Paint.PNG\n")
+    assert [path.name for path in files_beside(obj)] == ["named.mtl", "other.png", "my paint.png"]
+    tree = {"buffers": [{"uri": "data.bin"}, {"uri": "data:;base64,AA=="}, {"uri": "gone.bin"}, {"uri": "../up.bin"}]}
+    tree["images"] = [{"uri": "maps/my%20paint.png"}, {"bufferView": 0}, 5]
+    text = json.dumps(tree).encode()
+    glb = b"glTF" + struct.pack("<III4s", 2, 20 + len(text), len(text), b"JSON") + text
+    for name, content in (("a.gltf", text), ("a.glb", glb)):
+        found = files_beside(written(tmp_path, name, content))
+        assert [path.name for path in found] == ["data.bin", "my paint.png"]
+    ply = written(tmp_path, "a.ply", "ply\nformat ascii 1.0\ncomment TextureFile other.png\nend_header\n")
+    assert files_beside(ply) == [tmp_path / "other.png"]
+    damaged = {"b.glb": b"glTF", "b.gltf": b"[1, 2", "b.stl": b"", "b.obj": b"\xff\xfe", "b.ply": b""}
+    for name, content in damaged.items():
+        assert files_beside(written(tmp_path, name, content)) == []
+    assert files_beside(tmp_path / "none.glb") == []

@@ -11,6 +11,7 @@ import torch
 from browsers import why_no_module
 from comfy_harness import REPOSITORY, Server, motion_nodes, node, why_no_meshes
 from glb import Glb, issues_of
+from PIL import Image
 from safetensors import safe_open
 from server_runs import ended, output_files, steps_in
 
@@ -369,6 +370,25 @@ def test_a_mesh_that_was_saved_again_gets_the_motion_that_was_trained_before(sma
         assert events[name][-1][0] == "execution_success", events[name][-1]
         assert f"a mesh: {name}.glb" in small.wait(prompt)["outputs"]["6"]["text"][0]
     assert steps_in(events["first"], "motion") and not steps_in(events["again"], "motion"), "it was not trained again"
+
+
+def test_a_texture_that_was_painted_anew_is_seen(small):
+    """The model's own file stays as it was; only what it names has changed."""
+    folder = small.base / "input" / "3d"
+    folder.mkdir(exist_ok=True)
+    corners, sides = ("0 0 0", "1 0 0", "0 1 0", "0 0 1"), ("1/1 3/3 2/2", "1/1 2/2 4/3", "1/1 4/3 3/2", "2/1 3/2 4/3")
+    lines = ["mtllib painted.mtl", *(f"v {corner}" for corner in corners), "vt 0 0", "vt 1 0", "vt 0 1", "usemtl paint"]
+    (folder / "painted.obj").write_text("\n".join([*lines, *(f"f {side}" for side in sides)]))
+    (folder / "painted.mtl").write_text("newmtl paint\nmap_Kd painted.png\n")
+    graph = {"1": mesh_file("3d/painted.obj [input]"), "2": fit(["1", 0], 3)}
+    graph["3"] = node("Dream4DSaveScene", scene=["2", 0], filename_prefix="meshes/painted")
+    saved = []
+    for color in ("lime", "lime", "blue"):
+        if color != "lime" or not saved:
+            Image.new("RGB", (8, 8), color).save(folder / "painted.png")
+        saved.append(output_files(small, small.run(graph)["3"], "scenes")[0])
+    assert saved[0] == saved[1] != saved[2], "what is as it was is not done again"
+    assert saved[0].read_bytes() != saved[2].read_bytes()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files are text there")

@@ -162,7 +162,14 @@ def test_the_original_checkpoints_can_be_loaded(server):
         if path.with_suffix(".json").exists():
             shutil.copy(path.with_suffix(".json"), server.base / "input")
         graph = {"1": node("Dream4DLoadScene", file=path.name), "2": node("Dream4DSceneInfo", scene=["1", 0])}
-        assert "imported from Dream-in-4D" in server.run(graph)["2"]["text"][0]
+        said = server.run(graph)["2"]["text"][0]
+        assert "imported from Dream-in-4D" in said
+        settings = server.base / "input" / f"{path.stem}.json"
+        if settings.exists():  # changed settings are read, though the checkpoint is as it was
+            tree = json.loads(settings.read_text(encoding="utf-8"))
+            tree["prompt_processor"]["prompt"] = "a green cone"
+            settings.write_text(json.dumps(tree), encoding="utf-8")
+            assert "a green cone" not in said and "a green cone" in server.run(graph)["2"]["text"][0]
 
 
 def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):

@@ -538,3 +538,12 @@ def test_open_checkpoint_reads_only_what_is_asked_for(files):
     file = open_checkpoint(files["mvdream"])
     assert file.shapes["model.diffusion_model.camera_embed.0.weight"] == (128, 16)
     assert len(file.under("first_stage_model.")) == len(layout.vae(32, (1, 2), 1))
+
+
+def test_a_configuration_beside_a_file_makes_another_model_of_it(files, tmp_path):
+    """Or a run that was finished before would be taken for one with it."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(Path(files["sd15"]).read_bytes())
+    before = prior_files(path).fingerprint()
+    (tmp_path / "model.json").write_text('{"parameterization": "v"}')
+    assert prior_files(path).fingerprint() != before

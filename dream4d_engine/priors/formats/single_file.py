@@ -90,6 +90,12 @@ class Configuration:
         return found
 
 
+def configs_beside(path: Path) -> list[Path]:
+    """The files of a checkpoint's name that may hold its configuration, those that are there."""
+    places = (path.with_suffix(suffix) for suffix in (".json", ".yaml", ".yml"))
+    return [place for place in places if place.is_file()]
+
+
 def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Configuration:
     """Return the configuration that is given, or lies beside the file, or an empty one."""
     if config is not None:
@@ -102,9 +108,7 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
             raise PriorError(f"{where} has none of a model's settings ({', '.join(sorted(_FIELDS))})")
         return Configuration(inner or {}, where)
     notes: tuple[str, ...] = ()
-    for place in (path.with_suffix(suffix) for suffix in (".json", ".yaml", ".yml")):
-        if not place.is_file():
-            continue
+    for place in configs_beside(path):
         try:
             content = read_document(place, PriorError)
         except PriorError as error:
