@@ -39,9 +39,13 @@ def files_below(suffixes: tuple[str, ...]) -> list[str]:
             if Path(place) == root / _RUNS[0]:
                 below[:] = [name for name in below if name != _RUNS[1]]
             for path in (Path(place, name) for name in files if name.lower().endswith(suffixes)):
-                if path.is_file() and path.resolve().is_relative_to(root):
-                    name = f"{path.relative_to(root).as_posix()} [{label}]"
-                    found.append((label != "example", path.stat().st_mtime, name))
+                try:
+                    there = path.is_file() and path.resolve().is_relative_to(root)
+                    changed = path.stat().st_mtime if there else 0.0
+                except (OSError, RuntimeError):  # removed by now, or a link in a circle
+                    continue
+                if there:
+                    found.append((label != "example", changed, f"{path.relative_to(root).as_posix()} [{label}]"))
     return [name for *_, name in sorted(found, reverse=True)]
 
 

@@ -7,11 +7,13 @@ import importlib
 import json
 import math
 import re
+import sys
 import threading
 import time
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -682,3 +684,14 @@ def test_nothing_lies_over_anything_when_the_nodes_have_grown(path: Path):
             assert width <= 340, "it becomes higher the wider it is"
         boxes.append((node["id"], x, y - HEAD, width, max(height, GROWN.get(node["type"], 0)) + HEAD))
     assert overlaps(boxes) == []
+
+
+def test_a_file_that_goes_while_the_lists_are_made_is_left_out(monkeypatch, tmp_path):
+    """The node would be missing in the front end."""
+    folder = SimpleNamespace(get_input_directory=lambda: tmp_path, get_output_directory=lambda: tmp_path / "output")
+    monkeypatch.setitem(sys.modules, "folder_paths", folder)
+    places = part_of_the_pack("places")
+    (tmp_path / "there.glb").write_bytes(b"")
+    (tmp_path / "gone.glb").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # it was there a moment ago
+    assert [name for name in places.files_below((".glb",)) if "[input]" in name] == ["there.glb [input]"]
