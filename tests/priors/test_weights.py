@@ -241,7 +241,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypat
     hub.repositories["some/model"] = folder_files()
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(PriorError, match="the download needs .* has 0.0 MB left: free some room.*HF_HOME"):
+    with pytest.raises(PriorError, match="the download needs .* has 1.0 kB left: free some room.*HF_HOME"):
         find("some/model", tmp_path, download=True)
     assert not hub.fetched
 
@@ -296,3 +296,9 @@ def test_table_is_whole():
 
 def test_readme_has_the_table():
     assert weights.markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_sizes_are_written_as_people_do():
+    sizes = (0, 20_640, 99_900, 100_000, 5_210_000, 99_000_000, 100_000_000, 5.2e9)
+    written = ["0.0 kB", "20.6 kB", "99.9 kB", "0.1 MB", "5.2 MB", "99.0 MB", "0.1 GB", "5.2 GB"]
+    assert [human_size(int(size)) for size in sizes] == written

@@ -205,6 +205,8 @@ def known_weights(name: str) -> KnownWeights | None:
 
 def human_size(n_bytes: int) -> str:
     """Write a number of bytes as people do."""
+    if n_bytes < 1e5:
+        return f"{n_bytes / 1e3:.1f} kB"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
