@@ -38,11 +38,11 @@ def find_beside(path: Path, name: str) -> Path | None:
         try:
             alike = [one for one in place.iterdir() if one.name.lower() == plain.name.lower()]
             inside = (one for one in alike if one.is_file() and one.resolve().is_relative_to(folder.resolve()))
-            found = next(inside, None)
+            match = next(inside, None)
         except (OSError, ValueError, RuntimeError):
             continue
-        if found is not None:
-            return found
+        if match is not None:
+            return match
     return None
 
 
