@@ -99,16 +99,21 @@ def words_for(kind: PriorKind, prompt: str) -> str:
 
 def check_prompt(name: str, known_words: frozenset[str] | None, prompt: str) -> None:
     """Raise PriorError for an empty prompt or, with a toy prior, one with words that it was not taught."""
-    if not prompt.strip():
+    if not without_full_stop(prompt).strip():
         raise PriorError("the prompt is empty: say what to make, for example 'a red cube is jumping'")
     if known_words is None:
         return
-    unknown = [word for word in split_words(prompt) if word not in known_words]
+    unknown = [word for word in split_words(without_full_stop(prompt)) if word not in known_words]
     if unknown:
         raise PriorError(
             f"the {name} prior does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))}; "
             f"its words are: {', '.join(sorted(known_words - {','}))}; others need a full-size model"
         )
+
+
+def without_full_stop(prompt: str) -> str:
+    """A prompt as a toy prior reads it: captions that it was taught by have no full stop."""
+    return prompt.rstrip(" .")
 
 
 def split_words(prompt: str) -> list[str]:
@@ -122,6 +127,8 @@ def _encode_prompts(prior: LoadedPrior, prompt: str, negative: str | None) -> tu
         raise PriorError(f"the {prior.name} prior is told an image, not a prompt: use image_guidance")
     prompt = words_for(prior.kind, prompt)
     check_prompt(prior.name, prior.known_words, prompt)
+    if prior.known_words is not None:
+        prompt = without_full_stop(prompt)
     negative = _negative_prompt(prior, negative)
     texts = (prompt,) if prior.kind == "multiview" else view_prompts(prompt)
     encoded = prior.encode_text([*texts, negative])

@@ -86,7 +86,7 @@ def _leave_chance_out(scene: Scene, body: BodyMotion, least: float) -> None:
         body.reset()
         logger.warning(
             "as a whole the object was moved by %.1f %% of its size, in the mean: that is taken for chance, and it is "
-            "at rest now. A motion as small as this is kept with --motion.least-motion 0, and more steps may find more",
+            "at rest now. More steps may find more; on the command line, --motion.least-motion 0 keeps it",
             100 * went,
         )
 

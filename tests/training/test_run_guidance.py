@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dream4d_engine import cameras
 from dream4d_engine.guidance.prompts import NEGATIVE_PROMPT
 from dream4d_engine.priors.errors import PriorError
 from dream4d_engine.priors.files import toy_prior
@@ -77,6 +78,21 @@ def test_views_are_those_that_a_model_of_novel_views_sees():
 def test_negative_words_are_those_that_somebody_chose_else_the_models_own(own, in_recipe, asked, expected):
     recipe = replace(TEXT_TO_3D, negative_prompt=in_recipe)
     assert choose_negative(recipe, SimpleNamespace(negative_prompt=own), asked) == expected
+
+
+def test_a_sentence_may_end_with_a_full_stop():
+    """The toy models were taught captions without."""
+    handle, views = toy_prior("multiview"), cameras.orbit(4, 32, 32).reshape(1, 4)
+    told = {}
+    for prompt in ("a red cube", "a red cube. "):
+        handle.check_prompt(prompt)
+        guidance = load_guidance(TOY_STATIC, {"multiview": handle}, prompt, RUNTIME)["multiview"]
+        told[prompt] = guidance.conditions(views)[0].tokens
+    assert torch.equal(*told.values())
+    with pytest.raises(PriorError, match="the prompt is empty"):
+        handle.check_prompt(" . ")
+    with pytest.raises(PriorError, match="does not know 'cube.red'"):
+        handle.check_prompt("a cube.red")
 
 
 def test_loading_tells_of_each_model_and_can_be_ended():
