@@ -16,7 +16,15 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.files import PriorFiles, digest, list_files, prior_files, read_metadata, toy_subject
+from ..dream4d_engine.priors.files import (
+    PriorFiles,
+    digest,
+    list_files,
+    model_files,
+    prior_files,
+    read_metadata,
+    toy_subject,
+)
 from ..dream4d_engine.priors.formats.lora_files import holds_lora, lora_files, read_lora
 from ..dream4d_engine.priors.formats.tiny_vae import TinyDecoder
 from ..dream4d_engine.priors.formats.weights import WEIGHTS, find_weights, human_size
@@ -128,7 +136,7 @@ def kind_loader(of: KindOfLoader) -> type[io.ComfyNode]:
         def fingerprint_inputs(cls, model: str | None = None, hub_id: str | None = None, **_) -> str:
             """Run again when a file of the model has changed."""
             try:
-                return digest(list_files(find_model(wanted(of, model or "", hub_id or ""))))
+                return digest(model_files(find_model(wanted(of, model or "", hub_id or ""))))
             except PriorError:
                 return ""
 

@@ -13,7 +13,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..dream4d_engine.priors.errors import PriorError
-from ..dream4d_engine.priors.files import digest, list_files, prior_files, read_metadata, toy_prior
+from ..dream4d_engine.priors.files import digest, model_files, prior_files, read_metadata, toy_prior
 from ..dream4d_engine.priors.formats.checkpoints import SUFFIXES
 from ..dream4d_engine.priors.formats.identify import identify
 from ..dream4d_engine.priors.formats.loaders import Metadata
@@ -99,7 +99,7 @@ class LoadPrior(io.ComfyNode):
     def fingerprint_inputs(cls, folder: str | None = None, kind: str | None = None) -> str:
         """Run again when a file of the folder has changed."""
         found = models().get(folder or "")
-        return "" if found is None else digest(list_files(found))
+        return "" if found is None else digest(model_files(found))
 
     @classmethod
     def execute(cls, folder: str, kind: PriorKind | Literal["as the folder says"]) -> io.NodeOutput:

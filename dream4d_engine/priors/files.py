@@ -16,7 +16,7 @@ from .formats.identify import open_loader
 from .formats.loaders import Metadata
 from .formats.lora_files import lora_files
 from .formats.pipelines import open_pipeline
-from .formats.single_file import configs_beside
+from .formats.single_file import configs_read
 from .formats.tiny_vae import TinyDecoder, check_tiny_vae, folder_of
 from .handle import Prior, PriorKind, ReferenceView
 from .loading import LoadedPrior, apply_lora, load_prior
@@ -53,7 +53,10 @@ class PriorFiles:
     def fingerprint(self) -> str:
         """Change when a file of the model does (by name, size and time; weights are not read)."""
         added = [] if self.lora is None else lora_files(self.lora)
-        parts = [list_files(path) for path in (self.path, *added, self._tiny_folder) if path is not None]
+        parts = [
+            model_files(self.path),
+            *(list_files(path) for path in (*added, self._tiny_folder) if path is not None),
+        ]
         return digest([self.kind, self.lora_strength, *parts, *(["decoder alone"] if self._decodes_only else [])])
 
     def n_bytes(self) -> int:
@@ -131,12 +134,15 @@ def _guide(
 
 
 def list_files(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of a file and the configuration beside it, or of all files below a folder."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-    else:
-        files = [path, *configs_beside(path)]
+    """(name, bytes, time of change) of a file, or of all files below a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [(p.relative_to(path.parent).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def model_files(path: Path) -> list[tuple[str, int, int]]:
+    """The same of a model, of one in a single file with the configuration that is read beside it."""
+    beside = [] if path.is_dir() else configs_read(path)
+    return [one for file in (path, *beside) for one in list_files(file)]
 
 
 def digest(tree: object) -> str:

@@ -544,6 +544,23 @@ def test_a_configuration_beside_a_file_makes_another_model_of_it(files, tmp_path
     """Or a run that was finished before would be taken for one with it."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(Path(files["sd15"]).read_bytes())
-    before = prior_files(path).fingerprint()
-    (tmp_path / "model.json").write_text('{"parameterization": "v"}')
-    assert prior_files(path).fingerprint() != before
+    handle = prior_files(path)
+    before = handle.fingerprint()
+    beside = tmp_path / "model.json"
+    beside.write_text('{"model": {"name": "from a gallery"}, "notes": "nice"}')
+    assert handle.fingerprint() == before, "it is passed over where the model is loaded, too"
+    beside.write_text('{"parameterization": "v"}')
+    assert handle.fingerprint() != before
+    beside.write_text("{")
+    assert handle.fingerprint() != before
+
+
+def test_what_galleries_write_beside_a_lora_changes_no_run(files, tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"any")
+    prior = replace(prior_files(files["sd15"]), lora=lora)
+    before = prior.fingerprint()
+    (tmp_path / "lora.json").write_text('{"activation text": "sks"}')
+    assert prior.fingerprint() == before
+    lora.write_bytes(b"others")
+    assert prior.fingerprint() != before

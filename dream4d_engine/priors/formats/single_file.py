@@ -80,6 +80,7 @@ class Configuration:
     content: Mapping[str, Any]
     where: str  # the file that it is from, as messages name it
     notes: tuple[str, ...] = ()  # on what was passed over, for Metadata
+    beside: Path | None = None  # where it was found beside the model's file
 
     def section(self, *names: str) -> dict[str, Any]:
         """An object in it, by the names that lead there; {} where one is missing or null."""
@@ -94,6 +95,15 @@ def configs_beside(path: Path) -> list[Path]:
     """The files of a checkpoint's name that may hold its configuration, those that are there."""
     places = (path.with_suffix(suffix) for suffix in (".json", ".yaml", ".yml"))
     return [place for place in places if place.is_file()]
+
+
+def configs_read(path: Path) -> list[Path]:
+    """The one of them that says what the model is; all where that can't be told. A gallery's notes are none."""
+    try:
+        beside = find_config(path, None).beside
+    except PriorError:  # said where the model is loaded
+        return configs_beside(path)
+    return [] if beside is None else [beside]
 
 
 def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Configuration:
@@ -115,7 +125,7 @@ def find_config(path: Path, config: Mapping[str, Any] | Path | str | None) -> Co
             raise PriorError(f"{error}. It lies beside {path.name}: mend it, or move it away") from error
         inner = _settings_in(content)
         if inner is not None:
-            return Configuration(inner, f"{place} (beside {path.name}: mend it, or move it away)", notes)
+            return Configuration(inner, f"{place} (beside {path.name}: mend it, or move it away)", notes, place)
         notes = (*notes, f"{place} was passed over: it has none of a model's settings")
     return Configuration({}, "the model's configuration", notes)
 
