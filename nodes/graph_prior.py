@@ -214,9 +214,12 @@ def _made_with(function: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
-    """Whether there are numbers and words in it, and nothing else; None may be a place that is yet to be filled."""
+    """Whether there are numbers and words in it, and nothing else; None may be a place that is yet to be filled.
+
+    What is noted by other things than these, as FreeU notes devices without some function, comes while the model works.
+    """
     if isinstance(value, dict):
-        return bool(value) and all(_plain(one) for one in value.values())
+        return bool(value) and all(_plain(one) for pair in value.items() for one in pair)
     if isinstance(value, list | tuple):
         return bool(value) and all(_plain(one) for one in value)
     return isinstance(value, bool | int | float | str | torch.dtype)

@@ -1504,6 +1504,13 @@ def fingerprints() -> dict:
     freed = [replace(sd15, model=FreeU.execute(sd15.model, b, 1.2, 0.9, 0.2).result[0]) for b in (1.1, 1.1, 1.3)]
     freed = [handle_of("sd15", three).fingerprint() for three in (sd15, *freed)]
     assert freed[1] == freed[2] and len(set(freed)) == 3, freed
+    noting = replace(sd15, model=FreeU.execute(sd15.model, 1.1, 1.2, 0.9, 0.2).result[0])
+    (patch,) = noting.model.model_options["transformer_options"]["patches"]["output_block_patch"]
+    channels = 4 * sd15.model.model.model_config.unet_config["model_channels"]
+    filtered = mock.Mock(side_effect=[RuntimeError("no FFT here"), torch.zeros(1, channels, 4, 4)])
+    with mock.patch("comfy_extras.nodes_freelunch.Fourier_filter", filtered):
+        patch(*torch.zeros(2, 1, channels, 4, 4), {})
+    assert filtered.call_count == 2 and handle_of("sd15", noting).fingerprint() == freed[1]
     merged = replace(sd15, model=TomePatchModel.execute(sd15.model, 0.3).result[0])
     before = handle_of("sd15", merged).fingerprint()
     _sampled(merged, "sd15")  # its functions hand each other what they have found
