@@ -1,18 +1,20 @@
-"""Which files beside a model it names, so that a change of one of them is noticed without reading the model."""
+"""Which files beside a model it names, so that a change of one of them is noticed without making a mesh of it."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..documents import as_object, parse_document
 from ..mesh import MeshError
 from .container import document_of, path_beside, read_bytes
 from .mtl import find_beside, libraries_beside, texture_names
 
 _PLY_HEADER = 2**20  # bytes in which it ends
+_MTLLIB = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])[ \t]*mtllib[ \t]+([^\r\n]+)")
+_TEXTURE = re.compile(rb"^[ \t]*comment[ \t]+TextureFile[ \t]+([^\r\n]+)", re.MULTILINE)
 
 
 def files_beside(path: Path) -> list[Path]:
@@ -29,9 +31,10 @@ def files_beside(path: Path) -> list[Path]:
 
 
 def _of_gltf(path: Path) -> Iterator[Path]:
-    tree = json.loads(document_of(path))
+    tree = as_object(parse_document(document_of(path), path.name, MeshError), path.name, MeshError)
     for kind in ("buffers", "images"):
-        for entry in tree.get(kind) or () if isinstance(tree, dict) else ():
+        entries: Any = tree.get(kind)
+        for entry in entries if isinstance(entries, list) else ():
             uri: Any = entry.get("uri") if isinstance(entry, dict) else None
             if isinstance(uri, str) and uri[:5].lower() != "data:":
                 try:
@@ -43,7 +46,7 @@ def _of_gltf(path: Path) -> Iterator[Path]:
 
 
 def _of_obj(path: Path) -> Iterator[Path]:
-    for said in re.findall(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", read_bytes(path), re.MULTILINE):
+    for said in _MTLLIB.findall(read_bytes(path)):
         for _, library in libraries_beside(path, b" ".join(said.split()).decode("utf-8", "replace")):
             if library is not None:
                 yield library
@@ -53,5 +56,5 @@ def _of_obj(path: Path) -> Iterator[Path]:
 def _of_ply(path: Path) -> Iterator[Path]:
     with open(path, "rb") as file:
         header = file.read(_PLY_HEADER).partition(b"end_header")[0]
-    names = re.findall(rb"^comment TextureFile[ \t]+([^\r\n]+)", header, re.MULTILINE)
-    yield from filter(None, (find_beside(path, name.decode("ascii", "replace").strip()) for name in names))
+    names = (name.decode("ascii", "replace").strip() for name in _TEXTURE.findall(header))
+    yield from filter(None, (find_beside(path, name) for name in names))

@@ -178,7 +178,11 @@ class Gltf:
 def path_beside(name: str, folder: Path | None, uri: str, where: str) -> Path:
     """The path of a file that another one, `name`, names by a URI; it must lie in the same folder or below."""
     where = f"{name}: {where}"
-    if urlsplit(uri).scheme or uri.startswith(("//", "\\\\")):
+    try:
+        elsewhere = bool(urlsplit(uri).scheme) or uri.startswith(("//", "\\\\"))
+    except ValueError:  # half of an address
+        elsewhere = True
+    if elsewhere:
         raise MeshError(f"{where} leads to {describe(uri)}, nothing is fetched from elsewhere: save the model as GLB")
     if folder is None:
         raise MeshError(f"{where} names the file {describe(uri)}, there is no folder to look in: use a GLB")

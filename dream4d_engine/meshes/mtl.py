@@ -27,15 +27,20 @@ def find_beside(path: Path, name: str) -> Path | None:
     """
     folder = path.absolute().parent
     plain = Path(name.replace("\\", "/"))
-    for wanted in (folder / plain, folder / plain.name):
+    wanted = [folder / plain, folder / plain.name]
+    if name.replace("\\", "/").startswith("//"):  # Windows would ask another machine
+        del wanted[0]
+    for one in wanted:
         try:
-            found = wanted.resolve()
+            found = one.resolve()
             if found.is_file() and found.is_relative_to(folder.resolve()):
                 return found
         except (OSError, ValueError, RuntimeError):
             continue
-    for place in (folder / plain.parent, folder):
+    for place in (one.parent for one in wanted):
         try:
+            if not place.resolve().is_relative_to(folder.resolve()):
+                continue
             alike = [one for one in place.iterdir() if one.name.lower() == plain.name.lower()]
             inside = (one for one in alike if one.is_file() and one.resolve().is_relative_to(folder.resolve()))
             match = next(inside, None)

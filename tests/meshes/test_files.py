@@ -386,3 +386,36 @@ def test_the_files_that_a_model_names_are_known(tmp_path) -> None:
     for name, content in damaged.items():
         assert files_beside(written(tmp_path, name, content)) == []
     assert files_beside(tmp_path / "none.glb") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.obj", "\ufeffmtllib named.mtl\nv 0 0 0\n"),
+        ("a.obj", "# made by hand\rmtllib named.mtl\rv 0 0 0\r"),
+        ("a.ply", "ply\nformat ascii 1.0\n comment  TextureFile\tnamed.png\nend_header\n"),
+        ("a.gltf", '\ufeff{"images": [{"uri": "http://[half/of.png"}, {"uri": "named.png"}], "buffers": 5}'),
+    ],
+)
+def test_files_are_known_beside_models_however_these_are_written(tmp_path, name: str, content: str) -> None:
+    (tmp_path / "named.mtl").write_text("newmtl x\nmap_Kd named.png\n")
+    (tmp_path / "named.png").write_bytes(b"")
+    assert tmp_path / "named.png" in files_beside(written(tmp_path, name, content.encode()))
+
+
+def test_nothing_is_known_beside_a_document_without_an_end(tmp_path) -> None:
+    assert files_beside(written(tmp_path, "a.gltf", "[" * 100_000)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../Paint.PNG", "/Paint.PNG", "\\\\server\\maps\\Paint.PNG", "//server/maps/Paint.PNG"]
+)
+def test_names_that_lead_elsewhere_are_looked_for_beside_the_model_alone(tmp_path, monkeypatch, name: str) -> None:
+    """Folders elsewhere may be large, and the name of a server is one that Windows signs in to."""
+    (tmp_path / "paint.png").write_bytes(b"")
+    listed, asked, listing, resolving = [], [], Path.iterdir, Path.resolve
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or listing(path))
+    monkeypatch.setattr(Path, "resolve", lambda path: asked.append(path) or resolving(path))
+    model = written(tmp_path, "a.ply", f"ply\ncomment TextureFile {name}\nend_header\n")
+    assert files_beside(model) == [tmp_path / "paint.png"]
+    assert set(listed) <= {tmp_path} and not any("server" in str(path) for path in asked)
