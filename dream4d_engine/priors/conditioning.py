@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,7 @@ def words_for(kind: PriorKind, prompt: str) -> str:
 
 def check_prompt(name: str, known_words: frozenset[str] | None, prompt: str) -> None:
     """Raise PriorError for an empty prompt or, with a toy prior, one with words that it was not taught."""
-    if not without_full_stop(prompt).strip():
+    if not without_full_stop(prompt):
         raise PriorError("the prompt is empty: say what to make, for example 'a red cube is jumping'")
     if known_words is None:
         return
@@ -113,7 +114,7 @@ def check_prompt(name: str, known_words: frozenset[str] | None, prompt: str) -> 
 
 def without_full_stop(prompt: str) -> str:
     """A prompt as a toy prior reads it: captions that it was taught by have no full stop."""
-    return prompt.rstrip(" .")
+    return re.sub(r"[\s.]+\Z", "", prompt)
 
 
 def split_words(prompt: str) -> list[str]:
@@ -127,9 +128,9 @@ def _encode_prompts(prior: LoadedPrior, prompt: str, negative: str | None) -> tu
         raise PriorError(f"the {prior.name} prior is told an image, not a prompt: use image_guidance")
     prompt = words_for(prior.kind, prompt)
     check_prompt(prior.name, prior.known_words, prompt)
-    if prior.known_words is not None:
-        prompt = without_full_stop(prompt)
     negative = _negative_prompt(prior, negative)
+    if prior.known_words is not None:
+        prompt, negative = without_full_stop(prompt), without_full_stop(negative)
     texts = (prompt,) if prior.kind == "multiview" else view_prompts(prompt)
     encoded = prior.encode_text([*texts, negative])
     return encoded[:-1], encoded[-1]

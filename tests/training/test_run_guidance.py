@@ -83,12 +83,14 @@ def test_negative_words_are_those_that_somebody_chose_else_the_models_own(own, i
 def test_a_sentence_may_end_with_a_full_stop():
     """The toy models were taught captions without."""
     handle, views = toy_prior("multiview"), cameras.orbit(4, 32, 32).reshape(1, 4)
-    told = {}
-    for prompt in ("a red cube", "a red cube. "):
+    told = []
+    for prompt, negative in (("a red cube", "a cone"), ("a red cube. ", "a cone."), ("a red cube.\n", "a cone")):
         handle.check_prompt(prompt)
-        guidance = load_guidance(TOY_STATIC, {"multiview": handle}, prompt, RUNTIME)["multiview"]
-        told[prompt] = guidance.conditions(views)[0].tokens
-    assert torch.equal(*told.values())
+        guidance = load_guidance(TOY_STATIC, {"multiview": handle}, prompt, RUNTIME, negative=negative)["multiview"]
+        told.append([conditions.tokens for conditions in guidance.conditions(views)])
+    for other in told[1:]:
+        assert torch.equal(told[0][0], other[0]) and torch.equal(told[0][1], other[1])
+    assert not torch.equal(*told[0])
     with pytest.raises(PriorError, match="the prompt is empty"):
         handle.check_prompt(" . ")
     with pytest.raises(PriorError, match="does not know 'cube.red'"):
