@@ -176,6 +176,11 @@ def is_text(name: object) -> bool:
     return True
 
 
+def as_text(name: str) -> str:
+    """A name of a file as it is, or with marks in the place of what can't be written in UTF-8."""
+    return name if is_text(name) else printable(name)
+
+
 def text_fault(text: str) -> str | None:
     """Why a text that is to be kept with a result can't be, as the end of a sentence; None where it can."""
     if "\0" in text:

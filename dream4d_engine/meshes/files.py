@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..documents import describe, printable
+from ..documents import as_text, describe
 from ..mesh import Mesh, MeshError
 from .container import read_bytes, require_form
 from .gltf import MOST_FACES, MOST_VERTICES
@@ -59,7 +59,7 @@ def read_plain_model(path: Path, form: Literal["obj", "ply", "stl"]) -> Model:
     colors = None if read.colors is None else read.colors.clamp(0, 1)
     mesh = Mesh(read.vertices, read.faces, read.normals, colors, read.uv)
     of_face = torch.zeros(len(read.faces), dtype=torch.int64) if read.of_face is None else read.of_face
-    source = Source(printable(path.name), form, hashlib.sha256(data).hexdigest())
+    source = Source(as_text(path.name), form, hashlib.sha256(data).hexdigest())
     return Model(mesh, tuple(read.materials), of_face, source, (), tuple(dict.fromkeys(read.notes)))
 
 

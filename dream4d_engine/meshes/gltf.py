@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..documents import describe, printable
+from ..documents import as_text, describe
 from ..mesh import Mesh, MeshError
 from .color import linear_to_srgb
 from .container import Gltf, Tree, read_bytes, read_gltf, uri_bytes
@@ -73,7 +73,7 @@ def read_gltf_model(path: Path, clip: str | None = None, time: float = 0.0) -> M
     if clip is not None and time > (end := clip_seconds(file, clip)) + 1e-3:
         gathered.notes[f"the clip {clip} ends at {end:.4g} s: its last moment was taken"] = None
     form = "glb" if file.chunk or path.suffix.lower() != ".gltf" else "gltf"
-    source = Source(printable(file.name), "glb" if form == "glb" else "gltf", file.sha256, clip, time)
+    source = Source(as_text(file.name), "glb" if form == "glb" else "gltf", file.sha256, clip, time)
     return _model(gathered, looks, source, file)
 
 

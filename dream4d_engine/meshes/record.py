@@ -44,7 +44,7 @@ class Source:
     """Which file a model was read from, and at which moment of it."""
 
     name: str
-    """The file's own name, without folders, as it can be written in UTF-8 and shown."""
+    """The file's own name, without folders, as it can be written in UTF-8."""
     format: ModelFormat
     sha256: str
     """Of the file's bytes; of the tensors where there is no file."""

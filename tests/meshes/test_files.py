@@ -282,6 +282,8 @@ def test_a_name_that_is_no_utf_8_is_kept_as_it_can_be_written(tmp_path, form: st
     path = tmp_path / os.fsdecode(b"caf\xe9." + form.encode())
     path.write_bytes(glb_bytes(box(False))[0] if form == "glb" else b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
     assert read_model(path).source.name == f"caf\ufffd.{form}"
+    other = path.rename(tmp_path / f"a\u3000b.{form}")  # a space of Japanese, and text
+    assert read_model(other).source.name == other.name, "or its scenes of before would be another's"
 
 
 def test_clips_belong_to_gltf(tmp_path) -> None:
