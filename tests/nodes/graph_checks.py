@@ -1362,7 +1362,7 @@ def ten_steps(name: str) -> dict:
         train = lambda *what, **how: motion.train_motion(still, *what, deformation_scale=1.0, **how)  # noqa: E731
     else:
         kind, told_by, trained, before = "image", recipes.MODEL_IMAGE, "grid", still.state_dict()
-        recipe = replace(recipes.TOY_STATIC, name=told_by.name, steps=10, guidance=told_by.guidance)
+        recipe = replace(recipes.TOY_STATIC, name=told_by.name, steps=10, guidance=told_by.guidance, n_views=2)
         train = static.train_static
     encode = Encoder.encode
 
