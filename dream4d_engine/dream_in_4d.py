@@ -119,25 +119,24 @@ class _Settings:
         return printable(self.section("prompt_processor").get("prompt", ""))
 
 
-_BESIDE = (".json", ".yaml")
+def _of_its_name(path: Path) -> list[Path]:
+    return [path.with_suffix(".json"), path.with_suffix(".yaml")]
 
 
 def settings_beside(path: Path) -> list[Path]:
     """The files that may hold the settings of the run that a checkpoint comes from, those that are there."""
-    beside = [path.with_suffix(suffix) for suffix in _BESIDE]
     named = [path.parent / "parsed.yaml", path.parent.parent / "configs" / "parsed.yaml"]
-    return [place for place in (*beside, *named) if place.is_file()]
+    return [place for place in (*_of_its_name(path), *named) if place.is_file()]
 
 
 def _read_settings(path: Path, options: ImportOptions) -> _Settings:
     """Return the run's settings, none where there are none. Files beside that speak of other things are passed over."""
-    beside = [path.with_suffix(suffix) for suffix in _BESIDE]
     if options.settings and not options.settings.is_file():
         raise AssetError(f"{options.settings} does not exist")
     for place in [options.settings] if options.settings else settings_beside(path):
         content = read_document(place, AssetError)
         is_settings = isinstance(content, Mapping) and any(name in content for name in _SETTINGS)
-        if place in beside and not is_settings:  # of a checkpoint's name, but about something else
+        if place in _of_its_name(path) and not is_settings:  # of a checkpoint's name, but about something else
             logger.warning("%s was passed over: it has none of a run's settings", place)
             continue
         found = _Settings(as_object(content, f"the settings {place}", AssetError), str(place))

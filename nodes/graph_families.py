@@ -7,6 +7,7 @@ the graph (a LoRA, another model sampling, another precision) is taken as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -67,12 +68,7 @@ def family_of(model: Any, kind: PriorKind) -> Family:
             f"the model comes in a wrapper ({wrapper}) that doesn't say its noise levels (model_sampling) or its "
             "latents (latent_format): load it with one of ComfyUI's own loaders"
         )
-    missing = [part for part in _PATCHER if not hasattr(model, part)]
-    if missing:
-        raise PriorError(
-            f"the model comes in a wrapper ({type(model).__name__}) without {' and '.join(missing)}, so ComfyUI can't "
-            "sample with it as with its own: load it with one of ComfyUI's own loaders"
-        )
+    _require_parts("model", model, _PATCHER, ", so ComfyUI can't sample with it as with its own")
     name = type(base).__name__
     known = ", ".join(f.name for f in FAMILIES.values() if f.kind == kind)
     if name in _NOT_SO:
@@ -108,10 +104,18 @@ def family_of(model: Any, kind: PriorKind) -> Family:
     return family
 
 
-_PATCHER = (
-    *("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run", "cleanup"),
-    *("object_patches", "injections"),
-)
+def _require_parts(what: str, given: Any, parts: Iterable[str], so: str = "") -> None:
+    """PriorError where a wrapper lacks some of what ComfyUI's own class has; `so`: what follows from that."""
+    missing = [part for part in parts if not hasattr(given, part)]
+    if missing:
+        raise PriorError(
+            f"the {what} comes in a wrapper ({type(given).__name__}) without {' and '.join(missing)}{so}: load it with "
+            "one of ComfyUI's own loaders"
+        )
+
+
+_PATCHER: tuple[str, ...] = ("get_model_object", "model_options", "patches", "patches_uuid", "model_size", "pre_run")
+_PATCHER += ("cleanup", "object_patches", "injections")
 """What of ComfyUI's ModelPatcher is asked for."""
 _CONTROLS = ("Cnet", "ControlNet", "ControlPatch", "LLLite", "MultiTalk", "UsoStyle")
 """Parts of the class names of patches that carry an image or a sound of one result."""
@@ -227,12 +231,7 @@ def check_vae(model: Any, vae: Any, family: Family) -> None:
     latents = model.model.latent_format
     if getattr(vae, "first_stage_model", None) is None:
         raise PriorError("the VAE holds no autoencoder: connect the one that belongs to the model")
-    missing = [part for part in _VAE if not hasattr(vae, part)]
-    if missing:
-        raise PriorError(
-            f"the VAE comes in a wrapper ({type(vae).__name__}) without {' and '.join(missing)}: load it with one of "
-            "ComfyUI's own loaders"
-        )
+    _require_parts("VAE", vae, _VAE)
     channels, dimensions = latents.latent_channels, latents.latent_dimensions
     if vae.latent_channels != channels or (vae.latent_dim == 3) != (dimensions == 3):
         what = {2: "images", 3: "videos"}

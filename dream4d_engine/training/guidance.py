@@ -110,7 +110,7 @@ def with_longer_takes(recipe: MotionRecipe, handles: Handles, n_frames: int | No
 def _fewer_frames(recipe: MotionRecipe, most: int) -> str:
     """How to come to takes of no more frames: by another recipe where it is the recipe's own number."""
     shipped = shipped_recipe(recipe)
-    if isinstance(shipped, MotionRecipe) and shipped.n_frames > most:
+    if shipped is not None and shipped.n_frames > most:
         others = [one.name for one in MOTION_RECIPES.values() if one.n_frames <= most]
         return f"the recipe {recipe.name!r} is for other models, so choose {', '.join(others)}"
     return f"leave it at {most}, and ask for a longer animation by its number of frames"

@@ -123,6 +123,17 @@ def told(guidance, row: int, like: Tensor):
     return graph_prior.Conditions(torch.full((len(like), 1, 1, 1), float(row)))
 
 
+def answer_of(handle) -> Tensor:
+    """What a prior makes of one noisy take at a share of 0.7 of its noise, loaded and released for that."""
+    prior = handle.load(Runtime(torch.device("cpu")))
+    guidance = prior.guide(PROMPT, None, config())
+    sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
+    x = noisy_takes(guidance, handle, 1) * sigma
+    answer = guidance.denoiser.denoise(x, sigma, told(guidance, 0, x))
+    prior.release()
+    return answer
+
+
 # ---- equal to diffusers ------------------------------------------------------------------------------------------
 
 
@@ -1221,12 +1232,7 @@ def a_lora_before_it() -> dict:
     answers = []
     with training():
         for handle in (handles[0], handles[1], handles[3], handles[0]):
-            prior = handle.load(Runtime(torch.device("cpu")))
-            guidance = prior.guide(PROMPT, None, config())
-            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
-            x = noisy_takes(guidance, handle, 1) * sigma
-            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
-            prior.release()
+            answers.append(answer_of(handle))
             assert [h.fingerprint() for h in handles] == prints  # weights stay patched until somebody else wants others
     found = {f"change {i}": difference(answers[i], answers[0]) for i in (1, 2)}
     assert answers[3].equal(answers[0]) and min(found.values()) > 1e-4, found
@@ -1249,12 +1255,7 @@ def a_lora_beside_it() -> dict:
     assert prints[1] == prints[3] and len(set(prints)) == 4, prints
     with training():
         for handle in handles:
-            prior = handle.load(Runtime(torch.device("cpu")))
-            guidance = prior.guide(PROMPT, None, config())
-            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
-            x = noisy_takes(guidance, handle, 1) * sigma
-            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
-            prior.release()
+            answers.append(answer_of(handle))
     assert [handle.fingerprint() for handle in handles] == prints
     found = {"the same": difference(answers[1], answers[2]), "weaker": difference(answers[4], answers[1])}
     assert found["the same"] < 1e-4 < found["weaker"] and difference(answers[1], answers[0]) > 1e-2, found
@@ -1276,12 +1277,7 @@ def another_precision_before_it() -> dict:
         for name, model in made.items():
             handle = handle_of("wan", replace(three, model=model))
             prints[name] = handle.fingerprint()
-            prior = handle.load(Runtime(torch.device("cpu")))
-            guidance = prior.guide(PROMPT, None, config())
-            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
-            x = noisy_takes(guidance, handle, 1) * sigma
-            answers[name] = guidance.denoiser.denoise(x, sigma, told(guidance, 0, x))
-            prior.release()
+            answers[name] = answer_of(handle)
             assert handle.fingerprint() == prints[name], name
     found = {name: difference(answer, answers["plain"]) for name, answer in answers.items()}
     assert found.pop("plain") == found.pop("default") == 0
@@ -1303,12 +1299,7 @@ def weights_with_scales() -> dict:
     assert len(set(prints)) == 3, prints
     with training():
         for handle in (*handles, handles[1]):
-            prior = handle.load(Runtime(torch.device("cpu")))
-            guidance = prior.guide(PROMPT, None, config())
-            sigma = guidance.denoiser.noise.sigma_of(torch.tensor([0.7]))
-            x = noisy_takes(guidance, handle, 1) * sigma
-            answers.append(guidance.denoiser.denoise(x, sigma, told(guidance, 0, x)))
-            prior.release()
+            answers.append(answer_of(handle))
             assert [h.fingerprint() for h in handles] == prints
     found = {"scaled": difference(answers[1], answers[0]), "lora": difference(answers[2], answers[1])}
     assert 0 < found["scaled"] < 0.1 < found["lora"] and answers[3].equal(answers[1]), found
