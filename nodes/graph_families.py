@@ -222,7 +222,8 @@ def is_flow(model: Any) -> bool:
 
 _ANY_FAMILY = ("comfy.taesd", "comfy.pixel_space_convert")
 """Where the autoencoders are that are made for several families, and that of models that work on pixels."""
-_VAE = ("latent_channels", "latent_dim", "downscale_ratio", "vae_dtype", "process_input", "process_output")
+_VAE: tuple[str, ...] = ("latent_channels", "latent_dim", "downscale_ratio", "vae_dtype", "process_input")
+_VAE += ("process_output", "output_channels")
 """What of ComfyUI's VAE is asked for."""
 
 

@@ -1644,6 +1644,8 @@ def _of_others(sd15: models.Three, wan: models.Three) -> dict:
     (scaled,) = advanced.ModelNoiseScale().patch(wan.model, 2.0)
     (edm,) = advanced.ModelSamplingContinuousEDM().patch(sd15.model, "v_prediction", 120.0, 0.002)
     lacking = SimpleNamespace(first_stage_model=nn.Linear(1, 1), latent_channels=4, latent_dim=2)
+    no_channels = SimpleNamespace(**vars(lacking), downscale_ratio=8, vae_dtype=torch.float32)
+    no_channels.process_input = no_channels.process_output = lambda pixels: pixels
     xl = models.FAMILIES["sdxl"]()
     cases = [
         ("video", "(context windows), which training does by itself: remove", replace(wan, model=context.result[0])),
@@ -1654,6 +1656,7 @@ def _of_others(sd15: models.Three, wan: models.Three) -> dict:
         ),
         ("image", "of the class ModelSamplingContinuousEDM and V_PREDICTION", replace(sd15, model=edm)),
         ("image", "a wrapper (SimpleNamespace) without downscale_ratio and vae_dtype", replace(sd15, vae=lacking)),
+        ("image", "a wrapper (SimpleNamespace) without output_channels: load it", replace(sd15, vae=no_channels)),
         ("image", "(SDXLRefinerClipModel) is the refiner's, or one of", replace(xl, clip=models.refiner_clip())),
     ]
     return {expected: _refused(node, expected, three) for node, expected, three in cases}
