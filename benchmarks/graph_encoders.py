@@ -51,9 +51,8 @@ WAYS = {"core's": (False, Execution()), "fused": (True, Execution())}
 WAYS |= {f"{name}, computed again": (fused, Execution(images_kept=0)) for name, (fused, _) in WAYS.items()}
 
 
-def gradient(encoder: Encoder, pixels: torch.Tensor, way: Execution, fused: bool) -> tuple[torch.Tensor, float]:
+def gradient(encoder: Encoder, pixels: torch.Tensor, way: Execution) -> tuple[torch.Tensor, float]:
     """The gradient of a weighted sum of latents, and the seconds it took."""
-    torch.backends.cudnn.benchmark = fused and CUDA  # as the priors of the graph have it
     began = time.perf_counter()
     z = encoder.encode(pixels, way)
     pull = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
@@ -84,11 +83,11 @@ def main() -> None:
                     if CUDA:
                         torch.cuda.reset_peak_memory_stats()
                         before = torch.cuda.memory_allocated()
-                    _, took = gradient(encoders[fused], pixels, execution, fused)
+                    _, took = gradient(encoders[fused], pixels, execution)
                     if turn or TURNS == 1:
                         seconds[way].append(took)
                         peaks[way] = torch.cuda.max_memory_allocated() - before if CUDA else 0
-        ours, theirs = (gradient(encoders[fused], pixels, Execution(), fused)[0] for fused in (True, False))
+        ours, theirs = (gradient(encoders[fused], pixels, Execution())[0] for fused in (True, False))
         cosine = float(torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), 0))
         n_images, (height, width) = shape[0] if len(shape) == 4 else shape[2], shape[-2:]
         what = f"{name}, {n_images} {'images' if len(shape) == 4 else 'frames'} of {width}x{height}, {vae.vae_dtype}"

@@ -120,8 +120,6 @@ class GraphPrior:
     def load(self, runtime: Runtime) -> Prior:
         """Prepare the model to be asked, and copy its autoencoder."""
         encoder = Encoder.copied(self.vae, self.model.model.latent_format, runtime.device, runtime.accelerated)
-        if encoder.fused is not None:
-            torch.backends.cudnn.benchmark = True  # shapes don't change from step to step; the session puts it back
         first = LiveModel(self.model, runtime.device)
         live: LiveModel | Pair = first
         if self.low_noise is not None and self.family.switch is not None:
