@@ -175,12 +175,12 @@ def test_the_original_checkpoints_can_be_loaded(server):
 def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
     seed = random.randrange(10**6)  # another moment in every session; the messages tell it
     draw = random.Random(seed)
-    stop_after, delay = draw.randint(1, 30), draw.uniform(0, 0.3)
+    stop_after, delay = draw.randint(1, 18), draw.uniform(0, 0.3)
     moment = f"moment {seed}: {delay:.3f} s after step {stop_after}"
 
     def graph(preview_seconds: float, resume: str = "resume automatically") -> dict:
         # another number here is another node for ComfyUI's cache, but the same run
-        nodes = static_nodes(50, seed=7, preview_seconds=preview_seconds, resume=resume)
+        nodes = static_nodes(30, seed=7, preview_seconds=preview_seconds, resume=resume)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/resumed")}
 
     (unbroken,) = output_files(server, server.run(graph(0.0))["7"], "scenes")
@@ -199,7 +199,7 @@ def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
             stopped_at = int(file.metadata()["step"])
         # steps come several times a second (dozens on a GPU), and a report of each tenth of a second
         lag = 10 if server.on_gpu else 1
-        assert stop_after <= stopped_at <= max(steps_in(events, "static")) + lag < 50, moment
+        assert stop_after <= stopped_at <= max(steps_in(events, "static")) + lag < 30, moment
         server.queue(graph(599.0), listener.client)
         events = listener.until(ended)
     assert events[-1][0] == "execution_success", moment
@@ -212,7 +212,7 @@ def test_cancel_at_any_moment_and_resume_give_what_an_unbroken_run_does(server):
 
 def saved_scene(name: str, **settings) -> dict:
     """Nodes that make a still scene and save it."""
-    return static_nodes(60, **settings) | {
+    return static_nodes(20, **settings) | {
         "7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix=f"dream4d/{name}")
     }
 
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_run_starts_over(server, dama
         if damage == "NaN":
             tensors["scene.canonical.grid.table"][3] = float("nan")
         else:
-            header["step"] = "61"
+            header["step"] = "21"
         save_file(tensors, path, header)
     damaged = path.read_bytes()
     with server.listen() as listener:
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_run_starts_over(server, dama
     assert events[-1][0] == "execution_success"
     lines = [content for kind, content in events if kind == "text"]
     told = [line for line in lines if "and the run starts over" in line]
-    assert told and f"kept as {path.name}.damaged" in told[-1] and "static 60/60" in told[-1], "to the end"
+    assert told and f"kept as {path.name}.damaged" in told[-1] and "static 20/20" in told[-1], "to the end"
     assert min(steps_in(events, "static")) < 5
     kept = path.with_name(f"{path.name}.damaged")
     assert kept.read_bytes() == damaged
@@ -291,17 +291,26 @@ def test_a_prior_that_overflows_is_an_error_on_the_node(server):
     assert not list(server.runs.glob("*.checkpoint"))
 
 
-def test_a_disk_that_fills_up_keeps_the_last_state(server):
+@pytest.fixture
+def often(server):
+    """A server that saves a still scene's state after every fifth step."""
+    server.post("/dream4d_test/checkpoint_steps", {"steps": 5})
+    yield server
+    server.post("/dream4d_test/checkpoint_steps", {"steps": 50})
+
+
+def test_a_disk_that_fills_up_keeps_the_last_state(often):
+    server = often
     words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(server.runs)]
     server.runs.mkdir(parents=True, exist_ok=True)
     if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here")
-    graph = static_nodes(120, seed=20) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
+    graph = static_nodes(14, seed=20) | {"8": node("Dream4DSceneInfo", scene=["2", 0])}
     ballast = server.runs / "ballast"
     try:
         with server.listen() as listener:
             server.queue(graph, listener.client)
-            listener.until(lambda kind, content: max(steps_in([(kind, content)], "static"), default=0) >= 52, 200)
+            listener.until(lambda kind, content: max(steps_in([(kind, content)], "static"), default=0) >= 7, 200)
             with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(b"x" * 4096):
                     pass
@@ -315,7 +324,7 @@ def test_a_disk_that_fills_up_keeps_the_last_state(server):
         with server.listen() as listener:
             server.queue(graph, listener.client)
             events = listener.until(ended, 200)
-        assert events[-1][0] == "execution_success" and min(steps_in(events, "static")) == 51
+        assert events[-1][0] == "execution_success" and min(steps_in(events, "static")) == 6
     finally:
         subprocess.run(["umount", "-l", str(server.runs)], check=True)
 
@@ -339,14 +348,16 @@ def test_what_could_not_be_read_back_is_said_before_training(server, changes, sa
         assert said in server.error(graph)
 
 
-def test_out_of_memory_says_what_to_lower_and_resumes(server):
+def test_out_of_memory_says_what_to_lower_and_resumes(often):
+    server = often
+
     def graph(preview_seconds: float) -> dict:
-        nodes = static_nodes(70, seed=8, preview_seconds=preview_seconds)
+        nodes = static_nodes(12, seed=8, preview_seconds=preview_seconds)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/memory")}
 
-    server.post("/dream4d_test/out_of_memory", {"after": 55})
+    server.post("/dream4d_test/out_of_memory", {"after": 8})
     message = server.error(graph(0.0), 200)
-    assert "out of memory in the stage 'static', after step 55 of 70" in message
+    assert "out of memory in the stage 'static', after step 8 of 12" in message
     assert "The checkpoint is kept" in message and "or lower" in message and "queue again" in message
     assert server.inside()["networks"] == [] and "_Networks" not in server.inside()["held"]
     assert len(list(server.runs.glob("*.checkpoint"))) == 1
@@ -354,7 +365,7 @@ def test_out_of_memory_says_what_to_lower_and_resumes(server):
         server.queue(graph(0.0), listener.client)
         events = listener.until(ended, 200)
     assert events[-1][0] == "execution_success"
-    assert min(steps_in(events, "static")) == 51, "50 steps were saved"
+    assert min(steps_in(events, "static")) == 6, "5 steps were saved"
     server.post("/dream4d_test/out_of_memory", {"after": 0})
     early = server.error(static_nodes(3, seed=9) | {"8": node("Dream4DSceneInfo", scene=["2", 0])})
     assert "before the first step was done. There is no checkpoint yet" in early
@@ -362,7 +373,7 @@ def test_out_of_memory_says_what_to_lower_and_resumes(server):
 
 def test_the_priors_are_comfyuis_to_unload_and_gone_after_the_run(server):
     def graph(preview_seconds: float, resume: str) -> dict:
-        nodes = static_nodes(30, seed=10, preview_seconds=preview_seconds, resume=resume)
+        nodes = static_nodes(16, seed=10, preview_seconds=preview_seconds, resume=resume)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/evicted")}
 
     (alone,) = output_files(server, server.run(graph(0.0, "resume automatically"))["7"], "scenes")
@@ -465,22 +476,26 @@ def test_a_killed_server_loses_little(tmp_path):
     server = Server(tmp_path)
 
     def graph(preview_seconds: float) -> dict:
-        nodes = static_nodes(62, seed=5, preview_seconds=preview_seconds)
+        nodes = static_nodes(14, seed=5, preview_seconds=preview_seconds)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="scene")}
 
-    try:
+    def start() -> None:
         server.start()
+        server.post("/dream4d_test/checkpoint_steps", {"steps": 5})
+
+    try:
+        start()
         with server.listen() as listener:
             server.queue(graph(0.0), listener.client)
-            listener.until(lambda kind, content: kind == "text" and re.match(r"static (5[2-9])/", content))
+            listener.until(lambda kind, content: kind == "text" and re.match(r"static ([7-9])/", content))
         server.kill()
         assert len(list(server.runs.glob("*.checkpoint"))) == 1
-        server.start()
+        start()
         with server.listen() as listener:
             server.queue(graph(0.0), listener.client)
             events = listener.until(ended)
         assert events[-1][0] == "execution_success"
-        assert min(steps_in(events, "static")) == 51, "50 steps were saved"
+        assert min(steps_in(events, "static")) == 6, "5 steps were saved"
         with server.listen() as listener:
             server.queue(graph(1.0), listener.client)
             events = listener.until(ended)

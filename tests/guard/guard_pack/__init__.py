@@ -139,6 +139,19 @@ async def small_recipes(request):
     return web.json_response({})
 
 
+@routes.post("/dream4d_test/checkpoint_steps")
+async def checkpoint_steps(request):
+    """Let still scenes by the toy recipe keep their state after every so many steps."""
+    import nodes
+
+    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
+    config, train = sys.modules[f"{pack}.dream4d_engine.training.config"], sys.modules[f"{pack}.nodes.train"]
+    toy = config.TOY_STATIC
+    toy = replace(toy, loop=replace(toy.loop, checkpoint_steps=(await request.json())["steps"]))
+    train.STILL_RECIPES[toy.name] = config.STATIC_RECIPES[toy.name] = toy
+    return web.json_response({})
+
+
 @routes.post("/dream4d_test/small_meshes")
 async def small_meshes(request):
     """Let fits to meshes look from few places at few pixels, in few rays."""
