@@ -1,9 +1,10 @@
 """Encoding for a gradient by a graph's autoencoders, core's own layers and the fused ones in turns.
 
-    PYTHON_OF_COMFYUI benchmarks/graph_encoders.py COMFYUI
+    PYTHON_OF_COMFYUI benchmarks/graph_encoders.py COMFYUI [--trials]
 
 Autoencoders of real width with random weights, as core's loader makes them; forward and backward, medians, the most
-memory, and the cosine between the two gradients. On a GPU; elsewhere small images.
+memory, and the cosine between the two gradients. On a GPU; elsewhere small images. `--trials`: cuDNN tries convolutions
+of the fused ones out, which the nodes don't let it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parent.parent / "tests" / "nodes")]
+TRIALS = "--trials" in sys.argv
 sys.argv = [sys.argv[0]]
 
 import comfy.options  # noqa: E402
@@ -53,6 +55,7 @@ WAYS |= {f"{name}, computed again": (fused, Execution(images_kept=0)) for name, 
 
 def gradient(encoder: Encoder, pixels: torch.Tensor, way: Execution) -> tuple[torch.Tensor, float]:
     """The gradient of a weighted sum of latents, and the seconds it took."""
+    torch.backends.cudnn.benchmark = TRIALS and encoder.fused is not None
     began = time.perf_counter()
     z = encoder.encode(pixels, way)
     pull = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)

@@ -57,7 +57,8 @@ class GraphPrior:
     part: str = WHOLE  # of the noise, that a `model` without its second is asked at
 
     @property
-    def _models(self) -> tuple[Any, ...]:
+    def models(self) -> tuple[Any, ...]:
+        """One, or a pair."""
         return (self.model,) if self.low_noise is None else (self.model, self.low_noise)
 
     @property
@@ -97,7 +98,7 @@ class GraphPrior:
             levels.tolist(),
             self.size,
             self.n_frames,
-            *(part for model in self._models for part in _looks(model)),
+            *(part for model in self.models for part in _looks(model)),
             _sample(_unpatched(self.clip.patcher)),
             _sample(_adapters(self.clip.patcher)),
             _sample(self.vae.first_stage_model.state_dict()),
@@ -106,7 +107,7 @@ class GraphPrior:
 
     def n_bytes(self) -> int:
         """Size of the weights, of a pair's larger one: one of them is needed at a time."""
-        return max(int(model.model_size()) for model in self._models)
+        return max(int(model.model_size()) for model in self.models)
 
     def describe(self) -> str:
         """What the model is."""
@@ -136,6 +137,11 @@ class GraphPrior:
             return _guidance(self, denoiser, prompt, negative, config)
 
         return Prior(self.name, self.kind, guide, None, encoder.networks, live.release)
+
+
+def models_of(priors: Iterable[object]) -> list[Any]:
+    """The MODELs that priors ask."""
+    return [model for prior in priors if isinstance(prior, GraphPrior) for model in prior.models]
 
 
 def _looks(model: Any) -> list:
@@ -170,7 +176,8 @@ def _sample(state: dict[str, Any]) -> list:
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and value.numel())
     found = []
     for name in names[:: max(1, len(names) // _SAMPLED)]:
-        numbers = state[name].detach().flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
+        # detached data: weights that were moved outside of inference mode have no views
+        numbers = state[name].detach().data.flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
         found.append([name, list(state[name].shape), numbers])
     return [len(names), found]
 

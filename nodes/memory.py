@@ -19,15 +19,38 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import comfy.model_management as management
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..dream4d_engine.machine import limit_memory
+from ..dream4d_engine.machine import has_own_allocator, limit_memory
 from ..dream4d_engine.priors.handle import Prior
+
+
+def make_room(n_bytes: float, device: torch.device, kept: Sequence[Any] = ()) -> None:
+    """Let ComfyUI unload models until so many bytes of a device are free; none of the `kept` ModelPatchers.
+
+    In inference mode, as nodes are run. Weights that were made in it and are moved outside of it have no version
+    counter anymore, and PyTorch takes no views of them.
+    """
+    loaded = [one for one in management.current_loaded_models if any(one.model is patcher for patcher in kept)]
+    with torch.inference_mode():
+        management.free_memory(n_bytes, device, loaded)
+
+
+def _dynamic_bytes(patcher: Any) -> int:
+    """Bytes that a model's weights take in dynamic memory, where they have the dtype that they are used in."""
+    n_bytes = int(patcher.model_size())
+    for module in patcher.model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if dtype is not None and type(weight.detach()) is torch.Tensor:  # quantized ones stay as they are
+                n_bytes += weight.numel() * (dtype.itemsize - weight.dtype.itemsize)
+    return n_bytes
 
 
 class _Networks(nn.Module):
@@ -95,11 +118,12 @@ class HeldPriors:
     """The priors of one run, registered from `hold` to `release`.
 
     `room`: bytes that training takes beside the models' weights. `budget`: bytes that the whole process may take.
+    `models`: MODELs of the graph that the priors ask.
     """
 
-    def __init__(self, device: torch.device, room: int, budget: int | None = None) -> None:
-        self._device, self._room = device, room
-        self._limited = budget is not None and device.type == "cuda"
+    def __init__(self, device: torch.device, room: int, budget: int | None = None, models: Sequence[Any] = ()) -> None:
+        self._device, self._room, self._models = device, room, models
+        self._budget = budget if device.type == "cuda" else None
         self._priors: list[Prior] = []
         self._patchers: list[_WholePatcher] = []
         self._turns = _Turns()
@@ -109,11 +133,10 @@ class HeldPriors:
 
         With a budget everything is: what other nodes left there would count.
         """
-        if self._limited:
-            management.free_memory(1e30, self._device)
-            management.soft_empty_cache()
+        if self._budget is not None:
+            self._unload_others()
         elif self._device.type != "cpu":
-            management.free_memory(n_bytes + self._room + management.minimum_inference_memory(), self._device)
+            make_room(n_bytes + self._room + management.minimum_inference_memory(), self._device)
 
     def hold(self, prior: Prior) -> None:
         """Register a prior that was just loaded onto the device. Nobody takes it away until the next `bring_back`."""
@@ -129,6 +152,22 @@ class HeldPriors:
         self._patchers.append(patcher)
         self._load()
 
+    @property
+    def beside(self) -> int:
+        """Bytes that the graph's models may take beside PyTorch's allocator: those in ComfyUI's dynamic memory."""
+        dynamic = {id(model.model): model for model in self._models if model.is_dynamic()}
+        return sum(map(_dynamic_bytes, dynamic.values())) if self._device.type == "cuda" else 0
+
+    def settle(self) -> None:
+        """Once the models know their prompts: with a budget, unload what the run doesn't ask again, text encoders."""
+        if self._budget is not None:
+            self._unload_others()
+
+    def _unload_others(self) -> None:
+        others = [more for m in self._models for more in (*m.model_patches_models(), *m.get_nested_additional_models())]
+        make_room(1e30, self._device, [*self._patchers, *self._models, *others])
+        management.soft_empty_cache()
+
     def bring_back(self) -> bool:
         """Between two steps: let others unload the models, and load them again; return whether any were unloaded.
 
@@ -142,20 +181,25 @@ class HeldPriors:
             self._load()
         return gone
 
-    def give_back_trials(self, step: int) -> None:
-        """After the first steps, and ever more rarely, return the memory that trying convolutions out has taken.
+    def give_back(self, step: int) -> None:
+        """Return memory that ComfyUI's usual allocator has taken from the GPU and keeps, beside what a step holds.
 
-        cuDNN is offered all that is free then. ComfyUI's usual allocator takes it for that from the GPU and keeps it,
-        so that others would find none: other programs, and ComfyUI's own dynamic memory. Nor is it what a step holds.
+        After the first steps, and ever more rarely, what trying convolutions out has taken: cuDNN is offered all that
+        is free then, and others would find none: other programs, and ComfyUI's own dynamic memory. And what is more
+        than a budget: that allocator is told what may be asked of it, not what it may keep.
         """
-        asked = torch.backends.cudnn.benchmark and step & (step - 1) == 0  # 1, 2, 4, 8, ...
-        if asked and self._device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+        if self._device.type != "cuda" or has_own_allocator():
+            return
+        tried = torch.backends.cudnn.benchmark and step & (step - 1) == 0  # 1, 2, 4, 8, ...
+        over = self._budget is not None and torch.cuda.memory_reserved(self._device) > self._budget - self.beside
+        if tried or over:
             torch.cuda.empty_cache()
+        if tried:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def release(self) -> None:
         """Drop the models and the limit; nothing of them stays on the device once nobody else holds them."""
-        if self._limited:
+        if self._budget is not None:
             limit_memory(self._device, None)
         self._turns.runner = None
         if self._priors:
@@ -170,4 +214,8 @@ class HeldPriors:
     def _load(self) -> None:
         for patcher in self._patchers:
             patcher.missed = False
+        if self._device.type != "cpu":
+            coming = sum(patcher.model_size() - patcher.loaded_size() for patcher in self._patchers)
+            needed = 1.1 * coming + self._room + management.minimum_inference_memory()
+            make_room(needed, self._device, self._patchers)  # as ComfyUI would, which then finds enough
         management.load_models_gpu(self._patchers, memory_required=self._room, force_full_load=True)

@@ -20,6 +20,7 @@ from ..dream4d_engine.surface import leaves_box, outside_note
 from ..dream4d_engine.training.estimate import film_bytes
 from .cameras import CAMERAS, CONNECTED, FINAL_PARTS, FINAL_PATH, path_cameras, unknown_cameras, viewer_cameras
 from .checks import check_ranges, check_types, first_complaint, require
+from .memory import make_room
 from .session import RunError, gradients, interrupt_if_asked, say_on_node
 from .sockets import CATEGORY, ScenePort, SceneValue
 
@@ -293,7 +294,7 @@ def scene_on_device(value: SceneValue) -> Iterator[Scene]:
     with gradients(), torch.no_grad():
         there = value.scene
         if device.type != "cpu":
-            management.free_memory(_ROOM, device)
+            make_room(_ROOM, device)
             there = value.scene.clone().to(device)
         yield there
 

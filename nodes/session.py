@@ -51,6 +51,7 @@ from ..dream4d_engine.training.loop import (
 )
 from ..dream4d_engine.training.reference import Reference
 from ..dream4d_engine.training.validate import check_recipe
+from .graph_prior import models_of
 from .images import small_image
 from .memory import HeldPriors
 from .preview import LivePreview
@@ -454,7 +455,7 @@ def carry_out(run: Work, train: Trainer, *, node_id: str | None, resume: str, pr
             files.checkpoint.unlink(missing_ok=True)
             files.result.unlink(missing_ok=True)
         reporter = Reporter(node_id, run.stage, preview_seconds)
-        held = HeldPriors(device, run.needed_bytes(), run.memory_budget)
+        held = HeldPriors(device, run.needed_bytes(), run.memory_budget, models_of(run.priors.values()))
         with gradients():
             try:
                 return _finished(files, run) or _train(run, train, device, identity, files, reporter, held)
@@ -531,18 +532,20 @@ def _train(
 
     def on_step(report: StepReport, scene: Scene) -> None:
         reporter.step(report, scene, device)
-        held.give_back_trials(report.step)
+        held.give_back(report.step)
         if held.bring_back():
             for one in guidance.values():
                 one.denoiser.forget()
 
     guidance = run.guidance(device, on_prior)
+    held.settle()
     control = RunControl(
         files.checkpoint,
         identity,
         on_step,
         management.processing_interrupted,
         memory_budget=run.memory_budget,
+        memory_beside=held.beside,
         on_plan=reporter.plan,
     )
     try:

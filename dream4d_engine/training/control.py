@@ -81,6 +81,7 @@ class RunControl:
     processes: Processes = SINGLE  # that train together
     share: Share = "cameras"  # what they share
     memory_budget: int | None = None  # bytes of GPU memory that this process may take; None: all
+    memory_beside: int = 0  # bytes of them that somebody takes beside PyTorch's allocator
     on_plan: Callable[[str], None] | None = None  # is told how the budget is kept, and what processes share
 
     def stop_if_asked(self, stage: str) -> None:

@@ -119,8 +119,12 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
         raise ValueError(f"a memory budget is for GPUs, and the work is done on {device.type}: leave it away")
     # the optimiser's two moments are not there yet
     coming = 2 * sum(p.numel() * p.element_size() for _, parameters, _ in stage.groups for p in parameters)
-    allowed = SHARE * budget - coming
-    if has_own_allocator():
+    limit = budget - control.memory_beside
+    beside = f"the graph's models take {control.memory_beside / 2**30:.1f} GiB beside what PyTorch counts"
+    if limit <= 0:
+        raise ValueError(f"the memory budget of {budget / 2**30:.1f} GiB is too small, {beside}: raise it, or set none")
+    allowed, exact = SHARE * limit - coming, has_own_allocator()
+    if exact:
         # let memory that was freed in small pieces be taken again as large ones; where the system can't, it stays
         newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
         with suppress(RuntimeError, ValueError):
@@ -130,10 +134,10 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
         control.stop_if_asked(stage.name)
         _give_back(device)
         before = torch.cuda.memory_reserved(device)
-        limit_memory(device, allowed, of=budget)
+        limit_memory(device, allowed, of=limit)
         try:
             trial = stage.supervisions(divided(planned, alone), plan.rays_at_once)
-            reason = _why_not(trial, plan.prefetches, stage, alone)
+            reason = _why_not(trial, plan.prefetches, stage, alone, None if exact else allowed)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)):  # of a graph
                 raise
@@ -146,12 +150,13 @@ def plan_steps(stage: Stage, guidance: GuidanceOf, control: RunControl) -> tuple
         return not reason
 
     found = choose_plan(guidance, fits)
-    limit_memory(device, budget)
+    limit_memory(device, limit)
     _give_back(device)
     if found is None:
+        why = f" ({beside})" * (limit < budget)
         raise ValueError(
-            f"a step of this recipe doesn't fit into {budget / 2**30:.1f} GiB in any way: raise the memory budget, or "
-            "lower the phases' images"
+            f"a step of this recipe doesn't fit into {budget / 2**30:.1f} GiB{why} in any way: raise the memory "
+            "budget, or lower the phases' images"
         )
     planned, plan = found
     if control.on_plan is not None:
@@ -167,13 +172,21 @@ def _give_back(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage, division: Division) -> str:
-    """Why steps of the phases don't run smoothly; "" where they do."""
+def _why_not(
+    supervisions: Sequence[Supervision], prefetches: bool, stage: Stage, division: Division, most: float | None
+) -> str:
+    """Why steps of the phases don't run smoothly; "" where they do.
+
+    `most`: bytes that an allocator may hold which has no limit but for what is asked of it.
+    """
     scene, draw = stage.scene, Draw(0)
     for start in stage.starts:
         stage.begin(start)
         prefetch = Prefetch(scene, half=True, enabled=prefetches)
         for attempt in range(2):  # the first one may have to ask for memory, the second is as all others will be
+            if most is not None:  # nor does what trying convolutions out has taken count
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(scene.device)
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
             views = prefetch.take() or views_of(supervisions, scene, start, draw, division)
             views = {key: heaviest(view) for key, view in views.items()}
@@ -189,4 +202,6 @@ def _why_not(supervisions: Sequence[Supervision], prefetches: bool, stage: Stage
             torch.cuda.synchronize(scene.device)
             if attempt and torch.cuda.memory_stats(scene.device)["num_alloc_retries"] > retries:
                 return "memory in pieces"  # the allocator had to give memory back and ask again
+            if attempt and most is not None and torch.cuda.max_memory_reserved(scene.device) > most:
+                return "more than is asked for is held"
     return ""

@@ -978,11 +978,103 @@ def what_was_taken_for_trials_is_given_back() -> dict:
             for step in range(1, 40):
                 emptied.reset_mock()
                 forgotten.reset_mock()
-                held.give_back_trials(step)
+                held.give_back(step)
                 found[name] += [step] * emptied.call_count
                 assert forgotten.call_count == emptied.call_count
     assert found.pop("cudaMallocAsync") == [1, 2, 4, 8, 16, 32] and not any(found.values()), found
     return found
+
+
+class _Loaded:
+    """A MODEL of so many weights that lie in a file in full precision, in ComfyUI's dynamic memory or not."""
+
+    def __init__(self, n_weights: int, dynamic: bool) -> None:
+        self.model, self.dynamic = torch.nn.Linear(n_weights, 1, bias=False), dynamic
+
+    def is_dynamic(self) -> bool:
+        return self.dynamic
+
+    def model_size(self) -> int:
+        return comfy.model_management.module_size(self.model)
+
+    def model_patches_models(self) -> list:
+        return []
+
+    def get_nested_additional_models(self) -> list:
+        return []
+
+
+@check
+def budgets_count_what_lies_beside_the_allocator() -> dict:
+    """The models in ComfyUI's dynamic memory, once each; what ComfyUI's usual allocator keeps above a budget goes."""
+    memory = pack("nodes.memory")
+    lazy, plain, encoder = _Loaded(3, True), _Loaded(5, False), _Loaded(7, True)
+    cuda = torch.device("cuda")
+    assert memory.HeldPriors(cuda, 0, 10, [lazy, lazy, plain]).beside == 12
+    lazy.model.weight_comfy_model_dtype = torch.float16
+    assert memory.HeldPriors(cuda, 0, 10, [lazy, lazy, plain]).beside == 6, "as they are used"
+    assert memory.HeldPriors(torch.device("cpu"), 0, None, [lazy]).beside == 0
+    emptied: dict[str, list[int]] = {}
+    for backend, budget in (("cudaMallocAsync", 13), ("native", 13), ("cudaMallocAsync", None)):
+        held = memory.HeldPriors(cuda, 0, budget, [lazy])
+        with (
+            torch.backends.cudnn.flags(benchmark=False),
+            mock.patch.object(torch.cuda, "get_allocator_backend", lambda backend=backend: backend),
+            mock.patch.object(torch.cuda, "empty_cache") as gone,
+        ):
+            for kept in (6, 7, 8, 9):
+                with mock.patch.object(torch.cuda, "memory_reserved", lambda _, kept=kept: kept):
+                    gone.reset_mock()
+                    held.give_back(3)
+                    emptied.setdefault(f"{backend}, {budget}", []).extend([kept] * gone.call_count)
+    assert emptied.pop("cudaMallocAsync, 13") == [8, 9] and not any(emptied.values()), emptied
+    # and once the prompts are known, text encoders leave; the run's own models stay
+    management = comfy.model_management
+    there = [mock.Mock(model=one) for one in (lazy, encoder, plain)]
+    for budget in (10, None):
+        held = memory.HeldPriors(cuda, 0, budget, [lazy, plain])
+        with (
+            mock.patch.object(management, "current_loaded_models", there),
+            mock.patch.object(management, "free_memory", _in_inference_mode()) as freed,
+            mock.patch.object(management, "soft_empty_cache"),
+            torch.inference_mode(False),
+        ):
+            held.settle()
+            kept = [[loaded.model for loaded in call.args[2]] for call in freed.call_args_list]
+            assert kept == ([[lazy, plain]] if budget else []), kept
+    return {}
+
+
+def _in_inference_mode() -> mock.Mock:
+    def look(*_) -> list:
+        assert torch.is_inference_mode_enabled()
+        return []
+
+    return mock.Mock(side_effect=look)
+
+
+@check
+def others_are_unloaded_in_inference_mode() -> dict:
+    """For a run's beginning, its own models and a rendering; the run's networks are loaded outside of it."""
+    memory, management, cuda = pack("nodes.memory"), comfy.model_management, torch.device("cuda")
+    with (
+        mock.patch.object(management, "free_memory", _in_inference_mode()) as freed,
+        mock.patch.object(management, "load_models_gpu") as loaded,
+        mock.patch.object(management, "soft_empty_cache"),
+        torch.inference_mode(False),
+    ):
+        loaded.side_effect = lambda *_, **__: loaded.modes.append(torch.is_inference_mode_enabled())
+        loaded.modes = []
+        held = memory.HeldPriors(cuda, 5, None, [_Loaded(3, False)])
+        held.make_room(7)
+        prior = mock.Mock(networks=(torch.nn.Linear(2, 2),))
+        held.hold(prior)
+        held.release()
+        memory.make_room(9, cuda)
+        beside = management.minimum_inference_memory()
+        asked = [call.args[0] for call in freed.call_args_list]
+        assert asked == [12 + beside, 5 + beside, 9] and loaded.modes == [False], (asked, loaded.modes)
+    return {}
 
 
 @check
@@ -1473,6 +1565,36 @@ def room_is_made_in_the_middle_of_a_step() -> dict:
         assert leaf.grad.norm() > 0
         assert not held.bring_back() and registered() == [patcher]
         held.release()
+    return {}
+
+
+@check
+def weights_moved_outside_of_inference_mode() -> dict:
+    """As when models are unloaded between two runs: they have no views, and the run by them is still found again."""
+    three = models.FAMILIES["sd15"]()
+    handle = handle_of("sd15", three)
+    before, latents = handle.fingerprint(), three.model.model.latent_format
+    gradients = pack("nodes.session").gradients
+    with gradients():
+        pixels = torch.rand(1, 3, 32, 48, requires_grad=True)
+        z = Encoder.copied(three.vae, latents).encode(pixels)
+    for network in (three.model.model, three.clip.cond_stage_model, three.vae.first_stage_model):
+        for module in network.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    moved = torch.nn.Parameter(torch.ones(0), requires_grad=False)
+                    with torch.inference_mode(False):
+                        moved.data = weight.data.clone()
+                    module._parameters[name] = moved
+        try:
+            raise AssertionError(next(p for p in network.parameters() if p.ndim)[:1])
+        except RuntimeError as error:
+            assert "version counter" in str(error)
+    assert handle.fingerprint() == before
+    with gradients():
+        again = Encoder.copied(three.vae, latents).encode(pixels)
+        again.sum().backward()
+    assert torch.equal(again, z) and pixels.grad.abs().max() > 0
     return {}
 
 

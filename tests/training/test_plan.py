@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,38 @@ def test_a_budget_without_a_gpu_is_an_error():
             device=torch.device("cpu"),
             control=RunControl(memory_budget=2**30),
         )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_others_take_of_a_budget_is_left_to_them(monkeypatch, own):
+    """Beside PyTorch's allocator; and one that is told what may be asked of it is looked at for what it holds."""
+    limits, looks = [], []
+
+    def why_not(*given) -> str:
+        looks.append(given[-1])
+        return "too slow" if len(looks) == 1 else ""
+
+    monkeypatch.setattr(plans, "has_own_allocator", lambda: own)
+    monkeypatch.setattr(plans, "_give_back", lambda device: None)
+    monkeypatch.setattr(plans, "limit_memory", lambda device, n, of=None: limits.append((n, of)))
+    monkeypatch.setattr(plans, "_why_not", why_not)
+    for name in ("memory_reserved", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    scene = SimpleNamespace(device=torch.device("cuda"), zero_grad=lambda set_to_none: None)
+    weights = [("all", [torch.zeros(1000)], 1.0)]
+    stage = SimpleNamespace(name="static", scene=scene, groups=weights, supervisions=lambda guidance, rays: ())
+    told = []
+    control = RunControl(memory_budget=16 * 2**30, memory_beside=4 * 2**30, on_plan=told.append)
+    plans.plan_steps(stage, guidance(), control)
+    left = 12 * 2**30
+    allowed = plans.SHARE * left - 8000
+    assert limits == [(allowed, left)] * 2 + [(left, None)]
+    assert looks == [None if own else allowed] * 2 and len(told) == 1 and told[0].startswith("memory budget 16.0 GiB: ")
+    with pytest.raises(ValueError, match=r"of 16.0 GiB is too small, the graph's models take 16.0 GiB beside what PyT"):
+        plans.plan_steps(stage, guidance(), replace(control, memory_beside=16 * 2**30))
+    monkeypatch.setattr(plans, "_why_not", lambda *given: "no")
+    with pytest.raises(ValueError, match=r"fit into 16.0 GiB \(the graph's models take 4.0 GiB beside what PyTorch"):
+        plans.plan_steps(stage, guidance(), control)
 
 
 def test_the_command_line_refuses_budgets_that_mean_nothing(tmp_path, capsys):

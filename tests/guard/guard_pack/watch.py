@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Watch:
 
 
 _watch = Watch()
+_most = 0  # bytes of the card that were taken at once since the last reading
 
 
 @routes.post("/dream4d_test/watch")
@@ -57,7 +59,11 @@ async def encoder(request):
 
 @routes.get("/dream4d_test/memory")
 async def memory(request):
-    """Bytes that are taken once all rubbish is gone: of the card, of PyTorch's there, of the process."""
+    """Bytes that are taken once all rubbish is gone: of the card, of PyTorch's there, of the process.
+
+    And the most since the last reading: "peak" of PyTorch's, "card_most" of the card.
+    """
+    global _most
     gc.collect()
     management.soft_empty_cache()
     found = {"process": psutil.Process().memory_info().rss}
@@ -68,9 +74,23 @@ async def memory(request):
             "torch": torch.cuda.memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),
         }
-        found["peak"] = torch.cuda.max_memory_allocated()
+        found |= {"peak": torch.cuda.max_memory_allocated(), "card_most": max(_most, total - free)}
         torch.cuda.reset_peak_memory_stats()
+        _most = 0
+        if not any(thread.name == _WATCHER for thread in threading.enumerate()):
+            threading.Thread(target=_watch_card, name=_WATCHER, daemon=True).start()
     return web.json_response(found)
+
+
+_WATCHER = "watches the card"
+
+
+def _watch_card() -> None:
+    global _most
+    while True:
+        free, total = torch.cuda.mem_get_info()
+        _most = max(_most, total - free)
+        time.sleep(0.005)
 
 
 def _module(name: str):
