@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 11))  # that all of the lowest versions have wheels for
 ROOM = 12 * 10**9
 TESTS = ("test_assets.py", "export/test_export.py", "nodes/test_nodes.py", "kernels/test_kernels.py")
-TESTS = (*TESTS, *(f"priors/test_{name}.py" for name in ("folders", "folder_faults", "weights", "lora")))
+TESTS = (*TESTS, *(f"priors/test_{name}.py" for name in ("folders", "weights", "lora")))
 TIMING = "not small_share_of_the_time"  # measured in the main run, of today's versions
 _ONE = re.compile(r"([A-Za-z][\w.-]*)>=([\w.]+)")
 

@@ -383,7 +383,7 @@ def test_out_of_memory_says_what_to_lower_and_resumes(often):
 
 def test_the_priors_are_comfyuis_to_unload_and_gone_after_the_run(server):
     def graph(preview_seconds: float, resume: str) -> dict:
-        nodes = static_nodes(16, seed=10, preview_seconds=preview_seconds, resume=resume)
+        nodes = static_nodes(30, seed=10, preview_seconds=preview_seconds, resume=resume)
         return nodes | {"7": node("Dream4DSaveScene", scene=["2", 0], filename_prefix="dream4d/evicted")}
 
     (alone,) = output_files(server, server.run(graph(0.0, "resume automatically"))["7"], "scenes")
