@@ -176,8 +176,8 @@ def _sample(state: dict[str, Any]) -> list:
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and value.numel())
     found = []
     for name in names[:: max(1, len(names) // _SAMPLED)]:
-        # detached data: weights that were moved outside of inference mode have no views
-        numbers = state[name].detach().data.flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
+        # the data: weights that were moved outside of inference mode have no views
+        numbers = state[name].data.flatten()[:_NUMBERS].float().cpu().nan_to_num().tolist()
         found.append([name, list(state[name].shape), numbers])
     return [len(names), found]
 

@@ -20,6 +20,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import comfy.model_management as management
@@ -135,8 +136,8 @@ class HeldPriors:
         """
         if self._budget is not None:
             self._unload_others()
-        elif self._device.type != "cpu":
-            make_room(n_bytes + self._room + management.minimum_inference_memory(), self._device)
+        else:
+            self._free(n_bytes)
 
     def hold(self, prior: Prior) -> None:
         """Register a prior that was just loaded onto the device. Nobody takes it away until the next `bring_back`."""
@@ -152,7 +153,7 @@ class HeldPriors:
         self._patchers.append(patcher)
         self._load()
 
-    @property
+    @cached_property
     def beside(self) -> int:
         """Bytes that the graph's models may take beside PyTorch's allocator: those in ComfyUI's dynamic memory."""
         dynamic = {id(model.model): model for model in self._models if model.is_dynamic()}
@@ -162,6 +163,11 @@ class HeldPriors:
         """Once the models know their prompts: with a budget, unload what the run doesn't ask again, text encoders."""
         if self._budget is not None:
             self._unload_others()
+
+    def _free(self, n_bytes: float) -> None:
+        """Have so many bytes for models, and the room for training, free on a GPU."""
+        if self._device.type != "cpu":
+            make_room(n_bytes + self._room + management.minimum_inference_memory(), self._device, self._patchers)
 
     def _unload_others(self) -> None:
         others = [more for m in self._models for more in (*m.model_patches_models(), *m.get_nested_additional_models())]
@@ -214,8 +220,6 @@ class HeldPriors:
     def _load(self) -> None:
         for patcher in self._patchers:
             patcher.missed = False
-        if self._device.type != "cpu":
-            coming = sum(patcher.model_size() - patcher.loaded_size() for patcher in self._patchers)
-            needed = 1.1 * coming + self._room + management.minimum_inference_memory()
-            make_room(needed, self._device, self._patchers)  # as ComfyUI would, which then finds enough
+        # what ComfyUI would free by itself, which then finds enough
+        self._free(1.1 * sum(patcher.model_size() - patcher.loaded_size() for patcher in self._patchers))
         management.load_models_gpu(self._patchers, memory_required=self._room, force_full_load=True)

@@ -185,8 +185,7 @@ def _why_not(
         prefetch = Prefetch(scene, half=True, enabled=prefetches)
         for attempt in range(2):  # the first one may have to ask for memory, the second is as all others will be
             if most is not None:  # nor does what trying convolutions out has taken count
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(scene.device)
+                _give_back(scene.device)
             retries = torch.cuda.memory_stats(scene.device)["num_alloc_retries"]
             views = prefetch.take() or views_of(supervisions, scene, start, draw, division)
             views = {key: heaviest(view) for key, view in views.items()}

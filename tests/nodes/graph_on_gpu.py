@@ -84,6 +84,11 @@ class Session:
         self.held(f"{what}: a gradient in every step", good, {"norms": tail, "seconds": seconds})
         return outputs
 
+    def seconds_a_step(self) -> float:
+        """Of the watched run; the first steps compile."""
+        late = self.moments[len(self.moments) // 3 :]
+        return round(median(b - a for a, b in pairwise(late)), 3)
+
     # ---- graphs ----
 
     def checkpoint(self) -> dict:
@@ -232,8 +237,7 @@ def speed(s: Session) -> None:
             s.memory()
             s.watched(name, graph(70 + 10 * turn + i), steps)
             peaks[name] = s.memory().get("peak")
-            late = s.moments[len(s.moments) // 3 :]  # the first ones compile
-            found[name] = round(median(b - a for a, b in pairwise(late)), 3)
+            found[name] = s.seconds_a_step()
             first = [round(b - a, 1) for a, b in pairwise(s.moments[:4])]
             print(f"{name}: {found[name]} s a step, {peaks[name]} bytes at most, the first ones {first}", flush=True)
     s.held("seconds a step", all(seconds > 0 for seconds in found.values()), {"steps": found, "peaks": peaks})
@@ -257,11 +261,9 @@ def budget(s: Session) -> None:
                     raise
                 s.held(f"{name}: {gib} GiB are said to be too few", gib < 8, said[-1])
                 continue
-            late = s.moments[len(s.moments) // 3 :]
             peak = s.memory()
             at_rest = at_rest or s.freed()["card"]  # kernels, which the first run loads, are there from then on
-            found = {"seconds a step": round(median(b - a for a, b in pairwise(late)), 3)}
-            found |= {"card": peak["card_most"] - at_rest, "torch": peak["peak"]}
+            found = {"seconds a step": s.seconds_a_step(), "card": peak["card_most"] - at_rest, "torch": peak["peak"]}
             plans = [line for line in s.server.text().splitlines() if "memory budget" in line]
             found["plan"] = plans[-1:] if gib else []
             s.held(f"{name} keeps to {gib} GiB", not gib or found["card"] <= gib * 2**30, found)

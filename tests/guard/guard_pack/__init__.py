@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import Types
 from server import PromptServer
 
-from . import watch  # noqa: F401  its routes
+from .watch import module
 
 
 class Value:
@@ -127,10 +127,7 @@ async def out_of_memory(request):
 @routes.post("/dream4d_test/small_recipes")
 async def small_recipes(request):
     """Give the recipes for any model the toy recipes' sizes, which a CPU can bear; the guidance stays theirs."""
-    import nodes
-
-    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
-    config, train = sys.modules[f"{pack}.dream4d_engine.training.config"], sys.modules[f"{pack}.nodes.train"]
+    config, train = module("dream4d_engine.training.config"), module("nodes.train")
     image, video = config.MODEL_IMAGE, config.MODEL_VIDEO
     image = replace(config.TOY_STATIC, name=image.name, steps=image.steps, guidance=image.guidance)
     video = replace(config.TOY_MOTION, name=video.name, steps=video.steps, guidance=video.guidance)
@@ -142,10 +139,7 @@ async def small_recipes(request):
 @routes.post("/dream4d_test/checkpoint_steps")
 async def checkpoint_steps(request):
     """Let still scenes by the toy recipe keep their state after every so many steps."""
-    import nodes
-
-    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
-    config, train = sys.modules[f"{pack}.dream4d_engine.training.config"], sys.modules[f"{pack}.nodes.train"]
+    config, train = module("dream4d_engine.training.config"), module("nodes.train")
     toy = config.TOY_STATIC
     toy = replace(toy, loop=replace(toy.loop, checkpoint_steps=(await request.json())["steps"]))
     train.STILL_RECIPES[toy.name] = config.STATIC_RECIPES[toy.name] = toy
@@ -155,10 +149,7 @@ async def checkpoint_steps(request):
 @routes.post("/dream4d_test/small_meshes")
 async def small_meshes(request):
     """Let fits to meshes look from few places at few pixels, in few rays."""
-    import nodes
-
-    pack = nodes.NODE_CLASS_MAPPINGS["Dream4DRender"].__module__.rpartition(".nodes")[0]
-    recipes = sys.modules[f"{pack}.dream4d_engine.training.config"].MESH_RECIPES
+    recipes = module("dream4d_engine.training.config").MESH_RECIPES
     for name, recipe in recipes.items():
         phases = tuple(replace(phase, n_rays=256, n_points=1024) for phase in recipe.phases)
         recipes[name] = replace(recipe, n_views=12, view_size=48, phases=phases)
@@ -184,10 +175,9 @@ async def doors(request):
 
 
 def _walk(node):
-    pack = node.__module__.rpartition(".nodes")[0]
     made = SimpleNamespace(
-        scene=sys.modules[f"{pack}.nodes.sockets"].SceneValue(None, None),
-        prior=sys.modules[f"{pack}.dream4d_engine.priors.files"].PriorFiles("none", "image", None),
+        scene=module("nodes.sockets").SceneValue(None, None),
+        prior=module("dream4d_engine.priors.files").PriorFiles("none", "image", None),
     )
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     good, bad = {}, []

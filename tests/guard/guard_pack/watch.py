@@ -37,7 +37,7 @@ _most = 0  # bytes of the card that were taken at once since the last reading
 @routes.post("/dream4d_test/watch")
 async def watch(request):
     """Begin anew, and tell what was seen before."""
-    encoder = _module("nodes.graph_encoder").Encoder
+    encoder = module("nodes.graph_encoder").Encoder
     if not hasattr(encoder.encode, "plain"):
         encoder.encode = _watched(encoder.encode)
         torch.optim.AdamW.step = _counted(torch.optim.AdamW.step)
@@ -50,7 +50,7 @@ async def watch(request):
 @routes.post("/dream4d_test/encoder")
 async def encoder(request):
     """Let priors of the graph encode by core's own layers from now on (`own`), or as they do."""
-    room = _module("nodes.graph_encoder")
+    room = module("nodes.graph_encoder")
     if not hasattr(room, "plain"):
         room.plain = room.fused_encoder
     room.fused_encoder = (lambda *_: None) if (await request.json())["own"] else room.plain
@@ -93,7 +93,7 @@ def _watch_card() -> None:
         time.sleep(0.005)
 
 
-def _module(name: str):
+def module(name: str):
     """A module of the pack."""
     import nodes
 
